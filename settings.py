@@ -1,0 +1,125 @@
+"""Every environment variable that flux-sprites reads, its default and its reason.
+
+This module knows names and defaults; it opens no file and imports no torch.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+ROOT = Path(__file__).parent
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Models:
+    """Where the weights of each part come from: a directory or a Hugging Face repo, in diffusers layout."""
+
+    dev: str
+    schnell: str
+    safety_checker: str
+    nsfw_classifier: str
+
+
+OFFICIAL = Models(
+    dev="black-forest-labs/FLUX.1-dev",
+    schnell="black-forest-labs/FLUX.1-schnell",
+    safety_checker="CompVis/stable-diffusion-safety-checker",
+    nsfw_classifier="Falconsai/nsfw_image_detection",
+)
+MINIATURE = Models(
+    dev=str(ROOT / "mini" / "dev"),
+    schnell=str(ROOT / "mini" / "schnell"),
+    safety_checker=str(ROOT / "mini" / "safety_checker"),
+    nsfw_classifier=str(ROOT / "mini" / "nsfw_classifier"),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The environment, read once. The comment above each field gives its variable and its reason."""
+
+    # FLUX_DEV, FLUX_SCHNELL, SAFETY_CHECKER, NSFW_CLASSIFIER: the official repos on a CUDA machine,
+    # the miniature where there is none, so that the same command works on a laptop.
+    models: Models
+    # COG_WEIGHTS: the main LoRA of requests that name none; the one reference that may be a local path,
+    # because the operator, not a stranger, chose it.
+    default_lora: str | None = None
+    # WEIGHTS_CACHE: LoRA files on disk, and compile caches in its folder `compile`.
+    cache_dir: Path = Path("weights-cache")
+    # WEIGHTS_CACHE_GB: what the LoRA files together may take; compile caches are not counted.
+    cache_bytes: int = 50 * GIB
+    # LORA_MAX_GB: the largest LoRA accepted, packed or unpacked: a stranger names the file, the disk is ours.
+    lora_max_bytes: int = 5 * GIB
+    # FLUX_COMPILE: None means "where CUDA is"; compiling on a CPU takes minutes and gains little.
+    compile: bool | None = None
+    # WEIGHTS_ALLOW_PRIVATE_HOSTS=1: let LoRA URLs name private and loopback addresses (tests, intranets).
+    allow_private_hosts: bool = False
+    # HF_TOKEN, HF_ENDPOINT: private and gated repos; a mirror.
+    hf_token: str | None = None
+    hf_endpoint: str = "https://huggingface.co"
+    # CIVITAI_API_TOKEN, CIVITAI_ENDPOINT: every file of CivitAI needs a token; a mirror.
+    civitai_token: str | None = None
+    civitai_endpoint: str = "https://civitai.com"
+    # REPLICATE_API_TOKEN, REPLICATE_ENDPOINT: weights of private models; a mirror.
+    replicate_token: str | None = None
+    replicate_endpoint: str = "https://replicate.com"
+
+    @classmethod
+    def from_environment(cls, *, cuda: bool, environ: Mapping[str, str] = os.environ) -> "Settings":
+        """Read the variables; an empty one counts as unset.
+
+        Args:
+            cuda: whether this machine has a CUDA device; chooses between the official models and the miniature.
+
+        Raises:
+            ValueError: a sentence that names the variable, its value and what would be right.
+        """
+        default = OFFICIAL if cuda else MINIATURE
+
+        def text(name: str, fallback: str | None = None) -> str | None:
+            return environ.get(name, "").strip() or fallback
+
+        def size(name: str, fallback_gib: float) -> int:
+            value = text(name, str(fallback_gib))
+            try:
+                gib = float(value)
+                if not 0 < gib < float("inf"):
+                    raise ValueError
+            except ValueError:
+                raise ValueError(f"{name} is {value!r}; it must be a number of gigabytes above 0, such as 5.") from None
+            return int(gib * GIB)
+
+        def switch(name: str) -> bool | None:
+            value = text(name)
+            if value not in (None, "0", "1"):
+                raise ValueError(f"{name} is {value!r}; it must be 0 or 1.")
+            return None if value is None else value == "1"
+
+        return cls(
+            models=Models(
+                dev=text("FLUX_DEV", default.dev),
+                schnell=text("FLUX_SCHNELL", default.schnell),
+                safety_checker=text("SAFETY_CHECKER", default.safety_checker),
+                nsfw_classifier=text("NSFW_CLASSIFIER", default.nsfw_classifier),
+            ),
+            default_lora=text("COG_WEIGHTS"),
+            cache_dir=Path(text("WEIGHTS_CACHE", "weights-cache")),
+            cache_bytes=size("WEIGHTS_CACHE_GB", 50),
+            lora_max_bytes=size("LORA_MAX_GB", 5),
+            compile=switch("FLUX_COMPILE"),
+            allow_private_hosts=bool(switch("WEIGHTS_ALLOW_PRIVATE_HOSTS")),
+            hf_token=text("HF_TOKEN"),
+            hf_endpoint=text("HF_ENDPOINT", cls.hf_endpoint).rstrip("/"),
+            civitai_token=text("CIVITAI_API_TOKEN"),
+            civitai_endpoint=text("CIVITAI_ENDPOINT", cls.civitai_endpoint).rstrip("/"),
+            replicate_token=text("REPLICATE_API_TOKEN"),
+            replicate_endpoint=text("REPLICATE_ENDPOINT", cls.replicate_endpoint).rstrip("/"),
+        )
+
+    def __repr__(self) -> str:
+        """Without the tokens: settings are printed when the server starts."""
+        shown = {f.name: getattr(self, f.name) for f in fields(self)}
+        shown = {name: "set" if name.endswith("_token") and value else value for name, value in shown.items()}
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
