@@ -3,31 +3,56 @@
 Cog reads this file statically, without importing it: every default, bound and choice of `predict` is a literal, every
 description is one string literal, and the position of a parameter is its x-order. `script/schema` reads it the same way.
 """
-# ruff: noqa: B008, E501 (calling Input in a default is how Cog declares one; a description is one literal, however long)
+# ruff: noqa: B008, E501, UP045 (Cog's form: Input called in a default, a description in one literal, Optional[T])
 
+import tempfile
+from typing import Optional
+
+import torch
 from cog import BasePredictor, Input, Path
+
+import images
+from flux import Drawing, Flux, Stopwatch
+from request import LoraChoice, Request
+from safety import SafetyChecker
+from settings import Settings
+from weights import snapshot, validate_reference
 
 
 class Predictor(BasePredictor):
     """FLUX.1 with LoRAs that change from one request to the next."""
 
-    def setup(self, weights: Path | None = None) -> None:
+    def setup(self, weights: Optional[str] = None) -> None:
         """Load the models.
 
         Args:
-            weights: the main LoRA of requests that name none (`COG_WEIGHTS`).
+            weights: `COG_WEIGHTS`, the main LoRA of requests that name none: a path or a reference.
         """
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        settings = Settings.from_environment(cuda=device.type == "cuda")
+        print(settings)
+        self.flux = Flux(settings, device)
+        self.safety = SafetyChecker(
+            snapshot(settings.models.safety_checker, settings),
+            snapshot(settings.models.nsfw_classifier, settings),
+            device,
+        )
+        self.default_lora = weights or None
+        self.directory: Optional[tempfile.TemporaryDirectory] = None
+        if self.default_lora:
+            # Said now rather than to the first request, should it be unusable.
+            self.flux.read_lora(LoraChoice(self.default_lora, trusted=True))
 
     def predict(
         self,
         prompt: str = Input(
             description="Prompt for generated image. If you include the `trigger_word` used in the training process you are more likely to activate the trained object, style, or concept in the resulting image."
         ),
-        image: Path | None = Input(
+        image: Optional[Path] = Input(
             default=None,
             description="Input image for image to image or inpainting mode. If provided, aspect_ratio, width, and height inputs are ignored.",
         ),
-        mask: Path | None = Input(
+        mask: Optional[Path] = Input(
             default=None,
             description="Image mask for image inpainting mode. If provided, aspect_ratio, width, and height inputs are ignored.",
         ),
@@ -36,13 +61,13 @@ class Predictor(BasePredictor):
             description="Aspect ratio for the generated image. If custom is selected, uses height and width below & will run in bf16 mode",
             choices=["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21", "custom"],
         ),
-        height: int | None = Input(
+        height: Optional[int] = Input(
             default=None,
             description="Height of generated image. Only works if `aspect_ratio` is set to custom. Will be rounded to nearest multiple of 16. Incompatible with fast generation",
             ge=256,
             le=1440,
         ),
-        width: int | None = Input(
+        width: Optional[int] = Input(
             default=None,
             description="Width of generated image. Only works if `aspect_ratio` is set to custom. Will be rounded to nearest multiple of 16. Incompatible with fast generation",
             ge=256,
@@ -72,7 +97,7 @@ class Predictor(BasePredictor):
             ge=0,
             le=10,
         ),
-        seed: int | None = Input(default=None, description="Random seed. Set for reproducible generation"),
+        seed: Optional[int] = Input(default=None, description="Random seed. Set for reproducible generation"),
         output_format: str = Input(
             default="webp", description="Format of the output images", choices=["webp", "jpg", "png"]
         ),
@@ -90,7 +115,7 @@ class Predictor(BasePredictor):
         megapixels: str = Input(
             default="1", description="Approximate number of megapixels for generated image", choices=["1", "0.25"]
         ),
-        replicate_weights: str | None = Input(
+        replicate_weights: Optional[str] = Input(
             default=None,
             description="Load LoRA weights. Supports Replicate models in the format <owner>/<username> or <owner>/<username>/<version>, HuggingFace URLs in the format huggingface.co/<owner>/<model-name>, CivitAI URLs in the format civitai.com/models/<id>[/<model-name>], or arbitrary .safetensors URLs from the Internet. For example, 'fofr/flux-pixar-cars'",
         ),
@@ -100,7 +125,7 @@ class Predictor(BasePredictor):
             ge=-1,
             le=3,
         ),
-        extra_lora: str | None = Input(
+        extra_lora: Optional[str] = Input(
             default=None,
             description="Load LoRA weights. Supports Replicate models in the format <owner>/<username> or <owner>/<username>/<version>, HuggingFace URLs in the format huggingface.co/<owner>/<model-name>, CivitAI URLs in the format civitai.com/models/<id>[/<model-name>], or arbitrary .safetensors URLs from the Internet. For example, 'fofr/flux-pixar-cars'",
         ),
@@ -119,4 +144,111 @@ class Predictor(BasePredictor):
         Raises:
             ValueError: a sentence for the person who sent the request.
         """
-        raise ValueError("This predictor has its inputs only; it does not draw yet.")
+        request = Request(
+            prompt=prompt,
+            image=_sent_file("image", image),
+            mask=_sent_file("mask", mask),
+            aspect_ratio=aspect_ratio,
+            height=height,
+            width=width,
+            prompt_strength=prompt_strength,
+            model=model,
+            num_outputs=num_outputs,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            output_format=output_format,
+            output_quality=output_quality,
+            disable_safety_checker=disable_safety_checker,
+            go_fast=go_fast,
+            megapixels=megapixels,
+            loras=self._choose_loras(replicate_weights, lora_scale, extra_lora, extra_lora_scale),
+        )
+        print(f"Using seed: {request.seed}")
+        stopwatch = Stopwatch(self.flux.device)
+        drawing = self.flux.generate(request, stopwatch)
+        self._report(request, drawing)
+        with stopwatch("safety"):
+            kept = self._keep(request, drawing)
+        with stopwatch("encode"):
+            files = self._write(request, drawing, kept)
+        for phase, seconds in stopwatch.seconds.items():
+            self.record_metric(f"timing.{phase}", round(seconds, 4))
+        return files
+
+    def _choose_loras(
+        self, main: Optional[str], main_scale: float, extra: Optional[str], extra_scale: float
+    ) -> tuple[LoraChoice, ...]:
+        for reference in filter(None, (main, extra)):
+            validate_reference(reference)
+        choices = (
+            LoraChoice(main, main_scale) if main else LoraChoice(self.default_lora, main_scale, trusted=True),
+            LoraChoice(extra, extra_scale),
+        )
+        return tuple(choice for choice in choices if choice.reference)
+
+    def _report(self, request: Request, drawing: Drawing) -> None:
+        """Say how the pictures were drawn, in the log and in the metrics."""
+        if request.go_fast and not drawing.fp8:
+            reason = "this device has no fp8 products" if request.fp8 else "aspect_ratio is custom"
+            print(f"go_fast: drawn in {drawing.dtype}, since {reason}.")
+        self.record_metric("seed", request.seed)
+        self.record_metric("precision", "fp8" if drawing.fp8 else drawing.dtype)
+        self.record_metric("loras", [applied.metric() for applied in drawing.loras])
+
+    def _keep(self, request: Request, drawing: Drawing) -> list[int]:
+        """The indices of the pictures that may be shown."""
+        if request.disable_safety_checker:
+            return list(range(request.num_outputs))
+        verdicts = self.safety.check(drawing.images)
+        dropped = [index for index, verdict in enumerate(verdicts) if verdict.flagged]
+        self.record_metric("safety.dropped", dropped)
+        if len(dropped) == request.num_outputs:
+            raise ValueError("NSFW content detected in every picture; try another prompt or another seed.")
+        if dropped:
+            print(f"NSFW content detected: dropped picture(s) {', '.join(map(str, dropped))} of {request.num_outputs}.")
+        return [index for index in range(request.num_outputs) if index not in dropped]
+
+    def _write(self, request: Request, drawing: Drawing, kept: list[int]) -> list[Path]:
+        # Cog reads the files some time after `predict` returned; the next request clears them away.
+        if self.directory is not None:
+            self.directory.cleanup()
+        self.directory = tempfile.TemporaryDirectory(prefix="flux-sprites-")
+        files = []
+        for number, index in enumerate(kept):
+            file = Path(self.directory.name) / f"output.{number}.{request.output_format}"
+            metadata = _metadata(request, drawing, request.seeds[index])
+            images.save(drawing.images[index], file, request.output_format, request.output_quality, metadata)
+            files.append(file)
+        return files
+
+
+def _sent_file(name: str, value: Optional[str]) -> Optional[Path]:
+    """Cog turns URLs and data URIs into files of its own; any other string it hands through, and nothing opens that."""
+    if not value:
+        return None
+    if not isinstance(value, Path):
+        raise ValueError(f"{name} is {value[:80]!r}; it must be an http(s) URL or a data URI.")
+    return value
+
+
+def _metadata(request: Request, drawing: Drawing, seed: int) -> dict[str, object]:
+    """The inputs that draw one picture again, by the names that the contract has for them."""
+    inputs: dict[str, object] = {
+        "prompt": request.prompt,
+        "model": request.model,
+        "seed": seed,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "go_fast": drawing.fp8,
+    }
+    if request.image is not None:
+        inputs |= {"prompt_strength": request.prompt_strength}
+    elif request.aspect_ratio == "custom":
+        inputs |= {"aspect_ratio": "custom", "width": request.width, "height": request.height}
+    else:
+        inputs |= {"aspect_ratio": request.aspect_ratio, "megapixels": request.megapixels}
+    names = (("replicate_weights", "lora_scale"), ("extra_lora", "extra_lora_scale"))
+    for (name, scale_name), applied in zip(names, drawing.loras, strict=False):
+        inputs |= {name: applied.weights.name, scale_name: applied.choice.scale}
+    return inputs

@@ -1,5 +1,6 @@
 """Every environment variable that flux-sprites reads, its default and its reason.
 
+COG_WEIGHTS, the main LoRA of requests that name none, is not here: Cog hands it to `Predictor.setup` as `weights`.
 This module knows names and defaults; it opens no file and imports no torch.
 """
 
@@ -43,9 +44,6 @@ class Settings:
     # FLUX_DEV, FLUX_SCHNELL, SAFETY_CHECKER, NSFW_CLASSIFIER: the official repos on a CUDA machine,
     # the miniature where there is none, so that the same command works on a laptop.
     models: Models
-    # COG_WEIGHTS: the main LoRA of requests that name none; the one reference that may be a local path,
-    # because the operator, not a stranger, chose it.
-    default_lora: str | None = None
     # WEIGHTS_CACHE: LoRA files on disk, and compile caches in its folder `compile`.
     cache_dir: Path = Path("weights-cache")
     # WEIGHTS_CACHE_GB: what the LoRA files together may take; compile caches are not counted.
@@ -104,7 +102,6 @@ class Settings:
                 safety_checker=text("SAFETY_CHECKER", default.safety_checker),
                 nsfw_classifier=text("NSFW_CLASSIFIER", default.nsfw_classifier),
             ),
-            default_lora=text("COG_WEIGHTS"),
             cache_dir=Path(text("WEIGHTS_CACHE", "weights-cache")),
             cache_bytes=size("WEIGHTS_CACHE_GB", 50),
             lora_max_bytes=size("LORA_MAX_GB", 5),

@@ -1,0 +1,89 @@
+"""A linear layer whose products run in float8: rowwise fp8 weights x dynamic rowwise fp8 activations.
+
+Each output row of the weight and each token of the input has a scale of its own, its largest magnitude over 448 (the
+largest e4m3 number), so that no row pays for another's outliers. `torch._scaled_mm` multiplies the two fp8 matrices,
+accumulates in float32 and applies both scales to the result. This module knows nothing of FLUX.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = torch.finfo(E4M3).max
+# CUDA's rule for `_scaled_mm`: K and N are multiples of 16. The CPU takes any size; the filter is the same on both.
+MULTIPLE = 16
+# An all-zero row has no magnitude to scale by; any scale gives zeros, and this one does not overflow its inverse.
+SMALLEST = torch.finfo(torch.float32).tiny * LARGEST
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise each row by its own largest magnitude.
+
+    Args:
+        x: [..., K], any floating dtype.
+
+    Returns:
+        e4m3 values [..., K] and float32 scales [..., 1]; their product is x up to fp8's rounding (relative error at
+        most 2^-4 for normal numbers).
+    """
+    x = x.float()
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST) / LARGEST
+    # The clamp: a quotient can round to just above 448, which e4m3 has no number for.
+    return (x / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
+
+
+class Fp8Linear(nn.Module):
+    """Stands where an `nn.Linear` stood and shares its bias; the weight is written later, row by row.
+
+    Input [..., K] in any floating dtype → output [..., N] in the same dtype.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        if not fits(linear):
+            raise ValueError(f"An fp8 layer's sizes must be multiples of {MULTIPLE}, not {tuple(linear.weight.shape)}.")
+        device = linear.weight.device
+        self.register_buffer("weight", torch.zeros(linear.weight.shape, dtype=E4M3, device=device))  # [N, K]
+        self.register_buffer("scale", torch.ones(linear.out_features, 1, device=device))  # [N, 1] float32
+        self.bias = linear.bias
+
+    def write_rows(self, start: int, rows: Tensor) -> None:
+        """Quantise float32 `rows` [n, K] into the weight from row `start` on."""
+        stop = start + len(rows)
+        weight, scale = quantize_rows(rows)
+        self.weight[start:stop].copy_(weight)
+        self.scale[start:stop].copy_(scale)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        values, scale = quantize_rows(x.reshape(-1, x.shape[-1]))  # [M, K], [M, 1]
+        # Row scales give bfloat16 only, on CUDA; `_scaled_mm` wants its second operand column-major, hence .t().
+        y = torch._scaled_mm(values, self.weight.t(), scale, self.scale.t(), out_dtype=torch.bfloat16)  # [M, N]
+        y = y.to(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], -1)
+
+
+def supported(device: torch.device) -> bool:
+    """Whether `_scaled_mm` multiplies fp8 on this device: CPUs, and GPUs from compute capability 8.9 (Ada, Hopper)."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9))
+
+
+def fits(linear: nn.Linear) -> bool:
+    """Whether both sizes of a layer suit an fp8 product."""
+    return linear.in_features % MULTIPLE == 0 and linear.out_features % MULTIPLE == 0
+
+
+def replace_linears(module: nn.Module, chosen: Callable[[str], bool]) -> dict[str, Fp8Linear]:
+    """Replace each `nn.Linear` that fits and whose name is chosen, in place.
+
+    Returns:
+        the new layers by name.
+    """
+    linears = [(name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    replaced = {name: Fp8Linear(child) for name, child in linears if fits(child) and chosen(name)}
+    for name, layer in replaced.items():
+        module.set_submodule(name, layer)
+    return replaced

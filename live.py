@@ -1,0 +1,123 @@
+"""Live weights: the module that computes, its tensors written from pristine bases and the deltas of LoRAs.
+
+    live = round(base + Σ scale · delta)        summed in float32, rounded once
+
+Bases are never written. The live tensors never move, so compiled graphs stay valid. Each live tensor remembers the mix
+that it holds and forgets it before it is written: whatever interrupts a write, the next request repairs it. This module
+knows where weights lie; it knows neither LoRA files nor pipelines.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import fp8
+from lora_loader import BoundDelta, Delta
+
+# Elements of the float32 buffer in which a mix is summed. On a CPU it should stay in a core's second-level cache
+# (2^18 elements are 1 MiB); on a GPU launches cost more than memory traffic.
+BUFFER_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
+
+
+@dataclass(frozen=True)
+class Term:
+    """One LoRA of a mix, as far as one module is concerned."""
+
+    content: str  # identifies the deltas: the SHA-256 of the LoRA's file
+    scale: float
+    deltas: Mapping[str, Sequence[Delta]]  # by parameter name
+
+
+class LiveTensor:
+    """One live tensor and the mix that it holds (None while that is unknown)."""
+
+    def __init__(self, device: torch.device, write_rows: Callable[[int, Tensor], None]) -> None:
+        self.held: object = None
+        self._device = device
+        self._write_rows = write_rows
+
+    def hold(self, mix: object, base: Tensor, deltas: list[tuple[float, Delta]]) -> bool:
+        """Write base + Σ scale · delta unless that is what this tensor holds; say whether it was written."""
+        if self.held == mix:
+            return False
+        self.held = None
+        base = base.to(self._device, non_blocking=True)
+        if deltas:
+            self._sum(base, [(scale, delta.bind(base)) for scale, delta in deltas])
+        else:
+            self._write_rows(0, base)
+        self.held = mix
+        return True
+
+    def _sum(self, base: Tensor, deltas: list[tuple[float, BoundDelta]]) -> None:
+        height = max(1, BUFFER_ELEMENTS[self._device.type] // base[0].numel())
+        buffer = torch.empty(min(height, len(base)), *base.shape[1:], device=self._device)
+        for start in range(0, len(base), height):
+            rows = base[start : start + height]
+            total = buffer[: len(rows)].copy_(rows)
+            for scale, delta in deltas:
+                delta.add_to(total, start, scale)
+            self._write_rows(start, total)
+
+
+class Live:
+    """A module that holds one mix at a time.
+
+    Args:
+        module: computes; its parameters are allocated and about to be overwritten.
+        bases: pristine parameters by base name and parameter name, on the module's device or in host memory. A
+            parameter that a base lacks is held at zero under it, and its deltas are left out: dev and schnell differ
+            in their guidance embedder alone, and one whose layers are zero adds exactly nothing.
+    """
+
+    def __init__(self, module: nn.Module, bases: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.module = module
+        self._bases = bases
+        # For each parameter a zero that takes no memory, held where a base lacks that parameter.
+        self._zeros = {name: torch.zeros(()).expand(parameter.shape) for name, parameter in module.named_parameters()}
+        self._tensors = {
+            name: LiveTensor(parameter.device, partial(_write_rows, parameter.data))
+            for name, parameter in module.named_parameters()
+        }
+
+    def quantized(self, chosen: Callable[[str], bool]) -> "Live":
+        """A second live module of the same bases whose chosen linear layers are fp8; all else is shared with this one.
+
+        Args:
+            chosen: which `nn.Linear`, by name, should become an fp8 layer if its sizes fit.
+        """
+        shared = {id(parameter): parameter for parameter in self.module.parameters()}
+        twin = copy.copy(self)
+        twin.module = copy.deepcopy(self.module, shared)
+        layers = fp8.replace_linears(twin.module, chosen)
+        twin._tensors = self._tensors | {
+            f"{name}.weight": LiveTensor(layer.weight.device, layer.write_rows) for name, layer in layers.items()
+        }
+        return twin
+
+    def lacking(self, base: str, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of the named parameters that this base does not have."""
+        return tuple(name for name in names if name not in self._bases[base])
+
+    @torch.no_grad()
+    def hold(self, base: str, terms: Sequence[Term]) -> int:
+        """Make the module hold base + terms, in this order; return how many tensors had to be written.
+
+        Anything may interrupt this (an error, a cancellation): the next call writes what is then unknown.
+        """
+        pristine = self._bases[base]
+        written = 0
+        for name, tensor in self._tensors.items():
+            touching = [term for term in terms if term.scale != 0 and name in term.deltas and name in pristine]
+            mix = (base, *((term.content, term.scale) for term in touching))
+            deltas = [(term.scale, delta) for term in touching for delta in term.deltas[name]]
+            written += tensor.hold(mix, pristine.get(name, self._zeros.get(name)), deltas)
+        return written
+
+
+def _write_rows(parameter: Tensor, start: int, rows: Tensor) -> None:
+    parameter[start : start + len(rows)].copy_(rows)

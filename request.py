@@ -1,0 +1,98 @@
+"""One validated prediction. Knows what may be asked for and says in one sentence what may not; no torch."""
+
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# torch takes larger seeds, but clients and databases keep them as signed 64-bit integers.
+LARGEST_SEED = 2**63 - 1
+# What a seed that nobody chose is drawn below: short enough to be copied by hand.
+DRAWN_SEEDS = 2**32
+
+
+@dataclass(frozen=True)
+class LoraChoice:
+    """A LoRA by reference, with its strength.
+
+    The reference of a request is a stranger's; `trusted` marks the operator's own (COG_WEIGHTS), which may be a path.
+    """
+
+    reference: str
+    scale: float = 1.0
+    trusted: bool = False
+
+    def __post_init__(self) -> None:
+        """JSON's 1 is a scale too."""
+        object.__setattr__(self, "scale", float(self.scale))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prediction whose every field is right. The fields are the model page's inputs, with its defaults.
+
+    Numbers are given the types declared here: JSON has one kind of number, so Cog hands over 4.0 for 4 and 3 for 3.0.
+
+    Raises:
+        ValueError: a sentence with the offending value.
+    """
+
+    prompt: str
+    image: Path | None = None
+    mask: Path | None = None
+    aspect_ratio: str = "1:1"
+    height: int | None = None
+    width: int | None = None
+    prompt_strength: float = 0.8
+    model: str = "dev"
+    num_outputs: int = 1
+    num_inference_steps: int = 28
+    guidance_scale: float = 3.0
+    seed: int | None = None  # never None or negative once made: such a seed is drawn
+    output_format: str = "webp"
+    output_quality: int = 80
+    disable_safety_checker: bool = False
+    go_fast: bool = False
+    megapixels: str = "1"
+    loras: tuple[LoraChoice, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        """Give the numbers their types, draw a missing seed, refuse what contradicts itself."""
+        for name in ("height", "width", "num_outputs", "num_inference_steps", "seed", "output_quality"):
+            self._set(name, _integer(name, getattr(self, name)))
+        for name in ("prompt_strength", "guidance_scale"):
+            self._set(name, float(getattr(self, name)))
+        if self.mask is not None and self.image is None:
+            raise ValueError("A mask was given without an image; send the image that it belongs to as `image`.")
+        if self.image is None and self.aspect_ratio == "custom" and None in (self.width, self.height):
+            raise ValueError(
+                f"aspect_ratio is custom with width {self.width} and height {self.height}; "
+                "it needs both, each from 256 to 1440."
+            )
+        if self.seed is None or self.seed < 0:
+            self._set("seed", secrets.randbelow(DRAWN_SEEDS))
+        if self.seeds[-1] > LARGEST_SEED:
+            raise ValueError(
+                f"seed {self.seed} is too large for {self.num_outputs} output(s), which use the seeds from it on: "
+                f"none may exceed {LARGEST_SEED}."
+            )
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    @property
+    def seeds(self) -> range:
+        """The seed of each picture."""
+        return range(self.seed, self.seed + self.num_outputs)
+
+    @property
+    def fp8(self) -> bool:
+        """Whether fp8 was asked for and is offered: pictures of a custom size are drawn in bf16, as the page says."""
+        return self.go_fast and not (self.image is None and self.aspect_ratio == "custom")
+
+
+def _integer(name: str, value: float | None) -> int | None:
+    if value is None or isinstance(value, int):
+        return value
+    if not value.is_integer():
+        raise ValueError(f"{name} is {value}; it must be a whole number.")
+    return int(value)
