@@ -1,0 +1,73 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from request import LARGEST_SEED, LoraChoice, Request
+
+
+def test_numbers_get_their_types() -> None:
+    # What Cog hands over when JSON says 4.0, 3 and 7.0.
+    request = Request(prompt="a", num_inference_steps=4.0, guidance_scale=3, seed=7.0, loras=(LoraChoice("a/b", 1),))
+    assert (request.num_inference_steps, request.seed) == (4, 7)
+    assert isinstance(request.num_inference_steps, int)
+    assert isinstance(request.guidance_scale, float)
+    assert isinstance(request.loras[0].scale, float)
+
+
+@pytest.mark.parametrize("seed", [0, 1, LARGEST_SEED])
+def test_a_given_seed_is_kept(seed: int) -> None:
+    assert Request(prompt="", seed=seed).seed == seed
+
+
+@pytest.mark.parametrize("seed", [None, -1, -(2**63)])
+def test_a_missing_or_negative_seed_is_drawn(seed: int | None) -> None:
+    seeds = {Request(prompt="", seed=seed).seed for _ in range(8)}
+    assert len(seeds) > 1
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_each_picture_has_the_next_seed() -> None:
+    assert list(Request(prompt="", seed=5, num_outputs=3).seeds) == [5, 6, 7]
+
+
+@pytest.mark.parametrize(("seed", "outputs"), [(2**63, 1), (2.0**70, 1), (LARGEST_SEED, 2)])
+def test_a_seed_beyond_63_bits_is_refused_with_the_bound(seed: float, outputs: int) -> None:
+    with pytest.raises(ValueError, match=f"none may exceed {LARGEST_SEED}"):
+        Request(prompt="", seed=seed, num_outputs=outputs)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"mask": Path("m.png")}, "A mask was given without an image"),
+        ({"aspect_ratio": "custom"}, "width None and height None"),
+        ({"aspect_ratio": "custom", "width": 512}, "width 512 and height None"),
+        ({"num_inference_steps": 4.5}, "num_inference_steps is 4.5; it must be a whole number"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(wrong: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Request(prompt="a", **wrong)
+
+
+def test_custom_needs_no_size_with_an_image() -> None:
+    assert Request(prompt="a", aspect_ratio="custom", image=Path("i.png")).width is None
+
+
+@pytest.mark.parametrize(
+    ("inputs", "fp8"),
+    [
+        ({}, False),
+        ({"go_fast": True}, True),
+        ({"go_fast": True, "aspect_ratio": "custom", "width": 256, "height": 256}, False),
+        ({"go_fast": True, "aspect_ratio": "custom", "image": Path("i.png")}, True),
+    ],
+)
+def test_custom_sizes_are_not_drawn_in_fp8(inputs: dict, fp8: bool) -> None:
+    assert Request(prompt="a", **inputs).fp8 == fp8
+
+
+def test_a_request_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Request(prompt="a").seed = 1

@@ -1,0 +1,33 @@
+import re
+
+import pytest
+
+from settings import GIB, MINIATURE, OFFICIAL, Settings
+
+
+def test_the_device_chooses_the_models() -> None:
+    assert Settings.from_environment(cuda=True, environ={}).models == OFFICIAL
+    assert Settings.from_environment(cuda=False, environ={}).models == MINIATURE
+
+
+def test_a_variable_wins_over_the_device_and_an_empty_one_does_not() -> None:
+    models = Settings.from_environment(cuda=False, environ={"FLUX_DEV": "me/mine", "FLUX_SCHNELL": " "}).models
+    assert (models.dev, models.schnell) == ("me/mine", MINIATURE.schnell)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "nan", "inf"])
+def test_a_size_that_is_none_is_refused(value: str) -> None:
+    with pytest.raises(ValueError, match=f"LORA_MAX_GB is '{re.escape(value)}'"):
+        Settings.from_environment(cuda=False, environ={"LORA_MAX_GB": value})
+
+
+def test_sizes_and_switches() -> None:
+    settings = Settings.from_environment(cuda=False, environ={"WEIGHTS_CACHE_GB": "0.5", "FLUX_COMPILE": "0"})
+    assert (settings.cache_bytes, settings.compile, settings.allow_private_hosts) == (GIB // 2, False, False)
+    with pytest.raises(ValueError, match="FLUX_COMPILE is 'yes'; it must be 0 or 1"):
+        Settings.from_environment(cuda=False, environ={"FLUX_COMPILE": "yes"})
+
+
+def test_tokens_are_not_shown() -> None:
+    environ = {"HF_TOKEN": "hf_secret", "CIVITAI_API_TOKEN": "civ_secret", "REPLICATE_API_TOKEN": "r8_secret"}
+    assert "secret" not in str(Settings.from_environment(cuda=False, environ=environ))
