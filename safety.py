@@ -128,4 +128,4 @@ def _load(
     model, report = kind.from_pretrained(directory, local_files_only=True, dtype=dtype, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{kind.__name__} lacks {len(missing)} of its tensors, among them {missing[0]}.")
-    return model.to(device).eval()
+    return model.to(device)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
@@ -86,6 +86,7 @@ def test_a_size_that_cannot_be_says_so(arguments: tuple, says: str) -> None:
         images.text_to_image_size(*arguments)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 5000))
 def test_a_fitted_picture_is_on_the_grid_within_bounds_and_nearest(width: int, height: int) -> None:
     # One pixel wide or high costs nothing to make; its other side takes the general path.
@@ -171,8 +172,9 @@ def test_a_cmyk_jpeg_keeps_its_colours(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
-def test_sixteen_bits_keep_their_greys(tmp_path: Path, suffix: str) -> None:
-    greys = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
+@pytest.mark.parametrize("brightest", [200, 6000, 65535])
+def test_sixteen_bits_keep_their_greys(tmp_path: Path, suffix: str, brightest: int) -> None:
+    greys = np.linspace(0, brightest, 64 * 48).reshape(48, 64).astype(np.uint16)
     picture = images.read_image(written(Image.fromarray(greys), tmp_path / f"scan.{suffix}"))
     assert close(picture, Image.fromarray(np.rint(greys / 257).astype(np.uint8)).convert("RGB"), 0)
 
@@ -331,8 +333,9 @@ def tiff(width: int, height: int) -> bytes:
 def test_a_bomb_is_refused_before_it_unfolds(tmp_path: Path, bomb: bytes, megapixels: str, name: str) -> None:
     path = tmp_path / "bomb"
     path.write_bytes(bomb)
-    with pytest.raises(ValueError, match=f"^{name} is too large: it has {megapixels}, of at most 100.$"):
+    with pytest.raises(ValueError, match=f"^{name} is too large: it has {megapixels}, of at most 100.$") as refused:
         read(name, path)
+    assert refused.value.__suppress_context__
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -481,6 +484,7 @@ def test_extend_repeats_the_right_and_bottom_edges(mode: str) -> None:
     assert images.extend(picture, picture.size).tobytes() == picture.tobytes()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32 - 1), st.floats(0, 1), st.integers(1, 60))
 def test_outside_the_mask_every_bit_is_the_originals(
     width: int, height: int, seed: int, share: float, grain: int
@@ -595,6 +599,17 @@ def test_more_quality_means_less_error_and_more_bytes(tmp_path: Path, format: im
     assert errors == sorted(errors, reverse=True)
     assert sizes == sorted(sizes)
     assert len(set(sizes)) == len(sizes)
+
+
+def test_a_good_jpeg_has_the_colour_of_every_pixel(tmp_path: Path) -> None:
+    stripes = Image.fromarray(np.array([[RED, GREEN] * 32] * 64, dtype=np.uint8))
+    images.save(stripes, tmp_path / "output.jpg", "jpg", 90, {})
+    assert close(images.read_image(tmp_path / "output.jpg"), stripes, 40)  # at half the resolution both would be brown
+
+
+def test_a_format_that_is_not_written_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="output_format is 'gif'; it must be webp, jpg or png"):
+        images.save(quadrants(), tmp_path / "output.gif", "gif", 80, {})
 
 
 def test_the_same_picture_gives_the_same_file(tmp_path: Path) -> None:
