@@ -1,0 +1,333 @@
+"""What `cog build` derives, for local runs: `.cog/openapi_schema.json` from the signature in `predict.py`.
+
+Cog's server refuses wrong inputs by this file, and without it lets everything through. The signature is read as Cog's
+tool reads it: statically, never imported, and with the same blind spots, so that a local server and the image agree:
+
+- a default that is neither a literal nor a module-level name of one makes its input required;
+- a `ge` or `le` that is not a number literal is dropped;
+- what is left unsaid by Cog's tool, or comes out of it garbled (descriptions with escapes or in several strings), is
+  refused with a sentence instead.
+
+This module knows the form of Cog's document; it does not know which inputs this project has.
+"""
+
+import ast
+import json
+import os
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+Literal = bool | int | float | str | list | dict | None
+PRIMITIVES = {
+    "bool": {"type": "boolean"},
+    "float": {"type": "number"},
+    "int": {"type": "integer"},
+    "str": {"type": "string"},
+    "Path": {"type": "string", "format": "uri"},
+}
+
+
+class NotLiteral(Exception):  # noqa: N818 (a fact about an expression; only some callers call it an error)
+    """The expression has no value without running it."""
+
+
+def derive(source: str, predictor: str = "Predictor") -> dict[str, Any]:
+    """The OpenAPI document of a predictor.
+
+    Args:
+        source: the text of the Python file that holds it.
+        predictor: the name of its class.
+
+    Raises:
+        ValueError: a sentence that names the input and says what Cog can read.
+    """
+    module = ast.parse(source)
+    predict = _find_predict(module, predictor)
+    scope = _literals_of_module(module)
+    inputs: dict[str, Any] = {}
+    enums: dict[str, Any] = {}
+    required = []
+    for order, (parameter, default) in enumerate(_parameters(predict)):
+        name = parameter.arg
+        primitive, nullable = _input_type(parameter)
+        settings = _input_settings(source, name, default, scope)
+        if "choices" in settings:
+            enums[name] = {"title": name, "description": "An enumeration.", "enum": settings["choices"]}
+            enums[name]["type"] = PRIMITIVES[primitive]["type"]
+            field = {"allOf": [_ref(name)]}
+        else:
+            field = {"title": _title(name), **PRIMITIVES[primitive]}
+        # A None on a type without None is no default: Cog takes such an input for required.
+        if settings.get("default") is not None or (nullable and "default" in settings):
+            field["default"] = settings["default"]
+        elif not nullable:
+            required.append(name)
+        if nullable:
+            field["nullable"] = True
+        field |= {key: settings[key] for key in ("description", "minimum", "maximum") if key in settings}
+        inputs[name] = {**field, "x-order": order}
+    input_schema = {"title": "Input", "type": "object", "properties": inputs}
+    if required:
+        input_schema["required"] = required
+    return _document({"Input": input_schema, "Output": _output(predict), **enums})
+
+
+def write(project: Path) -> dict[str, Any]:
+    """Derive the document of `predict.py` in `project` and write it where Cog's server looks for it; returns it."""
+    document = derive((project / "predict.py").read_text(encoding="utf-8"))
+    text = json.dumps(document, indent=1) + "\n"
+    path = project / ".cog" / "openapi_schema.json"
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.parent.mkdir(exist_ok=True)
+        # A server that starts at the same moment must not read half a file.
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as aside:
+            aside.write(text)
+        os.replace(aside.name, path)  # noqa: PTH105 (both are names already)
+    return document
+
+
+def _find_predict(module: ast.Module, predictor: str) -> ast.FunctionDef:
+    for node in module.body:
+        if isinstance(node, ast.ClassDef) and node.name == predictor:
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and method.name == "predict":
+                    return method
+    raise ValueError(f"There is no class {predictor} with a method predict.")
+
+
+def _literals_of_module(module: ast.Module) -> dict[str, Literal]:
+    """The module-level names that are assigned a literal; an imported name is none of them."""
+    scope = {}
+    for node in module.body:
+        match node:
+            case (
+                ast.Assign(targets=[ast.Name(id=name)], value=value)
+                | ast.AnnAssign(target=ast.Name(id=name), value=value)
+            ):
+                try:
+                    scope[name] = _literal(value)
+                except NotLiteral:
+                    continue
+    return scope
+
+
+def _parameters(predict: ast.FunctionDef) -> list[tuple[ast.arg, ast.expr | None]]:
+    """Each parameter after self, with its default."""
+    args = predict.args
+    if args.posonlyargs or args.vararg or args.kwonlyargs or args.kwarg:
+        raise ValueError("predict takes plain parameters only: Cog knows no *, **, / or keyword-only ones.")
+    defaults = [None] * (len(args.args) - len(args.defaults)) + args.defaults
+    return list(zip(args.args, defaults, strict=True))[1:]
+
+
+def _input_type(parameter: ast.arg) -> tuple[str, bool]:
+    """The primitive's name, and whether None is allowed too."""
+    match parameter.annotation:
+        case ast.Name(id=name) if name in PRIMITIVES:
+            return name, False
+        case (
+            ast.BinOp(left=ast.Name(id=name), op=ast.BitOr(), right=ast.Constant(value=None))
+            | ast.Subscript(value=ast.Name(id="Optional"), slice=ast.Name(id=name))
+        ) if name in PRIMITIVES:
+            return name, True
+    raise ValueError(f"The type of {parameter.arg} must be one of {', '.join(PRIMITIVES)}, with or without `| None`.")
+
+
+def _input_settings(source: str, name: str, default: ast.expr | None, scope: dict[str, Literal]) -> dict[str, Any]:
+    """What a parameter's default says: default, description, minimum, maximum and choices, where it says them."""
+    match default:
+        case None:
+            return {}
+        case ast.Call(func=ast.Name(id="Input"), args=[], keywords=keywords):
+            pass
+        case _:
+            try:
+                return {"default": _resolve(default, scope)}
+            except NotLiteral:
+                raise ValueError(f"The default of {name} must be a literal or Input(…) with keywords.") from None
+    settings: dict[str, Any] = {}
+    for keyword in keywords:
+        # The text, because the tree no longer shows parentheses, adjacent strings and escapes.
+        text = ast.get_source_segment(source, keyword).partition("=")[2].strip()
+        match keyword.arg:
+            case "default":
+                try:
+                    settings["default"] = None if text.startswith("(") else _resolve(keyword.value, scope)
+                except NotLiteral:
+                    settings["default"] = None
+            case "description":
+                settings["description"] = _description(name, text, keyword.value, scope)
+            case "ge" | "le" as bound:
+                try:
+                    settings["minimum" if bound == "ge" else "maximum"] = _number(text)
+                except ValueError:
+                    continue
+            case "choices":
+                try:
+                    settings["choices"] = _choices(keyword.value, scope)
+                except NotLiteral:
+                    raise ValueError(f"The choices of {name} must be literals of this file; it is `{text}`.") from None
+            case other:
+                raise ValueError(f"{name} uses {other}=, which is not derived here; Cog's own tool may know it.")
+    return settings
+
+
+def _literal(node: ast.expr | None) -> Literal:
+    match node:
+        case ast.Constant(value=None | bool() | int() | float() | str() as value):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+            return -value
+        case ast.List(elts=items) | ast.Tuple(elts=items):
+            return [_literal(item) for item in items]
+        case ast.Dict(keys=keys, values=values):
+            return dict(zip(map(_literal, keys), map(_literal, values), strict=True))
+    raise NotLiteral
+
+
+def _resolve(node: ast.expr, scope: dict[str, Literal]) -> Literal:
+    """The value of a literal or of a module-level name of one."""
+    if isinstance(node, ast.Name) and node.id in scope:
+        return scope[node.id]
+    return _literal(node)
+
+
+def _choices(node: ast.expr, scope: dict[str, Literal]) -> list[Literal]:
+    """A list of literals, `list(D.keys())`, `list(D.values())`, or a sum of such."""
+    match node:
+        case ast.List() | ast.Name():
+            value = _resolve(node, scope)
+            if isinstance(value, list):
+                return value
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _choices(left, scope) + _choices(right, scope)
+        case ast.Call(
+            func=ast.Name(id="list"),
+            args=[ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="keys" | "values" as part), args=[])],
+        ) if isinstance(scope.get(name), dict):
+            return list(getattr(scope[name], part)())
+    raise NotLiteral
+
+
+def _description(name: str, text: str, node: ast.expr, scope: dict[str, Literal]) -> str:
+    value = scope.get(node.id) if isinstance(node, ast.Name) else getattr(node, "value", None)
+    if not isinstance(value, str) or (not isinstance(node, ast.Name) and text[1:-1] != value):
+        raise ValueError(f"The description of {name} must be one plain string literal without escapes, however long.")
+    return value
+
+
+def _number(text: str) -> int | float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+def _output(predict: ast.FunctionDef) -> dict[str, Any]:
+    match predict.returns:
+        case ast.Name(id=name) if name in PRIMITIVES:
+            return {"title": "Output", **PRIMITIVES[name]}
+        case ast.Subscript(value=ast.Name(id="list" | "List"), slice=ast.Name(id=name)) if name in PRIMITIVES:
+            return {"title": "Output", "type": "array", "items": PRIMITIVES[name]}
+    raise ValueError(f"predict must return one of {', '.join(PRIMITIVES)}, or a list of one.")
+
+
+def _document(schemas: dict[str, Any]) -> dict[str, Any]:
+    """The whole document around the predictor's own schemas; the rest is the same for every Cog model."""
+    return {
+        "openapi": "3.0.2",
+        "info": {"title": "Cog", "version": version("cog")},
+        "paths": {
+            "/": {"get": _operation("Root", "root__get")},
+            "/health-check": {"get": _operation("Healthcheck", "healthcheck_health_check_get")},
+            "/predictions": {
+                "post": {
+                    **_operation("Predict", "predict_predictions_post", answer="PredictionResponse", validated=True),
+                    "description": "Run a single prediction on the model",
+                    "requestBody": {"content": {"application/json": {"schema": _ref("PredictionRequest")}}},
+                }
+            },
+            "/predictions/{prediction_id}/cancel": {
+                "post": {
+                    **_operation("Cancel", "cancel_predictions__prediction_id__cancel_post", validated=True),
+                    "parameters": [
+                        {"in": "path", "name": "prediction_id", "required": True, "schema": _string("Prediction Id")}
+                    ],
+                }
+            },
+        },
+        "components": {
+            "schemas": {
+                **schemas,
+                "PredictionRequest": _object("PredictionRequest", id=_string("Id"), input=_ref("Input")),
+                "PredictionResponse": _object(
+                    "PredictionResponse",
+                    **{name: _string(_title(name)) for name in ("id", "version", "status", "error", "logs")},
+                    **{
+                        name: {**_string(_title(name)), "format": "date-time"}
+                        for name in ("created_at", "started_at", "completed_at")
+                    },
+                    input=_ref("Input"),
+                    output=_ref("Output"),
+                    metrics={"title": "Metrics", "type": "object"},
+                ),
+                "Status": {
+                    "title": "Status",
+                    "description": "An enumeration.",
+                    "enum": ["starting", "processing", "succeeded", "canceled", "failed"],
+                    "type": "string",
+                },
+                "HTTPValidationError": _object(
+                    "HTTPValidationError",
+                    detail={"title": "Detail", "type": "array", "items": _ref("ValidationError")},
+                ),
+                "ValidationError": {
+                    **_object(
+                        "ValidationError",
+                        loc={
+                            "title": "Location",
+                            "type": "array",
+                            "items": {"anyOf": [{"type": "string"}, {"type": "integer"}]},
+                        },
+                        msg=_string("Message"),
+                        type=_string("Error Type"),
+                    ),
+                    "required": ["loc", "msg", "type"],
+                },
+            }
+        },
+    }
+
+
+def _operation(summary: str, name: str, *, answer: str | None = None, validated: bool = False) -> dict[str, Any]:
+    def response(description: str, schema: dict[str, Any]) -> dict[str, Any]:
+        return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+    responses = {"200": response("Successful Response", _ref(answer) if answer else {})}
+    if validated:
+        responses["422"] = response("Validation Error", _ref("HTTPValidationError"))
+    return {"summary": summary, "operationId": name, "responses": responses}
+
+
+def _object(title: str, **properties: dict[str, Any]) -> dict[str, Any]:
+    return {"title": title, "type": "object", "properties": properties}
+
+
+def _string(title: str) -> dict[str, str]:
+    return {"title": title, "type": "string"}
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ").title()
+
+
+if __name__ == "__main__":
+    try:
+        write(Path(__file__).parent)
+    except (ValueError, SyntaxError) as error:
+        sys.exit(f"predict.py: {error}")

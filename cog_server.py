@@ -1,0 +1,226 @@
+"""The real Cog server on this machine: started, spoken to over HTTP, stopped with everything it started.
+
+`script/serve`, `script/predict` and the tests run predictions through it. This module knows Cog's HTTP and its log;
+it knows nothing of what the predictor does.
+"""
+
+import argparse
+import base64
+import contextlib
+import http.client
+import json
+import mimetypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import cog_schema
+
+ROOT = Path(__file__).parent
+LOOPBACK = "127.0.0.1"
+# Cog takes bodies up to 100 MiB, and base64 makes four bytes of three.
+MAX_FILE_BYTES = 70_000_000
+# Cog asks for BaseRunner instead of BasePredictor, which older command-line tools do not know.
+QUIET = "ignore:BasePredictor is deprecated:DeprecationWarning,ignore:Predictor.predict():DeprecationWarning"
+# Longer than a cancelled prediction needs; a worker deep in native code hears no signal but the last.
+SECONDS_TO_STOP = 5
+
+
+class CogServer:
+    """Cog's server over one project, in a process group of its own; a context manager that starts and stops it.
+
+    Args:
+        project: the directory that holds `predict.py`.
+        environment: variables added to those of this process.
+        log: the file that gets what the server and the predictor print; None prints it here.
+        host: the address to bind.
+        port: the port to bind; None takes a free one.
+    """
+
+    def __init__(
+        self,
+        project: Path = ROOT,
+        *,
+        environment: Mapping[str, str] | None = None,
+        log: Path | None = None,
+        host: str = LOOPBACK,
+        port: int | None = None,
+    ) -> None:
+        self.project, self.log, self.host = project, log, host
+        self.port = port or _free_port()
+        self.environment = {
+            "PYTHONWARNINGS": QUIET,
+            **os.environ,
+            **(environment or {}),
+            # Cog starts its worker by the bare name `python`.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+            "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
+            "PORT": str(self.port),
+        }
+
+    def __enter__(self) -> Self:
+        """Derive the schema that the server validates by, and start it; it is not ready yet."""
+        cog_schema.write(self.project)
+        with open(self.log, "wb") if self.log else contextlib.nullcontext() as log:  # noqa: PTH123 (or None)
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cog.server.http", "--host", self.host],
+                cwd=self.project,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the server and its worker, in the middle of a prediction too (left alone, Cog would finish it)."""
+        self._signal(signal.SIGTERM)
+        try:
+            self.process.wait(SECONDS_TO_STOP)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self._signal(signal.SIGKILL)
+            self.process.wait()
+
+    def wait_until_ready(self, seconds: float = 600, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Wait for the predictor's setup, calling `meanwhile` ten times a second.
+
+        Raises:
+            RuntimeError: a sentence with the reason why there will be no prediction.
+        """
+        give_up = time.monotonic() + seconds
+        while time.monotonic() < give_up:
+            meanwhile()
+            if self.process.poll() is not None:
+                raise RuntimeError(f"The server ended with code {self.process.returncode} before it was ready.")
+            with contextlib.suppress(OSError):
+                health = self.health()
+                if health["status"] == "READY":
+                    return
+                if health["status"] != "STARTING":
+                    reason = re.sub(r"^.*[Ss]etup failed: (\w+Error: )?", "", health["setup"]["logs"], flags=re.DOTALL)
+                    raise RuntimeError(f"The predictor's setup failed: {reason}")
+            time.sleep(0.1)
+        raise RuntimeError(f"The server was not ready within {seconds:g} seconds.")
+
+    def health(self) -> dict[str, Any]:
+        """What `GET /health-check` answers: `status` is STARTING, READY, BUSY, SETUP_FAILED, UNHEALTHY or DEFUNCT."""
+        return self.request("GET", "/health-check")[1]
+
+    def schema(self) -> dict[str, Any]:
+        """The OpenAPI document, once the server is ready."""
+        return self.request("GET", "/openapi.json")[1]
+
+    def predict(self, inputs: Mapping[str, Any], prediction_id: str | None = None) -> dict[str, Any]:
+        """One prediction, waited for.
+
+        Returns:
+            Cog's answer: `status`, `output`, `logs`, `metrics`, `error`; `detail` alone where it refused the request.
+        """
+        if prediction_id is None:
+            return self.request("POST", "/predictions", {"input": inputs})[1]
+        return self.request("PUT", f"/predictions/{prediction_id}", {"input": inputs})[1]
+
+    def start(self, inputs: Mapping[str, Any], prediction_id: str, **fields: object) -> dict[str, Any]:
+        """Start a prediction without waiting; `fields` go beside `input`, such as `webhook`."""
+        body = {"input": inputs, **fields}
+        return self.request("PUT", f"/predictions/{prediction_id}", body, {"Prefer": "respond-async"})[1]
+
+    def cancel(self, prediction_id: str) -> int:
+        """Ask for the end of a prediction; the HTTP status, which is 404 where there is no such prediction."""
+        return self.request("POST", f"/predictions/{prediction_id}/cancel")[0]
+
+    def request(
+        self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """One HTTP exchange of JSON, past any proxy; an answer in plain text comes back as its `detail`.
+
+        Raises:
+            OSError: the server does not answer.
+        """
+        connection = http.client.HTTPConnection(LOOPBACK if self.host == "0.0.0.0" else self.host, self.port)
+        try:
+            content = None if body is None else json.dumps(body)
+            connection.request(method, path, content, {"Content-Type": "application/json", **(headers or {})})
+            answer = connection.getresponse()
+            text = answer.read().decode()
+        except http.client.HTTPException as error:
+            raise ConnectionError("The server broke off the connection.") from error
+        finally:
+            connection.close()
+        try:
+            return answer.status, json.loads(text)
+        except ValueError:
+            return answer.status, {"detail": text}
+
+    def _signal(self, number: int) -> None:
+        """To the server and its worker; the group outlives its leader while the worker lives."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
+def failure(answer: Mapping[str, Any]) -> str | None:
+    """Why a prediction has no output, in one sentence without Cog's prefixes; None where it succeeded."""
+    if answer.get("status") == "succeeded":
+        return None
+    if answer.get("status") == "canceled":
+        return "The prediction was cancelled."
+    detail = answer.get("error") or answer.get("detail") or "The server gave no reason."
+    if isinstance(detail, list):  # 422: one entry for each input
+        return "; ".join(f"{problem['loc'][-1]}: {problem['msg']}" for problem in detail)
+    return re.sub(r"^(Prediction failed: )*(\w+Error: )?", "", detail)
+
+
+def data_uri(path: Path) -> str:
+    """A file as Cog takes it within JSON."""
+    kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def files(answer: Mapping[str, Any]) -> list[tuple[str, bytes]]:
+    """The files of a prediction's output, each with its suffix, such as `.webp`."""
+    outputs = []
+    for uri in answer["output"]:
+        header, _, content = uri.partition(",")
+        kind = header.removeprefix("data:").removesuffix(";base64")
+        outputs.append((mimetypes.guess_extension(kind) or "", base64.b64decode(content)))
+    return outputs
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return probe.getsockname()[1]
+
+
+def exit_on_signals() -> None:
+    """End by an exception when asked to end, so that `with CogServer` stops the server."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
+
+
+def main() -> None:
+    """Serve until stopped."""
+    parser = argparse.ArgumentParser(prog="script/serve", description="The predictor behind Cog's HTTP server.")
+    parser.add_argument("--host", default=LOOPBACK, help="address to bind (default: %(default)s, this machine alone)")
+    parser.add_argument("--port", type=int, default=5000, help="port to bind (default: %(default)s)")
+    arguments = parser.parse_args()
+    exit_on_signals()
+    with CogServer(host=arguments.host, port=arguments.port) as server, contextlib.suppress(KeyboardInterrupt):
+        sys.exit(server.process.wait())
+
+
+if __name__ == "__main__":
+    main()
