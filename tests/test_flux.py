@@ -1,0 +1,209 @@
+"""The semantics of a request, on small real models in float32."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cog import CancelationException
+from diffusers import FluxPipeline
+from PIL import Image
+from torch import Tensor
+
+from flux import Flux, Stopwatch
+from request import LoraChoice, Request
+from settings import Settings
+from tests.models import write_models
+
+CPU = torch.device("cpu")
+SMALL = {"megapixels": "0.25", "num_inference_steps": 2, "seed": 11}
+IMAGE_MODES = ("img2img", "inpaint")
+MODES = ("txt2img", *IMAGE_MODES)
+
+
+def make_flux(folder: Path, **changes: object) -> Flux:
+    settings = Settings(models=write_models(folder, **changes), cache_dir=folder / "cache")
+    return Flux(settings, CPU)
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("small")
+
+
+@pytest.fixture(scope="session")
+def flux(small_folder: Path) -> Flux:
+    return make_flux(small_folder)
+
+
+@pytest.fixture(scope="session")
+def coarse_flux(tmp_path_factory: pytest.TempPathFactory) -> Flux:
+    """Its pipelines know multiples of 64 only."""
+    return make_flux(tmp_path_factory.mktemp("coarse"), vae_factor=32)
+
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    ramp = np.linspace(0, 255, 144 * 112 * 3).reshape(112, 144, 3)
+    Image.fromarray(ramp.astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def mask(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mask") / "mask.png"
+    image = Image.new("L", (144, 112))
+    image.paste(255, (32, 32, 96, 80))
+    image.save(path)
+    return path
+
+
+@pytest.fixture
+def inputs(photo: Path, mask: Path) -> dict[str, dict]:
+    return {
+        "txt2img": {"aspect_ratio": "custom", "width": 256, "height": 256},
+        "img2img": {"image": photo},
+        "inpaint": {"image": photo, "mask": mask},
+    }
+
+
+def generate(flux: Flux, **changes: object) -> list[Image.Image]:
+    return flux.generate(Request(**{"prompt": "a red fox"} | SMALL | changes), Stopwatch(CPU)).images
+
+
+def pixels(flux: Flux, **changes: object) -> Tensor:
+    """[3, H, W] in [0, 1], before anything is rounded to bytes."""
+    request = Request(**{"prompt": "a red fox"} | SMALL | changes)
+    stopwatch = Stopwatch(CPU)
+    return flux.draw(flux.prepare(request, stopwatch), request.seed, stopwatch, lambda: None)
+
+
+def same(a: list[Image.Image], b: list[Image.Image]) -> bool:
+    return len(a) == len(b) and all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("go_fast", [False, True])
+def test_each_picture_is_the_single_picture_of_its_seed(flux: Flux, inputs: dict, mode: str, go_fast: bool) -> None:
+    together = generate(flux, **inputs[mode], num_outputs=3, go_fast=go_fast)
+    apart = [generate(flux, **inputs[mode], seed=seed, go_fast=go_fast)[0] for seed in (11, 12, 13)]
+    assert same(together, apart)
+    assert not same(apart[:1], apart[1:2])
+
+
+@pytest.mark.parametrize(
+    ("size", "promised"),
+    [
+        ({"aspect_ratio": "21:9"}, (768, 320)),
+        ({"aspect_ratio": "4:5"}, (448, 544)),
+        ({"aspect_ratio": "custom", "width": 300, "height": 280}, (304, 288)),
+        ({"aspect_ratio": "1:1", "megapixels": "1"}, (1024, 1024)),
+    ],
+)
+def test_a_coarse_grid_still_gives_the_promised_size(coarse_flux: Flux, size: dict, promised: tuple[int, int]) -> None:
+    assert generate(coarse_flux, **size, num_inference_steps=1)[0].size == promised
+
+
+@pytest.mark.parametrize("mode", IMAGE_MODES)
+def test_a_coarse_grid_keeps_the_size_of_the_image(coarse_flux: Flux, inputs: dict, mode: str) -> None:
+    (drawn,) = generate(coarse_flux, **inputs[mode])
+    assert drawn.size == (144, 112)
+
+
+@pytest.mark.parametrize("model", ["dev", "schnell"])
+def test_without_a_lora_it_draws_what_diffusers_draws(flux: Flux, small_folder: Path, model: str) -> None:
+    reference = FluxPipeline.from_pretrained(small_folder / model)
+    reference.set_progress_bar_config(disable=True)
+    tokens = reference.tokenizer_2.model_max_length
+    image = reference(
+        "a red fox",
+        width=256,
+        height=256,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(11),
+        max_sequence_length=tokens,
+        output_type="pt",
+    ).images[0]
+    ours = pixels(flux, model=model, aspect_ratio="custom", width=256, height=256)
+    assert torch.equal(ours, image)
+
+
+def test_schnell_ignores_guidance_and_dev_does_not(flux: Flux) -> None:
+    for model, ignores in (("schnell", True), ("dev", False)):
+        assert (
+            same(generate(flux, model=model, guidance_scale=1), generate(flux, model=model, guidance_scale=8))
+            == ignores
+        )
+
+
+def test_the_prompt_matters(flux: Flux) -> None:
+    assert not same(generate(flux), generate(flux, prompt="a blue bird"))
+
+
+@pytest.mark.parametrize("prompt", ["", "a fox " * 2000])
+def test_any_length_of_prompt_draws(flux: Flux, prompt: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert generate(flux, prompt=prompt, num_inference_steps=1)[0].size == (512, 512)
+    assert ("dev reads the first" in capfd.readouterr().out) == bool(prompt)
+
+
+@pytest.mark.parametrize("mode", IMAGE_MODES)
+def test_no_strength_gives_back_the_resized_image(flux: Flux, inputs: dict, photo: Path, mode: str) -> None:
+    images = generate(flux, **inputs[mode], prompt_strength=0, num_outputs=2)
+    assert same(images, [Image.open(photo)] * 2)
+
+
+@pytest.mark.parametrize("strength", [1e-9, 0.01, 0.3])
+@pytest.mark.parametrize("steps", [1, 4, 49])
+def test_a_little_strength_draws_at_least_one_step(flux: Flux, photo: Path, strength: float, steps: int) -> None:
+    request = Request(prompt="a", image=photo, prompt_strength=strength, num_inference_steps=steps)
+    stopwatch, drawn = Stopwatch(CPU), []
+    flux.draw(flux.prepare(request, stopwatch), 0, stopwatch, lambda: drawn.append(1))
+    assert len(drawn) == max(1, steps - int(steps - steps * strength))
+
+
+def test_the_bar_counts_every_step_of_every_picture(flux: Flux, photo: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    generate(flux, image=photo, prompt_strength=0.5, num_inference_steps=8, num_outputs=2)
+    bars = capfd.readouterr().err
+    assert "8/8" in bars
+    assert bars.lstrip("\r").startswith("  0%|")
+
+
+def test_outside_the_mask_every_pixel_is_the_image_s_own(flux: Flux, inputs: dict, photo: Path, mask: Path) -> None:
+    (drawn,) = generate(flux, **inputs["inpaint"])
+    kept = np.asarray(Image.open(mask)) == 0
+    before, after = np.asarray(Image.open(photo)), np.asarray(drawn)
+    assert (before == after)[kept].all()
+    assert (before != after)[~kept].mean() > 0.5
+
+
+def test_fp8_products_really_run(flux: Flux, inputs: dict) -> None:
+    for mode in MODES:
+        with torch.profiler.profile() as profile:
+            generate(flux, **inputs[mode] | {"aspect_ratio": "1:1"}, go_fast=True, num_inference_steps=1)
+        products = [event.count for event in profile.key_averages() if event.key == "aten::_scaled_mm"]
+        # Linear layers of 2 double blocks (12 each) and 3 single blocks (5 each), all of fitting sizes.
+        assert products == [2 * 12 + 3 * 5]
+
+
+def test_custom_sizes_run_in_the_base_s_precision(flux: Flux) -> None:
+    custom = {"aspect_ratio": "custom", "width": 256, "height": 256}
+    assert same(generate(flux, **custom, go_fast=True), generate(flux, **custom))
+    assert not same(generate(flux, go_fast=True), generate(flux))
+
+
+def test_a_cancelled_drawing_leaves_no_trace(flux: Flux) -> None:
+    before = generate(flux)
+    request = Request(prompt="a blue bird", seed=1, megapixels="0.25")
+    stopwatch, steps = Stopwatch(CPU), iter(range(3))
+
+    def cancel_at_the_third() -> None:
+        if next(steps) == 2:
+            raise CancelationException
+
+    job = flux.prepare(request, stopwatch)
+    with pytest.raises(CancelationException):
+        flux.draw(job, 1, stopwatch, cancel_at_the_third)
+    assert same(generate(flux), before)
