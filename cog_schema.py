@@ -53,7 +53,7 @@ def derive(source: str, predictor: str = "Predictor") -> dict[str, Any]:
     for order, (parameter, default) in enumerate(_parameters(predict)):
         name = parameter.arg
         primitive, nullable = _input_type(parameter)
-        settings = _input_settings(source, name, default, scope)
+        settings = _input_settings(name, default, scope)
         if "choices" in settings:
             enums[name] = {"title": name, "description": "An enumeration.", "enum": settings["choices"]}
             enums[name]["type"] = PRIMITIVES[primitive]["type"]
@@ -136,7 +136,7 @@ def _input_type(parameter: ast.arg) -> tuple[str, bool]:
     raise ValueError(f"The type of {parameter.arg} must be one of {', '.join(PRIMITIVES)}, with or without `| None`.")
 
 
-def _input_settings(source: str, name: str, default: ast.expr | None, scope: dict[str, Literal]) -> dict[str, Any]:
+def _input_settings(name: str, default: ast.expr | None, scope: dict[str, Literal]) -> dict[str, Any]:
     """What a parameter's default says: default, description, minimum, maximum and choices, where it says them."""
     match default:
         case None:
@@ -150,26 +150,30 @@ def _input_settings(source: str, name: str, default: ast.expr | None, scope: dic
                 raise ValueError(f"The default of {name} must be a literal or Input(…) with keywords.") from None
     settings: dict[str, Any] = {}
     for keyword in keywords:
-        # The text, because the tree no longer shows parentheses, adjacent strings and escapes.
-        text = ast.get_source_segment(source, keyword).partition("=")[2].strip()
+        value = keyword.value
+        # Cog's tool sees parentheses, which the tree shows only by where they end, as no literal.
+        bare = (keyword.end_lineno, keyword.end_col_offset) == (value.end_lineno, value.end_col_offset)
         match keyword.arg:
             case "default":
                 try:
-                    settings["default"] = None if text.startswith("(") else _resolve(keyword.value, scope)
+                    settings["default"] = _resolve(value, scope) if bare else None
                 except NotLiteral:
                     settings["default"] = None
             case "description":
-                settings["description"] = _description(name, text, keyword.value, scope)
+                if not bare or (description := _description(value, scope)) is None:
+                    raise ValueError(f"The description of {name} must be one plain string literal without escapes.")
+                settings["description"] = description
             case "ge" | "le" as bound:
-                try:
-                    settings["minimum" if bound == "ge" else "maximum"] = _number(text)
-                except ValueError:
-                    continue
+                number = _number(value) if bare else None
+                if number is not None:
+                    settings["minimum" if bound == "ge" else "maximum"] = number
             case "choices":
                 try:
-                    settings["choices"] = _choices(keyword.value, scope)
+                    settings["choices"] = _choices(value, scope)
                 except NotLiteral:
-                    raise ValueError(f"The choices of {name} must be literals of this file; it is `{text}`.") from None
+                    raise ValueError(
+                        f"The choices of {name} must be literals of this file; they are `{ast.unparse(value)}`."
+                    ) from None
             case other:
                 raise ValueError(f"{name} uses {other}=, which is not derived here; Cog's own tool may know it.")
     return settings
@@ -212,16 +216,22 @@ def _choices(node: ast.expr, scope: dict[str, Literal]) -> list[Literal]:
     raise NotLiteral
 
 
-def _description(name: str, text: str, node: ast.expr, scope: dict[str, Literal]) -> str:
-    value = scope.get(node.id) if isinstance(node, ast.Name) else getattr(node, "value", None)
-    if not isinstance(value, str) or (not isinstance(node, ast.Name) and text[1:-1] != value):
-        raise ValueError(f"The description of {name} must be one plain string literal without escapes, however long.")
-    return value
+def _description(node: ast.expr, scope: dict[str, Literal]) -> str | None:
+    """A string as Cog's tool shows it; None where it would show something else, or nothing."""
+    match node:
+        case ast.Name(id=name) if isinstance(scope.get(name), str):
+            return scope[name]
+        case ast.Constant(value=str() as text) if node.end_col_offset - node.col_offset == len(text.encode()) + 2:
+            return text  # two quotes and the text itself: no escapes, no prefix, no second string
+    return None
 
 
-def _number(text: str) -> int | float:
-    value = float(text)
-    return int(value) if value.is_integer() else value
+def _number(node: ast.expr) -> int | float | None:
+    try:
+        value = _literal(node)
+    except NotLiteral:
+        return None
+    return value if type(value) in (int, float) else None
 
 
 def _output(predict: ast.FunctionDef) -> dict[str, Any]:

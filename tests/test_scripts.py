@@ -1,0 +1,232 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cog_server import ROOT, CogServer, failure, files
+
+# As much as the scripts need of a predictor: it succeeds, fails, takes long, or does not even start.
+PREDICTOR = """
+import os
+import time
+
+from cog import BasePredictor, Input, Path
+from tqdm import tqdm
+
+
+class Predictor(BasePredictor):
+    def setup(self) -> None:
+        if os.environ.get("BROKEN"):
+            raise ValueError("BROKEN is set; it must not be.")
+
+    def predict(
+        self,
+        prompt: str = Input(description="what to do"),
+        image: Path | None = Input(default=None),
+        steps: int = Input(default=4, ge=1, le=50),
+        strength: float = Input(default=1),
+        fast: bool = Input(default=False),
+        model: str = Input(default="dev", choices=["dev", "schnell"]),
+    ) -> list[Path]:
+        for _ in tqdm(range(steps)):
+            time.sleep(1 if prompt == "slow" else 0.01)
+        if prompt == "fail":
+            raise ValueError("A mask needs an image.")
+        if prompt == "native":
+            sum(range(10**12))
+        output = Path("out.webp")
+        output.write_bytes(image.read_bytes() if image else f"{steps!r} {strength!r} {fast!r} {model!r}".encode())
+        return [output]
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of this project's scripts around the small predictor, with this environment's packages."""
+    directory = tmp_path_factory.mktemp("project")
+    shutil.copytree(ROOT / "script", directory / "script")
+    for path in [*ROOT.glob("cog_*.py"), *ROOT.glob("requirements*.txt")]:
+        shutil.copy(path, directory)
+    (directory / ".venv").symlink_to(Path(sys.prefix))
+    (directory / "predict.py").write_text(PREDICTOR)
+    return directory
+
+
+def script(project: Path, *command: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script of the project to its end."""
+    return subprocess.run(
+        [project / "script" / command[0], *command[1:]],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def processes_in(directory: Path) -> list[str]:
+    """The command lines of the processes that work there."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").readlink() == directory.resolve():
+                found.append((process / "cmdline").read_text())
+        except OSError:  # it has ended, or it is another user's
+            continue
+    return found
+
+
+def test_a_prediction_writes_its_files_where_the_caller_is(project: Path, tmp_path: Path) -> None:
+    done = script(project, "predict", "-i", "prompt=a", "-i", "steps=2", "-i", "fast=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "output.0.webp\n"
+    assert (tmp_path / "output.0.webp").read_text() == "2 1 True 'dev'"
+    assert "100%|" in done.stderr
+    assert processes_in(project) == []
+
+
+def test_a_file_is_sent_whole_and_taken_from_the_callers_directory(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(bytes(range(256)))
+    done = script(project, "predict", "-i", "prompt=a", "-i", "image=@photo.jpg", "-o", "new/folder", cwd=tmp_path)
+    assert done.stdout == "new/folder/output.0.webp\n"
+    assert (tmp_path / "new" / "folder" / "output.0.webp").read_bytes() == bytes(range(256))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "sentence"),
+    [
+        (["-i", "prompt=fail"], {}, "A mask needs an image."),
+        (["-i", "prompt=a", "-i", "steps=100"], {}, "steps: 100 is greater than the maximum of 50"),
+        (["-i", "prompt=a"], {"BROKEN": "1"}, "The predictor's setup failed: BROKEN is set; it must not be."),
+    ],
+)
+def test_a_failure_is_one_sentence(
+    project: Path, arguments: list[str], environment: dict[str, str], sentence: str
+) -> None:
+    done = script(project, "predict", *arguments, **environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == sentence
+    assert "Traceback" not in done.stderr
+    assert processes_in(project) == []
+
+
+@pytest.mark.parametrize(
+    ("pairs", "sentence"),
+    [
+        (["prompt"], "-i 'prompt' must have the form key=value or key=@file."),
+        (["promt=a"], "There is no input 'promt' (did you mean prompt?); the inputs are prompt, image, steps, "),
+        (["zzz=a"], "There is no input 'zzz'; the inputs are prompt, image, steps, "),
+        (["prompt=a", "steps=4.5"], "steps is '4.5'; it must be a whole number."),
+        (["prompt=a", "steps=@photo.jpg"], "steps is '@photo.jpg'; it must be a whole number."),
+        (["prompt=a", "strength=nan"], "strength is 'nan'; it must be a number."),
+        (["prompt=a", "fast=yes"], "fast is 'yes'; it must be true or false."),
+        (["prompt=a", "image=@nowhere.png"], "image: there is no file 'nowhere.png'."),
+        (["steps=4"], "An input is missing: -i prompt=…."),
+    ],
+)
+def test_wrong_input_is_refused_before_the_server_starts(project: Path, pairs: list[str], sentence: str) -> None:
+    done = script(project, "predict", *(word for pair in pairs for word in ("-i", pair)))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(sentence)
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_file_too_large_for_a_request_is_not_sent(project: Path, tmp_path: Path) -> None:
+    with (tmp_path / "lora.safetensors").open("wb") as sparse:
+        sparse.truncate(70_000_001)
+    done = script(project, "predict", "-i", "prompt=a", "-i", "image=@lora.safetensors", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "at most 70 MB" in done.stderr
+    assert "COG_WEIGHTS=path" in done.stderr
+    assert "URL" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", [["predict", "-i", "prompt=native"], ["serve"]])
+def test_a_stopped_script_leaves_no_process(project: Path, command: list[str], number: signal.Signals) -> None:
+    port = str(20000 + os.getpid() % 10000)
+    if command[0] == "serve":
+        command = [*command, "--port", port]
+    process = subprocess.Popen(
+        [project / "script" / command[0], *command[1:]],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    shown = ""
+    while ("4/4" if command[0] == "predict" else "Server ready") not in shown:
+        shown += process.stderr.read(1)
+    assert processes_in(project) != []
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode != 0 or command[0] == "serve"
+    assert processes_in(project) == []
+
+
+def test_a_server_is_stopped_in_the_middle_of_a_prediction(project: Path, tmp_path: Path) -> None:
+    with CogServer(project, log=tmp_path / "log") as server:
+        server.wait_until_ready()
+        assert files(server.predict({"prompt": "a"})) == [(".webp", b"4 1 False 'dev'")]
+        assert server.start({"prompt": "slow"}, "one") == {"id": "one", "status": "starting"}
+        assert server.cancel("two") == 404
+        assert server.cancel("one") == 200
+        assert failure(server.predict({"prompt": "a"})) == "At capacity - all prediction slots busy"
+        while server.health()["status"] == "BUSY":
+            time.sleep(0.05)
+        server.start({"prompt": "native", "steps": 1}, "three")
+        while "1/1" not in server.log.read_text():
+            time.sleep(0.05)
+    assert processes_in(project) == []
+
+
+def test_a_second_setup_says_nothing_and_takes_no_time(project: Path) -> None:
+    script(project, "setup")
+    started = time.monotonic()
+    done = script(project, "setup", PIP_INDEX_URL="http://127.0.0.1:9/")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert time.monotonic() - started < 1
+
+
+@pytest.fixture
+def bare_project(project: Path, tmp_path: Path) -> Path:
+    """A fresh clone of a project that requires nothing."""
+    bare = tmp_path / "bare"
+    shutil.copytree(project, bare, ignore=lambda *_: [".venv", ".cog"])
+    for path in bare.glob("requirements*.txt"):
+        path.write_text("")
+    return bare
+
+
+def test_an_interrupted_setup_is_repaired(bare_project: Path) -> None:
+    (bare_project / ".venv").mkdir()
+    (bare_project / ".venv" / "unfinished").touch()
+    half = bare_project / ".venv" / "lib" / "python3.11" / "site-packages" / "half"
+    half.mkdir(parents=True)
+    # Two at once: one installs, the other waits for it.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if "site-packages" in path)}
+    setups = [
+        subprocess.Popen([bare_project / "script" / "setup"], env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [setup.communicate(timeout=120)[1] for setup in setups]
+    assert [setup.returncode for setup in setups] == [0, 0], said
+    assert sorted(map(bool, said)) == [False, True]
+    assert not half.exists()
+    assert (bare_project / ".cog" / "openapi_schema.json").is_file()
+
+
+def test_a_machine_without_python_is_told_so(bare_project: Path, tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("env", "bash", "dirname", "cat", "cmp", "flock"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    done = script(bare_project, "setup", PATH=str(tools))
+    assert done.returncode == 1
+    assert done.stderr == "flux-sprites needs Python 3.11 or newer as python3.11 or python3; there is none on PATH.\n"
+    assert not (bare_project / ".venv").exists()
