@@ -129,9 +129,14 @@ class CogServer:
         Returns:
             Cog's answer: `status`, `output`, `logs`, `metrics`, `error`; `detail` alone where it refused the request.
         """
-        if prediction_id is None:
-            return self.request("POST", "/predictions", {"input": inputs})[1]
-        return self.request("PUT", f"/predictions/{prediction_id}", {"input": inputs})[1]
+        method, path = ("PUT", f"/predictions/{prediction_id}") if prediction_id else ("POST", "/predictions")
+        answer = self.request(method, path, {"input": inputs})[1]
+        # Cog answers just before its slot is free, and would refuse the next request; half a second, because the slot
+        # may be another prediction's.
+        settled = time.monotonic() + 0.5
+        while self.health()["status"] == "BUSY" and time.monotonic() < settled:
+            time.sleep(0.01)
+        return answer
 
     def start(self, inputs: Mapping[str, Any], prediction_id: str, **fields: object) -> dict[str, Any]:
         """Start a prediction without waiting; `fields` go beside `input`, such as `webhook`."""
@@ -208,7 +213,8 @@ def _free_port() -> int:
 def exit_on_signals() -> None:
     """End by an exception when asked to end, so that `with CogServer` stops the server."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: sys.exit(128 + received))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
 def main() -> None:

@@ -146,6 +146,7 @@ def test_a_file_too_large_for_a_request_is_not_sent(project: Path, tmp_path: Pat
     assert "URL" in done.stderr
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="sees processes in /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", [["predict", "-i", "prompt=native"], ["serve"]])
 def test_a_stopped_script_leaves_no_process(project: Path, command: list[str], number: signal.Signals) -> None:
