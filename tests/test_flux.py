@@ -1,6 +1,5 @@
 """The semantics of a request, on small real models in float32."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux import Flux, Stopwatch
-from request import LoraChoice, Request
+from request import Request
 from settings import Settings
 from tests.models import write_models
 
