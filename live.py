@@ -40,14 +40,23 @@ class LiveTensor:
         self._device = device
         self._write_rows = write_rows
 
-    def hold(self, mix: object, base: Tensor, deltas: list[tuple[float, Delta]]) -> bool:
-        """Write base + Σ scale · delta unless that is what this tensor holds; say whether it was written."""
+    def hold(
+        self, mix: object, base: Tensor, deltas: list[tuple[float, Delta]], pristine: Mapping[str, Tensor]
+    ) -> bool:
+        """Write base + Σ scale · delta unless that is what this tensor holds; say whether it was written.
+
+        Args:
+            mix: what this is, to be compared with what is held.
+            base: the pristine parameter.
+            deltas: with their scales, in order.
+            pristine: all parameters of that base, by name.
+        """
         if self.held == mix:
             return False
         self.held = None
         base = base.to(self._device, non_blocking=True)
         if deltas:
-            self._sum(base, [(scale, delta.bind(base)) for scale, delta in deltas])
+            self._sum(base, [(scale, delta.bind(base, pristine)) for scale, delta in deltas])
         else:
             self._write_rows(0, base)
         self.held = mix
@@ -115,7 +124,7 @@ class Live:
             touching = [term for term in terms if term.scale != 0 and name in term.deltas and name in pristine]
             mix = (base, *((term.content, term.scale) for term in touching))
             deltas = [(term.scale, delta) for term in touching for delta in term.deltas[name]]
-            written += tensor.hold(mix, pristine.get(name, self._zeros.get(name)), deltas)
+            written += tensor.hold(mix, pristine.get(name, self._zeros.get(name)), deltas, pristine)
         return written
 
 

@@ -1,0 +1,233 @@
+"""What a LoRA adds to a parameter, kept in the few numbers that its file gives, and multiplied out row by row.
+
+A delta changes some rows of one parameter (elements, where that has one dimension). Its tensors stay in host memory in
+the file's own dtype; `bind` puts them beside the parameter, and the bound delta adds `scale` times itself, in float32,
+to any run of rows. Stored tensors are never changed, and all products are taken in one order: the same deltas added in
+the same runs of rows give the same bits, whatever happened before. This module knows neither files nor FLUX.
+
+    LowRank        up @ down                                   LoRA
+    Hadamard       (a @ b) * (c @ d)                           LoHa
+    Kronecker      kron(left, right)                           LoKr
+    Full           a difference of the parameter's own shape   diff, diff_b
+    Replacement    value - base                                norms and biases that are given whole
+    Decomposed     magnitude * (base + D) / |base + D| - base  DoRA, around any of the others
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+# Elements of a base that a DoRA's norms are taken over at a time: the float32 copy stays small beside the parameter.
+NORM_ELEMENTS = 2**22
+
+AddRows = Callable[[Tensor, int, float], None]
+
+
+@dataclass(frozen=True)
+class BoundDelta:
+    """A delta whose tensors lie on the parameter's device."""
+
+    start: int
+    height: int
+    # (buffer [n, in], first, scale): add the delta's own rows [first, first + n), times scale, to the buffer.
+    add_rows: AddRows
+
+    def add_to(self, buffer: Tensor, start: int, scale: float) -> None:
+        """Add scale times this delta, in place.
+
+        Args:
+            buffer: float32, the parameter's rows [start, start + len(buffer)).
+            start: the first of them.
+            scale: any finite number.
+        """
+        first = max(start, self.start)
+        last = min(start + len(buffer), self.start + self.height)
+        if first < last:
+            self.add_rows(buffer[first - start : last - start], first - self.start, scale)
+
+
+@dataclass(frozen=True)
+class Delta(ABC):
+    """A change of the rows [start, start + height) of a parameter."""
+
+    start: int
+    height: int
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What it holds; a tensor may belong to several deltas."""
+        for field in fields(self):
+            yield from _tensors_in(getattr(self, field.name))
+
+    def bind(self, base: Tensor, pristine: Mapping[str, Tensor]) -> BoundDelta:
+        """Put the factors beside the parameter.
+
+        Args:
+            base: the whole pristine parameter, on the device where it will be summed.
+            pristine: all parameters by name, wherever they lie: a DoRA on a fused layer measures its other parts too.
+        """
+        return BoundDelta(self.start, self.height, self._bind(base[self.start : self.start + self.height], pristine))
+
+    @abstractmethod
+    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor]) -> AddRows:
+        """Do the same for this delta's own rows of the base."""
+
+
+@dataclass(frozen=True)
+class LowRank(Delta):
+    """strength * up @ down."""
+
+    up: Tensor  # [height, rank]
+    down: Tensor  # [rank, in]
+    strength: float  # alpha / rank; kept apart, so that alpha costs no rounding of the tensors
+
+    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor]) -> AddRows:
+        up, down = _float32(self.up, base), _float32(self.down, base)
+
+        def add_rows(buffer: Tensor, first: int, scale: float) -> None:
+            buffer.addmm_(up[first : first + len(buffer)], down, alpha=scale * self.strength)
+
+        return add_rows
+
+
+@dataclass(frozen=True)
+class Hadamard(Delta):
+    """strength * (a @ b) * (c @ d)."""
+
+    a: Tensor  # [height, rank]
+    b: Tensor  # [rank, in]
+    c: Tensor  # [height, rank]
+    d: Tensor  # [rank, in]
+    strength: float
+
+    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor]) -> AddRows:
+        a, b, c, d = (_float32(factor, base) for factor in (self.a, self.b, self.c, self.d))
+
+        def add_rows(buffer: Tensor, first: int, scale: float) -> None:
+            rows = slice(first, first + len(buffer))
+            buffer.addcmul_(a[rows] @ b, c[rows] @ d, value=scale * self.strength)
+
+        return add_rows
+
+
+@dataclass(frozen=True)
+class Kronecker(Delta):
+    """strength * kron(left, right), its rows from `source` on; each side is a matrix or a product of two."""
+
+    left: tuple[Tensor, ...]  # [o1, i1], or [o1, rank] and [rank, i1]
+    right: tuple[Tensor, ...]  # [o2, i2], or [o2, rank] and [rank, i2]; in = i1 * i2
+    source: int
+    strength: float
+
+    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor]) -> AddRows:
+        left, right = (_product([_float32(factor, base) for factor in side]) for side in (self.left, self.right))
+
+        def add_rows(buffer: Tensor, first: int, scale: float) -> None:
+            rows = torch.arange(self.source + first, self.source + first + len(buffer), device=buffer.device)
+            outer = left[rows // len(right)].unsqueeze(2)  # [n, i1, 1]
+            inner = right[rows % len(right)].unsqueeze(1)  # [n, 1, i2]
+            buffer.view(len(buffer), left.shape[1], right.shape[1]).addcmul_(outer, inner, value=scale * self.strength)
+
+        return add_rows
+
+
+@dataclass(frozen=True)
+class Full(Delta):
+    """strength * difference."""
+
+    difference: Tensor  # [height, ...]
+    strength: float = 1.0
+
+    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor]) -> AddRows:
+        difference = self.difference.to(base.device, non_blocking=True)
+
+        def add_rows(buffer: Tensor, first: int, scale: float) -> None:
+            buffer.add_(difference[first : first + len(buffer)].float(), alpha=scale * self.strength)
+
+        return add_rows
+
+
+@dataclass(frozen=True)
+class Replacement(Delta):
+    """value - base: at scale 1 the parameter becomes the value."""
+
+    value: Tensor  # [height, ...]
+
+    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor]) -> AddRows:
+        value = self.value.to(base.device, non_blocking=True)
+
+        def add_rows(buffer: Tensor, first: int, scale: float) -> None:
+            rows = slice(first, first + len(buffer))
+            buffer.add_(value[rows].float() - base[rows].float(), alpha=scale)
+
+        return add_rows
+
+
+@dataclass(frozen=True)
+class Decomposed(Delta):
+    """magnitude * (base + D) / |base + D| - base, where D is another delta at strength 1.
+
+    The norm is of each row, or of each column over all rows of the layer that the LoRA was trained on: where that is a
+    fused layer, `layer` names the parameters that its other rows went to.
+    """
+
+    inner: Delta
+    magnitude: Tensor  # [height, 1] for rows, [1, in] for columns
+    layer: tuple[tuple[str, Delta], ...] = ()  # for columns: by parameter name, every part of the layer, this one too
+
+    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor]) -> AddRows:
+        inner = self.inner._bind(base, pristine)
+        if self.layer:
+            squares = torch.zeros_like(self.magnitude, dtype=torch.float32, device=base.device)
+            for name, part in self.layer:
+                rows = pristine[name][part.start : part.start + part.height].to(base.device, non_blocking=True)
+                for _, merged in _merged(rows, part._bind(rows, pristine)):
+                    squares += merged.square_().sum(dim=0, keepdim=True)
+            norm = squares.sqrt_()
+        else:
+            norm = torch.cat([merged.norm(dim=1, keepdim=True) for _, merged in _merged(base, inner)])
+        # A row or column of zeros stays what it is: nothing gives it a direction.
+        gain = _float32(self.magnitude, base) / norm.clamp_min(torch.finfo(torch.float32).eps)
+
+        def add_rows(buffer: Tensor, first: int, scale: float) -> None:
+            rows = base[first : first + len(buffer)]
+            merged = rows.to(torch.float32, copy=True)
+            inner(merged, first, 1.0)
+            merged *= gain if self.layer else gain[first : first + len(buffer)]
+            buffer.add_(merged.sub_(rows), alpha=scale)
+
+        return add_rows
+
+
+def _merged(base: Tensor, add_rows: AddRows) -> Iterator[tuple[int, Tensor]]:
+    """Runs of rows of base + delta, float32, each with its first row."""
+    height = max(1, NORM_ELEMENTS // base.shape[1])
+    for first in range(0, len(base), height):
+        merged = base[first : first + height].to(torch.float32, copy=True)
+        add_rows(merged, first, 1.0)
+        yield first, merged
+
+
+def _float32(factor: Tensor, base: Tensor) -> Tensor:
+    return factor.to(base.device, non_blocking=True).float()
+
+
+def _product(factors: list[Tensor]) -> Tensor:
+    return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Delta):
+        yield from value.tensors()
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors_in(item)
+
+
+def nbytes(deltas: Iterator[Delta]) -> int:
+    """Bytes that deltas hold together, each tensor counted once."""
+    return sum({id(tensor): tensor.nbytes for delta in deltas for tensor in delta.tensors()}.values())
