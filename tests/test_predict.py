@@ -1,0 +1,235 @@
+"""The whole predictor behind the real Cog server: real requests in, pictures and sentences out."""
+
+import base64
+import http.server
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save
+from tests.lora_files import diffusers_lora
+
+import images
+from cog_server import CogServer, failure, files
+
+SMALL = {"prompt": "a red fox", "megapixels": "0.25", "num_inference_steps": 2, "seed": 3, "output_format": "png"}
+UNSAFE = {"disable_safety_checker": True}
+# The longest that a cancelled prediction may keep the server busy.
+SECONDS_TO_FREE = 1.0
+
+
+def uri(content: bytes, kind: str = "application/octet-stream") -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def encoded(image: Image.Image, form: str = "png", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def photo(width: int = 96, height: int = 64) -> Image.Image:
+    ramp = np.linspace(0, 255, width * height * 3).reshape(height, width, 3)
+    return Image.fromarray(ramp.astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def draw(server: CogServer) -> Callable[..., list[Image.Image]]:
+    """Send a request, insist on pictures."""
+
+    def send(**inputs: object) -> list[Image.Image]:
+        answer = server.predict(SMALL | UNSAFE | inputs)
+        assert failure(answer) is None
+        return [Image.open(io.BytesIO(content)) for _, content in files(answer)]
+
+    return send
+
+
+def same(a: Image.Image, b: Image.Image) -> bool:
+    return a.size == b.size and np.array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize(("form", "pillow"), [("webp", "WEBP"), ("jpg", "JPEG"), ("png", "PNG")])
+def test_three_formats(draw: Callable, form: str, pillow: str) -> None:
+    small, large = (draw(output_format=form, output_quality=quality)[0] for quality in (10, 100))
+    assert (small.format, small.size) == (pillow, (512, 512))
+    assert same(small, large) == (form == "png")
+
+
+def test_defaults_give_one_megapixel_of_webp(server: CogServer) -> None:
+    answer = server.predict({"prompt": "a red fox", "num_inference_steps": 1} | UNSAFE)
+    ((suffix, content),) = files(answer)
+    assert suffix == ".webp"
+    assert Image.open(io.BytesIO(content)).size == (1024, 1024)
+    assert f"Using seed: {answer['metrics']['seed']}" in answer["logs"]
+    assert answer["metrics"]["seed"] < 2**32
+
+
+def test_a_picture_carries_what_draws_it_again(server: CogServer, draw: Callable, tmp_path: Path) -> None:
+    inputs = {"prompt": 'a "red" fox 🦊', "num_outputs": 2, "guidance_scale": 2.5, "aspect_ratio": "3:2"}
+    for number, (_, content) in enumerate(files(server.predict(SMALL | UNSAFE | inputs))):
+        path = tmp_path / f"{number}.png"
+        path.write_bytes(content)
+        again = images.read_metadata(path)
+        assert again["seed"] == SMALL["seed"] + number
+        assert same(draw(**again)[0], Image.open(path))
+
+
+def test_metrics_tell_phases_and_precision(server: CogServer) -> None:
+    metrics = server.predict(SMALL | {"go_fast": True})["metrics"]
+    assert {"input", "loras", "swap", "prompt", "denoise", "decode", "safety", "encode"} == set(metrics["timing"])
+    assert sum(metrics["timing"].values()) == pytest.approx(metrics["predict_time"], abs=0.3)
+    assert (metrics["seed"], metrics["precision"], metrics["loras"]) == (3, "fp8", [])
+
+
+def test_a_photo_and_a_mask(draw: Callable) -> None:
+    mask = Image.new("L", (96, 64))
+    mask.paste(255, (0, 0, 48, 64))
+    image = uri(encoded(photo()), "image/png")
+    (drawn,) = draw(image=image)
+    (inpainted,) = draw(image=image, mask=uri(encoded(mask), "image/png"))
+    assert drawn.size == inpainted.size == (96, 64)
+    kept = np.asarray(mask) == 0
+    assert np.array_equal(np.asarray(inpainted)[kept], np.asarray(photo())[kept])
+    assert not np.array_equal(np.asarray(inpainted)[~kept], np.asarray(photo())[~kept])
+    assert not same(drawn, inpainted)
+
+
+@pytest.fixture(scope="session")
+def lora(server: CogServer) -> bytes:
+    """A LoRA for the model that the server draws with, strong enough to be seen."""
+    return save(diffusers_lora("mini/dev", rank=4, seed=1))
+
+
+@pytest.fixture(scope="session")
+def loopback(lora: bytes) -> Iterator[str]:
+    """An HTTP server that has the LoRA at /lora.safetensors and a photo at /photo.png."""
+    bodies = {"/lora.safetensors": lora, "/photo.png": encoded(photo())}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802
+            body = bodies.get(self.path.partition("?")[0])
+            self.send_response(200 if body else 404)
+            self.send_header("Content-Length", str(len(body or b"")))
+            self.end_headers()
+            self.wfile.write(body or b"")
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_a_photo_by_url_is_the_photo(draw: Callable, loopback: str) -> None:
+    assert same(draw(image=f"{loopback}/photo.png")[0], draw(image=uri(encoded(photo()), "image/png"))[0])
+
+
+def test_a_lora_by_url_and_by_data_uri(server: CogServer, draw: Callable, loopback: str, lora: bytes) -> None:
+    (plain,) = draw()
+    by_url = server.predict(SMALL | UNSAFE | {"replicate_weights": f"{loopback}/lora.safetensors?token=secret"})
+    assert failure(by_url) is None
+    (drawn,) = (Image.open(io.BytesIO(content)) for _, content in files(by_url))
+    assert same(drawn, draw(replicate_weights=uri(lora))[0])
+    assert same(drawn, draw(extra_lora=uri(lora))[0])
+    assert not same(drawn, plain)
+    (report,) = by_url["metrics"]["loras"]
+    assert report["scale"] == 1
+    assert "lora.safetensors" in report["name"]
+    assert "secret" not in str(by_url["metrics"]) + by_url["logs"] + str(drawn.info)
+
+
+def test_scales(draw: Callable, lora: bytes) -> None:
+    main, extra = {"replicate_weights": uri(lora)}, {"extra_lora": uri(lora)}
+    (plain,) = draw()
+    assert same(draw(**main, lora_scale=0)[0], plain)
+    strong, negative = draw(**main, lora_scale=2)[0], draw(**main, lora_scale=-1)[0]
+    assert not same(strong, negative)
+    assert not same(negative, plain)
+    # The same LoRA as main and as extra adds up; two roundings of a sum in float32 may differ by a hair.
+    twice = np.asarray(draw(**main, **extra)[0]).astype(int)
+    assert np.abs(twice - np.asarray(strong)).mean() < np.abs(twice - np.asarray(plain)).mean() / 20
+    assert same(draw()[0], plain)
+
+
+REFUSED = [
+    ({"image": "/etc/hostname"}, "image is '/etc/hostname'"),
+    ({"image": "file:///etc/hostname"}, "image is 'file:///etc/hostname'"),
+    ({"image": "not a uri"}, "image is 'not a uri'"),
+    ({"mask": "file:///etc/hostname", "image": uri(encoded(photo()), "image/png")}, "mask is 'file:"),
+    ({"mask": uri(encoded(photo()), "image/png")}, "A mask was given without an image"),
+    ({"aspect_ratio": "custom"}, "needs both"),
+    ({"seed": 2**63}, "none may exceed"),
+    ({"replicate_weights": "/etc/hostname"}, "/etc/hostname"),
+    ({"extra_lora": "file:///etc/hostname"}, "file:///etc/hostname"),
+    ({"extra_lora": uri(b"no LoRA")}, "safetensors"),
+    ({"image": uri(b"no picture", "image/png")}, "image is not a picture"),
+    ({"image": uri(encoded(photo())[:200], "image/png")}, "image could not be decoded"),
+    ({"image": uri(encoded(Image.new("1", (15000, 15000))), "image/png")}, "image is too large"),
+]
+
+
+@pytest.mark.parametrize(("inputs", "sentence"), REFUSED, ids=[sentence for _, sentence in REFUSED])
+def test_wrong_input_gets_one_sentence(server: CogServer, draw: Callable, inputs: dict, sentence: str) -> None:
+    answer = server.predict(SMALL | inputs)
+    reason = failure(answer)
+    assert sentence in reason
+    assert reason.count("\n") == 0
+    assert reason.endswith(".")
+    assert "Traceback" not in str(answer)
+    assert server.health()["status"] == "READY"
+
+
+ODD_IMAGES = {
+    "cmyk": encoded(photo().convert("CMYK"), "jpeg"),
+    "16 bit": encoded(Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16)),
+    "palette": encoded(photo().convert("P")),
+    "animation": encoded(photo(), "gif", save_all=True, append_images=[photo().rotate(180)]),
+    "1x1": encoded(photo(1, 1)),
+    "20000x10": encoded(photo(20000, 10)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("cmyk", (96, 64)), ("16 bit", (64, 64)), ("palette", (96, 64)), ("animation", (96, 64))]
+    + [("1x1", (16, 16)), ("20000x10", (1440, 16))],
+)
+def test_odd_images_are_drawn(draw: Callable, name: str, size: tuple[int, int]) -> None:
+    assert draw(image=uri(ODD_IMAGES[name], "image/png"))[0].size == size
+
+
+@pytest.mark.parametrize("prompt", ["", "a red fox " * 1000])
+def test_odd_prompts_are_drawn(draw: Callable, prompt: str) -> None:
+    assert draw(prompt=prompt)[0].size == (512, 512)
+
+
+def test_a_cancelled_prediction_frees_the_server_and_leaves_no_trace(
+    server: CogServer, draw: Callable, lora: bytes
+) -> None:
+    (before,) = draw()
+    long = SMALL | {"num_inference_steps": 50, "num_outputs": 4, "megapixels": "1", "replicate_weights": uri(lora)}
+    server.start(long, "to-be-cancelled")
+    _wait(lambda: server.health()["status"] == "BUSY", 5)
+    time.sleep(1)  # into the denoising
+    assert server.cancel("to-be-cancelled") == 200
+    cancelled = time.monotonic()
+    _wait(lambda: server.health()["status"] == "READY", 5)
+    assert time.monotonic() - cancelled < SECONDS_TO_FREE
+    assert same(draw()[0], before)
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
