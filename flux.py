@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+from weights import Weights, WeightsCache, snapshot
 
 import fp8
 import images
@@ -34,7 +35,6 @@ from live import Live, Term
 from lora_loader import Lora, LoraCache
 from request import LoraChoice, Request
 from settings import Settings
-from weights import Weights, WeightsCache, snapshot
 
 # How many text tokens each model was trained with: dev as many as diffusers' pipeline takes by itself. A tokenizer that
 # ends earlier wins.
@@ -44,7 +44,7 @@ TEXT_TOKENS = {
 }
 # LoRAs are made this much stronger under fp8: the model page says so, and users choose their scales by it.
 FP8_LORA_FACTOR = 1.5
-# The blocks' linear layers run in fp8, except the modulation: it sees one token, and what it says multiplies all others.
+# The linear layers of blocks run in fp8, except modulation: it sees one token, and what it says multiplies all others.
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 MODULATION = (".norm.linear", ".norm1.linear", ".norm1_context.linear")
 
