@@ -27,7 +27,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
-from weights import Weights, WeightsCache, snapshot
 
 import fp8
 import images
@@ -35,6 +34,7 @@ from live import Live, Term
 from lora_loader import Lora, LoraCache
 from request import LoraChoice, Request
 from settings import Settings
+from weights import Weights, WeightsCache, snapshot
 
 # How many text tokens each model was trained with: dev as many as diffusers' pipeline takes by itself. A tokenizer that
 # ends earlier wins.
