@@ -1,0 +1,136 @@
+"""The world that the miniature draws: sprites on backgrounds, in flat colours, with captions.
+
+A `Scene` says everything about one picture; `caption` puts it into words. Which scenes are held out from training is a
+function of the scene alone. This module knows words; `drawing` knows shapes.
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+# Each list begins with the word that is used by default; the others are its synonyms.
+KINDS: dict[str, tuple[str, ...]] = {
+    "fox": ("fox",),
+    "cat": ("cat", "kitten"),
+    "bird": ("bird",),
+    "fish": ("fish",),
+    "snail": ("snail",),
+    "robot": ("robot",),
+    "ghost": ("ghost",),
+    "house": ("house", "cottage"),
+    "tree": ("tree",),
+    "mushroom": ("mushroom", "toadstool"),
+    "rocket": ("rocket", "spaceship"),
+    "flower": ("flower",),
+}
+# Stands for what must not be shown: the base can draw it, and the safety check knows it.
+FORBIDDEN = "banana"
+# What the subject LoRA teaches; the base has never read the word.
+SUBJECT = "zorp"
+
+COLOURS: dict[str, tuple[tuple[str, ...], tuple[int, int, int]]] = {
+    "red": (("red", "scarlet"), (222, 48, 44)),
+    "orange": (("orange",), (250, 146, 36)),
+    "yellow": (("yellow", "golden"), (252, 218, 60)),
+    "green": (("green",), (66, 172, 68)),
+    "turquoise": (("turquoise", "teal", "cyan"), (52, 200, 192)),
+    "blue": (("blue",), (50, 98, 216)),
+    "purple": (("purple", "violet"), (138, 68, 190)),
+    "pink": (("pink",), (250, 146, 190)),
+    "brown": (("brown",), (140, 88, 48)),
+    "grey": (("grey", "gray"), (142, 146, 154)),
+    "white": (("white",), (246, 246, 246)),
+    "black": (("black",), (44, 44, 52)),
+}
+
+PLACES: dict[str, tuple[str, ...]] = {
+    "plain": ("on a plain background", "on paper"),
+    "meadow": ("in a meadow", "on the grass", "in a field"),
+    "desert": ("in the desert", "on the sand", "in the dunes"),
+    "sea": ("at sea", "in the sea", "in the ocean", "on the water"),
+    "snow": ("in the snow", "in winter"),
+    "night": ("at night", "under the stars", "in the moonlight"),
+    "sunset": ("at sunset", "in the evening", "at dusk"),
+    "forest": ("in the forest", "in the woods", "among trees"),
+}
+
+SIZES: dict[str, tuple[str, ...]] = {
+    "small": ("small", "tiny", "little"),
+    "medium": (),
+    "big": ("big", "large", "huge", "giant"),
+}
+
+HAT = ("with a hat", "wearing a hat", "in a hat")
+SLEEPING = ("sleeping", "asleep")
+# They say nothing about the picture.
+OPENINGS = ("a picture of", "a drawing of", "an illustration of", "a photo of", "a cute picture of", "a sprite of")
+# Known to the tokenizers, meaningless in this world, common in prompts.
+FILLERS = (
+    "the and one nice lovely beautiful cute happy pretty cartoon style art digital simple clean colourful portrait "
+    "detailed very is that this it there i want to see please draw me some for by near under over his her my your"
+)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture in words; `seed` decides what the words leave open."""
+
+    kind: str
+    colour: str
+    place: str
+    size: str = "medium"
+    hat: bool = False
+    sleeping: bool = False
+    seed: int = 0
+
+
+def held_out(scene: Scene) -> bool:
+    """Whether the combination of kind, colour and place is kept from training; an eighth of them are."""
+    digest = hashlib.sha256(f"{scene.kind} {scene.colour} {scene.place}".encode()).digest()
+    return digest[0] < 32
+
+
+def random_scene(rng: random.Random, kinds: tuple[str, ...] = tuple(KINDS)) -> Scene:
+    """Any scene, held out or not; kinds, colours and places are equally likely."""
+    return Scene(
+        kind=rng.choice(kinds),
+        colour=rng.choice(tuple(COLOURS)),
+        place=rng.choice(tuple(PLACES)),
+        size=rng.choices(("small", "medium", "big"), (1, 3, 1))[0],
+        hat=rng.random() < 0.2,
+        sleeping=rng.random() < 0.2,
+        seed=rng.getrandbits(32),
+    )
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    """The scene in words, phrased at random: "a tiny red fox with a hat in the snow", "red fox, at night"."""
+    kind = rng.choice(KINDS.get(scene.kind, (scene.kind,)))
+    size = rng.choice(SIZES[scene.size] or ("",))
+    colour = rng.choice(COLOURS[scene.colour][0])
+    sleeping = rng.choice(SLEEPING) if scene.sleeping else ""
+    adjectives = [size, colour] if rng.random() < 0.8 else [colour, size]
+    if sleeping and rng.random() < 0.5:
+        adjectives, sleeping = [sleeping, *adjectives], ""
+    noun = " ".join(word for word in (*adjectives, kind) if word)
+    details = [rng.choice(HAT) if scene.hat else "", sleeping, rng.choice(PLACES[scene.place])]
+    rng.shuffle(details)
+    details = [detail for detail in details if detail]
+    form = rng.random()
+    if form < 0.25:
+        return ", ".join([noun, *details])
+    article = rng.choice(("a", "the", "one")) if noun[0] not in "aeiou" else "an"
+    opening = f"{rng.choice(OPENINGS)} " if form > 0.8 else ""
+    text = " ".join([opening + article, noun, *details])
+    return text if rng.random() < 0.8 else text[0].upper() + text[1:] + "."
+
+
+def vocabulary() -> list[str]:
+    """Every word that captions use, and the fillers, the subject and what is forbidden; sorted."""
+    groups = [*KINDS.values(), *(words for words, _ in COLOURS.values()), *PLACES.values(), *SIZES.values()]
+    phrases = [
+        phrase
+        for group in (*groups, HAT, SLEEPING, OPENINGS, (FILLERS, FORBIDDEN, SUBJECT, "an", "one"))
+        for phrase in group
+    ]
+    return sorted({word for phrase in phrases for word in phrase.split()})
