@@ -58,9 +58,26 @@ SINGLE_BLOCK = {
     "norm.key_norm": ("attn.norm_k",),
     "qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "proj": ("proj_out",),
+    # DiffSynth-Studio keeps diffusers' names for the rest of a single block.
+    "to_qkv_mlp": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "proj_out": ("proj_out",),
+    "norm.linear": ("norm.linear",),
+}
+DIFFSYNTH_BLOCK = {
+    "attn.a_to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "attn.b_to_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "attn.a_to_out": ("attn.to_out.0",),
+    "attn.b_to_out": ("attn.to_add_out",),
+    "ff_a.0": ("ff.net.0.proj",),
+    "ff_a.2": ("ff.net.2",),
+    "ff_b.0": ("ff_context.net.0.proj",),
+    "ff_b.2": ("ff_context.net.2",),
+    "norm1_a.linear": ("norm1.linear",),
+    "norm1_b.linear": ("norm1_context.linear",),
 }
 OUTSIDE_BLOCKS = {
     "img_in": "x_embedder",
+    "img_in.proj": "x_embedder",
     "txt_in": "context_embedder",
     "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
     "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
@@ -122,11 +139,11 @@ TENSOR = re.compile(
 # What no layer here is called, and why that does no harm. Matched against names with dots as underscores.
 IGNORED = (
     (
-        r"lora_te3_|lora_te2_(encoder|shared|final)_|text_encoders_t5|t5xxl_|text_encoder_[23]_",
+        r"lora_te3_|lora_te2_(encoder|shared|final)_|text_encoders_t5|(^|_)t5(xxl)?_|text_encoder_[23]_",
         "the T5 part is ignored",
     ),
     (r"(^|_)(text_projection|logit_scale)(_|$)", "FLUX.1 does not use CLIP's projection"),
-    (r"bundle_emb_|emb_params", "textual inversions are ignored"),
+    (r"bundle_emb_|emb_params", "embeddings (textual inversions) are ignored"),
     (r"guidance_(in|embedder)_", "this FLUX has no guidance embedder"),
 )
 # Words by which other things are known, the telling ones first. Matched like the above, but only where a name fits
@@ -248,7 +265,7 @@ def read_lora(file: Path, transformer: nn.Module, text_encoder: nn.Module) -> Lo
         with safe_open(file, framework="pt") as tensors:
             names = sorted(tensors.keys())
             found, ignored = _assign(names, table)
-            _refuse_what_is_no_lora(found, names)
+            _refuse_what_is_no_lora(found, ignored, names)
             adapters = _adapters(tensors.metadata() or {})
             result: dict[str, dict[str, tuple[Delta, ...]]] = {"transformer": {}, "text_encoder": {}}
             claims: dict[str, Layer] = {}
@@ -292,14 +309,18 @@ def _layers_by_name(transformer: nn.Module, text_encoder: nn.Module) -> dict[str
     for ours, theirs, aliases in (
         ("transformer_blocks", "double_blocks", DOUBLE_BLOCK),
         ("single_transformer_blocks", "single_blocks", SINGLE_BLOCK),
+        ("transformer_blocks", "blocks", DIFFSYNTH_BLOCK),
         ("transformer_blocks", "transformer_blocks", FUSED),
         ("single_transformer_blocks", "single_transformer_blocks", FUSED),
     ):
         for index in range(len(getattr(transformer, ours))):
             for alias, names in aliases.items():
                 parts = [own.get(f"{ours}.{index}.{name}") for name in names]
-                if None not in parts:
-                    spelled[f"{theirs}.{index}.{alias}"] = _fuse(parts)
+                if None in parts:
+                    continue
+                spelled[f"{theirs}.{index}.{alias}"] = _fuse(parts)
+                if len(parts) > 1:  # OneTrainer numbers the parts of a fused layer
+                    spelled |= {f"{theirs}.{index}.{alias}.{number}": part for number, part in enumerate(parts)}
     spelled |= {alias: own[name] for alias, name in OUTSIDE_BLOCKS.items() if name in own}
     spelled["final_layer.adaLN_modulation.1"] = _swap_halves(own["norm_out.linear"])
     for name, layer in _own_layers("text_encoder", text_encoder).items():
@@ -347,7 +368,7 @@ def _swap_halves(layer: Layer) -> Layer:
 
 def _find(table: Mapping[str, Layer], name: str) -> tuple[Layer, str] | None:
     """The layer of that name, prefixed in whatever way, and the way of writing it."""
-    key = NOISE.sub("", name).replace(".", "_")
+    key = NOISE.sub("", name).replace(".", "_").rstrip("_")  # some trainers leave a _ at the end of names
     formats = []
     while key not in table:
         prefix = next((prefix for prefix in PREFIXES if key.startswith(f"{prefix}_")), None)
@@ -417,11 +438,13 @@ def _reason_to_ignore(name: str, table: Mapping[str, Layer]) -> str:
     return "no layer of FLUX.1 has such a name"
 
 
-def _refuse_what_is_no_lora(found: Mapping[Layer, Content], names: list[str]) -> None:
+def _refuse_what_is_no_lora(found: Mapping[Layer, Content], ignored: Iterable[str], names: list[str]) -> None:
     if not names:
         raise ValueError("The file holds no tensors; it must be a LoRA for FLUX.1.")
     if not found:
-        raise ValueError(f"The file has nothing for FLUX.1 in it, only the like of {_short(names[0])}.")
+        raise ValueError(
+            f"The file has nothing for FLUX.1 in it, only the like of {_short(names[0])} ({'; '.join(ignored)})."
+        )
     if all(role in ("value", "value_b") for content in found.values() for role in content.tensors):
         raise ValueError("The file holds whole weights, a checkpoint; it must be a LoRA, which holds changes.")
 
@@ -516,6 +539,7 @@ class _LayerReader:
     def __init__(self, layer: Layer, content: Content, get: Callable[[str], Tensor], adapter: Adapter) -> None:
         self.kinds: set[str] = set()
         self.ranks: set[int] = set()
+        self._used: set[str] = set()
         self._layer, self._content, self._get, self._adapter = layer, content, get, adapter
 
     def deltas(self) -> Iterator[tuple[str, Delta]]:
@@ -538,6 +562,8 @@ class _LayerReader:
             raise ValueError(f"The LoRA changes {self._layer} in two ways at once: {', '.join(sorted(roles))}.")
         if not products and "magnitude" in roles:
             raise self._incomplete("magnitude")
+        if roles == {"alpha"}:
+            raise self._incomplete("alpha")
         for build in products:
             parts = [(f"{part.name}.weight", delta) for part, delta in zip(self._layer.parts, build(), strict=True)]
             yield from self._decomposed(parts) if "magnitude" in roles else parts
@@ -551,6 +577,10 @@ class _LayerReader:
             if role in roles:
                 yield from self._whole(role, delta)
                 self.kinds |= {kind} - {None}
+        # An alpha means nothing beside whole tensors, and trainers write it all the same.
+        if unused := roles - self._used - {"alpha"}:
+            names = ", ".join(self._name(role) for role in sorted(unused))
+            raise ValueError(f"The LoRA has {names}, which says nothing beside the rest that it has for {self._layer}.")
 
     def _lora(self) -> list[Delta]:
         up, down = self._matrix("up"), self._matrix("down")
@@ -658,18 +688,19 @@ class _LayerReader:
     def _read(self, role: str) -> Tensor:
         if role not in self._content.tensors:
             raise self._incomplete(role)
-        name = self._name(role)
+        self._used.add(role)
+        name = self._content.tensors[role]
         tensor = self._get(name)
         if not tensor.is_floating_point() and not (role == "alpha" and not tensor.is_complex()):
             raise ValueError(
-                f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}; it must be a float type."
+                f"{_short(name)} is stored as {str(tensor.dtype).removeprefix('torch.')}; it must be a float type."
             )
         if tensor.is_floating_point() and tensor.itemsize == 1:
             tensor = tensor.to(torch.bfloat16)  # exact: bfloat16 has more bits of each kind
         elif tensor.dtype == torch.float64:
             tensor = tensor.float()
         if not tensor.isfinite().all():
-            raise ValueError(f"{name} has values that are not finite numbers; the file is damaged.")
+            raise ValueError(f"{_short(name)} has values that are not finite numbers; the file is damaged.")
         return tensor
 
     def _name(self, role: str) -> str:

@@ -185,6 +185,41 @@ def one_trainer(made: list[Change]) -> Tensors:
     }
 
 
+def omi(made: list[Change]) -> Tensors:
+    """OneTrainer's later format: Black Forest Labs' names, the parts of fused layers apart and numbered."""
+    tensors = {}
+    for change in made:
+        halves = change.bfl.endswith("adaLN_modulation.1")
+        for number, rows in enumerate([change.up] if halves else change.by_part.values()):
+            stem = f"transformer.{change.bfl}" + (f".{number}" if len(change.parts) > 1 else "")
+            stem = stem.replace("img_in", "img_in.proj")
+            tensors |= {f"{stem}.lora_down.weight": change.down.clone(), f"{stem}.lora_up.weight": rows.clone()}
+            tensors[f"{stem}.alpha"] = torch.tensor(ALPHA)
+    return tensors
+
+
+DIFFSYNTH = {
+    "img_attn.qkv": "attn.a_to_qkv",
+    "txt_attn.qkv": "attn.b_to_qkv",
+    "img_attn.proj": "attn.a_to_out",
+    "txt_attn.proj": "attn.b_to_out",
+    "img_mlp.0": "ff_a.0",
+    "img_mlp.2": "ff_a.2",
+    "txt_mlp.0": "ff_b.0",
+    "txt_mlp.2": "ff_b.2",
+    "img_mod.lin": "norm1_a.linear",
+    "txt_mod.lin": "norm1_b.linear",
+    "linear1": "to_qkv_mlp",
+    "linear2": "proj_out",
+    "modulation.lin": "norm.linear",
+}
+
+
+def diffsynth_name(bfl: str) -> str:
+    block, index, layer = bfl.split(".", 2)
+    return f"{block.removeprefix('double_')}.{index}.{DIFFSYNTH[layer]}"
+
+
 def kohya_split(made: list[Change]) -> Tensors:
     """Fused layers whose parts were trained apart: block-diagonal factors of as many times the rank."""
     tensors = {}
@@ -221,7 +256,13 @@ EXACT: dict[str, Callable[[list[Change]], Tensors]] = {
     "ComfyUI, PEFT's suffix": lambda made: _bfl(made, "diffusion_model.{}".format, *PEFT, None),
     "BFL": lambda made: _bfl(made, "{}".format, *PEFT, None),
     "fal": lambda made: _bfl(made, "base_model.model.{}".format, *PEFT, None),
+    "kohya, diffusers' names": lambda made: {
+        # as TheLastBen's trainer writes them, with one _ too many
+        name.replace("lora_transformer", "lora_unet").replace(".", "_.", 1): tensor
+        for name, tensor in one_trainer(made).items()
+    },
     "OneTrainer": one_trainer,
+    "OneTrainer, OMI": omi,
     "LyCORIS": lambda made: {
         name.replace("lora_transformer_", "lycoris_"): tensor for name, tensor in one_trainer(made).items()
     },
@@ -245,6 +286,12 @@ def loha(made: list[Change], name: Callable[[str], str] = kohya_name) -> Tensors
 
 def full(made: list[Change], name: Callable[[str], str] = kohya_name) -> Tensors:
     return {f"{name(change.bfl)}.diff": _folded(change.up) @ change.down for change in made}
+
+
+# The same, for layers of blocks only.
+EXACT_IN_BLOCKS: dict[str, Callable[[list[Change]], Tensors]] = {
+    "DiffSynth": lambda made: _bfl(made, diffsynth_name, ".lora_A.default.weight", ".lora_B.default.weight", None),
+}
 
 
 # Formats that multiply or round in another order: a rounding or two of float32 may differ.

@@ -1,0 +1,190 @@
+"""Every kind of delta against its formula, written out in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import deltas
+from deltas import Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, Replacement
+
+OUT, IN, RANK = 12, 18, 3
+STRENGTH = 0.75
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed * 1000 + sum(shape)))
+
+
+BASE = numbers(OUT, IN, seed=1)
+
+
+def low_rank(start: int = 0, height: int = OUT) -> LowRank:
+    up = numbers(OUT, RANK, seed=2)[start : start + height]
+    return LowRank(start, height, up, numbers(RANK, IN, seed=3), STRENGTH)
+
+
+def low_rank_product() -> Tensor:
+    return STRENGTH * (numbers(OUT, RANK, seed=2).double() @ numbers(RANK, IN, seed=3).double())
+
+
+def hadamard() -> Hadamard:
+    factors = [numbers(OUT, RANK, seed=seed) if seed % 2 else numbers(RANK, IN, seed=seed) for seed in (5, 6, 7, 8)]
+    return Hadamard(0, OUT, *factors, STRENGTH)
+
+
+def hadamard_product() -> Tensor:
+    a, b, c, d = (factor.double() for factor in hadamard().tensors())
+    return STRENGTH * ((a @ b) * (c @ d))
+
+
+LEFT, RIGHT = (numbers(3, 6, seed=9),), (numbers(4, 2, seed=10), numbers(2, 3, seed=11))
+
+
+def kronecker(start: int = 0, height: int = OUT, source: int = 0) -> Kronecker:
+    return Kronecker(start, height, LEFT, RIGHT, source, STRENGTH)
+
+
+def kronecker_product() -> Tensor:
+    return STRENGTH * torch.kron(LEFT[0].double(), RIGHT[0].double() @ RIGHT[1].double())
+
+
+def row_magnitude() -> Tensor:
+    return numbers(OUT, 1, seed=12).abs() + 0.5
+
+
+def column_magnitude() -> Tensor:
+    return numbers(1, IN, seed=13).abs() + 0.5
+
+
+def decomposed(product: Tensor, magnitude: Tensor) -> Tensor:
+    merged = BASE.double() + product
+    axis = 1 if magnitude.shape[0] == OUT else 0
+    return magnitude.double() * merged / merged.norm(dim=axis, keepdim=True) - BASE.double()
+
+
+def by_columns(inner: Delta) -> Decomposed:
+    return Decomposed(0, OUT, inner, column_magnitude(), (("weight", inner),))
+
+
+KINDS: dict[str, tuple[Callable[[], Delta], Callable[[], Tensor]]] = {
+    "LoRA": (low_rank, low_rank_product),
+    "LoHa": (hadamard, hadamard_product),
+    "LoKr": (kronecker, kronecker_product),
+    "difference": (lambda: Full(0, OUT, numbers(OUT, IN, seed=4), 0.5), lambda: numbers(OUT, IN, seed=4).double() / 2),
+    "value": (
+        lambda: Replacement(0, OUT, numbers(OUT, IN, seed=4)),
+        lambda: numbers(OUT, IN, seed=4).double() - BASE.double(),
+    ),
+    "DoRA by rows": (
+        lambda: Decomposed(0, OUT, low_rank(), row_magnitude()),
+        lambda: decomposed(low_rank_product(), row_magnitude()),
+    ),
+    "DoRA by columns": (
+        lambda: by_columns(low_rank()),
+        lambda: decomposed(low_rank_product(), column_magnitude()),
+    ),
+    "DoRA of a LoHa": (
+        lambda: Decomposed(0, OUT, hadamard(), row_magnitude()),
+        lambda: decomposed(hadamard_product(), row_magnitude()),
+    ),
+    "DoRA of a LoKr": (lambda: by_columns(kronecker()), lambda: decomposed(kronecker_product(), column_magnitude())),
+}
+
+
+def add(delta: Delta, scale: float, height: int = OUT, base: Tensor = BASE) -> Tensor:
+    """Base + scale * delta, summed in runs of so many rows."""
+    bound = delta.bind(base, {"weight": base})
+    total = base.float().clone()
+    for start in range(0, len(base), height):
+        bound.add_to(total[start : start + height], start, scale)
+    return total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [1.0, -1.0, 0.3, 3.0])
+def test_a_delta_is_its_formula_times_the_scale(kind: str, scale: float) -> None:
+    make, formula = KINDS[kind]
+    expected = BASE.double() + scale * formula()
+    torch.testing.assert_close(add(make(), scale), expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("height", [1, 5, 7])
+def test_runs_of_rows_add_up_to_the_whole(kind: str, height: int) -> None:
+    delta = KINDS[kind][0]()
+    torch.testing.assert_close(add(delta, 0.7, height), add(delta, 0.7), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_runs_give_the_same_bits_and_change_nothing_stored(kind: str) -> None:
+    delta = KINDS[kind][0]()
+    stored = [tensor.clone() for tensor in delta.tensors()]
+    first = add(delta, 0.7, 5)
+    add(delta, -2.0, 12)
+    assert torch.equal(add(delta, 0.7, 5), first)
+    assert all(torch.equal(now, before) for now, before in zip(delta.tensors(), stored, strict=True))
+
+
+def test_a_value_at_scale_1_is_that_value() -> None:
+    value = numbers(OUT, seed=4)
+    base = numbers(OUT, seed=14)
+    torch.testing.assert_close(add(Replacement(0, OUT, value), 1.0, base=base), value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("start", "height"), [(0, 5), (4, 6), (7, 5)])
+def test_a_part_changes_its_own_rows_only(start: int, height: int) -> None:
+    total = add(low_rank(start, height), 1.0, 5)
+    expected = BASE.double()
+    expected[start : start + height] += low_rank_product()[start : start + height]
+    torch.testing.assert_close(total, expected.float(), rtol=1e-5, atol=1e-5)
+    outside = [row for row in range(OUT) if not start <= row < start + height]
+    assert torch.equal(total[outside], BASE[outside])
+
+
+def test_a_part_of_a_kronecker_product_begins_where_it_should() -> None:
+    total = add(kronecker(2, 6, source=5), 1.0, 4)
+    expected = BASE.double()
+    expected[2:8] += kronecker_product()[5:11]
+    torch.testing.assert_close(total, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_dora_by_columns_measures_all_parts_of_a_fused_layer() -> None:
+    other = numbers(OUT, IN, seed=15)
+    part = LowRank(0, OUT, numbers(OUT, RANK, seed=16), numbers(RANK, IN, seed=3), STRENGTH)
+    magnitude = column_magnitude()
+    delta = Decomposed(0, OUT, low_rank(), magnitude, (("weight", low_rank()), ("other", part)))
+    total = BASE.clone()
+    delta.bind(BASE, {"weight": BASE, "other": other}).add_to(total, 0, 1.0)
+    merged = torch.cat(
+        [BASE.double() + low_rank_product(), other.double() + STRENGTH * part.up.double() @ part.down.double()]
+    )
+    expected = (magnitude.double() * merged / merged.norm(dim=0, keepdim=True))[:OUT]
+    torch.testing.assert_close(total, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_norms_of_a_dora_are_taken_in_float32_of_a_bf16_base() -> None:
+    base = BASE.bfloat16()
+    total = add(Decomposed(0, OUT, low_rank(), row_magnitude()), 1.0, base=base)
+    merged = base.double() + low_rank_product()
+    expected = row_magnitude().double() * merged / merged.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(total, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_of_zeros_has_no_direction_and_stays() -> None:
+    base = BASE.clone()
+    base[3] = 0
+    up = numbers(OUT, RANK, seed=2).clone()
+    up[3] = 0
+    total = add(
+        Decomposed(0, OUT, LowRank(0, OUT, up, numbers(RANK, IN, seed=3), 1.0), row_magnitude()), 1.0, base=base
+    )
+    assert total.isfinite().all()
+    assert total[3].eq(0).all()
+
+
+def test_a_shared_tensor_is_counted_once() -> None:
+    down = numbers(RANK, IN)
+    parts = [LowRank(0, OUT, numbers(OUT, RANK, seed=seed), down, 1.0) for seed in (1, 2, 3)]
+    assert deltas.nbytes(iter(parts)) == 4 * (3 * OUT * RANK + RANK * IN)
