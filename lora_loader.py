@@ -136,6 +136,10 @@ TENSOR = re.compile(
     r"(?P<value>weight|scale|set_weight)|(?P<value_b>bias)"
     r"))"
 )
+# How numbers may be stored. Float4 is packed in pairs that torch cannot take apart.
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+FLOATS |= {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu}
+INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 # What no layer here is called, and why that does no harm. Matched against names with dots as underscores.
 IGNORED = (
     (
@@ -691,11 +695,11 @@ class _LayerReader:
         self._used.add(role)
         name = self._content.tensors[role]
         tensor = self._get(name)
-        if not tensor.is_floating_point() and not (role == "alpha" and not tensor.is_complex()):
+        if tensor.dtype not in FLOATS and not (role == "alpha" and tensor.dtype in INTEGERS):
             raise ValueError(
                 f"{_short(name)} is stored as {str(tensor.dtype).removeprefix('torch.')}; it must be a float type."
             )
-        if tensor.is_floating_point() and tensor.itemsize == 1:
+        if tensor.dtype in FLOATS and tensor.itemsize == 1:
             tensor = tensor.to(torch.bfloat16)  # exact: bfloat16 has more bits of each kind
         elif tensor.dtype == torch.float64:
             tensor = tensor.float()
