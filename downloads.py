@@ -1,0 +1,636 @@
+"""HTTP downloads to checked addresses: streamed, in parallel where the host really honours ranges, resumed, verified.
+
+This module knows HTTP, sockets and one open file. It knows neither what is downloaded nor where it is kept, and it
+reads no environment: no proxy, which would connect where it likes, and no netrc.
+"""
+
+import contextlib
+import functools
+import ipaddress
+import json
+import os
+import random
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Self, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+import certifi
+import urllib3
+from tqdm import tqdm
+from urllib3.connection import HTTPConnection, HTTPSConnection
+
+T = TypeVar("T")
+MIB = 1024**2
+# As many as a host that slows each connection down deserves, and fewer than one takes for an attack.
+CONNECTIONS = 12
+# Large enough for a request's round trip not to matter, small enough for all connections to end together.
+SMALLEST_PIECE, LARGEST_PIECE = 8 * MIB, 64 * MIB
+CHUNK = MIB
+# Compared once, before a second connection is trusted to have sent what it was asked for.
+PROBE = slice(1024, 2048)
+MAX_REDIRECTS = 10
+MAX_JSON_BYTES = 32 * MIB
+# Azure's host for its machines, which hands out secrets from what looks like a public address.
+METADATA = {ipaddress.ip_address("168.63.129.16")}
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a host may keep a prediction waiting, in seconds."""
+
+    connect: float = 10
+    # Without a byte, and on average over such a time below SLOWEST bytes a second.
+    stall: float = 30
+    # Before the second, third ... attempt; a host's Retry-After up to the longest counts instead.
+    pauses: tuple[float, ...] = (0.5, 1, 2, 4)
+    longest_pause: float = 30
+
+
+SLOWEST = 1024
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a file's bytes are now, and what its host states about them."""
+
+    name: str  # as it may be shown
+    url: str = field(repr=False)
+    token: str | None = field(default=None, repr=False)  # for the host of `url` alone
+    key: str | None = None  # what names this content for ever: a version, a commit, a hash
+    sha256: str | None = None
+    size: int | None = None
+    trigger_words: tuple[str, ...] = ()
+    # What to do about a status (0: about a web page instead of the file), as the end of a sentence.
+    advice: Mapping[int, str] = field(default_factory=dict)
+
+
+class UnavailableError(ValueError):
+    """The host is down, overloaded or broke off: the same request may succeed later."""
+
+    def __init__(self, sentence: str, pause: float | None = None) -> None:
+        super().__init__(sentence)
+        self.pause = pause  # what the host asked for, in seconds
+
+
+class StoppedError(Exception):
+    """Whoever wanted the download does not want it any more."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Connections
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether a stranger may have us connect there; addresses that carry another one inside are judged by that."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour
+        if address in NAT64:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if inner is not None:
+            return _is_public(inner)
+    return address.is_global and not address.is_multicast and address not in METADATA
+
+
+class _PrivateAddressError(OSError): ...
+
+
+class _Checked:
+    """A connection whose host is looked up once, checked, and connected to by the address that was checked."""
+
+    def __init__(self, *args: object, client: "Client", **options: object) -> None:
+        super().__init__(*args, **options)
+        self._client = client
+
+    def _new_conn(self) -> socket.socket:
+        return self._client.connect(self.host, self.port, self.socket_options)
+
+    def connect(self) -> None:
+        super().connect()
+        self._client.remember(self.sock)
+
+
+class _CheckedHTTP(_Checked, HTTPConnection): ...
+
+
+class _CheckedHTTPS(_Checked, HTTPSConnection): ...
+
+
+class _HTTPPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _CheckedHTTP
+
+
+class _HTTPSPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _CheckedHTTPS
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """The system's authorities (and SSL_CERT_FILE's), and certifi's, since slim images have none."""
+    context = ssl.create_default_context()
+    context.load_verify_locations(certifi.where())
+    return context
+
+
+class Client:
+    """The connections of one download; another thread can stop it.
+
+    Args:
+        allow_private: whether private and loopback addresses may be connected to.
+        patience: how long a host may keep us waiting.
+    """
+
+    def __init__(self, *, allow_private: bool, patience: Patience) -> None:
+        self.patience = patience
+        self._allow_private = allow_private
+        self._sockets: set[socket.socket] = set()
+        self._stopped = threading.Event()
+        self._pool = urllib3.PoolManager(
+            maxsize=CONNECTIONS,
+            ssl_context=_tls(),
+            timeout=urllib3.Timeout(connect=patience.connect, read=patience.stall),
+        )
+        pools = {"http": _HTTPPool, "https": _HTTPSPool}
+        self._pool.pool_classes_by_scheme = {
+            scheme: functools.partial(pool, client=self) for scheme, pool in pools.items()
+        }
+
+    def __enter__(self) -> Self:
+        """Nothing is connected to before something is asked for."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close all connections."""
+        self.disconnect()
+        self._pool.clear()
+
+    def stop(self) -> None:
+        """End everything under way: threads that wait for a host get `StoppedError`."""
+        self._stopped.set()
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Wake every thread that waits for a host; to be called from any thread."""
+        for sock in list(self._sockets):
+            with contextlib.suppress(OSError):
+                # Past SSLSocket's own method, which is not made for another thread.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def check(self) -> None:
+        """Raise `StoppedError` after `stop`."""
+        if self._stopped.is_set():
+            raise StoppedError
+
+    def connect(self, host: str, port: int, options: Sequence[tuple[int, int, int]] | None) -> socket.socket:
+        """Look the host up, and connect to an address of it that may be connected to.
+
+        Raises:
+            OSError: it cannot be found or reached, or one of its addresses is not public.
+        """
+        found = [entry[4][0] for entry in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)]
+        for address in found:
+            if not self._allow_private and not _is_public(ipaddress.ip_address(address.partition("%")[0])):
+                raise _PrivateAddressError(host)
+        for address in found:
+            self.check()
+            try:
+                return urllib3.util.connection.create_connection((address, port), self.patience.connect, None, options)
+            except OSError as error:
+                reason = error
+        raise reason
+
+    def remember(self, sock: socket.socket) -> None:
+        """A connection that `disconnect` closes."""
+        self._sockets.add(sock)
+        self.check()
+
+    def persist(self, attempt: Callable[[], T], hasty: bool = False) -> T:
+        """Try again while the host is unavailable, after growing pauses or those that it asks for; `hasty`: do not."""
+        for pause in (*(() if hasty else self.patience.pauses), None):
+            try:
+                return attempt()
+            except UnavailableError as error:
+                self.check()
+                if pause is None or (error.pause or 0) > self.patience.longest_pause:
+                    raise
+                self.pause(error.pause or pause)
+        raise AssertionError
+
+    def pause(self, seconds: float) -> None:
+        """Wait, for a little longer than that: many who were refused together should not come back together."""
+        if self._stopped.wait(seconds * random.uniform(1, 1.25)):
+            raise StoppedError
+
+    def open(self, source: Source, headers: Mapping[str, str] | None = None, url: str | None = None) -> "Stream":
+        """Ask for a file, following redirects.
+
+        Args:
+            source: what is asked for.
+            headers: added to the request.
+            url: where an earlier request was redirected to.
+
+        Raises:
+            UnavailableError: the host cannot be reached, answers 429 or 5xx.
+            ValueError: any other refusal, with what to do about it.
+        """
+        token = source.token if url is None else None
+        url = url or source.url
+        for _ in range(MAX_REDIRECTS):
+            response = self._request(source, url, headers or {}, token)
+            location = response.headers.get("Location")
+            if response.status not in (301, 302, 303, 307, 308) or location is None:
+                break
+            response.close()
+            # The token was for the host that the source lies on, not for whatever that one trusts.
+            url, token = urljoin(url, location), None
+            if urlsplit(url).scheme not in ("http", "https"):
+                raise ValueError(f"{source.name} leads to {urlsplit(url).scheme}: instead of http(s).")
+        else:
+            raise ValueError(
+                f"{source.name} was redirected more than {MAX_REDIRECTS} times; the link leads in a circle."
+            )
+        if response.status >= 300 and response.status != HTTPStatus.NOT_MODIFIED:
+            response.close()
+            raise _refusal(source, url, response)
+        return Stream(self, source, url, response)
+
+    def _request(
+        self, source: Source, url: str, headers: Mapping[str, str], token: str | None
+    ) -> urllib3.BaseHTTPResponse:
+        self.check()
+        sent = {"User-Agent": "flux-sprites", "Accept": "*/*", "Accept-Encoding": "identity", **headers}
+        if token is not None:
+            sent["Authorization"] = f"Bearer {token}"
+        parts = urlsplit(url)
+        if parts.username is not None and token is None:
+            sent |= urllib3.make_headers(basic_auth=f"{parts.username}:{parts.password or ''}")
+        url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        try:
+            return self._pool.request("GET", url, headers=sent, redirect=False, retries=False, preload_content=False)
+        except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
+            self.check()
+            raise _broken(source, url, error) from error
+
+    def json(self, source: Source, hasty: bool = False) -> object:
+        """A host's answer about a file.
+
+        Raises:
+            UnavailableError: the host is down, and stays so.
+            ValueError: it refuses, or answers something else.
+        """
+
+        def attempt() -> bytes:
+            with self.open(source) as stream:
+                return stream.peek(MAX_JSON_BYTES)
+
+        try:
+            return json.loads(self.persist(attempt, hasty))
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+                raise
+            host = urlsplit(source.url).hostname
+            raise UnavailableError(
+                f"{source.name} cannot be looked up: {host} sent something else than an answer."
+            ) from None
+
+
+def _broken(source: Source, url: str, error: Exception) -> ValueError:
+    """A sentence about a connection that failed."""
+    host = urlsplit(url).hostname
+    if isinstance(error, urllib3.exceptions.ProtocolError) and isinstance(error.args[-1], Exception):
+        error = error.args[-1]
+    if isinstance(error, _PrivateAddressError):
+        return ValueError(
+            f"{source.name} cannot be fetched: {host} is an address of the server's own network; it must be a public "
+            "one, unless whoever runs the server sets WEIGHTS_ALLOW_PRIVATE_HOSTS=1."
+        )
+    if isinstance(error, urllib3.exceptions.LocationValueError | UnicodeError):
+        return ValueError(f"{source.name} is no address that can be connected to.")
+    if isinstance(error, urllib3.exceptions.SSLError) and "CERTIFICATE" in str(error):
+        return ValueError(f"{source.name} cannot be fetched: the certificate of {host} is not valid.")
+    if isinstance(error, socket.gaierror):
+        return UnavailableError(f"{source.name} cannot be fetched: there is no host {host}, or it cannot be looked up.")
+    if isinstance(error, urllib3.exceptions.TimeoutError | TimeoutError):
+        return UnavailableError(f"{source.name} cannot be fetched: {host} does not answer.")
+    return UnavailableError(f"{source.name} cannot be fetched: the connection to {host} failed or broke off.")
+
+
+def _refusal(source: Source, url: str, response: urllib3.BaseHTTPResponse) -> ValueError:
+    """A sentence about an answer that is none."""
+    status, host = response.status, urlsplit(url).hostname
+    phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else ""
+    sentence = f"{source.name} cannot be fetched: {host} answered {status} {phrase}".rstrip()
+    if status in (408, 425, 429) or status >= 500:
+        with contextlib.suppress(urllib3.exceptions.InvalidHeader):
+            return UnavailableError(f"{sentence}; try again later.", urllib3.Retry().get_retry_after(response))
+        return UnavailableError(f"{sentence}; try again later.")
+    if host == "replicate.delivery" and status in (403, 404):
+        advice = "the files of a prediction are deleted after an hour: name the model as owner/name instead"
+    elif status in source.advice:
+        advice = source.advice[status]
+    elif status in (400, 401, 403):
+        advice = "it needs a login, or the link has expired"
+    else:
+        advice = "there is no such file"
+    return ValueError(f"{sentence}; {advice}.")
+
+
+class Stream:
+    """The body of one response, as it arrives.
+
+    Attributes:
+        url: where the redirects led.
+        status: 200, 206 or 304.
+        position: of the next byte, within the file.
+        end: the position behind the last byte, where the host states it.
+        size: of the whole file, where the host states it.
+    """
+
+    def __init__(self, client: Client, source: Source, url: str, response: urllib3.BaseHTTPResponse) -> None:
+        self.url, self.status, self.headers = url, response.status, response.headers
+        self._client, self._source, self._response = client, source, response
+        self.position, self.end = 0, response.length_remaining
+        self.size = self.end
+        if self.status == HTTPStatus.PARTIAL_CONTENT:
+            found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
+            self.position, last, self.size = map(int, found.groups()) if found else (-1, -1, None)
+            self.end = last + 1
+        self._ahead = b""
+        self._since, self._counted = time.monotonic(), 0
+
+    def __enter__(self) -> Self:
+        """Read it inside."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """See `close`."""
+        self.close()
+
+    def close(self) -> None:
+        """Keep the connection for the next request where the body was read to its end, else close it."""
+        if self._response.length_remaining == 0:
+            self._response.release_conn()
+        else:
+            self._response.close()
+
+    @property
+    def validators(self) -> dict[str, str]:
+        """The headers that tell whether the file is still the same, where the host sends them."""
+        return {name: self.headers[name] for name in ("ETag", "Last-Modified") if name in self.headers}
+
+    def read(self, limit: int = CHUNK) -> bytes:
+        """The next bytes, as soon as there are some; none at the end.
+
+        Raises:
+            UnavailableError: the host broke off before the end that it stated, or is too slow.
+        """
+        data, self._ahead = (self._ahead[:limit], self._ahead[limit:]) if self._ahead else (self._receive(limit), b"")
+        self.position += len(data)
+        return data
+
+    def peek(self, count: int) -> bytes:
+        """The next `count` bytes, fewer at the end; `read` gives them again."""
+        parts = [self._ahead]
+        missing = count - len(self._ahead)
+        while missing > 0 and (data := self._receive(min(missing, CHUNK))):
+            parts.append(data)
+            missing -= len(data)
+        self._ahead = b"".join(parts)
+        return self._ahead[:count]
+
+    def _receive(self, limit: int) -> bytes:
+        self._client.check()
+        try:
+            data = self._response.read1(limit, decode_content=False)
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            self._client.check()
+            raise _broken(self._source, self.url, error) from error
+        self._counted += len(data)
+        if not data:
+            self._client.check()
+            if self._response.length_remaining:
+                raise _broken(self._source, self.url, ConnectionError())
+        elapsed = time.monotonic() - self._since
+        if elapsed > self._client.patience.stall:
+            if self._counted < SLOWEST * elapsed:
+                raise UnavailableError(
+                    f"{self._source.name} cannot be fetched: {urlsplit(self.url).hostname} sends less than "
+                    f"{SLOWEST} bytes a second."
+                )
+            self._since, self._counted = time.monotonic(), 0
+        return data
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downloads
+
+
+@dataclass
+class _Piece:
+    """A part of the file that one connection fetches."""
+
+    start: int
+    end: int | None  # None: as far as the host sends
+    position: int  # what lies before it is on disk
+    done: bool = False
+
+
+class Download:
+    """One file on its way to the disk.
+
+    Args:
+        client: the connections.
+        source: the file.
+        first: the open answer to a request for the whole of it.
+        file: the descriptor of the file to be written.
+        reserve: called with a number of bytes before the file grows to it; may refuse.
+        kept: the starts of pieces that the file holds already, from an earlier attempt.
+        keep: called with the start of each piece that has come to the disk.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        source: Source,
+        first: Stream,
+        file: int,
+        reserve: Callable[[int], None],
+        kept: Collection[int] = (),
+        keep: Callable[[int], None] = lambda start: None,
+    ) -> None:
+        self._client, self._source, self._first, self._file = client, source, first, file
+        self._reserve, self._kept, self._keep = reserve, kept, keep
+        self._url = first.url
+        etag = first.headers.get("ETag", "W/")
+        self._unless_changed = {} if etag.startswith("W/") else {"If-Range": etag}
+        self._parallel = False
+        self._pieces: list[_Piece] = []
+        self._error: Exception | None = None
+        self._changed = threading.Condition()
+
+    def run(self, on_bytes: Callable[[bytes], None]) -> int:
+        """Fetch the file.
+
+        Args:
+            on_bytes: gets the content in order while the rest arrives; an error that it raises ends the download.
+
+        Returns:
+            The size in bytes.
+
+        Raises:
+            UnavailableError: the host broke off, and does so again and again.
+            ValueError: the host refuses, or the file changed meanwhile.
+            OSError: the disk is full.
+        """
+        if self._first.size is not None:
+            self._reserve(self._first.size)
+        self._parallel = self._honours_ranges()
+        self._pieces = self._cut()
+        waiting = iter([piece for piece in self._pieces if not piece.done])
+        options = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "delay": 1, "mininterval": 1, "leave": False}
+        with (
+            tqdm(desc=self._source.name, total=self._first.size, **options) as self._bar,
+            ThreadPoolExecutor(CONNECTIONS if self._parallel else 1, "download") as pool,
+        ):
+            for index in range(min(CONNECTIONS, len(self._pieces))):
+                pool.submit(self._work, waiting, self._first if index == 0 else None)
+            try:
+                return self._follow(on_bytes)
+            except BaseException as error:
+                self._fail(error)
+                raise
+
+    def _honours_ranges(self) -> bool:
+        """Asked for bytes that are known already: some hosts say 206 and send the file from its beginning."""
+        if (self._first.size or 0) < 2 * SMALLEST_PIECE or self._first.headers.get("Accept-Ranges") == "none":
+            return False
+        known = self._first.peek(PROBE.stop)[PROBE]
+        try:
+            with self._open_range(PROBE.start, PROBE.stop) as stream:
+                return self._is_range(stream, PROBE.start, PROBE.stop) and stream.peek(len(known)) == known
+        except ValueError:
+            return False
+
+    def _cut(self) -> list[_Piece]:
+        size = self._first.size
+        if size is None or not self._parallel:
+            return [_Piece(0, size, 0)]
+        length = min(max(SMALLEST_PIECE, size // (4 * CONNECTIONS)), LARGEST_PIECE)
+        pieces = [_Piece(start, min(start + length, size), start) for start in range(0, size, length)]
+        for piece in pieces:
+            if piece.start in self._kept:
+                piece.position, piece.done = piece.end, True
+        return pieces
+
+    def _work(self, waiting: Iterator[_Piece], stream: Stream | None) -> None:
+        """Fetch pieces until none is waiting; a stream goes on to the next piece where that follows."""
+        try:
+            while self._error is None:
+                with self._changed:
+                    piece = next(waiting, None)
+                if piece is None:
+                    break
+                stream = self._fetch(piece, stream)
+                if piece.done:
+                    self._keep(piece.start)
+        except Exception as error:
+            self._fail(error)
+        finally:
+            if stream is not None:
+                stream.close()
+
+    def _fetch(self, piece: _Piece, stream: Stream | None) -> Stream:
+        current = stream
+
+        def attempt() -> None:
+            nonlocal current
+            if current is None or current.position != piece.position:
+                if current is not None:
+                    current.close()
+                current = None
+                current = self._open_at(piece)
+            try:
+                self._copy(current, piece)
+            except UnavailableError:
+                current.close()
+                current = None
+                raise
+
+        self._client.persist(attempt)
+        return current
+
+    def _copy(self, stream: Stream, piece: _Piece) -> None:
+        while not piece.done and self._error is None:
+            data = stream.read(CHUNK if piece.end is None else min(CHUNK, piece.end - piece.position))
+            if piece.end is None and data:
+                self._reserve(piece.position + len(data))
+            os.pwrite(self._file, data, piece.position)
+            with self._changed:
+                piece.position += len(data)
+                piece.done = piece.position == piece.end or not data
+                self._bar.update(len(data))
+                self._changed.notify_all()
+
+    def _open_at(self, piece: _Piece) -> Stream:
+        """Go on where a piece was broken off, with a part of what is known already, which must be the same."""
+        start = max(piece.start, piece.position - len(range(*PROBE.indices(PROBE.stop))))
+        stream = self._open_range(start, piece.end) if start > 0 else self._client.open(self._source)
+        whole = stream.status == HTTPStatus.OK and stream.size == self._first.size and not self._parallel
+        if not whole and not self._is_range(stream, start, piece.end):
+            stream.close()
+            raise self._different()
+        while stream.position < piece.position:
+            data = stream.read(min(CHUNK, piece.position - stream.position))
+            if not data or data != os.pread(self._file, len(data), stream.position - len(data)):
+                stream.close()
+                raise self._different()
+        return stream
+
+    def _open_range(self, start: int, end: int | None) -> Stream:
+        wanted = {"Range": f"bytes={start}-{'' if end is None else end - 1}", **self._unless_changed}
+        try:
+            return self._client.open(self._source, wanted, self._url)
+        except UnavailableError:
+            raise
+        except ValueError:
+            # The addresses that hosts redirect to expire, in the course of a long download too.
+            stream = self._client.open(self._source, wanted)
+            self._url = stream.url
+            return stream
+
+    def _is_range(self, stream: Stream, start: int, end: int | None) -> bool:
+        stated = (stream.status, stream.position, stream.size)
+        return stated == (206, start, self._first.size or stream.size) and end in (None, stream.end)
+
+    def _different(self) -> ValueError:
+        return ValueError(f"{self._source.name} changed while it was being downloaded; try again.")
+
+    def _follow(self, on_bytes: Callable[[bytes], None]) -> int:
+        """Hand the content on in order, as far as it is there."""
+        position = 0
+        for piece in self._pieces:
+            while not (piece.done and position == piece.position):
+                with self._changed:
+                    self._changed.wait_for(lambda: self._error or piece.done or piece.position > position)  # noqa: B023
+                    reached = piece.position
+                if self._error is not None:
+                    raise self._error
+                while position < reached:
+                    data = os.pread(self._file, min(CHUNK, reached - position), position)
+                    on_bytes(data)
+                    position += len(data)
+        return position
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+        self._client.disconnect()

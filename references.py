@@ -1,0 +1,526 @@
+"""What people paste to name a LoRA → a Reference; what that is at its host now → a Source.
+
+Parsing is pure: no file is opened, no host is asked. Resolving asks the hosts' interfaces which file is meant and what
+it is called by its content; fetching the file is left to downloads.
+"""
+
+import base64
+import binascii
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode, urlsplit
+
+from httpx2 import HTTPError
+from huggingface_hub import HfApi, ModelInfo, hf_hub_url
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoSibling
+
+from downloads import Client, Source, UnavailableError
+from settings import Settings
+
+ACCEPTED = (
+    "owner/name[/version] of Replicate, huggingface.co/owner/repo, civitai.com/models/id, "
+    "urn:air:flux1:lora:civitai:model@version, an http(s) URL or a data: URI"
+)
+SHA256 = re.compile(r"[0-9a-f]{64}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# How trainers name what they save on the way: name_000001500, name-step00002000, checkpoint-500.
+CHECKPOINT = re.compile(r"[_-]0\d{4,}$|[_-](?:steps?|epoch|checkpoint)[_-]?\d+$|^checkpoint-\d+$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """A model on Replicate, or one version of it."""
+
+    owner: str
+    model: str
+    version: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As it may be shown; naming it again gives the same reference."""
+        return "/".join(filter(None, (self.owner, self.model, self.version)))
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """A repo on Hugging Face, or a folder or a file in it."""
+
+    repo: str
+    revision: str = "main"
+    folder: str = ""
+    file: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As it may be shown; naming it again gives the same reference."""
+        repo, revision = f"huggingface.co/{self.repo}", quote(self.revision, safe="")
+        if self.file is not None:
+            return f"{repo}/resolve/{revision}/{quote(self.file)}"
+        if self.folder or self.revision != "main":
+            return f"{repo}/tree/{revision}/{quote(self.folder)}".rstrip("/")
+        return repo
+
+
+@dataclass(frozen=True)
+class Civitai:
+    """A model on CivitAI, which means its newest version for FLUX.1, or one version."""
+
+    model: int | None
+    version: int | None = None
+    # Which of a version's files, as a download link says it: `type=Model&format=SafeTensor`.
+    query: str = ""
+    host: str = "civitai.com"
+    # Some people paste links that hold their own token.
+    token: str | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """As it may be shown; naming it again gives the same version."""
+        if self.version is None:
+            return f"{self.host}/models/{self.model}"
+        if self.model is None:
+            return f"{self.host}/api/download/models/{self.version}"
+        return f"urn:air:flux1:lora:civitai:{self.model}@{self.version}"
+
+
+@dataclass(frozen=True)
+class Url:
+    """A file anywhere. The query belongs to the address (signed URLs) and is never shown."""
+
+    url: str = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """As it may be shown: without user, password, query and fragment."""
+        return redact(self.url)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A file within the request."""
+
+    content: bytes = field(repr=False)
+
+    @cached_property
+    def name(self) -> str:
+        """As it may be shown: a short hash."""
+        return f"sha256:{hashlib.sha256(self.content).hexdigest()[:12]}"
+
+
+Reference = Replicate | HuggingFace | Civitai | Url | Data
+
+
+def redact(url: str) -> str:
+    """A URL without what may be secret: user, password, query and fragment."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def validate_reference(reference: str) -> None:
+    """Say what is wrong with a reference before anything is asked of anyone.
+
+    Raises:
+        ValueError: a sentence that lists the accepted forms.
+    """
+    parse(reference)
+
+
+def parse(text: str, settings: Settings | None = None) -> Reference:
+    """Read a reference.
+
+    Args:
+        text: as somebody typed it.
+        settings: their mirrors' addresses count as the hosts that they mirror.
+
+    Raises:
+        ValueError: a sentence that lists the accepted forms.
+    """
+    text = text.strip()
+    if text[:5].lower() == "data:":
+        return _parse_data(text)
+    if re.match(r"(urn:)?air:", text, re.IGNORECASE):
+        return _parse_air(text)
+    if re.match(r"https?://", text, re.IGNORECASE):
+        return _parse_url(text, text, settings)
+    if text.lower().removeprefix("www.").partition("/")[0] in READERS:
+        return _parse_url(text, f"https://{text}", settings)
+    if (reference := _read_replicate(text, text)) is not None:
+        return reference
+    raise _unknown(text)
+
+
+def _parse_url(text: str, url: str, settings: Settings | None) -> Reference:
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").lower().removeprefix("www.")
+        port = parts.port
+    except ValueError:
+        raise _unknown(text) from None
+    if not host or re.search(r"[\s\x00-\x1f\x7f]", url):
+        raise _unknown(text)
+    readers = dict(READERS)
+    if settings is not None:
+        mirrors = (settings.hf_endpoint, settings.civitai_endpoint, settings.replicate_endpoint)
+        for mirror, reader in zip(mirrors, (_read_hugging_face, _read_civitai, _read_replicate_page), strict=True):
+            readers[urlsplit(mirror).netloc.lower()] = reader
+    reader = readers.get(host if port is None else f"{host}:{port}")
+    return Url(url.partition("#")[0]) if reader is None else reader(text, url)
+
+
+def _read_replicate(text: str, path: str) -> Replicate | None:
+    found = re.fullmatch(
+        r"(?P<owner>[A-Za-z0-9_-]+)/(?P<model>[A-Za-z0-9_.-]*[A-Za-z0-9_-])"
+        r"(?:(?:/versions/|/|:)(?P<version>[0-9a-f]{8,64}))?(?:/_weights)?/?",
+        path,
+    )
+    if found is None or found["model"].endswith((".safetensors", ".tar", ".zip", ".gz")) or found["model"][0] == ".":
+        return None
+    return Replicate(found["owner"], found["model"], found["version"])
+
+
+def _read_replicate_page(text: str, url: str) -> Replicate:
+    reference = _read_replicate(text, unquote(urlsplit(url).path).strip("/"))
+    if reference is None:
+        raise ValueError(
+            f"{_shown(text)!r} names no model of Replicate; it must be replicate.com/owner/name[/version]."
+        )
+    return reference
+
+
+def _read_hugging_face(text: str, url: str) -> HuggingFace:
+    segments = [unquote(segment) for segment in urlsplit(url).path.split("/") if segment]
+    name = r"[A-Za-z0-9_.-]+"
+    if len(segments) < 2 or segments[0] in ("datasets", "spaces", "api", "models", "docs", "blog", "collections"):
+        segments = []
+    if not segments or not all(re.fullmatch(name, part) for part in segments[:2]) or ".." in segments:
+        raise ValueError(
+            f"{_shown(text)!r} names no model on Hugging Face; it must be huggingface.co/owner/repo, "
+            "with /resolve/revision/file or /tree/revision/folder where one is meant."
+        )
+    repo, rest = "/".join(segments[:2]), segments[2:]
+    if not rest:
+        return HuggingFace(repo)
+    if rest[0] not in ("blob", "resolve", "raw", "tree") or len(rest) == 1:
+        path = "/".join(rest)
+        return HuggingFace(repo, file=path) if "." in rest[-1] else HuggingFace(repo, folder=path)
+    length = 3 if rest[1] == "refs" and len(rest) > 3 else 1
+    revision, path = "/".join(rest[1 : 1 + length]), "/".join(rest[1 + length :])
+    return HuggingFace(repo, revision, file=path) if path and rest[0] != "tree" else HuggingFace(repo, revision, path)
+
+
+def _read_civitai(text: str, url: str) -> Civitai:
+    parts = urlsplit(url)
+    host = "civitai.red" if (parts.hostname or "").endswith("civitai.red") else "civitai.com"
+    query = dict(parse_qsl(parts.query))
+    token = query.pop("token", None)
+    if found := re.fullmatch(r"/api/download/models/(\d+)/?", parts.path):
+        return Civitai(None, int(found[1]), urlencode(query), host, token)
+    if found := re.fullmatch(r"(?:/api/v1)?/model-versions/(\d+)/?", parts.path):
+        return Civitai(None, int(found[1]), "", host, token)
+    found = re.fullmatch(r"(?:/[a-z]{2})?(?:/api/v1)?/models/(\d+)(?:/[^/]*)?/?", parts.path)
+    version = query.get("modelVersionId", "")
+    if found is None or not (version.isdecimal() or not version):
+        raise ValueError(
+            f"{_shown(text)!r} names no model on CivitAI; it must be civitai.com/models/id, "
+            "with ?modelVersionId=id where one version is meant."
+        )
+    return Civitai(int(found[1]), int(version) if version else None, "", host, token)
+
+
+def _parse_data(text: str) -> Data:
+    header, comma, payload = text.partition(",")
+    if not comma:
+        raise ValueError("The data: URI has no comma; it must be data:[type][;base64],content.")
+    content = unquote_to_bytes(payload) if "%" in payload else payload.encode()
+    if header.lower().endswith(";base64"):
+        content = b"".join(content.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+        try:
+            content = base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
+        except binascii.Error:
+            raise ValueError("The data: URI is damaged: what follows its comma is not base64.") from None
+    return Data(content)
+
+
+def _parse_air(text: str) -> Civitai:
+    found = re.fullmatch(
+        r"(?:urn:)?(?:air:)?(?P<base>\w+):(?P<kind>\w+):(?P<source>\w+):(?P<model>\d+)(?:@(?P<version>\d+))?(?:\.\w+)?",
+        text,
+        re.IGNORECASE,
+    )
+    if found is None or found["source"].lower() != "civitai":
+        raise ValueError(
+            f"{_shown(text)!r} is no AIR of CivitAI; it must be urn:air:flux1:lora:civitai:model@version, with numbers."
+        )
+    if found["base"].lower() != "flux1":
+        raise ValueError(f"{_shown(text)!r} is for {found['base']}; it must be for flux1.")
+    return Civitai(int(found["model"]), int(found["version"]) if found["version"] else None)
+
+
+READERS = {
+    "huggingface.co": _read_hugging_face,
+    "hf.co": _read_hugging_face,
+    "civitai.com": _read_civitai,
+    "civitai.red": _read_civitai,
+    "replicate.com": _read_replicate_page,
+}
+
+
+def _unknown(text: str) -> ValueError:
+    return ValueError(f"{_shown(text)!r} names no LoRA that can be fetched; it must be {ACCEPTED}.")
+
+
+def _shown(text: str) -> str:
+    """What somebody typed, without what may be secret in it."""
+    return re.sub(r"//[^/@]*@", "//", text.partition("?")[0].partition("#")[0])[:120]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a reference is at its host now
+
+
+def resolve(
+    reference: Replicate | HuggingFace | Civitai | Url, settings: Settings, client: Client, hasty: bool = False
+) -> Source:
+    """Ask the host which file is meant.
+
+    Args:
+        reference: what somebody named.
+        settings: tokens and mirrors.
+        client: asks.
+        hasty: ask once, since there is something to fall back on.
+
+    Raises:
+        UnavailableError: the host is down.
+        ValueError: a sentence about why it names no file, or none that we may have.
+    """
+    match reference:
+        case Replicate():
+            return _resolve_replicate(reference, settings)
+        case HuggingFace():
+            return _resolve_hugging_face(reference, settings, client, hasty)
+        case Civitai():
+            return _resolve_civitai(reference, settings, client, hasty)
+        case Url(url):
+            return Source(reference.name, url)
+
+
+def _resolve_replicate(reference: Replicate, settings: Settings) -> Source:
+    versions = f"/versions/{reference.version}" if reference.version else ""
+    refused = (
+        "it has no weights, or is private and needs REPLICATE_API_TOKEN "
+        f"(on Hugging Face it would be huggingface.co/{reference.owner}/{reference.model})"
+    )
+    return Source(
+        reference.name,
+        f"{settings.replicate_endpoint}/{reference.owner}/{reference.model}{versions}/_weights",
+        token=settings.replicate_token,
+        advice=dict.fromkeys((401, 403, 404), refused) | {0: refused},
+    )
+
+
+def _resolve_hugging_face(reference: HuggingFace, settings: Settings, client: Client, hasty: bool) -> Source:
+    repo = list_repo(reference, settings, client, hasty)
+    path = reference.file if reference.file is not None else _choose_in_repo(reference, repo, settings)
+    if path not in repo.files:
+        raise ValueError(f"{reference.name} does not exist; the repo has {_some(_weights_in(repo, ''))}.")
+    print(f"{reference.name}: {path} of commit {repo.commit[:8]}.")
+    return repo.files[path]
+
+
+@dataclass(frozen=True)
+class Repo:
+    """A repo on Hugging Face at one commit, and its files by path."""
+
+    id: str
+    commit: str
+    files: Mapping[str, Source]
+
+
+def list_repo(reference: HuggingFace, settings: Settings, client: Client, hasty: bool = False) -> Repo:
+    """Ask Hugging Face for a repo's files, with their hashes.
+
+    Raises:
+        UnavailableError: the host is down.
+        ValueError: a sentence about why it cannot be had: missing, private, gated.
+    """
+
+    def attempt() -> ModelInfo:
+        try:
+            return HfApi(settings.hf_endpoint, token=settings.hf_token or False).model_info(
+                reference.repo, revision=reference.revision, files_metadata=True, timeout=client.patience.connect
+            )
+        except (OSError, HTTPError, ValueError) as error:
+            raise _explain_hugging_face(error, reference, settings) from error
+
+    info = client.persist(attempt, hasty)
+    trigger_words = _words(info.card_data.get("instance_prompt") if info.card_data else None)
+    refused = _needs_token(reference, settings)
+
+    def source(file: RepoSibling) -> Source:
+        sha256 = file.lfs.sha256 if file.lfs else None
+        return Source(
+            f"huggingface.co/{info.id}/resolve/{reference.revision}/{file.rfilename}",
+            hf_hub_url(info.id, file.rfilename, revision=info.sha, endpoint=settings.hf_endpoint),
+            token=settings.hf_token,
+            key=f"{info.id}/{file.rfilename} {sha256 or file.blob_id or info.sha}",
+            sha256=sha256,
+            size=file.size,
+            trigger_words=trigger_words,
+            advice={401: refused, 403: refused},
+        )
+
+    return Repo(info.id, info.sha, {file.rfilename: source(file) for file in info.siblings or ()})
+
+
+def _needs_token(reference: HuggingFace, settings: Settings) -> str:
+    if settings.hf_token:
+        return "it does not exist, or is private and the account of HF_TOKEN may not read it"
+    return "it does not exist, or is private and needs HF_TOKEN"
+
+
+def _explain_hugging_face(error: Exception, reference: HuggingFace, settings: Settings) -> ValueError:
+    name, host = reference.name, urlsplit(settings.hf_endpoint).hostname
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    if isinstance(error, GatedRepoError):
+        account = "the account of HF_TOKEN" if settings.hf_token else "an account, and set HF_TOKEN to a token of it"
+        return ValueError(
+            f"{name} is gated: accept its conditions at https://huggingface.co/{reference.repo} with {account}."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return ValueError(f"{name} has no revision {reference.revision!r}; it must be a branch, a tag or a commit.")
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
+        return ValueError(f"{name} cannot be fetched: {host} answered {status}; {_needs_token(reference, settings)}.")
+    if isinstance(error, HFValidationError):
+        return ValueError(f"{name} names no model on Hugging Face; it must be huggingface.co/owner/repo.")
+    if status is not None and status != 429 and status < 500:
+        return ValueError(f"{name} cannot be fetched: {host} answered {status}.")
+    answered = f"answered {status}" if status else "does not answer"
+    pause = error.response.headers.get("Retry-After", "") if status else ""
+    return UnavailableError(
+        f"{name} cannot be looked up: {host} {answered}; try again later.", float(pause) if pause.isdecimal() else None
+    )
+
+
+def _weights_in(repo: Repo, folder: str) -> list[str]:
+    """The .safetensors files in a folder, or in its folders where it has none itself."""
+    prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
+    paths = [path for path in repo.files if path.startswith(prefix) and path.endswith(".safetensors")]
+    highest = min((path.count("/") for path in paths), default=0)
+    return [path for path in paths if path.count("/") == highest]
+
+
+def _choose_in_repo(reference: HuggingFace, repo: Repo, settings: Settings) -> str:
+    """The file that a repo, or a folder of it, is about: by its usual name, else the only one, else the newest."""
+    paths = _weights_in(repo, reference.folder)
+    for stem in ("pytorch_lora_weights", "lora", "adapter_model"):
+        named = [path for path in paths if PurePosixPath(path).stem == stem]
+        if len(named) == 1:
+            return named[0]
+    finished = [path for path in paths if not CHECKPOINT.search(PurePosixPath(path).stem)] or paths
+    if len(finished) > 1:
+        finished = _newest(finished, repo, settings)
+    if len(finished) != 1:
+        raise ValueError(
+            f"{reference.name} has {_some(paths)}; "
+            f"name one file, as huggingface.co/{repo.id}/resolve/{reference.revision}/file.safetensors."
+        )
+    return finished[0]
+
+
+def _newest(paths: list[str], repo: Repo, settings: Settings) -> list[str]:
+    """Those of the last commit."""
+    api = HfApi(settings.hf_endpoint, token=settings.hf_token or False)
+    try:
+        infos = api.get_paths_info(repo.id, paths, expand=True, revision=repo.commit)
+    except (OSError, HTTPError):
+        return paths
+    dates = {info.path: info.last_commit.date for info in infos if info.last_commit is not None}
+    return [path for path in paths if dates.get(path) == max(dates.values(), default=None)]
+
+
+def _some(paths: list[str]) -> str:
+    """Names in a sentence."""
+    if not paths:
+        return "no .safetensors file"
+    more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
+    return f"{len(paths)} .safetensors file(s): {', '.join(paths[:8])}{more}"
+
+
+def _resolve_civitai(reference: Civitai, settings: Settings, client: Client, hasty: bool) -> Source:
+    official = settings.civitai_endpoint == Settings.civitai_endpoint
+    endpoint = f"https://{reference.host}" if official else settings.civitai_endpoint
+    token = reference.token or settings.civitai_token
+    refused = "the token is not accepted, or may not have this file" if token else "it needs CIVITAI_API_TOKEN"
+    missing = f"there is no such {'model' if reference.version is None else 'version'}"
+    asked = f"models/{reference.model}" if reference.version is None else f"model-versions/{reference.version}"
+    advice = {0: refused, 401: refused, 403: refused, 404: missing}
+    answer = client.json(Source(reference.name, f"{endpoint}/api/v1/{asked}", token, advice=advice), hasty)
+    try:
+        version = _newest_for_flux(answer["modelVersions"], reference) if reference.version is None else answer
+        file = _choose_file(version["files"], reference)
+        download = urlsplit(file.get("downloadUrl") or f"/api/download/models/{version['id']}")
+        print(f"{reference.name}: {file['name']} of version {version['id']}, for {version.get('baseModel')}.")
+        sha256 = str((file.get("hashes") or {}).get("SHA256", "")).lower()
+        return Source(
+            reference.name,
+            f"{endpoint}{download.path}{'?' if download.query else ''}{download.query}",
+            token=token,
+            key=f"civitai {version['id']} {file.get('id')} {sha256}",
+            sha256=sha256 if SHA256.fullmatch(sha256) else None,
+            trigger_words=_words(version.get("trainedWords")),
+            advice=advice,
+        )
+    except (KeyError, TypeError, AttributeError):
+        host = urlsplit(endpoint).hostname
+        raise UnavailableError(
+            f"{reference.name} cannot be looked up: {host} sent something else than an answer."
+        ) from None
+
+
+def _newest_for_flux(versions: list[dict[str, Any]], reference: Civitai) -> dict[str, Any]:
+    fitting = [
+        version
+        for version in versions
+        if str(version.get("baseModel", "")).startswith("Flux.1") and any(map(_is_weights, version.get("files", ())))
+    ]
+    if not fitting:
+        bases = ", ".join(sorted({str(version.get("baseModel")) for version in versions})) or "nothing"
+        raise ValueError(f"{reference.name} has no version for FLUX.1 with a .safetensors file; it is for {bases}.")
+
+    def age(version: dict[str, Any]) -> tuple[str, int]:
+        return str(version.get("publishedAt") or version.get("createdAt") or ""), version["id"]
+
+    return max(fitting, key=age)
+
+
+def _is_weights(file: dict[str, Any]) -> bool:
+    kind = (file.get("metadata") or {}).get("format")
+    return kind == "SafeTensor" or (kind is None and file["name"].endswith(".safetensors"))
+
+
+def _choose_file(files: list[dict[str, Any]], reference: Civitai) -> dict[str, Any]:
+    """The one that a download link asks for, else the one that CivitAI calls primary, else the first."""
+    fitting = [file for file in files if _is_weights(file) and file.get("type", "Model") == "Model"]
+    if not fitting:
+        raise ValueError(f"{reference.name} has no .safetensors file.")
+    wanted = dict(parse_qsl(reference.query)).items()
+    asked = [file for file in fitting if wanted <= dict(parse_qsl(urlsplit(file.get("downloadUrl", "")).query)).items()]
+    return max(asked if wanted and asked else fitting, key=lambda file: bool(file.get("primary")))
+
+
+def _words(value: object) -> tuple[str, ...]:
+    """Trigger words, from whatever somebody put where they belong."""
+    words = value if isinstance(value, list) else [value]
+    return tuple(word.strip() for word in words if isinstance(word, str) and word.strip())
