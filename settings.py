@@ -116,7 +116,8 @@ class Settings:
         )
 
     def __repr__(self) -> str:
-        """Without the tokens: settings are printed when the server starts."""
+        """Without the tokens and without the project's own place: settings are printed when the server starts."""
         shown = {f.name: getattr(self, f.name) for f in fields(self)}
         shown = {name: "set" if name.endswith("_token") and value else value for name, value in shown.items()}
-        return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+        text = f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+        return text.replace(f"{ROOT}{os.sep}", "")

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from settings import GIB, MINIATURE, OFFICIAL, Settings
+from settings import GIB, MINIATURE, OFFICIAL, ROOT, Settings
 
 
 def test_the_device_chooses_the_models() -> None:
@@ -30,4 +30,12 @@ def test_sizes_and_switches() -> None:
 
 def test_tokens_are_not_shown() -> None:
     environ = {"HF_TOKEN": "hf_secret", "CIVITAI_API_TOKEN": "civ_secret", "REPLICATE_API_TOKEN": "r8_secret"}
-    assert "secret" not in str(Settings.from_environment(cuda=False, environ=environ))
+    shown = str(Settings.from_environment(cuda=False, environ=environ))
+    assert "secret" not in shown
+    assert "hf_token='set'" in shown
+
+
+def test_the_place_of_the_project_is_not_shown() -> None:
+    shown = str(Settings.from_environment(cuda=False, environ={}))
+    assert str(ROOT) not in shown
+    assert "'mini/dev'" in shown
