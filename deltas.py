@@ -6,6 +6,7 @@ to any run of rows. Stored tensors are never changed, and all products are taken
 the same runs of rows give the same bits, whatever happened before. This module knows neither files nor FLUX.
 
     LowRank        up @ down                                   LoRA
+    LowRanks       several of these at once
     Hadamard       (a @ b) * (c @ d)                           LoHa
     Kronecker      kron(left, right)                           LoKr
     Full           a difference of the parameter's own shape   diff, diff_b
@@ -14,7 +15,7 @@ the same runs of rows give the same bits, whatever happened before. This module 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -90,6 +91,35 @@ class LowRank(Delta):
             buffer.addmm_(up[first : first + len(buffer)], down, alpha=scale * self.strength)
 
         return add_rows
+
+
+@dataclass(frozen=True)
+class LowRanks(Delta):
+    """Σ scale · delta over low-rank deltas of the same rows: one product with all their ranks is one pass over them."""
+
+    terms: tuple[tuple[float, LowRank], ...]
+
+    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor]) -> AddRows:
+        ups = [_float32(delta.up, base) * (scale * delta.strength) for scale, delta in self.terms]
+        downs = [_float32(delta.down, base) for _, delta in self.terms]
+        up, down = torch.cat(ups, dim=1), torch.cat(downs)  # [height, Σ rank], [Σ rank, in]
+
+        def add_rows(buffer: Tensor, first: int, scale: float) -> None:
+            buffer.addmm_(up[first : first + len(buffer)], down, alpha=scale)
+
+        return add_rows
+
+
+def gather(terms: Iterable[tuple[float, Delta]]) -> list[tuple[float, Delta]]:
+    """The same sum with its low-rank deltas of equal rows taken together, before all others."""
+    others: list[tuple[float, Delta]] = []
+    together: dict[tuple[int, int], list[tuple[float, LowRank]]] = {}
+    for scale, delta in terms:
+        if isinstance(delta, LowRank):
+            together.setdefault((delta.start, delta.height), []).append((scale, delta))
+        else:
+            others.append((scale, delta))
+    return [(1.0, LowRanks(*rows, tuple(same))) for rows, same in together.items()] + others
 
 
 @dataclass(frozen=True)

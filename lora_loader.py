@@ -22,9 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import deltas
-from deltas import BoundDelta, Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, Replacement
-
-__all__ = ["BoundDelta", "Delta", "Lora", "LoraCache", "Report", "read_lora"]
+from deltas import Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, Replacement
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Names of layers. Parts of a fused layer stand in the order of its rows.
@@ -789,8 +787,8 @@ class LoraCache:
         lora = self._loras.get(file.sha256)
         if lora is None:
             lora = read_lora(file.path, *self._models)
-            self._make_room(lora.nbytes)
             if lora.nbytes <= self._max_bytes:
+                self._make_room(lora.nbytes)
                 self._loras[file.sha256] = lora
         else:
             self._loras.move_to_end(file.sha256)

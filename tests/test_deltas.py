@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import deltas
-from deltas import Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, Replacement
+from deltas import Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, LowRanks, Replacement
 
 OUT, IN, RANK = 12, 18, 3
 STRENGTH = 0.75
@@ -182,6 +182,20 @@ def test_a_row_of_zeros_has_no_direction_and_stays() -> None:
     )
     assert total.isfinite().all()
     assert total[3].eq(0).all()
+
+
+def test_gathering_keeps_the_sum() -> None:
+    other = LowRank(0, OUT, numbers(OUT, 5, seed=17), numbers(5, IN, seed=18), 0.5)
+    terms = [(0.3, low_rank()), (1.0, hadamard()), (-2.0, other), (1.5, low_rank(4, 6)), (0.5, low_rank())]
+    gathered = deltas.gather(terms)
+    assert [type(delta) for _, delta in gathered] == [LowRanks, LowRanks, Hadamard]
+    totals = []
+    for some in (terms, gathered):
+        total = BASE.clone()
+        for scale, delta in some:
+            delta.bind(BASE, {}).add_to(total, 0, scale)
+        totals.append(total)
+    torch.testing.assert_close(*totals, rtol=1e-5, atol=1e-5)
 
 
 def test_a_shared_tensor_is_counted_once() -> None:

@@ -1,0 +1,560 @@
+"""The live weights are a function of the mix alone, whatever happened before."""
+
+import ctypes
+import functools
+import hashlib
+import resource
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import deltas
+import fp8
+import live
+from live import Live, Term
+from lora_loader import Lora, LoraCache, read_lora
+from settings import ROOT
+from tests import lora_files, models
+from tests.lora_files import Tensors
+
+SMALL = {"num_layers": 1, "num_single_layers": 1}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Products this small gain nothing from a second thread, and wait for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def bases(dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensors]:
+    """Pristine weights of two models; one has no guidance embedder."""
+    made = {"dev": models.transformer(seed=1, **SMALL), "schnell": models.transformer(seed=2, guidance=False, **SMALL)}
+    return {
+        name: {key: parameter.detach().to(dtype) for key, parameter in model.named_parameters()}
+        for name, model in made.items()
+    }
+
+
+def is_block_linear(name: str) -> bool:
+    return "transformer_blocks." in name and not name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear"))
+
+
+class Lives:
+    """A live transformer in both precisions, over both bases."""
+
+    def __init__(self, bases: dict[str, Tensors]) -> None:
+        module = models.transformer(seed=3, **SMALL).requires_grad_(False).to(next(iter(bases["dev"].values())).dtype)
+        self.plain = Live(module, bases)
+        self.fp8 = self.plain.quantized(is_block_linear)
+
+    def of(self, quantized: bool) -> Live:
+        return self.fp8 if quantized else self.plain
+
+
+def bits(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, as integers: NaN equals NaN, and 0 is not -0."""
+    return {name: tensor.detach().clone().view(torch.uint8) for name, tensor in module.state_dict().items()}
+
+
+def same(a: Tensors, b: Tensors) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Lora]:
+    """LoRAs of several kinds, on some layers each."""
+    return read_loras(tmp_path_factory.mktemp("loras"))
+
+
+def read_loras(folder: Path) -> dict[str, Lora]:
+    transformer, text_encoder = models.transformer(**SMALL), models.text_encoder()
+
+    def changes(seed: int, *only: str) -> list[lora_files.Change]:
+        return lora_files.changes(
+            transformer, seed=seed, only=lambda bfl: not only or any(word in bfl for word in only)
+        )
+
+    generator = torch.Generator().manual_seed(6)
+    magnitudes = {
+        f"{lora_files.kohya_name(change.bfl)}.dora_scale": torch.rand(len(change.up), 1, generator=generator) + 0.5
+        for change in changes(3, "linear1")
+    }
+    norm = {"single_blocks.0.norm.key_norm.scale": torch.rand(models.HEAD_SIZE, generator=generator)}
+    files = {
+        "everywhere": lora_files.EXACT["kohya"](changes(1)),
+        "attention": lora_files.EXACT["diffusers"](changes(2, "img_attn.qkv", "linear2")),
+        "DoRA": lora_files.EXACT["kohya"](changes(3, "linear1")) | magnitudes,
+        "LoKr": lora_files.lokr(changes(4, "linear1", "img_mlp", "guidance_in")),
+        "difference and norm": lora_files.full(changes(5, "img_mlp.0", "img_in")) | norm,
+    }
+    return {
+        name: read_lora(lora_files.write(folder / "a.safetensors", tensors), transformer, text_encoder)
+        for name, tensors in files.items()
+    }
+
+
+Mix = tuple[str, bool, tuple[tuple[str, float], ...]]  # base, fp8, LoRAs with scales
+
+
+def hold(lives: Lives, mix: Mix, loras: dict[str, Lora]) -> int:
+    base, quantized, chosen = mix
+    return lives.of(quantized).hold(base, [Term(name, scale, loras[name].transformer) for name, scale in chosen])
+
+
+def fresh(mix: Mix, loras: dict[str, Lora]) -> Tensors:
+    lives = Lives(bases())
+    hold(lives, mix, loras)
+    return bits(lives.of(mix[1]).module)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_live_is_base_plus_deltas_rounded_once(loras: dict[str, Lora], dtype: torch.dtype) -> None:
+    pristine = bases(dtype)
+    lives = Lives(pristine)
+    lora = loras["attention"]
+    lives.plain.hold("dev", [Term("a", 0.8, lora.transformer), Term("b", -0.3, lora.transformer)])
+    for name, parameter in lives.plain.module.named_parameters():
+        exact = pristine["dev"][name].double()
+        for scale in (0.8, -0.3):
+            for delta in lora.transformer.get(name, ()):
+                exact += scale * delta.strength * (delta.up.double() @ delta.down.double())
+        # Half a unit in the last place of dtype, and what float32 sums may be off before that one rounding.
+        step = torch.finfo(dtype).eps / 2
+        assert ((parameter.double() - exact).abs() <= step * exact.abs() + 8 * 2.0**-24).all()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_same_mix_writes_nothing(loras: dict[str, Lora], quantized: bool) -> None:
+    lives = Lives(bases())
+    mix = ("dev", quantized, (("everywhere", 0.7), ("LoKr", 0.4)))
+    assert hold(lives, mix, loras) > 0
+    assert hold(lives, mix, loras) == 0
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_another_scale_writes_the_layers_of_that_lora_alone(loras: dict[str, Lora], quantized: bool) -> None:
+    lives = Lives(bases())
+    hold(lives, ("dev", quantized, (("everywhere", 0.7), ("attention", 0.4))), loras)
+    before = bits(lives.of(quantized).module)
+    written = hold(lives, ("dev", quantized, (("everywhere", 0.7), ("attention", 0.5))), loras)
+    after = bits(lives.of(quantized).module)
+    assert written == len(loras["attention"].transformer)
+    changed = {name.removesuffix("scale") for name in after if not torch.equal(before[name], after[name])}
+    assert {name.removesuffix("weight") for name in changed} <= {
+        name.removesuffix("weight") for name in loras["attention"].transformer
+    }
+
+
+def test_scale_0_leaves_no_trace(loras: dict[str, Lora]) -> None:
+    lives = Lives(bases())
+    hold(lives, ("dev", False, ()), loras)
+    assert hold(lives, ("dev", False, (("everywhere", 0.0), ("DoRA", -0.0))), loras) == 0
+    assert same(bits(lives.plain.module), fresh(("dev", False, ()), loras))
+
+
+def test_without_a_lora_every_bit_is_the_base_s(loras: dict[str, Lora]) -> None:
+    pristine = bases()
+    lives = Lives(pristine)
+    for name, lora in loras.items():
+        lives.plain.hold("dev", [Term(name, 1.0, lora.transformer)])
+    lives.plain.hold("dev", [])
+    for name, parameter in lives.plain.module.named_parameters():
+        assert torch.equal(parameter, pristine["dev"][name])
+
+
+def test_a_negative_scale_is_the_mirror_image(loras: dict[str, Lora]) -> None:
+    lives = Lives(bases(torch.float32))
+    held = {}
+    for scale in (0.0, 1.0, -1.0):
+        hold(lives, ("dev", False, (("everywhere", scale),)), loras)
+        held[scale] = {name: parameter.clone() for name, parameter in lives.plain.module.named_parameters()}
+    for name, base in held[0.0].items():
+        torch.testing.assert_close(held[1.0][name] - base, base - held[-1.0][name], rtol=1e-4, atol=2e-6)
+
+
+def test_the_same_lora_twice_adds_up(loras: dict[str, Lora]) -> None:
+    lives = Lives(bases(torch.float32))
+    hold(lives, ("dev", False, (("everywhere", 0.5), ("everywhere", 0.25))), loras)
+    twice = {name: parameter.clone() for name, parameter in lives.plain.module.named_parameters()}
+    hold(lives, ("dev", False, (("everywhere", 0.75),)), loras)
+    for name, parameter in lives.plain.module.named_parameters():
+        torch.testing.assert_close(twice[name], parameter, rtol=1e-5, atol=1e-6)
+
+
+def test_a_base_without_guidance_leaves_its_embedder_at_zero(loras: dict[str, Lora]) -> None:
+    lives = Lives(bases())
+    hold(lives, ("dev", False, (("everywhere", 1.0),)), loras)
+    hold(lives, ("schnell", False, (("everywhere", 1.0), ("LoKr", 1.0))), loras)
+    embedder = {name: p for name, p in lives.plain.module.named_parameters() if "guidance_embedder" in name}
+    assert len(embedder) == 4
+    assert all(parameter.eq(0).all() for parameter in embedder.values())
+    names = loras["everywhere"].transformer
+    assert set(lives.plain.lacking("schnell", names)) == {name for name in names if "guidance_embedder" in name}
+    assert lives.plain.lacking("dev", names) == ()
+
+
+def test_a_zero_guidance_embedder_computes_what_none_computes() -> None:
+    pristine = bases(torch.float32)
+    lives = Lives(pristine)
+    lives.plain.hold("schnell", [])
+    own = models.transformer(seed=2, guidance=False, **SMALL)
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, 6, 16, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 5, models.TEXT, generator=generator),
+        "pooled_projections": torch.randn(1, models.POOLED, generator=generator),
+        "timestep": torch.tensor([0.7]),
+        "img_ids": torch.zeros(6, 3),
+        "txt_ids": torch.zeros(5, 3),
+    }
+    with torch.no_grad():
+        ours = lives.plain.module(**inputs, guidance=torch.tensor([3.5])).sample
+        assert torch.equal(ours, own(**inputs).sample)
+
+
+def test_live_tensors_never_move(loras: dict[str, Lora]) -> None:
+    lives = Lives(bases())
+    places = [
+        tensor.data_ptr() for quantized in (False, True) for tensor in lives.of(quantized).module.state_dict().values()
+    ]
+    for quantized in (False, True):
+        for name in loras:
+            hold(lives, ("dev", quantized, ((name, 1.0),)), loras)
+            hold(lives, ("schnell", quantized, ((name, 0.5),)), loras)
+    assert places == [
+        tensor.data_ptr() for quantized in (False, True) for tensor in lives.of(quantized).module.state_dict().values()
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fp8
+
+
+@pytest.mark.parametrize("scale", [1.5, -0.4])
+def test_merged_fp8_weights_are_off_by_fp8_s_own_rounding_and_no_more(loras: dict[str, Lora], scale: float) -> None:
+    widened = {model: {name: tensor.float() for name, tensor in base.items()} for model, base in bases().items()}
+    exact, lives = Lives(widened), Lives(bases())
+    for each, quantized in ((exact, False), (lives, True)):
+        hold(each, ("dev", quantized, (("everywhere", scale), ("DoRA", scale))), loras)
+    sums = dict(exact.plain.module.named_parameters())
+    layers = {name: layer for name, layer in lives.fp8.module.named_modules() if isinstance(layer, fp8.Fp8Linear)}
+    assert len(layers) == 12 + 5
+    for name, layer in layers.items():
+        merged = sums[f"{name}.weight"]
+        values, row_scale = fp8.quantize_rows(merged)
+        assert torch.equal(layer.weight.view(torch.uint8), values.view(torch.uint8))
+        assert torch.equal(layer.scale, row_scale)
+        error = (layer.weight.float() * layer.scale - merged).abs()
+        assert (error <= torch.maximum(2.0**-4 * merged.abs(), layer.scale * 2.0**-10)).all()
+
+
+def test_the_fp8_twin_shares_all_but_its_linear_layers() -> None:
+    lives = Lives(bases())
+    shared = {id(parameter) for parameter in lives.plain.module.parameters()}
+    assert all(id(parameter) in shared for parameter in lives.fp8.module.parameters())
+    bytes_own = sum(buffer.nbytes for buffer in lives.fp8.module.buffers())
+    assert 0 < bytes_own < sum(parameter.nbytes for parameter in lives.plain.module.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interruptions
+
+
+class Interrupted(BaseException):
+    """What a cancellation raises wherever the program happens to be."""
+
+
+@contextmanager
+def interrupted_at(line: int) -> Iterator[None]:
+    """Raise at the so-manieth line that runs in the modules which write."""
+    files = {module.__file__ for module in (live, deltas, fp8)}
+    left = line
+
+    def on_line(frame: FrameType, event: str, _: object) -> Callable | None:
+        nonlocal left
+        if event == "line":
+            left -= 1
+            if left < 0:
+                raise Interrupted
+        return on_line
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, event, _: on_line if frame.f_code.co_filename in files else None)
+    try:
+        yield
+    except Interrupted:
+        pass
+    finally:
+        sys.settrace(before)
+
+
+class OutOfMemoryAt(TorchDispatchMode):
+    """The so-manieth operation finds no memory."""
+
+    def __init__(self, operation: int) -> None:
+        super().__init__()
+        self._left = operation
+
+    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        self._left -= 1
+        if self._left < 0:
+            raise torch.OutOfMemoryError("out of memory")
+        return func(*args, **kwargs or {})
+
+
+NAMES = ["everywhere", "attention", "DoRA", "LoKr", "difference and norm"]
+MIXES = st.tuples(
+    st.sampled_from(["dev", "schnell"]),
+    st.booleans(),
+    st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from([1.0, 0.5, 0.0, -1.0])), max_size=2).map(tuple),
+)
+
+
+def test_any_history_gives_the_bits_of_a_fresh_process(loras: dict[str, Lora]) -> None:
+    pristine = bases()
+    untouched = {name: {key: tensor.clone() for key, tensor in base.items()} for name, base in pristine.items()}
+    expected = functools.cache(lambda mix: fresh(mix, loras))
+
+    class History(RuleBasedStateMachine):
+        @initialize()
+        def start(self) -> None:
+            self.lives = Lives(pristine)
+            self.mix = None
+
+        @rule(mix=MIXES)
+        def request(self, mix: Mix) -> None:
+            hold(self.lives, mix, loras)
+            self.mix = mix
+
+        @rule(mix=MIXES, line=st.integers(0, 3000))
+        def cancelled(self, mix: Mix, line: int) -> None:
+            self.mix = None
+            with interrupted_at(line):
+                hold(self.lives, mix, loras)
+                self.mix = mix
+
+        @rule(mix=MIXES, operation=st.integers(0, 400))
+        def out_of_memory(self, mix: Mix, operation: int) -> None:
+            self.mix = None
+            try:
+                with OutOfMemoryAt(operation):
+                    hold(self.lives, mix, loras)
+                self.mix = mix
+            except torch.OutOfMemoryError:
+                pass
+
+        @rule(mix=MIXES, broken=st.sampled_from(NAMES))
+        def failing_delta(self, mix: Mix, broken: str) -> None:
+            """A LoRA that fails when its turn comes, as a file would that is cut off while it is read."""
+            self.mix = None
+            base, quantized, chosen = mix
+            bad = {name: (_Failing(0, 1),) for name in loras[broken].transformer}
+            terms = [Term(name, scale, loras[name].transformer) for name, scale in chosen]
+            with pytest.raises(OSError, match="cut off"):
+                self.lives.of(quantized).hold(base, [*terms, Term("bad", 1.0, bad)])
+
+        @invariant()
+        def bits_are_those_of_a_fresh_process(self) -> None:
+            if getattr(self, "mix", None) is not None:
+                assert same(bits(self.lives.of(self.mix[1]).module), expected(self.mix))
+
+    run_state_machine_as_test(
+        History,
+        settings=settings(
+            max_examples=40, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+    assert all(same(base, untouched[name]) for name, base in pristine.items())
+
+
+@dataclass(frozen=True)
+class _Failing(deltas.Delta):
+    def _bind(self, base: Tensor, pristine: Tensors) -> deltas.AddRows:
+        def add_rows(buffer: Tensor, first: int, scale: float) -> None:
+            buffer.fill_(float("nan"))
+            raise OSError("the file is cut off")
+
+        return add_rows
+
+
+def test_an_asynchronous_exception_at_any_moment_is_repaired(loras: dict[str, Lora]) -> None:
+    """Raised from another thread, as a server cancels: between any two instructions, not between lines only."""
+    lives = Lives(bases())
+    target = threading.get_ident()
+    mixes = [
+        ("dev", False, (("everywhere", 1.0), ("LoKr", 0.5))),
+        ("schnell", True, (("DoRA", -0.5), ("attention", 1.0))),
+    ]
+    expected = [fresh(mix, loras) for mix in mixes]
+    start = time.perf_counter()
+    for mix in mixes:
+        hold(lives, mix, loras)
+    once = (time.perf_counter() - start) / 2
+    caught = 0
+    for attempt in range(40):
+        mix = mixes[attempt % 2]
+        delay = once * attempt / 40
+
+        def cancel(delay: float = delay) -> None:
+            time.sleep(delay)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(target), ctypes.py_object(Interrupted))
+
+        thread = threading.Thread(target=cancel)
+        try:
+            thread.start()
+            hold(lives, mix, loras)
+            thread.join()
+            time.sleep(0.01)  # an exception that came late is raised here
+        except Interrupted:
+            caught += 1
+        thread.join()
+        for mix, bits_of_it in zip(mixes, expected, strict=True):
+            hold(lives, mix, loras)
+            assert same(bits(lives.of(mix[1]).module), bits_of_it)
+    assert caught == 40
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and memory
+
+
+def test_another_process_gives_the_same_bits(loras: dict[str, Lora], tmp_path: Path) -> None:
+    mix = ("dev", True, (("everywhere", 0.7), ("DoRA", -0.5), ("LoKr", 0.3)))
+    lives = Lives(bases())
+    for other in (
+        ("schnell", True, (("everywhere", 1.0),)),
+        ("dev", True, ()),
+        ("dev", False, (("attention", 1.0),)),
+        mix,
+    ):
+        hold(lives, other, loras)
+    script = f"""if True:
+        import torch
+        from tests.test_live import digest
+        torch.set_num_threads(1)
+        print(digest({mix!r}, {str(tmp_path)!r}))
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert run.stdout.strip() == _digest(bits(lives.fp8.module))
+
+
+def digest(mix: Mix, folder: str) -> str:
+    """Of the weights that a fresh process gives."""
+    return _digest(fresh(mix, read_loras(Path(folder))))
+
+
+def _digest(tensors: Tensors) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode() + tensors[name].numpy().tobytes())
+    return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as the cache of files hands it over."""
+
+    path: Path
+    sha256: str
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[File]:
+    """LoRAs of some 200 kB each."""
+    folder = tmp_path_factory.mktemp("many")
+    transformer = models.transformer(**SMALL)
+    made = []
+    for number in range(8):
+        changes = lora_files.changes(transformer, seed=number, rank=64, only=lambda bfl: "linear" in bfl)
+        made.append(
+            File(lora_files.write(folder / f"{number}.safetensors", lora_files.EXACT["kohya"](changes)), str(number))
+        )
+    return made
+
+
+def make_cache(loras: float, files: list[File]) -> LoraCache:
+    """A cache with room for so many of the files."""
+    cache = LoraCache(models.transformer(**SMALL), models.text_encoder())
+    size = cache.read(files[0]).nbytes
+    return LoraCache(models.transformer(**SMALL), models.text_encoder(), max_bytes=int(loras * size))
+
+
+def test_the_cache_keeps_what_was_used_last(files: list[File]) -> None:
+    cache = make_cache(2.5, files)
+    a, b = cache.read(files[0]), cache.read(files[1])
+    assert cache.read(files[0]) is a
+    cache.read(files[2])
+    assert cache.read(files[0]) is a
+    assert cache.read(files[1]) is not b
+
+
+def test_the_cache_goes_by_content(files: list[File], tmp_path: Path) -> None:
+    cache = make_cache(2.5, files)
+    elsewhere = File(tmp_path / "gone.safetensors", files[0].sha256)
+    assert cache.read(files[0]) is cache.read(elsewhere)
+
+
+def test_what_is_larger_than_the_cache_is_read_and_drives_nothing_out(files: list[File], tmp_path: Path) -> None:
+    cache = make_cache(1.5, files)
+    kept = cache.read(files[0])
+    large = lora_files.changes(models.transformer(**SMALL), rank=128, only=lambda bfl: "linear" in bfl)
+    path = lora_files.write(tmp_path / "large.safetensors", lora_files.EXACT["kohya"](large))
+    assert cache.read(File(path, "large")).report.ranks == (128,)
+    assert cache.read(files[0]) is kept
+
+
+def test_a_file_that_is_refused_leaves_the_cache_as_it_was(files: list[File], tmp_path: Path) -> None:
+    cache = make_cache(1.5, files)
+    kept = cache.read(files[0])
+    (tmp_path / "bad").write_bytes(b"bad")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not a safetensors file"):
+            cache.read(File(tmp_path / "bad", "bad"))
+    assert cache.read(files[0]) is kept
+
+
+def test_memory_does_not_grow_over_500_swaps(files: list[File]) -> None:
+    cache, lives = make_cache(3.5, files), Lives(bases())
+    seen: list[weakref.ref[Lora]] = []
+    resident = []
+    for swap in range(500):
+        chosen = [files[swap % 8], files[(swap * 3 + 1) % 8]]
+        terms = []
+        for file in chosen:
+            lora = cache.read(file)
+            seen.append(weakref.ref(lora))
+            terms.append(Term(file.sha256, 1.0, lora.transformer))
+        lives.of(swap % 3 == 0).hold(("dev", "schnell")[swap % 2], terms)
+        if swap in (100, 499):
+            resident.append(_resident_bytes())
+    del terms, lora
+    assert len({id(alive) for seen_once in seen if (alive := seen_once()) is not None}) <= 3
+    assert resident[1] - resident[0] < 8 * 2**20  # 400 swaps that kept what they read would hold 100 MB
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
