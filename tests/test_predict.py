@@ -168,6 +168,11 @@ def test_scales(draw: Callable, lora: bytes) -> None:
     assert same(draw()[0], plain)
 
 
+def test_an_empty_string_is_absent(draw: Callable) -> None:
+    empty = dict.fromkeys(("image", "mask", "replicate_weights", "extra_lora"), "")
+    assert same(draw(**empty)[0], draw()[0])
+
+
 REFUSED = [
     ({"image": "/etc/hostname"}, "image is '/etc/hostname'"),
     ({"image": "file:///etc/hostname"}, "image is 'file:///etc/hostname'"),
