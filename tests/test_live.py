@@ -32,16 +32,8 @@ from settings import ROOT
 from tests import lora_files, models
 from tests.lora_files import Tensors
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"num_layers": 1, "num_single_layers": 1}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Products this small gain nothing from a second thread, and wait for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def bases(dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensors]:
