@@ -366,7 +366,7 @@ def list_repo(reference: HuggingFace, settings: Settings, client: Client, hasty:
 
     info = client.persist(attempt, hasty)
     trigger_words = _words(info.card_data.get("instance_prompt") if info.card_data else None)
-    refused = _needs_token(reference, settings)
+    refused = f"it is {_gate(info.id, settings)}" if info.gated else _needs_token(settings)
 
     def source(file: RepoSibling) -> Source:
         sha256 = file.lfs.sha256 if file.lfs else None
@@ -384,7 +384,12 @@ def list_repo(reference: HuggingFace, settings: Settings, client: Client, hasty:
     return Repo(info.id, info.sha, {file.rfilename: source(file) for file in info.siblings or ()})
 
 
-def _needs_token(reference: HuggingFace, settings: Settings) -> str:
+def _gate(repo: str, settings: Settings) -> str:
+    account = "the account of HF_TOKEN" if settings.hf_token else "an account, and set HF_TOKEN to a token of it"
+    return f"gated: accept its conditions at https://huggingface.co/{repo} with {account}"
+
+
+def _needs_token(settings: Settings) -> str:
     if settings.hf_token:
         return "it does not exist, or is private and the account of HF_TOKEN may not read it"
     return "it does not exist, or is private and needs HF_TOKEN"
@@ -394,14 +399,11 @@ def _explain_hugging_face(error: Exception, reference: HuggingFace, settings: Se
     name, host = reference.name, urlsplit(settings.hf_endpoint).hostname
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     if isinstance(error, GatedRepoError):
-        account = "the account of HF_TOKEN" if settings.hf_token else "an account, and set HF_TOKEN to a token of it"
-        return ValueError(
-            f"{name} is gated: accept its conditions at https://huggingface.co/{reference.repo} with {account}."
-        )
+        return ValueError(f"{name} is {_gate(reference.repo, settings)}.")
     if isinstance(error, RevisionNotFoundError):
         return ValueError(f"{name} has no revision {reference.revision!r}; it must be a branch, a tag or a commit.")
     if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
-        return ValueError(f"{name} cannot be fetched: {host} answered {status}; {_needs_token(reference, settings)}.")
+        return ValueError(f"{name} cannot be fetched: {host} answered {status}; {_needs_token(settings)}.")
     if isinstance(error, HFValidationError):
         return ValueError(f"{name} names no model on Hugging Face; it must be huggingface.co/owner/repo.")
     if status is not None and status != 429 and status < 500:

@@ -670,12 +670,14 @@ def _copy(
 
 
 class _Cautious(io.BufferedReader):
-    """A file that is not read all at once."""
+    """A file that is not read all at once, whatever it says of itself."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= MAX_READ:
-            raise ValueError("an entry that is too long")
-        return super().read(size)
+        whole = size is None or size < 0
+        data = super().read(MAX_READ + 1 if whole else min(size, MAX_READ + 1))
+        if len(data) > MAX_READ:
+            raise RuntimeError("an entry of it is too long")
+        return data
 
 
 def _unpack(

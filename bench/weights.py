@@ -1,0 +1,209 @@
+"""How fast LoRAs come, from servers on loopback: python -m bench.weights prints one JSON line.
+
+The servers run in a process of their own, on the same cores, so what is measured is an upper bound on the cost. Each
+figure stands beside what it has to reach.
+"""
+
+import http.server
+import json
+import multiprocessing
+import os
+import statistics
+import struct
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import urllib3
+
+from settings import MINIATURE, Settings
+from weights import WeightsCache
+
+MB = 1_000_000
+LARGE, MIDDLE, SMALL = 400 * MB, 200 * MB, 1 * MB
+# What each connection may have a second, as hosts do it.
+RATE = 50 * MB
+PROCESSES = 16
+SLICE = 256 * 1024
+
+
+def write_lora(path: Path, size: int) -> None:
+    """A .safetensors file of random bytes."""
+    body = size - 8 - 1024
+    header = json.dumps({"weight": {"dtype": "U8", "shape": [body], "data_offsets": [0, body]}}).ljust(1024).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for start in range(0, body, MB):
+            file.write(os.urandom(min(MB, body - start)))
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves the folder: /slow/x at RATE, /plain/x without ranges at RATE, /fast/x without ranges or limit."""
+
+    protocol_version = "HTTP/1.1"
+    folder: Path
+    downloads: list[str]
+
+    def do_GET(self) -> None:  # noqa: N802 (http.server's name)
+        """Send a file, or a range of it, or that it has not changed."""
+        _, way, name = self.path.split("/")
+        etag = f'"{name}"'
+        if self.headers.get("If-None-Match") == etag:
+            self.send_response(304)
+            self.end_headers()
+            return
+        with (self.folder / name).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start, end = 0, size
+            wanted = self.headers.get("Range") if way == "slow" else None
+            if wanted:
+                first, _, last = wanted.removeprefix("bytes=").partition("-")
+                start, end = int(first), int(last or size - 1) + 1
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
+            else:
+                self.send_response(200)
+                self.downloads.append(self.path)
+            self.send_header("Content-Length", str(end - start))
+            self.send_header("ETag", etag)
+            self.end_headers()
+            self._send(file.fileno(), start, end, float("inf") if way == "fast" else RATE)
+
+    def _send(self, file: int, start: int, end: int, rate: float) -> None:
+        began, position = time.perf_counter(), start
+        try:
+            while position < end:
+                position += os.sendfile(self.connection.fileno(), file, position, min(SLICE, end - position))
+                ahead = (position - start) / rate - (time.perf_counter() - began)
+                if ahead > 0:
+                    time.sleep(ahead)
+        except OSError:  # the client has what it wanted
+            self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+def serve(folder: Path, pipe: Connection) -> None:
+    """Serve until told to stop; tell how many whole files were sent whenever asked."""
+    Handler.folder, Handler.downloads = folder, []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        pipe.send(server.server_port)
+        while pipe.recv() == "count":
+            pipe.send(len(Handler.downloads))
+        server.shutdown()
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[tuple[str, Connection]]:
+    """The servers, in a process of their own."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.Process(target=serve, args=(folder, theirs))
+    process.start()
+    try:
+        yield f"http://127.0.0.1:{ours.recv()}", ours
+    finally:
+        ours.send("stop")
+        process.join()
+
+
+def fetch(url: str, cache: Path) -> float:
+    """Seconds until the file of a reference can be read."""
+    settings = Settings(MINIATURE, cache_dir=cache, allow_private_hosts=True)
+    start = time.perf_counter()
+    with WeightsCache(settings).open(url) as weights:
+        seconds = time.perf_counter() - start
+        assert weights.path.stat().st_size > 0
+    return seconds
+
+
+def curl(url: str, folder: Path) -> float:
+    """Seconds that curl takes for it."""
+    start = time.perf_counter()
+    subprocess.run(["curl", "-s", "--fail", "-o", str(folder / "curl"), url], check=True)
+    return time.perf_counter() - start
+
+
+def cached(url: str, cache: Path, repeats: int = 200) -> tuple[float, float]:
+    """Median milliseconds that a cached reference takes, and that its conditional request alone does."""
+    settings = Settings(MINIATURE, cache_dir=cache, allow_private_hosts=True)
+    weights = WeightsCache(settings)
+    times, bare = [], []
+    headers = {"If-None-Match": f'"{url.rpartition("/")[2]}"'}
+    for _ in range(repeats):
+        start = time.perf_counter()
+        with weights.open(url):
+            times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        # A connection of its own, as after a pause.
+        with urllib3.PoolManager() as pool:
+            assert pool.request("GET", url, headers=headers).status == 304
+        bare.append(time.perf_counter() - start)
+    return statistics.median(times) * 1000, statistics.median(bare) * 1000
+
+
+def together(url: str, cache: Path, pipe: Connection) -> tuple[float, int]:
+    """Seconds until every one of many processes has the file, and how often it was sent."""
+    pipe.send("count")
+    before = pipe.recv()
+    start = time.perf_counter()
+    with multiprocessing.Pool(PROCESSES) as pool:
+        pool.starmap(fetch, [(url, cache)] * PROCESSES, chunksize=1)
+    seconds = time.perf_counter() - start
+    pipe.send("count")
+    return seconds, pipe.recv() - before
+
+
+def best(measure: list[float]) -> float:
+    """The run that other work on the machine disturbed least."""
+    return min(measure)
+
+
+def main() -> None:
+    """Measure, and print one line."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file, size in (("large", LARGE), ("middle", MIDDLE), ("small", SMALL)):
+            write_lora(folder / file, size)
+        with serving(folder) as (host, pipe):
+            caches = (folder / f"cache{number}" for number in range(100))
+            one_stream = curl(f"{host}/slow/large", folder)
+            parallel = best([fetch(f"{host}/slow/large", next(caches)) for _ in range(3)])
+            plain = best([fetch(f"{host}/plain/large", next(caches))])
+            fast = best([fetch(f"{host}/fast/large", next(caches)) for _ in range(3)])
+            fast_curl = best([curl(f"{host}/fast/large", folder) for _ in range(3)])
+            cache = next(caches)
+            fetch(f"{host}/fast/small", cache)
+            resolved, request = cached(f"{host}/fast/small", cache)
+            seconds, sent = together(f"{host}/fast/middle", next(caches), pipe)
+    print(
+        json.dumps(
+            {
+                "benchmark": "weights",
+                "cores": os.cpu_count(),
+                "one_stream_s": round(one_stream, 2),
+                "parallel_s": round(parallel, 2),
+                "parallel_speedup": round(one_stream / parallel, 2),
+                "without_ranges_s": round(plain, 2),
+                "without_ranges_curl_s": round(one_stream, 2),
+                "unlimited_s": round(fast, 2),
+                "unlimited_curl_s": round(fast_curl, 2),
+                "cached_ms": round(resolved, 2),
+                "cached_bare_request_ms": round(request, 2),
+                "processes": PROCESSES,
+                "processes_s": round(seconds, 2),
+                "processes_downloads": sent,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

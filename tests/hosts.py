@@ -1,0 +1,366 @@
+"""Hosts on loopback that behave as the places do that LoRAs come from, and misbehave as some of them do.
+
+A host has routes: path → what it answers. Everything that was asked of it is in `seen`.
+"""
+
+import email.message
+import hashlib
+import http.server
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Self
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+# No answer takes longer, whatever a test does.
+LONGEST = 20.0
+
+
+@dataclass
+class Seen:
+    """One request."""
+
+    path: str
+    query: dict[str, str]
+    headers: email.message.Message
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: "_Server"
+
+    def do_GET(self) -> None:
+        parts = urlsplit(self.path)
+        path, host = unquote(parts.path), self.server.host
+        with host.lock:
+            host.seen.append(Seen(path, dict(parse_qsl(parts.query)), self.headers))
+        answer = host.routes.get(path, status(404))
+        try:
+            answer(self)
+        except OSError:  # the client went away
+            self.close_connection = True
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.do_GET()
+
+    def reply(self, code: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
+        self.send_response(code)
+        for name, value in ({"Content-Length": str(len(body))} | dict(headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    host: "Host"
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request: object, client_address: object) -> None: ...
+
+
+Answer = Callable[[_Handler], None]
+
+
+class Host:
+    """A host on 127.0.0.1, from entering the context to leaving it."""
+
+    def __init__(self, routes: Mapping[str, Answer] | None = None) -> None:
+        self.routes = dict(routes or {})
+        self.seen: list[Seen] = []
+        self.lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.host = self
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def stop(self) -> None:
+        """Be down from now on: connections are refused."""
+        self.__exit__()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def url(self, path: str) -> str:
+        return f"{self.address}{path}"
+
+    def asked(self, path: str) -> list[Seen]:
+        """The requests for a path."""
+        with self.lock:
+            return [request for request in self.seen if request.path == path]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+@dataclass
+class File:
+    """A file, served as a good host serves it; each field is one way of being worse.
+
+    `ranges` is "good", "none" (ignored), "refused" (an error), "from the start" (206 with the right headers and the
+    file's beginning) or "elsewhere" (206 with another Content-Range than was asked for).
+    """
+
+    content: bytes
+    etag: str | None = '"1"'
+    ranges: str = "good"
+    conditional: bool = True
+    stated: bool = True  # Content-Length
+    type: str = "application/octet-stream"
+    breaks: int = 0  # how many answers end with a reset, after `breaks_after` bytes
+    breaks_after: int = 0
+    delay: float = 0.0  # seconds for each `slice` bytes
+    slice: int = 65536
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    sent: int = 0  # bytes, over all answers
+
+    def __call__(self, handler: _Handler) -> None:
+        headers = {"Content-Type": self.type} | ({"ETag": self.etag} if self.etag else {})
+        if self.conditional and self.etag and handler.headers.get("If-None-Match") == self.etag:
+            handler.send_response(304)
+            handler.send_header("ETag", self.etag)
+            handler.end_headers()
+            return None
+        code, start, end = 200, 0, len(self.content)
+        wanted = handler.headers.get("Range")
+        if wanted and self.ranges == "refused":
+            return handler.reply(501)
+        if handler.headers.get("If-Range") not in (None, self.etag):
+            wanted = None
+        if wanted and self.ranges != "none":
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            code, start, end = 206, int(first), min(int(last or end - 1) + 1, end)
+            shift = 7 if self.ranges == "elsewhere" else 0
+            headers["Content-Range"] = f"bytes {start - shift}-{end - 1 - shift}/{len(self.content)}"
+        body = self.content[start:end] if self.ranges != "from the start" else self.content[: end - start]
+        handler.send_response(code)
+        for name, value in headers.items():
+            handler.send_header(name, value)
+        if self.stated:
+            handler.send_header("Content-Length", str(len(body)))
+        else:
+            handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        self._send(handler, body)
+        return None
+
+    def _send(self, handler: _Handler, body: bytes) -> None:
+        with self.lock:
+            breaks, self.breaks = self.breaks > 0, self.breaks - 1
+        began = time.monotonic()
+        body = body[: self.breaks_after] if breaks else body
+        for start in range(0, len(body), self.slice):
+            part = body[start : start + self.slice]
+            handler.wfile.write(part if self.stated else b"%x\r\n%s\r\n" % (len(part), part))
+            with self.lock:
+                self.sent += len(part)
+            if time.monotonic() - began > LONGEST:
+                raise ConnectionError
+            time.sleep(self.delay)
+        if breaks:
+            # Without lingering, closing resets the connection.
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            handler.connection.shutdown(socket.SHUT_RD)
+            handler.connection.close()
+            raise ConnectionError
+        if not self.stated:
+            handler.wfile.write(b"0\r\n\r\n")
+
+
+def status(code: int, headers: Mapping[str, str] | None = None, body: bytes = b"") -> Answer:
+    """An answer without a file."""
+    return lambda handler: handler.reply(code, body, headers)
+
+
+def redirect(url: str, code: int = 302) -> Answer:
+    """The file is elsewhere."""
+    return status(code, {"Location": url})
+
+
+def page(code: int = 200) -> Answer:
+    """A login page."""
+    body = b"<!DOCTYPE html><html><body>Please log in</body></html>"
+    return status(code, {"Content-Type": "text/html; charset=utf-8"}, body)
+
+
+def in_json(value: object, code: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
+    return status(code, {"Content-Type": "application/json", **(headers or {})}, json.dumps(value).encode())
+
+
+def in_turn(*answers: Answer) -> Answer:
+    """One answer after the other; the last stays."""
+    rest, lock = list(answers), threading.Lock()
+
+    def answer(handler: _Handler) -> None:
+        with lock:
+            now = rest.pop(0) if len(rest) > 1 else rest[0]
+        now(handler)
+
+    return answer
+
+
+def short(content: bytes, stated: int) -> Answer:
+    """A body that ends before the length that its header states."""
+
+    def answer(handler: _Handler) -> None:
+        handler.reply(200, content, {"Content-Length": str(stated)})
+        handler.close_connection = True
+
+    return answer
+
+
+def silent(handler: _Handler) -> None:
+    """No answer, until the client goes away."""
+    handler.connection.settimeout(LONGEST)
+    handler.connection.recv(1)
+    handler.close_connection = True
+
+
+def with_token(token: str, answer: Answer, otherwise: Answer) -> Answer:
+    """For those who show the token."""
+
+    def check(handler: _Handler) -> None:
+        (answer if handler.headers.get("Authorization") == f"Bearer {token}" else otherwise)(handler)
+
+    return check
+
+
+def without_token(answer: Answer) -> Answer:
+    """As presigned storage: 400 when a token comes along."""
+
+    def check(handler: _Handler) -> None:
+        (status(400) if "Authorization" in handler.headers else answer)(handler)
+
+    return check
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Places
+
+
+def hugging_face(
+    host: Host,
+    storage: Host,
+    repo: str,
+    files: Mapping[str, bytes],
+    *,
+    commit: str = "c" * 40,
+    token: str | None = None,
+    gated: bool = False,
+    card: Mapping[str, object] | None = None,
+    dates: Mapping[str, str] | None = None,
+    revisions: tuple[str, ...] = ("main",),
+) -> None:
+    """Have a host answer as Hugging Face does for one repo; the files' bytes come from a storage host.
+
+    A private repo (with a token, not gated) is hidden from those without; a gated one is listed and not given.
+    """
+    denied = in_json({"error": "Repository not found"}, 401, {"X-Error-Code": "RepoNotFound"})
+    refused = in_json({"error": "Access is restricted"}, 401, {"X-Error-Code": "GatedRepo"})
+
+    def guarded(answer: Answer, otherwise: Answer) -> Answer:
+        return answer if token is None else with_token(token, answer, otherwise)
+
+    siblings = [
+        {
+            "rfilename": path,
+            "size": len(content),
+            "blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
+            "lfs": {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134},
+        }
+        for path, content in files.items()
+    ]
+    for sibling in siblings:
+        if not sibling["rfilename"].endswith((".safetensors", ".bin", ".tar")):
+            del sibling["lfs"]
+    info = in_json({"id": repo, "sha": commit, "siblings": siblings, "cardData": dict(card or {}), "gated": gated})
+    missing = in_json({"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
+    for revision in {*revisions, commit}:
+        host.routes[f"/api/models/{repo}/revision/{revision}"] = info if gated else guarded(info, denied)
+    host.routes[f"/api/models/{repo}/revision/missing"] = missing
+    host.routes[f"/api/models/{repo}/paths-info/{commit}"] = in_json(
+        [
+            {
+                "type": "file",
+                "path": path,
+                "size": 1,
+                "oid": "0",
+                "lastCommit": {"id": "0", "title": "", "date": (dates or {}).get(path, "2026-01-01T00:00:00.000Z")},
+            }
+            for path in files
+        ]
+    )
+    for path, content in files.items():
+        digest = hashlib.sha256(content).hexdigest()
+        storage.routes[f"/{digest}"] = without_token(File(content, etag=f'"{digest}"'))
+        link = redirect(f"{storage.url('/' + digest)}?X-Amz-Signature=s3cr3t")
+        host.routes[f"/{repo}/resolve/{commit}/{path}"] = guarded(link, refused if gated else denied)
+
+
+def civitai(
+    host: Host,
+    storage: Host,
+    model: int,
+    versions: list[Mapping[str, object]],
+    contents: Mapping[int, bytes],
+    token: str,
+    denied: Answer,
+) -> None:
+    """Have a host answer as CivitAI does for one model; `denied` is what it says to those without a token."""
+    described = []
+    for version in versions:
+        number = version["id"]
+        content = contents[number]
+        digest = hashlib.sha256(content).hexdigest()
+        file = {
+            "id": number * 10,
+            "name": f"version{number}.safetensors",
+            "type": "Model",
+            "primary": True,
+            "metadata": {"format": "SafeTensor"},
+            "hashes": {"SHA256": digest.upper()},
+            "downloadUrl": f"https://civitai.com/api/download/models/{number}?type=Model&format=SafeTensor",
+        }
+        described.append({"modelId": model, "files": [file], **version})
+        host.routes[f"/api/v1/model-versions/{number}"] = in_json(described[-1])
+        storage.routes[f"/{digest}"] = without_token(File(content))
+        link = redirect(f"{storage.url('/' + digest)}?X-Amz-Signature=s3cr3t")
+        host.routes[f"/api/download/models/{number}"] = with_token(token, link, denied)
+    host.routes[f"/api/v1/models/{model}"] = in_json({"id": model, "modelVersions": described})
+
+
+def replicate(
+    host: Host,
+    storage: Host,
+    model: str,
+    archive: bytes,
+    *,
+    version: str | None = None,
+    etag: str = '"1"',
+    token: str | None = None,
+) -> File:
+    """Have a host answer as Replicate does for a model's newest weights, or for those of one version."""
+    file = File(archive, etag=etag)
+    place = f"/xezq/{version or 'newest'}/trained_model.tar"
+    storage.routes[place] = without_token(file)
+    link = redirect(storage.url(place))
+    path = f"/{model}/versions/{version}/_weights" if version else f"/{model}/_weights"
+    host.routes[path] = link if token is None else with_token(token, link, status(404))
+    return file

@@ -1,0 +1,183 @@
+"""Every form that people paste, what it means, and what is no reference at all. No host is asked."""
+
+import base64
+import contextlib
+import string
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from references import Civitai, Data, HuggingFace, Reference, Replicate, Url, parse, validate_reference
+from settings import MINIATURE, Settings
+
+VERSION = "0123456789abcdef" * 4
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+FORMS = [
+    ("owner/name", Replicate("owner", "name")),
+    (" owner/name\n", Replicate("owner", "name")),
+    ("Owner_1/flux-lora.v2", Replicate("Owner_1", "flux-lora.v2")),
+    (f"owner/name/{VERSION}", Replicate("owner", "name", VERSION)),
+    (f"owner/name:{VERSION}", Replicate("owner", "name", VERSION)),
+    (f"owner/name/versions/{VERSION}", Replicate("owner", "name", VERSION)),
+    ("https://replicate.com/owner/name", Replicate("owner", "name")),
+    ("replicate.com/owner/name/", Replicate("owner", "name")),
+    (f"https://replicate.com/owner/name/versions/{VERSION}?x=1#y", Replicate("owner", "name", VERSION)),
+    (f"https://replicate.com/owner/name/versions/{VERSION}/_weights", Replicate("owner", "name", VERSION)),
+    ("huggingface.co/owner/repo", HuggingFace("owner/repo")),
+    ("hf.co/owner/repo", HuggingFace("owner/repo")),
+    ("https://www.huggingface.co/owner/repo/", HuggingFace("owner/repo")),
+    ("HTTPS://HuggingFace.co/Owner/Repo", HuggingFace("Owner/Repo")),
+    ("https://huggingface.co/owner/repo/blob/main/a/b.safetensors", HuggingFace("owner/repo", file="a/b.safetensors")),
+    (
+        "https://huggingface.co/owner/repo/resolve/v1/b.safetensors?download=true",
+        HuggingFace("owner/repo", "v1", file="b.safetensors"),
+    ),
+    ("https://huggingface.co/owner/repo/tree/main", HuggingFace("owner/repo")),
+    (f"https://huggingface.co/owner/repo/tree/{COMMIT}/a/b", HuggingFace("owner/repo", COMMIT, "a/b")),
+    (
+        "https://huggingface.co/owner/repo/blob/refs%2Fpr%2F1/my%20lora.safetensors",
+        HuggingFace("owner/repo", "refs/pr/1", file="my lora.safetensors"),
+    ),
+    (
+        "https://huggingface.co/owner/repo/resolve/refs/pr/1/b.safetensors",
+        HuggingFace("owner/repo", "refs/pr/1", file="b.safetensors"),
+    ),
+    ("huggingface.co/owner/repo/b.safetensors", HuggingFace("owner/repo", file="b.safetensors")),
+    ("https://civitai.com/models/12", Civitai(12)),
+    ("civitai.com/models/12/a-name", Civitai(12)),
+    ("https://civitai.com/models/12/a-name?modelVersionId=34", Civitai(12, 34)),
+    ("https://civitai.red/models/12", Civitai(12, host="civitai.red")),
+    ("https://civitai.com/api/download/models/34", Civitai(None, 34)),
+    (
+        "https://civitai.com/api/download/models/34?type=Model&format=SafeTensor&token=s3cr3t",
+        Civitai(None, 34, "type=Model&format=SafeTensor", token="s3cr3t"),
+    ),
+    ("urn:air:flux1:lora:civitai:12@34", Civitai(12, 34)),
+    ("air:flux1:lora:civitai:12@34.safetensors", Civitai(12, 34)),
+    ("https://example.com/a.safetensors?sig=s3cr3t", Url("https://example.com/a.safetensors?sig=s3cr3t")),
+    ("https://replicate.delivery/xezq/a/trained_model.tar", Url("https://replicate.delivery/xezq/a/trained_model.tar")),
+    ("https://huggingface.co.example.com/owner/repo", Url("https://huggingface.co.example.com/owner/repo")),
+    ("https://example.com/civitai.com/models/12", Url("https://example.com/civitai.com/models/12")),
+    ("data:application/x-tar;base64,AAEC", Data(b"\x00\x01\x02")),
+    ("data:;base64,AA EC\n_-8", Data(b"\x00\x01\x02\xff\xef")),
+    ("data:,a%20b", Data(b"a b")),
+]
+
+
+@pytest.mark.parametrize(("text", "reference"), FORMS, ids=[text.strip() for text, _ in FORMS])
+def test_every_form_means_what_it_says(text: str, reference: Reference) -> None:
+    assert parse(text) == reference
+    validate_reference(text)
+
+
+NONE = [
+    *("", " ", "name", "a/b/c/d/e", "owner/", "/name", "owner/.name", "a b/c", "example.com/a.safetensors"),
+    *("/etc/passwd", "./a/b", "../a", "../../a/b.safetensors", "~/lora", "loras/a.safetensors", "C:\\a", "\\\\a\\b"),
+    *("file:///etc/hostname", "file:a/b", "FILE:///etc", "ftp://example.com/a", "s3://a/b", "javascript:alert(1)"),
+    *("http://", "http:///a", "http://[::1", "http://a b/c", "https://host:port/a", "https://exa\nmple.com/a"),
+    *("huggingface.co/owner", "huggingface.co/datasets/owner/repo", "huggingface.co/owner/repo/blob/main/../x"),
+    *("https://civitai.com/images/3", "civitai.com/models/name", "https://civitai.com/models/1?modelVersionId=x"),
+    *("https://replicate.com/explore", "urn:air:sdxl:lora:civitai:1@2", "urn:air:flux1:lora:huggingface:1", "urn:air:"),
+    *("data:", "data:;base64", "data:;base64,!", "owner/name/version", f"owner/name@{VERSION}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NONE)
+def test_what_is_none_gets_one_sentence_with_what_would_be(text: str) -> None:
+    with pytest.raises(ValueError, match=r"\.$") as caught:
+        validate_reference(text)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert "must be" in sentence or "damaged" in sentence
+
+
+def test_the_accepted_forms_are_listed() -> None:
+    with pytest.raises(ValueError, match="names no LoRA") as caught:
+        validate_reference("/etc/passwd")
+    for form in ("owner/name", "huggingface.co/", "civitai.com/models/", "urn:air:", "http(s)", "data:"):
+        assert form in str(caught.value)
+
+
+word = st.text(string.ascii_letters + string.digits + "-_", min_size=1, max_size=12)
+# Hugging Face's own pages stand where owners do.
+owner = word.filter(lambda name: name not in {"datasets", "spaces", "api", "models", "docs", "blog", "collections"})
+repo = st.builds("{}/{}".format, owner, word)
+path = st.lists(word, min_size=1, max_size=3).map("/".join)
+number = st.integers(1, 10**9)
+references = st.one_of(
+    st.builds(Replicate, word, word, st.none() | st.text("0123456789abcdef", min_size=64, max_size=64)),
+    st.builds(HuggingFace, repo),
+    st.builds(HuggingFace, repo, word, file=path.map("{}.safetensors".format)),
+    st.builds(HuggingFace, repo, word, path),
+    st.builds(Civitai, number),
+    st.builds(Civitai, st.none() | number, number),
+)
+
+
+@given(references)
+def test_a_shown_name_names_the_same_thing_again(reference: Reference) -> None:
+    assert parse(reference.name) == reference
+
+
+@settings(max_examples=500)
+@given(st.text(max_size=60) | st.text("/.:@?#%&=~\\[]huggingfacecvt0123456789 \t", max_size=60))
+def test_any_text_is_a_reference_or_gets_a_sentence(text: str) -> None:
+    reference, sentence = None, ""
+    with contextlib.suppress(ValueError):
+        reference = parse(text)
+    if reference is None:
+        with pytest.raises(ValueError, match=r"\.$") as caught:
+            parse(text)
+        sentence = str(caught.value)
+    assert "\n" not in (sentence or reference.name)
+    assert sentence or reference.name
+
+
+@given(st.sampled_from(["/", "./", "../", "~/", "file:", "file:///", "\\\\"]), st.text(string.printable, max_size=40))
+def test_a_path_is_never_a_reference(prefix: str, rest: str) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        validate_reference(prefix + rest)
+
+
+@given(word, word, path)
+def test_no_name_and_no_sentence_shows_a_secret(user: str, host: str, where: str) -> None:
+    secret = "s3cr3t-value"
+    for text in (
+        f"https://{user}:{secret}@{host}.com/{where}?token={secret}#{secret}",
+        f"https://civitai.com/api/download/models/7?token={secret}",
+        f"https://civitai.com/models/7?modelVersionId=8&token={secret}",
+        f"https://huggingface.co/{user}/{host}?token={secret}",
+        f"https://replicate.com/{user}/{host}?token={secret}",
+    ):
+        reference = parse(text)
+        assert secret not in reference.name
+        assert secret not in repr(reference)
+    for text in (f"ftp://{user}:{secret}@{host}/{where}?token={secret}", f"https://civitai.com/x?token={secret}"):
+        with pytest.raises(ValueError, match="must be") as caught:
+            parse(text)
+        assert secret not in str(caught.value)
+
+
+@given(st.binary(max_size=200))
+def test_a_data_uri_is_its_bytes_however_it_is_written(content: bytes) -> None:
+    encoded = base64.b64encode(content).decode()
+    urlsafe = base64.urlsafe_b64encode(content).decode().rstrip("=")
+    for payload in (encoded, urlsafe, encoded.replace("+", "%2B").replace("/", "%2F").replace("=", "%3D")):
+        assert parse(f"data:application/octet-stream;base64,{payload}") == Data(content)
+    assert parse("data:," + "".join(f"%{byte:02x}" for byte in content)) == Data(content)
+
+
+def test_mirrors_are_what_they_mirror() -> None:
+    mirrored = Settings(
+        MINIATURE,
+        hf_endpoint="https://hf-mirror.example.com",
+        civitai_endpoint="http://127.0.0.1:8001",
+        replicate_endpoint="http://127.0.0.1:8002",
+    )
+    assert parse("https://hf-mirror.example.com/owner/repo", mirrored) == HuggingFace("owner/repo")
+    assert parse("http://127.0.0.1:8001/models/3", mirrored) == Civitai(3)
+    assert parse("http://127.0.0.1:8002/owner/name", mirrored) == Replicate("owner", "name")
+    assert parse("http://127.0.0.1:8003/owner/name", mirrored) == Url("http://127.0.0.1:8003/owner/name")
+    assert parse("https://huggingface.co/owner/repo", mirrored) == HuggingFace("owner/repo")
