@@ -74,6 +74,11 @@ class Source:
     advice: Mapping[int, str] = field(default_factory=dict)
 
 
+def printable(text: str) -> str:
+    """What others have named, fit for a log: without line ends, colours, and halves of characters."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 class UnavailableError(ValueError):
     """The host is down, overloaded or broke off: the same request may succeed later."""
 
@@ -474,7 +479,8 @@ class Download:
         self._unless_changed = {} if etag.startswith("W/") else {"If-Range": etag}
         self._parallel = False
         self._pieces: list[_Piece] = []
-        self._error: Exception | None = None
+        self._received = 0
+        self._error: BaseException | None = None
         self._changed = threading.Condition()
 
     def run(self, on_bytes: Callable[[bytes], None]) -> int:
@@ -496,15 +502,16 @@ class Download:
         self._parallel = self._honours_ranges()
         self._pieces = self._cut()
         waiting = iter([piece for piece in self._pieces if not piece.done])
+        self._received = sum(piece.position - piece.start for piece in self._pieces)
         options = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "delay": 1, "mininterval": 1, "leave": False}
         with (
-            tqdm(desc=self._source.name, total=self._first.size, **options) as self._bar,
+            tqdm(desc=self._source.name, total=self._first.size, **options) as bar,
             ThreadPoolExecutor(CONNECTIONS if self._parallel else 1, "download") as pool,
         ):
             for index in range(min(CONNECTIONS, len(self._pieces))):
                 pool.submit(self._work, waiting, self._first if index == 0 else None)
             try:
-                return self._follow(on_bytes)
+                return self._follow(on_bytes, bar)
             except BaseException as error:
                 self._fail(error)
                 raise
@@ -577,7 +584,7 @@ class Download:
             with self._changed:
                 piece.position += len(data)
                 piece.done = piece.position == piece.end or not data
-                self._bar.update(len(data))
+                self._received += len(data)
                 self._changed.notify_all()
 
     def _open_at(self, piece: _Piece) -> Stream:
@@ -614,16 +621,17 @@ class Download:
     def _different(self) -> ValueError:
         return ValueError(f"{self._source.name} changed while it was being downloaded; try again.")
 
-    def _follow(self, on_bytes: Callable[[bytes], None]) -> int:
-        """Hand the content on in order, as far as it is there."""
+    def _follow(self, on_bytes: Callable[[bytes], None], bar: tqdm) -> int:
+        """Hand the content on in order, as far as it is there, and show how much is."""
         position = 0
         for piece in self._pieces:
             while not (piece.done and position == piece.position):
                 with self._changed:
-                    self._changed.wait_for(lambda: self._error or piece.done or piece.position > position)  # noqa: B023
-                    reached = piece.position
+                    self._changed.wait_for(lambda: self._error or piece.done or self._received > bar.n)  # noqa: B023
+                    reached, received = piece.position, self._received
                 if self._error is not None:
                     raise self._error
+                bar.update(received - bar.n)
                 while position < reached:
                     data = os.pread(self._file, min(CHUNK, reached - position), position)
                     on_bytes(data)

@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoSibling
 
-from downloads import Client, Source, UnavailableError
+from downloads import Client, Source, UnavailableError, printable
 from settings import Settings
 
 ACCEPTED = (
@@ -125,7 +125,7 @@ Reference = Replicate | HuggingFace | Civitai | Url | Data
 def redact(url: str) -> str:
     """A URL without what may be secret: user, password, query and fragment."""
     parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    return printable(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl())
 
 
 def validate_reference(reference: str) -> None:
@@ -335,7 +335,7 @@ def _resolve_hugging_face(reference: HuggingFace, settings: Settings, client: Cl
     path = reference.file if reference.file is not None else _choose_in_repo(reference, repo, settings)
     if path not in repo.files:
         raise ValueError(f"{reference.name} does not exist; the repo has {_some(_weights_in(repo, ''))}.")
-    print(f"{reference.name}: {path} of commit {repo.commit[:8]}.")
+    print(f"{reference.name}: {printable(path)} of commit {repo.commit[:8]}.")
     return repo.files[path]
 
 
@@ -361,7 +361,7 @@ def list_repo(reference: HuggingFace, settings: Settings, client: Client, hasty:
             return HfApi(settings.hf_endpoint, token=settings.hf_token or False).model_info(
                 reference.repo, revision=reference.revision, files_metadata=True, timeout=client.patience.connect
             )
-        except (OSError, HTTPError, ValueError) as error:
+        except (OSError, HTTPError, ValueError, TypeError, KeyError) as error:  # the last three: no answer of its kind
             raise _explain_hugging_face(error, reference, settings) from error
 
     info = client.persist(attempt, hasty)
@@ -371,7 +371,7 @@ def list_repo(reference: HuggingFace, settings: Settings, client: Client, hasty:
     def source(file: RepoSibling) -> Source:
         sha256 = file.lfs.sha256 if file.lfs else None
         return Source(
-            f"huggingface.co/{info.id}/resolve/{reference.revision}/{file.rfilename}",
+            printable(f"huggingface.co/{info.id}/resolve/{reference.revision}/{file.rfilename}"),
             hf_hub_url(info.id, file.rfilename, revision=info.sha, endpoint=settings.hf_endpoint),
             token=settings.hf_token,
             key=f"{info.id}/{file.rfilename} {sha256 or file.blob_id or info.sha}",
@@ -457,7 +457,7 @@ def _some(paths: list[str]) -> str:
     if not paths:
         return "no .safetensors file"
     more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
-    return f"{len(paths)} .safetensors file(s): {', '.join(paths[:8])}{more}"
+    return printable(f"{len(paths)} .safetensors file(s): {', '.join(paths[:8])}{more}")
 
 
 def _resolve_civitai(reference: Civitai, settings: Settings, client: Client, hasty: bool) -> Source:
@@ -473,7 +473,9 @@ def _resolve_civitai(reference: Civitai, settings: Settings, client: Client, has
         version = _newest_for_flux(answer["modelVersions"], reference) if reference.version is None else answer
         file = _choose_file(version["files"], reference)
         download = urlsplit(file.get("downloadUrl") or f"/api/download/models/{version['id']}")
-        print(f"{reference.name}: {file['name']} of version {version['id']}, for {version.get('baseModel')}.")
+        print(
+            printable(f"{reference.name}: {file['name']} of version {version['id']}, for {version.get('baseModel')}.")
+        )
         sha256 = str((file.get("hashes") or {}).get("SHA256", "")).lower()
         return Source(
             reference.name,
@@ -498,7 +500,7 @@ def _newest_for_flux(versions: list[dict[str, Any]], reference: Civitai) -> dict
         if str(version.get("baseModel", "")).startswith("Flux.1") and any(map(_is_weights, version.get("files", ())))
     ]
     if not fitting:
-        bases = ", ".join(sorted({str(version.get("baseModel")) for version in versions})) or "nothing"
+        bases = printable(", ".join(sorted({str(version.get("baseModel")) for version in versions}))) or "nothing"
         raise ValueError(f"{reference.name} has no version for FLUX.1 with a .safetensors file; it is for {bases}.")
 
     def age(version: dict[str, Any]) -> tuple[str, int]:
@@ -525,4 +527,4 @@ def _choose_file(files: list[dict[str, Any]], reference: Civitai) -> dict[str, A
 def _words(value: object) -> tuple[str, ...]:
     """Trigger words, from whatever somebody put where they belong."""
     words = value if isinstance(value, list) else [value]
-    return tuple(word.strip() for word in words if isinstance(word, str) and word.strip())
+    return tuple(printable(word.strip()) for word in words if isinstance(word, str) and word.strip())

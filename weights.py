@@ -33,7 +33,7 @@ from types import MappingProxyType
 from typing import BinaryIO, NamedTuple, TextIO, TypeVar
 from uuid import uuid4
 
-from downloads import CHUNK, MIB, Client, Download, Patience, Source, Stream, UnavailableError
+from downloads import CHUNK, MIB, Client, Download, Patience, Source, Stream, UnavailableError, printable
 from references import (
     COMMIT,
     Civitai,
@@ -333,7 +333,7 @@ class WeightsCache:
             if size > reserved:
                 with self._alone():
                     # Of a size that nobody states, a few megabytes at a time.
-                    size = size if reserved == 0 else max(size, reserved + 64 * MIB)
+                    size = size if reserved == 0 else max(size, reserved + 4 * MIB)
                     self._make_room(size - reserved, name)
                     os.posix_fallocate(file.fileno(), 0, size)
                     reserved = size
@@ -352,26 +352,28 @@ class WeightsCache:
         for file in self._incoming.iterdir():
             _delete_unless_held(file)
         for record in self._references.iterdir():
-            if record.stat().st_mtime < time.time() - RECORDS_KEPT:
+            if _last_use(record) < time.time() - RECORDS_KEPT:
                 _delete_unless_held(record)
-        budget = self._settings.cache_bytes
-        used = sum(file.stat().st_size for folder in (self._loras, self._incoming) for file in folder.iterdir())
-        disk = shutil.disk_usage(self._loras)
-        spare = min(GIB, disk.total // 20)
-        for file in sorted(self._loras.iterdir(), key=lambda file: file.stat().st_mtime):
-            if used + needed <= budget and disk.free - needed >= spare:
-                return
-            size = file.stat().st_size
-            if _delete_unless_held(file):
+        budget, spare = self._settings.cache_bytes, min(GIB, shutil.disk_usage(self._loras).total // 20)
+        files = sorted(self._loras.iterdir(), key=_last_use)
+        used = sum(map(_size, (*files, *self._incoming.iterdir())))
+        while used + needed > budget or shutil.disk_usage(self._loras).free - needed < spare:
+            if not files:
+                break
+            size = _size(files[0])
+            if _delete_unless_held(files.pop(0)):
                 used -= size
-                disk = shutil.disk_usage(self._loras)
         if used + needed > budget:
             raise ValueError(
                 f"{name} needs {_gb(needed)}, but the cache may have {_gb(budget)} (WEIGHTS_CACHE_GB), "
                 f"of which {_gb(used)} are in use."
             )
-        if disk.free - needed < spare:
-            raise ValueError(f"{name} needs {_gb(needed)}, but the disk of the cache has {_gb(disk.free)} left.")
+        free = shutil.disk_usage(self._loras).free
+        if free - needed < spare:
+            raise ValueError(
+                f"{name} needs {_gb(needed)}, but the disk of the cache has {_gb(free)} left, "
+                f"of which {_gb(spare)} stay free."
+            )
 
     # -- Records
 
@@ -446,7 +448,8 @@ def _in_thread(settings: Settings, patience: Patience, work: Callable[[Client], 
             raise ValueError("The disk of the cache is full.") from error
         except BaseException:
             client.stop()
-            wait([future], timeout=2)
+            # It ends at once, unless it waits for a name server; then it ends later, having nothing to do any more.
+            wait([future], timeout=0.5)
             raise
         finally:
             pool.shutdown(wait=False)
@@ -475,11 +478,26 @@ def _lock(file: TextIO | BinaryIO) -> bool:
 
 
 def _delete_unless_held(path: Path) -> bool:
-    with path.open("rb") as file:
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         if not _lock(file):
             return False
         path.unlink()
-        return True
+    return True
+
+
+def _last_use(path: Path) -> float:
+    """Seconds since the epoch."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # whoever wrote it was faster
+        return math.inf
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _sync_folder(path: Path) -> None:
@@ -510,6 +528,7 @@ HEAD_BYTES = 512
 # Weights hardly shrink when packed. Small files may: an untrained half of a LoRA is all zeros.
 MAX_RATIO, ALWAYS_ALLOWED = 100, 64 * MIB
 MAX_MEMBERS = 10_000
+MAX_CONFIG_BYTES = 65_536
 # tarfile and zipfile read what they take for a header at once, however long it says that it is.
 MAX_READ = 16 * MIB
 WEB_PAGE = "it needs a login, the link has expired, or it leads to a page about the file instead of to the file"
@@ -601,7 +620,7 @@ class _Contents:
         if self._stated_size not in (None, self._end):
             raise self._damaged(f"it has {self._stated_size} bytes and its header describes {self._end}")
         phrase = metadata.get("modelspec.trigger_phrase")
-        self.trigger_words = (phrase,) if phrase else ()
+        self.trigger_words = (printable(phrase),) if phrase else ()
 
     def _damaged(self, reason: str) -> ValueError:
         return ValueError(f"{self.name} is a damaged .safetensors file: {reason}.")
@@ -698,9 +717,11 @@ def _unpack(
                 with gzip.GzipFile(fileobj=archive) as content:
                     _copy(content, target, contents, reserve, client, limit)
                 return contents
-            with (_open_tar if packed.kind == "tar" else _open_zip)(archive, packed.name) as (member, content):
-                contents = _Contents(f"{packed.name} ({member})", kinds=("safetensors",))
-                _copy(content, target, contents, reserve, client, limit)
+            with (_open_tar if packed.kind == "tar" else _open_zip)(archive, packed.name) as member:
+                print(f"{packed.name}: {printable(member.name)} of the archive.")
+                contents = _Contents(f"{packed.name} ({printable(member.name)})", kinds=("safetensors",))
+                _copy(member.content, target, contents, reserve, client, limit)
+            contents.trigger_words = contents.trigger_words or _trigger_words(member.config)
             return contents
         except DAMAGE as error:
             raise ValueError(
@@ -715,22 +736,29 @@ DAMAGE = (
 )  # fmt: skip
 
 
+class _Member(NamedTuple):
+    """The one file of an archive that matters, and how it was trained."""
+
+    name: str
+    content: BinaryIO
+    config: bytes
+
+
 @contextmanager
-def _open_tar(archive: BinaryIO, name: str) -> Iterator[tuple[str, BinaryIO]]:
+def _open_tar(archive: BinaryIO, name: str) -> Iterator[_Member]:
     with tarfile.open(fileobj=archive, mode="r:") as tar:
-        members = {}
+        regular = {}
         for count, member in enumerate(tar):
             if count >= MAX_MEMBERS:
                 raise tarfile.TarError(f"more than {MAX_MEMBERS} members")
             if member.isreg() and not member.issparse():
-                members[member.name] = member
-        member = members[_choose(members, name)]
-        with tar.extractfile(member) as content:
-            yield member.name, content
+                regular[member.name] = member
+        with _open_member(regular, tar.extractfile, name) as opened:
+            yield opened
 
 
 @contextmanager
-def _open_zip(archive: BinaryIO, name: str) -> Iterator[tuple[str, BinaryIO]]:
+def _open_zip(archive: BinaryIO, name: str) -> Iterator[_Member]:
     with zipfile.ZipFile(archive) as zipped:
         if len(zipped.infolist()) > MAX_MEMBERS:
             raise zipfile.BadZipFile(f"more than {MAX_MEMBERS} members")
@@ -739,9 +767,26 @@ def _open_zip(archive: BinaryIO, name: str) -> Iterator[tuple[str, BinaryIO]]:
             for member in zipped.infolist()
             if not member.is_dir() and stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
         }
-        member = regular[_choose(regular, name)]
-        with zipped.open(member) as content:
-            yield member.filename, content
+        with _open_member(regular, zipped.open, name) as opened:
+            yield opened
+
+
+@contextmanager
+def _open_member(members: Mapping[str, T], opened: Callable[[T], BinaryIO], container: str) -> Iterator[_Member]:
+    chosen, config = _choose(members, container), b""
+    beside = str(PurePosixPath(chosen).with_name("config.yaml"))
+    if beside in members:
+        with opened(members[beside]) as file:
+            config = file.read(MAX_CONFIG_BYTES)
+    with opened(members[chosen]) as content:
+        yield _Member(chosen, content, config)
+
+
+def _trigger_words(config: bytes) -> tuple[str, ...]:
+    """What ai-toolkit, which Replicate trains with, was told to teach."""
+    found = re.search(rb"""^[\s-]*["']?trigger_word["']?\s*:\s*["']?([^"'#\r\n]+)""", config, re.MULTILINE)
+    word = printable(found[1].decode(errors="replace")).strip() if found else ""
+    return (word,) if word and word != "null" else ()
 
 
 def _choose(names: Iterable[str], container: str) -> str:
@@ -763,7 +808,7 @@ def _choose(names: Iterable[str], container: str) -> str:
     if not found:
         raise ValueError(f"{container} has no regular .safetensors file in it.")
     raise ValueError(
-        f"{container} has {len(found)} .safetensors files in it, {', '.join(sorted(found)[:8])}; "
+        f"{container} has {len(found)} .safetensors files in it, {printable(', '.join(sorted(found)[:8]))}; "
         "it must have one, or one called lora.safetensors."
     )
 
