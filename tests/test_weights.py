@@ -1290,7 +1290,7 @@ def test_what_a_download_says_is_in_the_log_of_its_prediction(server: CogServer,
 
 
 def test_cog_itself_fetches_images_and_masks_without_our_rules(server: CogServer, host: Host) -> None:
-    """Before the predictor is called, from any address, without a bound, the URL in its error; Cog has no setting for it.
+    """Before the predictor is called, from any address, without a bound, the URL in its error: there is no setting.
 
     It does honour HTTP_PROXY and HTTPS_PROXY, so a proxy is the place for rules about images.
     """
