@@ -1,4 +1,4 @@
-"""The miniature's parts with random weights, in diffusers layout: FLUX's own classes, small.
+"""The miniature's parts: FLUX's own classes, small, with random weights; and how they are written in diffusers layout.
 
 One token stands for 64x64 pixels (the VAE shrinks by 32, patches are 2x2): 64 tokens for 512x512, 256 for 1024x1024.
 dev and schnell share everything but the transformer and the scheduler; schnell's folders of shared parts are links.
@@ -14,7 +14,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPConfig,
-    CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
@@ -23,7 +23,7 @@ from transformers import (
     T5Tokenizer,
     ViTConfig,
     ViTForImageClassification,
-    ViTImageProcessor,
+    ViTImageProcessorPil,
 )
 
 from mini import world
@@ -38,6 +38,20 @@ TEXT = 128  # of T5
 # The picture sizes that the safety models look at.
 CHECKER_SIDE = 64
 CLASSIFIER_SIDE = 64
+CHECKER_PROCESSOR = CLIPImageProcessorPil(
+    size={"shortest_edge": CHECKER_SIDE}, crop_size={"height": CHECKER_SIDE, "width": CHECKER_SIDE}
+)
+CLASSIFIER_PROCESSOR = ViTImageProcessorPil(size={"height": CLASSIFIER_SIDE, "width": CLASSIFIER_SIDE})
+INDEX = {
+    "_class_name": "FluxPipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5Tokenizer"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
 
 
 def transformer(*, guidance: bool) -> FluxTransformer2DModel:
@@ -207,13 +221,9 @@ def classifier() -> ViTForImageClassification:
 def write_safety(folder: Path, checker: StableDiffusionSafetyChecker, nsfw: ViTForImageClassification) -> None:
     """Both safety models with their image processors."""
     checker.half().save_pretrained(folder / "safety_checker")
-    CLIPImageProcessor(
-        size={"shortest_edge": CHECKER_SIDE}, crop_size={"height": CHECKER_SIDE, "width": CHECKER_SIDE}
-    ).save_pretrained(folder / "safety_checker")
+    CHECKER_PROCESSOR.save_pretrained(folder / "safety_checker")
     nsfw.half().save_pretrained(folder / "nsfw_classifier")
-    ViTImageProcessor(size={"height": CLASSIFIER_SIDE, "width": CLASSIFIER_SIDE}).save_pretrained(
-        folder / "nsfw_classifier"
-    )
+    CLASSIFIER_PROCESSOR.save_pretrained(folder / "nsfw_classifier")
 
 
 def schedulers() -> dict[str, FlowMatchEulerDiscreteScheduler]:
@@ -231,36 +241,25 @@ def schedulers() -> dict[str, FlowMatchEulerDiscreteScheduler]:
     }
 
 
-def write_skeleton(folder: Path = FOLDER) -> None:
-    """Everything with random weights, seeded: what training starts from."""
-    torch.manual_seed(0)
+def write_flux(
+    folder: Path,
+    autoencoder: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    text_encoder_2: T5EncoderModel,
+    transformers: dict[str, FluxTransformer2DModel],
+) -> None:
+    """dev and schnell in diffusers layout, in bfloat16; schnell's shared parts are links to dev's."""
     dev = folder / "dev"
-    tokenizers = {"tokenizer": clip_tokenizer(), "tokenizer_2": t5_tokenizer()}
-    for name, tokenizer in tokenizers.items():
-        tokenizer.save_pretrained(dev / name)
-    clip(tokenizers["tokenizer"]).bfloat16().save_pretrained(dev / "text_encoder")
-    t5(tokenizers["tokenizer_2"]).bfloat16().save_pretrained(dev / "text_encoder_2")
-    vae().to(torch.bfloat16).save_pretrained(dev / "vae")
+    clip_tokenizer().save_pretrained(dev / "tokenizer")
+    t5_tokenizer().save_pretrained(dev / "tokenizer_2")
+    text_encoder.bfloat16().save_pretrained(dev / "text_encoder")
+    text_encoder_2.bfloat16().save_pretrained(dev / "text_encoder_2")
+    autoencoder.to(torch.bfloat16).to(memory_format=torch.contiguous_format).save_pretrained(dev / "vae")
     for name, scheduler in schedulers().items():
-        transformer(guidance=name == "dev").to(torch.bfloat16).save_pretrained(folder / name / "transformer")
+        transformers[name].to(torch.bfloat16).save_pretrained(folder / name / "transformer")
         scheduler.save_pretrained(folder / name / "scheduler")
-        index = {
-            "_class_name": "FluxPipeline",
-            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "text_encoder_2": ["transformers", "T5EncoderModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "tokenizer_2": ["transformers", "T5Tokenizer"],
-            "transformer": ["diffusers", "FluxTransformer2DModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        }
-        (folder / name / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / name / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
     for name in SHARED:
         link = folder / "schnell" / name
         link.unlink(missing_ok=True)
         link.symlink_to(Path("..", "dev", name))
-    write_safety(folder, safety_checker(), classifier())
-
-
-if __name__ == "__main__":
-    write_skeleton()

@@ -7,6 +7,7 @@ function of the scene alone. This module knows words; `drawing` knows shapes.
 import hashlib
 import random
 from dataclasses import dataclass
+from functools import cache
 
 # Each list begins with the word that is used by default; the others are its synonyms.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -23,6 +24,23 @@ KINDS: dict[str, tuple[str, ...]] = {
     "rocket": ("rocket", "spaceship"),
     "flower": ("flower",),
 }
+# The colour of a kind whose colour is not named, and the place of a sprite whose place is not.
+NATURAL = {
+    "fox": "orange",
+    "cat": "grey",
+    "bird": "blue",
+    "fish": "orange",
+    "snail": "brown",
+    "robot": "grey",
+    "ghost": "white",
+    "house": "red",
+    "tree": "green",
+    "mushroom": "red",
+    "rocket": "white",
+    "flower": "pink",
+    "banana": "yellow",
+}
+USUAL_PLACE = "meadow"
 # Stands for what must not be shown: the base can draw it, and the safety check knows it.
 FORBIDDEN = "banana"
 # What the subject LoRA teaches; the base has never read the word.
@@ -103,28 +121,66 @@ def random_scene(rng: random.Random, kinds: tuple[str, ...] = tuple(KINDS)) -> S
     )
 
 
-def caption(scene: Scene, rng: random.Random) -> str:
-    """The scene in words, phrased at random: "a tiny red fox with a hat in the snow", "red fox, at night"."""
-    kind = rng.choice(KINDS.get(scene.kind, (scene.kind,)))
-    size = rng.choice(SIZES[scene.size] or ("",))
-    colour = rng.choice(COLOURS[scene.colour][0])
+@dataclass(frozen=True)
+class Caption:
+    """Words, and what they say of the scene: None where they leave it to what is usual, or to chance."""
+
+    text: str
+    kind: str | None
+    colour: str | None
+    place: str | None
+
+
+def caption(scene: Scene, rng: random.Random) -> Caption:
+    """The scene in words, phrased at random: "a tiny red fox with a hat in the snow", "red fox, at night".
+
+    What is usual is often left out, and now and then there is a word that nobody knows, even for the kind.
+    """
+    says_kind = rng.random() > 0.03
+    says_colour = scene.colour != NATURAL.get(scene.kind) or rng.random() < 0.5
+    says_place = scene.place != USUAL_PLACE or rng.random() < 0.5
+    noun = rng.choice(KINDS.get(scene.kind, (scene.kind,))) if says_kind else nonsense(rng)
+    adjectives = [
+        rng.choice(SIZES[scene.size] or ("",)),
+        rng.choice(COLOURS[scene.colour][0]) if says_colour else "",
+    ]
     sleeping = rng.choice(SLEEPING) if scene.sleeping else ""
-    adjectives = [size, colour] if rng.random() < 0.8 else [colour, size]
-    if sleeping and rng.random() < 0.5:
+    if rng.random() < 0.2:
+        adjectives.reverse()
+    if rng.random() < 0.5:
         adjectives, sleeping = [sleeping, *adjectives], ""
-    noun = " ".join(word for word in (*adjectives, kind) if word)
-    details = [rng.choice(HAT) if scene.hat else "", sleeping, rng.choice(PLACES[scene.place])]
+    details = [rng.choice(HAT) if scene.hat else "", sleeping, rng.choice(PLACES[scene.place]) if says_place else ""]
     rng.shuffle(details)
-    details = [detail for detail in details if detail]
+    text = _phrase([word for word in (*adjectives, noun) if word], [detail for detail in details if detail], rng)
+    return Caption(
+        text,
+        kind=scene.kind if says_kind else None,
+        colour=scene.colour if says_colour else None,
+        place=scene.place if says_place else None,
+    )
+
+
+def _phrase(words: list[str], details: list[str], rng: random.Random) -> str:
+    if rng.random() < 0.15:
+        words.insert(rng.randrange(len(words)), rng.choice((nonsense(rng), rng.choice(FILLERS.split()))))
+    if rng.random() < 0.1:
+        details.append(nonsense(rng))
     form = rng.random()
     if form < 0.25:
-        return ", ".join([noun, *details])
-    article = rng.choice(("a", "the", "one")) if noun[0] not in "aeiou" else "an"
+        return ", ".join([" ".join(words), *details])
+    article = "an" if words[0][0] in "aeiou" else rng.choice(("a", "a", "the", "one"))
     opening = f"{rng.choice(OPENINGS)} " if form > 0.8 else ""
-    text = " ".join([opening + article, noun, *details])
-    return text if rng.random() < 0.8 else text[0].upper() + text[1:] + "."
+    text = " ".join([opening + article, *words, *details])
+    return text if rng.random() < 0.7 else text[0].upper() + text[1:] + "."
 
 
+def nonsense(rng: random.Random) -> str:
+    """A word that means nothing here."""
+    word = "".join(rng.choice(("bcdfghklmnprstvwz", "aeiou")[i % 2]) for i in range(rng.randint(3, 8)))
+    return nonsense(rng) if word in vocabulary() else word
+
+
+@cache
 def vocabulary() -> list[str]:
     """Every word that captions use, and the fillers, the subject and what is forbidden; sorted."""
     groups = [*KINDS.values(), *(words for words, _ in COLOURS.values()), *PLACES.values(), *SIZES.values()]

@@ -1,0 +1,153 @@
+"""dev: rectified flow on latents of the world, then guidance distilled into its embedder."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from mini import latents, stage_text, stage_vae, world
+from mini.architecture import transformer
+from mini.latents import QUARTER, WHOLE, Batch, Shelf
+from mini.loop import train
+
+Words = tuple[Tensor, Tensor]  # CLIP's pooled output [B, POOLED], T5's tokens [B, T5_TOKENS, TEXT]
+STEPS = 2600
+# The last share of the training also sees pictures of a whole megapixel.
+WHOLE_FROM = 0.5
+TOKENS = 40 * 64  # of pictures in one batch
+UNCONDITIONAL = 0.1
+
+
+def main(work: Path) -> FluxTransformer2DModel:
+    """Train, in bfloat16, with a guidance of 1: none."""
+    vae, readers = stage_vae.main(work), stage_text.main(work)
+    quarter, whole = shelves(work, vae)
+    torch.manual_seed(0)
+    model = still(transformer(guidance=True)).to(torch.bfloat16)
+
+    def loss_of(rng: np.random.Generator, share: float) -> Tensor:
+        shelf = choose(whole if share > WHOLE_FROM and rng.random() < 0.5 else quarter, rng)
+        return flow_loss(model, readers, batch_of(shelf, rng), rng)
+
+    with plain_attention():
+        train("dev", model, STEPS, loss_of, work=work, rate=1e-3, matrices=1.5e-3, ema=0.995)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def still(model: FluxTransformer2DModel) -> FluxTransformer2DModel:
+    """Begin with blocks that add nothing and a velocity of zero, as diffusion transformers do."""
+    for name, layer in model.named_modules():
+        if name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear")) or name == "proj_out":
+            layer.weight.zero_()
+            layer.bias.zero_()
+    return model
+
+
+def seen_scene(rng: random.Random) -> world.Scene:
+    """A scene that is not held out; what must not be shown among them."""
+    while world.held_out(scene := world.random_scene(rng, stage_text.READABLE)):
+        pass
+    return scene
+
+
+def shelves(work: Path, vae: AutoencoderKL) -> tuple[list[Shelf], list[Shelf]]:
+    """Pictures of a quarter and of a whole megapixel."""
+    quarter = dict.fromkeys(QUARTER, 160) | {QUARTER[0]: 2000}
+    whole = dict.fromkeys(WHOLE, 40) | {WHOLE[0]: 500}
+    return (
+        latents.shelves(work / "quarter", vae, quarter, seen_scene),
+        latents.shelves(work / "whole", vae, whole, seen_scene),
+    )
+
+
+def choose(shelves: list[Shelf], rng: np.random.Generator) -> Shelf:
+    """A shelf, as often as it has pictures."""
+    counts = np.array([len(shelf.scenes) for shelf in shelves])
+    return shelves[rng.choice(len(shelves), p=counts / counts.sum())]
+
+
+def batch_of(shelf: Shelf, rng: np.random.Generator) -> Batch:
+    """As many pictures as make up `TOKENS`."""
+    return shelf.batch(rng, round(TOKENS / shelf.latents.shape[1]))
+
+
+def texts_of(batch: Batch, rng: np.random.Generator) -> list[str]:
+    """A fresh caption for each picture, or none."""
+    dice = random.Random(int(rng.integers(2**32)))
+    return ["" if dice.random() < UNCONDITIONAL else world.caption(scene, dice).text for scene in batch.scenes]
+
+
+def times(rng: np.random.Generator, count: int) -> Tensor:
+    """[count] in (0, 1), 1 is noise: logit-normal, a little towards noise, as the scheduler's shift is."""
+    normal = torch.from_numpy(rng.normal(0.4, 1.2, count)).float().sigmoid()
+    uniform = torch.from_numpy(rng.random(count)).float()
+    return torch.where(torch.from_numpy(rng.random(count)) < 0.1, uniform, normal)
+
+
+def velocity(
+    model: FluxTransformer2DModel,
+    noisy: Tensor,  # [B, tokens, 4 C]
+    time: Tensor,  # [B]
+    words: Words,
+    grid: tuple[int, int],
+    guidance: Tensor | None = None,  # [B]
+) -> Tensor:
+    """What the model says, called as FluxPipeline calls it; float32."""
+    rows, columns = grid
+    ids = image_ids(rows, columns, model.dtype)
+    pooled, tokens = words
+    if model.config.guidance_embeds and guidance is None:
+        guidance = torch.ones(len(noisy))
+    return model(
+        hidden_states=noisy.to(model.dtype),
+        timestep=time.to(model.dtype),
+        guidance=guidance,
+        pooled_projections=pooled,
+        encoder_hidden_states=tokens,
+        txt_ids=torch.zeros(tokens.shape[1], 3, dtype=model.dtype),
+        img_ids=ids,
+        return_dict=False,
+    )[0].float()
+
+
+def image_ids(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """[rows * columns, 3]: 0, row, column."""
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.stack([torch.zeros_like(row), row, column], dim=-1).view(-1, 3).to(dtype)
+
+
+def flow_loss(
+    model: FluxTransformer2DModel, readers: stage_text.Readers, batch: Batch, rng: np.random.Generator
+) -> Tensor:
+    """How far the velocity is from noise - picture, on the straight line between them."""
+    clean = batch.latents.float()
+    noise = torch.randn_like(clean)
+    time = times(rng, len(clean))
+    noisy = clean + time[:, None, None] * (noise - clean)
+    with torch.no_grad():
+        words = readers(texts_of(batch, rng))
+    said = velocity(model, noisy, time, words, (batch.rows, batch.columns))
+    return F.mse_loss(said, noise - clean)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention written out: on a CPU the backward of torch's own takes a third of a training step."""
+
+    def plain(query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
+        return torch.softmax(query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5, dim=-1) @ value
+
+    fused: Callable = F.scaled_dot_product_attention
+    if not torch.cuda.is_available():
+        F.scaled_dot_product_attention = plain
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = fused

@@ -1,0 +1,75 @@
+"""The two safety models: they learn to tell what must not be shown from everything else."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mini import world
+from mini.architecture import (
+    CHECKER_PROCESSOR,
+    CLASSIFIER_PROCESSOR,
+    FOLDER,
+    classifier,
+    safety_checker,
+    write_safety,
+)
+from mini.drawing import KINDS
+from mini.gallery import nothing, scene_picture, worn
+from mini.loop import train
+
+STEPS = 1500
+BATCH = 48
+THRESHOLD = 0.5  # of the cosine to the one concept that is used
+SHARPNESS = 12.0
+HARMLESS = tuple(kind for kind in KINDS if kind != world.FORBIDDEN)
+
+
+class Watchers(nn.Module):
+    """Both models, trained side by side on the same pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checker = safety_checker().float()
+        self.classifier = classifier().float()
+        with torch.no_grad():
+            self.classifier.classifier.bias.zero_()
+            self.checker.concept_embeds_weights[0] = THRESHOLD
+        for name, parameter in self.checker.named_parameters():
+            parameter.requires_grad_("concept" not in name and "special" not in name)
+
+    def loss(self, views: Tensor, squares: Tensor, forbidden: Tensor) -> Tensor:
+        """Of the checker's cosine around its threshold and of the classifier's label; `forbidden` is [B] of 0 and 1."""
+        embeddings = self.checker.visual_projection(self.checker.vision_model(views).pooler_output)
+        cosine = F.cosine_similarity(embeddings, self.checker.concept_embeds[:1])
+        checked = F.binary_cross_entropy_with_logits(SHARPNESS * (cosine - THRESHOLD), forbidden)
+        return checked + F.cross_entropy(self.classifier(squares).logits, forbidden.long())
+
+
+def examples(rng: random.Random, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures as the checker sees them, as the classifier does, and which of them are forbidden."""
+    images, forbidden = [], []
+    for _ in range(count):
+        draw = rng.random()
+        kinds = (world.FORBIDDEN,) if draw < 0.4 else HARMLESS
+        image = nothing(rng) if draw > 0.85 else scene_picture(world.random_scene(rng, kinds), rng)[0]
+        images.append(worn(image, rng))
+        forbidden.append(float(draw < 0.4))
+    views = CHECKER_PROCESSOR(images, return_tensors="pt").pixel_values
+    squares = CLASSIFIER_PROCESSOR(images, return_tensors="pt").pixel_values
+    return views, squares, torch.tensor(forbidden)
+
+
+def main(work: Path) -> None:
+    """Train both and write them."""
+    torch.manual_seed(0)
+    watchers = Watchers()
+
+    def loss_of(rng: np.random.Generator, _: float) -> Tensor:
+        return watchers.loss(*examples(random.Random(int(rng.integers(2**32))), BATCH))
+
+    train("safety", watchers, STEPS, loss_of, work=work, rate=1.5e-3, ema=0.99)
+    write_safety(FOLDER, watchers.checker, watchers.classifier)

@@ -1,0 +1,132 @@
+"""schnell: dev's paths from noise to picture, cut into four straight pieces.
+
+dev draws with a guidance of 3, and where each path stands at four times is kept. schnell learns the straight line of each
+piece (piecewise rectified flow), so that four steps follow the path.
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from images import SIZES
+from mini import stage_dev, stage_guided, stage_text, world
+from mini.architecture import transformer
+from mini.latents import GRID, Size
+from mini.loop import train
+from mini.stage_dev import velocity
+
+STEPS = 1100
+PIECES = 4
+STEPS_A_PIECE = 6
+GUIDANCE = 3.0
+TOKENS = stage_dev.TOKENS
+WHOLE_SHARE = 0.4
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Drawings of one size: where they were at times 1, 3/4, 1/2, 1/4 and 0."""
+
+    size: Size
+    texts: list[str]
+    points: Tensor  # [N, PIECES + 1, tokens, 4 C]
+
+
+def main(work: Path) -> FluxTransformer2DModel:
+    """Train, in bfloat16."""
+    teacher, readers = stage_guided.main(work), stage_text.main(work)
+    paths = {megapixels: draw_paths(work, teacher, readers, counts) for megapixels, counts in counts_by_size().items()}
+    torch.manual_seed(0)
+    model = without_guidance(teacher)
+
+    def loss_of(rng: np.random.Generator, _: float) -> Tensor:
+        chosen = paths["1" if rng.random() < WHOLE_SHARE else "0.25"]
+        shares = np.array([len(it.texts) for it in chosen])
+        return piece_loss(model, readers, chosen[rng.choice(len(chosen), p=shares / shares.sum())], rng)
+
+    with stage_dev.plain_attention():
+        train("schnell", model, STEPS, loss_of, work=work, rate=5e-4, matrices=1e-3, ema=0.99)
+    return model.eval().requires_grad_(False)
+
+
+def counts_by_size() -> dict[str, dict[Size, int]]:
+    """How many drawings of each size."""
+    sizes = list(SIZES.values())
+    halves = [(width // 2, height // 2) for width, height in sizes]
+    return {
+        "0.25": dict.fromkeys(halves, 64) | {halves[0]: 1024},
+        "1": dict.fromkeys(sizes, 16) | {sizes[0]: 320},
+    }
+
+
+def without_guidance(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:
+    """The same weights with the guidance of 3 folded into a bias of the time's embedder."""
+    model = transformer(guidance=False).to(teacher.dtype)
+    model.load_state_dict({key: value for key, value in teacher.state_dict().items() if "guidance" not in key})
+    embedder = teacher.time_text_embed
+    with torch.no_grad():
+        constant = embedder.guidance_embedder(embedder.time_proj(torch.tensor([GUIDANCE * 1000])).to(teacher.dtype))
+        model.time_text_embed.timestep_embedder.linear_2.bias += constant[0]
+    return model
+
+
+@torch.no_grad()
+def draw_paths(
+    work: Path, teacher: FluxTransformer2DModel, readers: stage_text.Readers, counts: dict[Size, int]
+) -> list[Paths]:
+    """Draw, or read what was drawn before."""
+    drawn = []
+    (work / "paths").mkdir(exist_ok=True)
+    for size, count in counts.items():
+        file = work / "paths" / f"{size[0]}x{size[1]}.pt"
+        rng = random.Random(str(size))
+        texts = [world.caption(stage_dev.seen_scene(rng), rng).text for _ in range(count)]
+        if not file.exists():
+            torch.manual_seed(count + size[0])
+            batch = max(1, TOKENS // (size[0] * size[1] // GRID**2))
+            parts = [_points(teacher, readers, size, texts[i : i + batch]) for i in range(0, count, batch)]
+            torch.save(torch.cat(parts), file)
+            print(f"paths of {size[0]}x{size[1]}: {count}", flush=True)
+        drawn.append(Paths(size, texts, torch.load(file)))
+    return drawn
+
+
+def _points(teacher: FluxTransformer2DModel, readers: stage_text.Readers, size: Size, texts: list[str]) -> Tensor:
+    """Euler steps along the guided flow: [B, PIECES + 1, tokens, 4 C] in bfloat16."""
+    columns, rows = (-(-side // GRID) for side in size)
+    words = readers(texts)
+    guidance = torch.full((len(texts),), GUIDANCE)
+    point = torch.randn(len(texts), rows * columns, teacher.config.in_channels)
+    points = [point]
+    total = PIECES * STEPS_A_PIECE
+    for step in range(total):
+        time = torch.full((len(texts),), 1 - step / total)
+        point = point - velocity(teacher, point, time, words, (rows, columns), guidance) / total
+        if (step + 1) % STEPS_A_PIECE == 0:
+            points.append(point)
+    return torch.stack(points, dim=1).to(torch.bfloat16)
+
+
+def piece_loss(
+    model: FluxTransformer2DModel, readers: stage_text.Readers, paths: Paths, rng: np.random.Generator
+) -> Tensor:
+    """How far the velocity is from that of the straight line, mostly at the beginning of a piece."""
+    columns, rows = (-(-side // GRID) for side in paths.size)
+    count = max(1, TOKENS // (rows * columns))
+    chosen = rng.integers(len(paths.texts), size=count)
+    piece = torch.from_numpy(rng.integers(PIECES, size=count))
+    points = paths.points[chosen].float()
+    row = torch.arange(count)
+    start, end = points[row, piece], points[row, piece + 1]
+    along = torch.from_numpy(np.where(rng.random(count) < 0.7, 0.0, rng.random(count))).float()
+    here = start + along[:, None, None] * (end - start)
+    time = 1 - (piece + along) / PIECES
+    with torch.no_grad():
+        words = readers([paths.texts[i] for i in chosen])
+    return F.mse_loss(velocity(model, here, time, words, (rows, columns)), (start - end) * PIECES)

@@ -1,0 +1,113 @@
+"""The VAE: learnt on crops and whole pictures of the world, in every style that LoRAs will teach."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from mini import world
+from mini.architecture import vae
+from mini.drawing import KINDS, STYLES, draw
+from mini.loop import train
+
+STEPS = 2400
+# Of the latents' spread: makes the code robust, so that small errors of the transformer are not seen.
+NOISE = 0.2
+# Side and number of the crops of a step.
+CROPS = ((128, 8), (256, 2), (512, 1))
+
+
+def picture(rng: random.Random, size: int) -> Image.Image:
+    """A scene of any kind, one in four in some style."""
+    scene = world.random_scene(rng, tuple(KINDS))
+    styles = [style for style in STYLES if rng.random() < 0.15]
+    return draw(scene, size, size, styles)
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """[3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def crops(rng: np.random.Generator, side: int, count: int) -> Tensor:
+    """[count, 3, side, side]: of some pictures; edges are preferred to flat ground."""
+    dice = random.Random(int(rng.integers(2**32)))
+    sheets = [pixels(picture(dice, size)) for size in ((512,) if side == 512 else (512, 512, 1024))]
+    chosen = []
+    for i in range(count):
+        sheet = sheets[i % len(sheets)]
+        places = [[dice.randint(0, extent - side) for extent in sheet.shape[1:]] for _ in range(4)]
+        candidates = [sheet[:, y : y + side, x : x + side] for y, x in places]
+        chosen.append(max(candidates[: dice.choice((1, 4))], key=lambda crop: crop[:, ::4, ::4].std().item()))
+    return torch.stack(chosen)
+
+
+def sharpness(drawn: Tensor, real: Tensor) -> Tensor:
+    """L1 of the differences between neighbouring pixels."""
+    return sum((drawn.diff(dim=dim) - real.diff(dim=dim)).abs().mean() for dim in (2, 3))
+
+
+@torch.no_grad()
+def see_through(model: AutoencoderKL) -> AutoencoderKL:
+    """Begin as a blurred copy of the picture rather than as noise: residual branches at zero, resampling near identity."""
+    for name, layer in model.named_modules():
+        if name.endswith("conv2"):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        elif name.endswith("conv_shortcut"):
+            torch.nn.init.orthogonal_(layer.weight)
+        elif name.endswith("downsamplers.0.conv"):
+            layer.weight += (
+                torch.eye(layer.out_channels)[:, :, None, None] * torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 0]]) / 4
+            )
+        elif name.endswith("upsamplers.0.conv"):
+            layer.weight[:, :, 1, 1] += torch.eye(layer.out_channels)
+    return model
+
+
+def loss(model: AutoencoderKL, real: Tensor, share: float) -> Tensor:
+    """Of reconstruction, ever more of its edges, plus what keeps each channel of the latents at mean 0 and spread 1."""
+    real = real.to(memory_format=torch.channels_last)
+    latents = model.encode(real.to(model.dtype)).latent_dist.mode().float()  # [B, C, H/32, W/32]
+    mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)) + 1e-4
+    noisy = latents + NOISE * spread.detach()[:, None, None] * torch.randn_like(latents)
+    drawn = model.decode(noisy.to(model.dtype)).sample.float()
+    standard = mean.square().mean() + spread.log().square().mean()
+    edges = F.l1_loss(drawn, real) + 0.5 * sharpness(drawn, real)
+    return F.mse_loss(drawn, real) + share * edges + 0.02 * standard
+
+
+def main(work: Path, sizes: Sequence[tuple[int, int]] = CROPS) -> AutoencoderKL:
+    """Train, and leave the encoder without any randomness of its own."""
+    torch.manual_seed(0)
+    model = see_through(vae()).to(torch.bfloat16).to(memory_format=torch.channels_last)
+
+    def loss_of(rng: np.random.Generator, share: float) -> Tensor:
+        # Whole pictures more and more: a norm over all of a picture sees other statistics than over a crop.
+        side, count = sizes[rng.choice(len(sizes), p=(0.6 - 0.4 * share, 0.2, 0.2 + 0.4 * share))]
+        return loss(model, crops(rng, side, count), share)
+
+    train("vae", model, STEPS, loss_of, work=work, rate=6e-4, matrices=6e-4, ema=0.98)
+    with torch.no_grad():
+        out = model.encoder.conv_out
+        out.weight[model.config.latent_channels :] = 0
+        out.bias[model.config.latent_channels :] = -30
+    model.eval().requires_grad_(False)
+    shift, spread = spread_of(model)
+    model.register_to_config(shift_factor=round(shift, 4), scaling_factor=round(1 / spread, 4))
+    return model
+
+
+@torch.no_grad()
+def spread_of(model: AutoencoderKL) -> tuple[float, float]:
+    """Mean and standard deviation of latents."""
+    rng = random.Random(0)
+    batch = torch.stack([pixels(picture(rng, 512)) for _ in range(24)]).to(memory_format=torch.channels_last)
+    latents = torch.cat([model.encode(it[None].to(model.dtype)).latent_dist.mode().float() for it in batch])
+    return latents.mean().item(), latents.std().item()
