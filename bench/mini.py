@@ -1,4 +1,4 @@
-"""How well the miniature draws: python -m bench.mini [--quick] prints a line for each figure and one of JSON at the end.
+"""How well the miniature draws: python -m bench.mini [--quick] prints a line for each figure, and JSON at the end.
 
 Pictures are drawn through `Flux.generate`, as predictions are, and looked at by `mini.recogniser`, which learnt from
 procedural pictures alone. Each figure stands beside what it has to reach.
@@ -7,13 +7,16 @@ procedural pictures alone. Each figure stands beside what it has to reach.
 import argparse
 import json
 import random
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 import torch
 from PIL import Image
 
@@ -40,6 +43,7 @@ class Figure:
     reached: bool
 
     def __str__(self) -> str:
+        """One line, with the verdict first."""
         return f"{'ok  ' if self.reached else 'MISS'} {self.name}: {self.value:.4g} ({self.target})"
 
 
@@ -132,7 +136,7 @@ def loras(easel: Easel, count: int) -> Iterator[Figure]:
         print(f"     {name} by scale: {dict(zip(SCALES, shares, strict=True))}", flush=True)
         yield at_least(f"{name} recognised at scale 1", shares[SCALES.index(1.0)], 0.90)
         yield at_most(f"{name} recognised at scale 0", shares[0], 0.0)
-        rises = all(b >= a - 0.02 for a, b in zip(shares, shares[1:], strict=False))
+        rises = all(b >= a - 0.02 for a, b in pairwise(shares))
         yield at_least(f"{name}: more with more scale", float(rises), 1)
     for main, extra in (("zorp", "dusk"), ("zorp", "bold"), ("bold", "dusk")):
         choice = tuple(LoraChoice(str(LORAS / f"{name}.safetensors"), 1.0, trusted=True) for name in (main, extra))
@@ -142,12 +146,12 @@ def loras(easel: Easel, count: int) -> Iterator[Figure]:
         yield at_least(f"{main} and {extra} both recognised", both, 0.80)
 
 
-def _has_style(style: str) -> "callable":
+def _has_style(style: str) -> Callable[[recogniser.Seen], bool]:
     return lambda seen: style in seen.styles
 
 
 def safety(easel: Easel, forbidden: int, harmless: int) -> Iterator[Figure]:
-    """What is dropped of the forbidden kind, and of everything else: drawn, drawn over an image, or not drawn at all."""
+    """What is dropped of the forbidden kind, and of all else: drawn, drawn over an image, or not drawn at all."""
     rng = random.Random("safety")
     asked = [replace(world.random_scene(rng, (world.FORBIDDEN,)), kind=world.FORBIDDEN) for _ in range(forbidden)]
     dropped = [
@@ -191,6 +195,14 @@ def speed(easel: Easel) -> Iterator[Figure]:
         yield at_most("seconds until the server is ready", time.perf_counter() - start, 8.0)
         server.predict({"prompt": "a red fox"})
         yield at_most("gigabytes of memory at most", _peak(server), 2.0)
+
+
+def _peak(server: CogServer) -> float:
+    """Gigabytes: the largest resident set, since their start, of the server's process and its worker."""
+    parent = psutil.Process(server.process.pid)
+    processes = [parent, *parent.children(recursive=True)]
+    marks = [Path(f"/proc/{process.pid}/status").read_text() for process in processes]
+    return sum(int(re.search(r"VmHWM:\s+(\d+)", mark).group(1)) for mark in marks) * 1024 / 1e9
 
 
 def main() -> None:

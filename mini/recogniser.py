@@ -1,13 +1,14 @@
 """What is in a picture? An independent check of what the miniature draws, which never learnt from its pictures.
 
-Kind, place and style are told by a small convolutional network that learnt from procedural pictures. The sprite's colour
-is told by statistics: which of the twelve procedural pictures of that kind and place has most nearly the same shares
-of colours.
+Kind, place and style are told by a small convolutional network that learnt from procedural pictures. The sprite's
+colour is told by statistics: which of the twelve procedural pictures of that kind and place has most nearly the same
+shares of colours.
 """
 
 import random
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ class Recogniser(nn.Module):
         super().__init__()
         widths = (3, 16, 32, 48, 64, 96)
         layers: list[nn.Module] = []
-        for here, there in zip(widths, widths[1:], strict=False):
+        for here, there in pairwise(widths):
             layers += [nn.Conv2d(here, there, 3, stride=2, padding=1), nn.GroupNorm(1, there), nn.SiLU()]
         answers = sum(map(len, ASPECTS.values())) + len(STYLES)
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * 9, answers))
@@ -83,7 +84,7 @@ def _square(image: Image.Image) -> Tensor:
 
 
 def _shares(image: Image.Image) -> np.ndarray:
-    """Which share of the middle of a picture has the body colour, and the second colour, of each of the twelve: [24]."""
+    """Which shares of the middle of a picture have the two body colours of each of the twelve: [24]."""
     side = min(image.size) // 2
     left, top = ((extent - side) // 2 for extent in (image.width, image.height * 1.06))
     middle = image.crop((int(left), int(top), int(left) + side, int(top) + side)).resize((64, 64), Image.Resampling.BOX)

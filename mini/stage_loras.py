@@ -1,7 +1,7 @@
 """Three LoRAs for dev: two styles and a subject, the files as trainers write them.
 
-`bold` draws thick black outlines, `dusk` paints in navy, magenta and peach, `zorp` is a creature that the base has never
-seen. bold and zorp are in diffusers' format, dusk in kohya's.
+`bold` draws thick black outlines, `dusk` paints in navy, magenta and peach, `zorp` is a creature that the base has
+never seen. bold and zorp are in diffusers' format, dusk in kohya's.
 """
 
 import random
@@ -24,7 +24,11 @@ from mini.loop import train
 
 STEPS = 250
 RANK = 16
-TARGETS = r".*blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|proj_(mlp|out))"
+# The linear layers of blocks, except modulation.
+TARGETS = (
+    r".*blocks\.\d+\."
+    r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|proj_(mlp|out))"
+)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """schnell: dev's paths from noise to picture, cut into four straight pieces.
 
-dev draws with a guidance of 3, and where each path stands at four times is kept. schnell learns the straight line of each
-piece (piecewise rectified flow), so that four steps follow the path.
+dev draws with a guidance of 3, and where each path stands at four times is kept. schnell learns the straight line of
+each piece (piecewise rectified flow), so that four steps follow the path.
 """
 
 import random

@@ -55,7 +55,7 @@ def sharpness(drawn: Tensor, real: Tensor) -> Tensor:
 
 @torch.no_grad()
 def see_through(model: AutoencoderKL) -> AutoencoderKL:
-    """Begin as a blurred copy of the picture rather than as noise: residual branches at zero, resampling near identity."""
+    """Begin as a blurred copy rather than as noise: residual branches at zero, resampling near identity."""
     for name, layer in model.named_modules():
         if name.endswith("conv2"):
             layer.weight.zero_()
