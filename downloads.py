@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Self, TypeVar
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 import certifi
 import urllib3
@@ -37,8 +37,11 @@ SMALLEST_PIECE, LARGEST_PIECE = 8 * MIB, 64 * MIB
 CHUNK = 128 * 1024
 # Compared once, before a second connection is trusted to have sent what it was asked for.
 PROBE = slice(1024, 2048)
+# Compared where a broken connection is taken up again.
+OVERLAP = 1024
 MAX_REDIRECTS = 10
 MAX_JSON_BYTES = 32 * MIB
+SLOWEST = 1024  # bytes a second, of one connection
 # Azure's host for its machines, which hands out secrets from what looks like a public address.
 METADATA = {ipaddress.ip_address("168.63.129.16")}
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -49,14 +52,11 @@ class Patience:
     """How long a host may keep a prediction waiting, in seconds."""
 
     connect: float = 10
-    # Without a byte, and on average over such a time below SLOWEST bytes a second.
+    # Without a byte, or with fewer than SLOWEST a second.
     stall: float = 30
     # Before the second, third ... attempt; a host's Retry-After up to the longest counts instead.
     pauses: tuple[float, ...] = (0.5, 1, 2, 4)
     longest_pause: float = 30
-
-
-SLOWEST = 1024
 
 
 @dataclass(frozen=True)
@@ -256,9 +256,7 @@ class Client:
                 break
             response.close()
             # The token was for the host that the source lies on, not for whatever that one trusts.
-            url, token = urljoin(url, location), None
-            if urlsplit(url).scheme not in ("http", "https"):
-                raise ValueError(f"{source.name} leads to {urlsplit(url).scheme}: instead of http(s).")
+            url, token = _follow(source, url, location), None
         else:
             raise ValueError(
                 f"{source.name} was redirected more than {MAX_REDIRECTS} times; the link leads in a circle."
@@ -277,7 +275,8 @@ class Client:
             sent["Authorization"] = f"Bearer {token}"
         parts = urlsplit(url)
         if parts.username is not None and token is None:
-            sent |= urllib3.make_headers(basic_auth=f"{parts.username}:{parts.password or ''}")
+            login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            sent |= urllib3.make_headers(basic_auth=login)
         url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         try:
             return self._pool.request("GET", url, headers=sent, redirect=False, retries=False, preload_content=False)
@@ -297,15 +296,26 @@ class Client:
             with self.open(source) as stream:
                 return stream.peek(MAX_JSON_BYTES)
 
+        answer = self.persist(attempt, hasty)
         try:
-            return json.loads(self.persist(attempt, hasty))
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-                raise
+            return json.loads(answer)
+        except (ValueError, RecursionError):
             host = urlsplit(source.url).hostname
             raise UnavailableError(
                 f"{source.name} cannot be looked up: {host} sent something else than an answer."
             ) from None
+
+
+def _follow(source: Source, url: str, location: str) -> str:
+    """Where a redirect leads."""
+    try:
+        url = urljoin(url, location)
+        scheme = urlsplit(url).scheme
+    except ValueError:
+        raise ValueError(f"{source.name} leads to something that is no address.") from None
+    if scheme not in ("http", "https"):
+        raise ValueError(f"{source.name} leads to {scheme}: instead of http(s).")
+    return url
 
 
 def _broken(source: Source, url: str, error: Exception) -> ValueError:
@@ -589,7 +599,7 @@ class Download:
 
     def _open_at(self, piece: _Piece) -> Stream:
         """Go on where a piece was broken off, with a part of what is known already, which must be the same."""
-        start = max(piece.start, piece.position - len(range(*PROBE.indices(PROBE.stop))))
+        start = max(piece.start, piece.position - OVERLAP)
         stream = self._open_range(start, piece.end) if start > 0 else self._client.open(self._source)
         whole = stream.status == HTTPStatus.OK and stream.size == self._first.size and not self._parallel
         if not whole and not self._is_range(stream, start, piece.end):

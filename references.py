@@ -365,11 +365,13 @@ def list_repo(reference: HuggingFace, settings: Settings, client: Client, hasty:
             raise _explain_hugging_face(error, reference, settings) from error
 
     info = client.persist(attempt, hasty)
+    if not COMMIT.fullmatch(info.sha or ""):
+        raise UnavailableError(f"{reference.name} cannot be looked up: its host names no commit.")
     trigger_words = _words(info.card_data.get("instance_prompt") if info.card_data else None)
     refused = f"it is {_gate(info.id, settings)}" if info.gated else _needs_token(settings)
 
     def source(file: RepoSibling) -> Source:
-        sha256 = file.lfs.sha256 if file.lfs else None
+        sha256 = file.lfs.sha256 if file.lfs and SHA256.fullmatch(file.lfs.sha256) else None
         return Source(
             printable(f"huggingface.co/{info.id}/resolve/{reference.revision}/{file.rfilename}"),
             hf_hub_url(info.id, file.rfilename, revision=info.sha, endpoint=settings.hf_endpoint),

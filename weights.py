@@ -7,7 +7,6 @@ needs no other proof. What a reference means is looked up anew at each request.
 
 import contextlib
 import contextvars
-import errno
 import fcntl
 import gzip
 import hashlib
@@ -18,11 +17,9 @@ import os
 import re
 import shutil
 import stat
-import struct
 import tarfile
 import time
 import zipfile
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -33,7 +30,7 @@ from types import MappingProxyType
 from typing import BinaryIO, NamedTuple, TextIO, TypeVar
 from uuid import uuid4
 
-from downloads import CHUNK, MIB, Client, Download, Patience, Source, Stream, UnavailableError, printable
+from downloads import CHUNK, MIB, Client, Download, Patience, Source, StoppedError, Stream, UnavailableError, printable
 from references import (
     COMMIT,
     Civitai,
@@ -73,6 +70,10 @@ class Weights:
     sha256: str
     name: str
     trigger_words: tuple[str, ...] = ()
+
+
+class UnfitError(ValueError):
+    """A sentence about a file that cannot be used, or for which there is no room."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,9 +174,12 @@ class WeightsCache:
             yield held.weights
 
     def _in_thread(self, work: Callable[[Client], T]) -> T:
-        for folder in (self._loras, self._incoming, self._references):
-            folder.mkdir(parents=True, exist_ok=True)
-        return _in_thread(self._settings, self._patience, work)
+        def prepared(client: Client) -> T:
+            for folder in (self._loras, self._incoming, self._references):
+                folder.mkdir(parents=True, exist_ok=True)
+            return work(client)
+
+        return _in_thread(self._settings, self._patience, prepared)
 
     def _fetch(self, wanted: Reference, client: Client) -> _Held:
         """Look the reference up, download what is new, else take what is there."""
@@ -321,7 +325,7 @@ class WeightsCache:
     def _admit(self, size: int, name: str) -> None:
         limit = self._settings.lora_max_bytes
         if size > limit:
-            raise ValueError(f"{name} has {_gb(size)} or more; a LoRA may have {_gb(limit)} (LORA_MAX_GB).")
+            raise UnfitError(f"{name} has {_gb(size)} or more; a LoRA may have {_gb(limit)} (LORA_MAX_GB).")
 
     def _reserve(self, file: BinaryIO, name: str) -> Callable[[int], None]:
         """A function that takes disk space for a file before it grows to a size."""
@@ -335,7 +339,10 @@ class WeightsCache:
                     # Of a size that nobody states, a few megabytes at a time.
                     size = size if reserved == 0 else max(size, reserved + 4 * MIB)
                     self._make_room(size - reserved, name)
-                    os.posix_fallocate(file.fileno(), 0, size)
+                    try:
+                        os.posix_fallocate(file.fileno(), 0, size)
+                    except OSError as error:
+                        raise UnfitError(f"{name} finds no room in the cache: {error.strerror}.") from error
                     reserved = size
 
         return reserve
@@ -364,13 +371,13 @@ class WeightsCache:
             if _delete_unless_held(files.pop(0)):
                 used -= size
         if used + needed > budget:
-            raise ValueError(
+            raise UnfitError(
                 f"{name} needs {_gb(needed)}, but the cache may have {_gb(budget)} (WEIGHTS_CACHE_GB), "
                 f"of which {_gb(used)} are in use."
             )
         free = shutil.disk_usage(self._loras).free
         if free - needed < spare:
-            raise ValueError(
+            raise UnfitError(
                 f"{name} needs {_gb(needed)}, but the disk of the cache has {_gb(free)} left, "
                 f"of which {_gb(spare)} stay free."
             )
@@ -442,10 +449,8 @@ def _in_thread(settings: Settings, patience: Patience, work: Callable[[Client], 
             while not wait([future], timeout=0.05).done:
                 pass
             return future.result()
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise ValueError("The disk of the cache is full.") from error
+        except OSError as error:  # of the disk: hosts' were told already
+            raise ValueError(f"The cache of weights cannot be used: {error.strerror or 'its disk fails'}.") from error
         except BaseException:
             client.stop()
             # It ends at once, unless it waits for a name server; then it ends later, having nothing to do any more.
@@ -593,10 +598,10 @@ class _Contents:
         if kind in self._kinds:
             return kind
         if not head:
-            raise ValueError(f"{self.name} is empty.")
+            raise UnfitError(f"{self.name} is empty.")
         if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
-            raise ValueError(f"{self.name} gave a web page instead of a file: {self._web_page}.")
-        raise ValueError(
+            raise UnfitError(f"{self.name} gave a web page instead of a file: {self._web_page}.")
+        raise UnfitError(
             f"{self.name} begins with {head[:16]!r}; it must be a .safetensors file"
             + (", or a tar, tar.gz or zip archive of one." if "tar" in self._kinds else ".")
         )
@@ -623,7 +628,7 @@ class _Contents:
         self.trigger_words = (printable(phrase),) if phrase else ()
 
     def _damaged(self, reason: str) -> ValueError:
-        return ValueError(f"{self.name} is a damaged .safetensors file: {reason}.")
+        return UnfitError(f"{self.name} is a damaged .safetensors file: {reason}.")
 
 
 def _sniff(head: bytes) -> str | None:
@@ -680,7 +685,7 @@ def _copy(
     while data := source.read(CHUNK):
         client.check()
         if contents.size + len(data) > limit:
-            raise ValueError(f"{contents.name} unpacks to more than {MAX_RATIO} times its size, which no LoRA does.")
+            raise UnfitError(f"{contents.name} unpacks to more than {MAX_RATIO} times its size, which no LoRA does.")
         reserve(contents.size + len(data))
         contents.feed(data)
         if target is not None:
@@ -723,17 +728,12 @@ def _unpack(
                 _copy(member.content, target, contents, reserve, client, limit)
             contents.trigger_words = contents.trigger_words or _trigger_words(member.config)
             return contents
-        except DAMAGE as error:
-            raise ValueError(
-                f"{packed.name} is a damaged {packed.kind} archive ({error or 'it ends early'})."
-            ) from None
-
-
-# What the readers of archives raise about them.
-DAMAGE = (
-    tarfile.TarError, zipfile.BadZipFile, zlib.error, gzip.BadGzipFile,
-    EOFError, NotImplementedError, OverflowError, RecursionError, RuntimeError, struct.error,
-)  # fmt: skip
+        except (UnfitError, StoppedError):
+            raise
+        except Exception as error:  # whatever tarfile, zipfile and zlib come across; each raises a dozen types
+            told = isinstance(error, tarfile.TarError | zipfile.BadZipFile | RuntimeError)
+            reason = f" ({printable(str(error))[:200]})" if told and str(error) else ""
+            raise UnfitError(f"{packed.name} is a damaged {packed.kind} archive{reason}.") from None
 
 
 class _Member(NamedTuple):
@@ -765,7 +765,10 @@ def _open_zip(archive: BinaryIO, name: str) -> Iterator[_Member]:
         regular = {
             member.filename: member
             for member in zipped.infolist()
-            if not member.is_dir() and stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
+            if not member.is_dir()
+            and stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
+            # The others take as much memory as the archive says that they need.
+            and member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
         }
         with _open_member(regular, zipped.open, name) as opened:
             yield opened
@@ -806,8 +809,8 @@ def _choose(names: Iterable[str], container: str) -> str:
     if len(named or found) == 1:
         return (named or found)[0]
     if not found:
-        raise ValueError(f"{container} has no regular .safetensors file in it.")
-    raise ValueError(
+        raise UnfitError(f"{container} has no regular .safetensors file in it.")
+    raise UnfitError(
         f"{container} has {len(found)} .safetensors files in it, {printable(', '.join(sorted(found)[:8]))}; "
         "it must have one, or one called lora.safetensors."
     )
@@ -921,6 +924,8 @@ def _needed(paths: Collection[str]) -> list[str]:
         depth, name = path.count("/"), PurePosixPath(path).name
         # A pipeline has a folder for each part; weights beside them are the whole of it again, in one file.
         if depth != (1 if is_pipeline and path != "model_index.json" else 0) or VARIANT.search(name):
+            return False
+        if path.startswith((".", "/")):
             return False
         return name.endswith((".json", ".txt", ".model", ".jinja", ".safetensors")) or bool(PICKLED.fullmatch(name))
 
