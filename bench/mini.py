@@ -191,7 +191,8 @@ def speed(easel: Easel) -> Iterator[Figure]:
             times.append(time.perf_counter() - start)
         yield at_most(f"seconds for 1024x1024, {model}", min(times), target)
     start = time.perf_counter()
-    with CogServer() as server:
+    with TemporaryDirectory() as folder, CogServer(log=Path(folder) / "log") as server:
+        server.wait_until_ready()
         yield at_most("seconds until the server is ready", time.perf_counter() - start, 8.0)
         server.predict({"prompt": "a red fox"})
         yield at_most("gigabytes of memory at most", _peak(server), 2.0)

@@ -76,5 +76,6 @@ def shelves(
         file = path / f"{size[0]}x{size[1]}.pt"
         if not file.exists():
             torch.save(torch.stack([encode(vae, scene, size, styles) for scene in scenes]), file)
+            print(f"{path.name}: {count} of {size[0]}x{size[1]}", flush=True)
         filled.append(Shelf(size, torch.load(file), scenes))
     return filled

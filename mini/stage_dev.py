@@ -17,9 +17,9 @@ from mini.latents import QUARTER, WHOLE, Batch, Shelf
 from mini.loop import train
 
 Words = tuple[Tensor, Tensor]  # CLIP's pooled output [B, POOLED], T5's tokens [B, T5_TOKENS, TEXT]
-STEPS = 2600
-# The last share of the training also sees pictures of a whole megapixel.
-WHOLE_FROM = 0.5
+STEPS = 2000
+# The beginning sees pictures of a quarter of a megapixel alone; most of what follows is whole megapixels.
+WHOLE_FROM, WHOLE_SHARE = 0.2, 0.6
 TOKENS = 40 * 64  # of pictures in one batch
 UNCONDITIONAL = 0.1
 
@@ -32,7 +32,7 @@ def main(work: Path) -> FluxTransformer2DModel:
     model = still(transformer(guidance=True)).to(torch.bfloat16)
 
     def loss_of(rng: np.random.Generator, share: float) -> Tensor:
-        shelf = choose(whole if share > WHOLE_FROM and rng.random() < 0.5 else quarter, rng)
+        shelf = choose(whole if share > WHOLE_FROM and rng.random() < WHOLE_SHARE else quarter, rng)
         return flow_loss(model, readers, batch_of(shelf, rng), rng)
 
     with plain_attention():
