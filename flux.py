@@ -6,34 +6,30 @@ nor the files that go out.
 """
 
 import inspect
-import json
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
+from itertools import product
 from pathlib import Path
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxImg2ImgPipeline,
-    FluxInpaintPipeline,
-    FluxPipeline,
-    FluxTransformer2DModel,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
+from torch._dynamo.utils import counters
 from tqdm import tqdm
-from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-import fp8
 import images
+from acceleration import choose_attention, compile_models, keep_compiled_code
 from live import Live, Term
+from loading import load
 from lora_loader import Lora, LoraCache
+from placement import Placement
 from request import LoraChoice, Request
 from settings import Settings
+from stopwatch import Stopwatch
 from weights import Weights, WeightsCache, snapshot
 
 # How many text tokens each model was trained with: dev as many as diffusers' pipeline takes by itself. A tokenizer that
@@ -44,9 +40,8 @@ TEXT_TOKENS = {
 }
 # LoRAs are made this much stronger under fp8: the model page says so, and users choose their scales by it.
 FP8_LORA_FACTOR = 1.5
-# The linear layers of blocks run in fp8, except modulation: it sees one token, and what it says multiplies all others.
-BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
-MODULATION = (".norm.linear", ".norm1.linear", ".norm1_context.linear")
+# Prompts whose embeddings are kept, the latest ones: 4 MB each in dev, on the device.
+PROMPTS = 32
 
 
 @dataclass(frozen=True)
@@ -97,63 +92,62 @@ class Drawing:
     dtype: str  # of what is not fp8, such as "bfloat16"
 
 
-class Stopwatch:
-    """Seconds by phase, added up; waits for the device, so that a phase is charged for the work that it started."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
-        self._device = device
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Charge what happens inside to `phase`."""
-        start = time.perf_counter()
-        try:
-            yield
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-
 class Flux:
     """Both models with everything that they share.
 
     Args:
         settings: where the weights come from.
         device: where the models compute.
+        placement: where the weights lie; planned from the memory of the machine unless given.
 
     Raises:
-        ValueError: a sentence about model weights that cannot be had or do not fit.
+        ValueError: a sentence about model weights that cannot be had or do not fit, or a machine that is too small.
     """
 
-    def __init__(self, settings: Settings, device: torch.device) -> None:
+    def __init__(self, settings: Settings, device: torch.device, placement: Placement | None = None) -> None:
         self.device = device
         self._weights = WeightsCache(settings)
-        folders = {name: snapshot(getattr(settings.models, name), settings) for name in ("dev", "schnell")}
-        bases = {name: _read_tensors(folder / "transformer") for name, folder in folders.items()}
-        dtype = next(iter(bases["dev"].values())).dtype
-        dev = folders["dev"]
-        text_encoder = CLIPTextModel.from_pretrained(dev / "text_encoder", dtype=dtype).to(device).eval()
-        self.components = {
-            "vae": AutoencoderKL.from_pretrained(dev / "vae", torch_dtype=dtype).to(device).eval(),
-            "text_encoder": text_encoder,
-            "text_encoder_2": T5EncoderModel.from_pretrained(dev / "text_encoder_2", dtype=dtype).to(device).eval(),
-            "tokenizer": AutoTokenizer.from_pretrained(dev / "tokenizer"),
-            "tokenizer_2": AutoTokenizer.from_pretrained(dev / "tokenizer_2"),
-        }
-        self._schedulers = {
-            name: FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler") for name, folder in folders.items()
-        }
-        pristine = {name: parameter.detach().clone() for name, parameter in text_encoder.named_parameters()}
-        self._live_text_encoder = Live(text_encoder, {"shared": pristine})
-        self._live = _live_transformers(folders, _place(bases, device), device, dtype)
-        twins = {live: live.quantized(_is_block_linear) for live in set(self._live.values()) if fp8.supported(device)}
-        self._live_fp8 = {name: twins.get(live) for name, live in self._live.items()}
-        self._loras = LoraCache(self._live["dev"].module, text_encoder)
+        stopwatch = Stopwatch(device)
+        with stopwatch("fetch"):
+            folders = {name: snapshot(getattr(settings.models, name), settings) for name in ("dev", "schnell")}
+        models = load(folders, device, stopwatch, placement)
+        self.components = models.components
+        self._schedulers = models.schedulers
+        self._live_text_encoder = models.text_encoder
+        self._live, self._live_fp8 = models.live, models.live_fp8
+        self._transformers = [live.module for live in models.lives()]
+        self._loras = LoraCache(models.skeleton, models.text_encoder.module)
+        self._embeddings: OrderedDict[bytes, dict[str, Tensor]] = OrderedDict()
+        with stopwatch("attention"):
+            choose_attention(self._transformers, device)
+        if device.type == "cuda":  # on a CPU it gains nothing
+            self.components["vae"].to(memory_format=torch.channels_last)
         if device.type == "cuda" if settings.compile is None else settings.compile:
-            for live in {*self._live.values(), *twins.values()}:
-                live.module.compile_repeated_blocks(fullgraph=True, dynamic=True)
+            keep_compiled_code(settings.cache_dir / "compile")
+            with stopwatch("compile"):
+                self.compile()
+        print(f"Loaded in {stopwatch}.")
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile what draws, now: no request will.
+
+        Draws what makes every graph that a request may need: both models, both precisions, from an image too, in two
+        sizes unlike in every dimension, so that the graphs take them for variables. What is drawn with by default comes
+        last, and is ready then.
+
+        Args:
+            backend: of `torch.compile`.
+        """
+        compile_models(self._transformers, self.components["vae"], self.device, backend)
+        silent = Stopwatch(self.device)
+        with tempfile.TemporaryDirectory() as folder:
+            image = Path(folder) / "grey.png"
+            Image.new("RGB", (176, 240), "grey").save(image)
+            sizes = ({"image": image, "prompt_strength": 1}, {"aspect_ratio": "3:2", "megapixels": "0.25"})
+            for model, go_fast, size in product(("schnell", "dev"), (True, False), sizes):
+                request = Request(prompt="", model=model, go_fast=go_fast, num_inference_steps=1, seed=0, **size)
+                self.draw(self.prepare(request, silent), 0, silent, lambda: None)
+        print(f"Compiled {counters['stats']['unique_graphs']} graphs.")
 
     def generate(self, request: Request, stopwatch: Stopwatch) -> Drawing:
         """Draw the pictures of a request.
@@ -175,21 +169,19 @@ class Flux:
     @torch.no_grad()
     def prepare(self, request: Request, stopwatch: Stopwatch) -> Job:
         """Read what the request names, make the live weights equal its mix, encode its prompt."""
-        runs_fp8 = request.fp8 and self._live_fp8[request.model] is not None
-        live = (self._live_fp8 if runs_fp8 else self._live)[request.model]
+        live, runs_fp8 = self._choose_live(request)
         with stopwatch("input"):
             canvas = _canvas(request)
         with stopwatch("loras"):
             factor = FP8_LORA_FACTOR if runs_fp8 else 1.0
-            loras = tuple(self._apply(choice, request.model, factor) for choice in request.loras)
+            loras = tuple(self._apply(choice, request.model, live, factor) for choice in request.loras)
         with stopwatch("swap"):
             live.hold(request.model, [Term(it.weights.sha256, it.scale, it.lora.transformer) for it in loras])
-            self._live_text_encoder.hold(
-                "shared", [Term(it.weights.sha256, it.scale, it.lora.text_encoder) for it in loras]
-            )
+            words = [Term(it.weights.sha256, it.scale, it.lora.text_encoder) for it in loras if it.lora.text_encoder]
+            self._live_text_encoder.hold("shared", words)
         pipeline = self._pipeline(request, live)
         with stopwatch("prompt"):
-            embeddings = self._encode(pipeline, request)
+            embeddings = self._embed(pipeline, request, words)
         return Job(request, canvas, loras, runs_fp8, pipeline, embeddings)
 
     @torch.no_grad()
@@ -214,9 +206,15 @@ class Flux:
         with opened(choice.reference) as weights:
             return weights, self._loras.read(weights)
 
-    def _apply(self, choice: LoraChoice, model: str, factor: float) -> AppliedLora:
+    def _choose_live(self, request: Request) -> tuple[Live, bool]:
+        """The transformer that draws a request, and whether it is the fp8 one."""
+        live, live_fp8 = self._live[request.model], self._live_fp8[request.model]
+        runs_fp8 = live is None or (request.fp8 and live_fp8 is not None)
+        return (live_fp8 if runs_fp8 else live), runs_fp8
+
+    def _apply(self, choice: LoraChoice, model: str, live: Live, factor: float) -> AppliedLora:
         weights, lora = self.read_lora(choice)
-        left_out = self._live[model].lacking(model, lora.transformer)
+        left_out = live.lacking(model, lora.transformer)
         print(f"LoRA {weights.name} at {choice.scale:g}: {lora.report}")
         if left_out:
             print(f"{model} has no guidance embedder: left {len(left_out)} of its parameters out.")
@@ -235,15 +233,23 @@ class Flux:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _encode(self, pipeline: FluxPipeline, request: Request) -> dict[str, Tensor]:
+    def _embed(self, pipeline: FluxPipeline, request: Request, words: list[Term]) -> dict[str, Tensor]:
+        """The prompt's embeddings, remembered by all that they depend on; of the prompt a hash is kept, not a word."""
         tokens = min(TEXT_TOKENS[request.model], pipeline.tokenizer_2.model_max_length)
         used = len(pipeline.tokenizer_2(request.prompt).input_ids)
         if used > tokens:
             print(f"The prompt has {used} tokens; {request.model} reads the first {tokens}.")
-        prompt_embeds, pooled_prompt_embeds, _ = pipeline.encode_prompt(
-            request.prompt, device=self.device, max_sequence_length=tokens
-        )  # [1, tokens, D], [1, P]
-        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+        clip_mix = [(term.content, term.scale) for term in words]
+        key = sha256(repr((request.prompt, tokens, clip_mix)).encode(errors="surrogatepass")).digest()
+        if key not in self._embeddings:
+            prompt_embeds, pooled_prompt_embeds, _ = pipeline.encode_prompt(
+                request.prompt, device=self.device, max_sequence_length=tokens
+            )  # [1, tokens, D], [1, P]
+            self._embeddings[key] = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+        self._embeddings.move_to_end(key)
+        if len(self._embeddings) > PROMPTS:
+            self._embeddings.popitem(last=False)
+        return self._embeddings[key]
 
 
 def _canvas(request: Request) -> Canvas:
@@ -271,7 +277,9 @@ def _steps(request: Request) -> int:
 def _grid_size(job: Job) -> tuple[int, int]:
     """The canvas's size, rounded up to what the VAE and the 2x2 patches can express."""
     grid = job.pipeline.vae_scale_factor * 2
-    return tuple(-(-side // grid) * grid for side in (job.canvas.width, job.canvas.height))
+    width, height = (-(-side // grid) * grid for side in (job.canvas.width, job.canvas.height))
+    # A single token would need graphs of its own: to the compiler a size of 1 is never a variable.
+    return (2 * grid, height) if width == height == grid else (width, height)
 
 
 def _denoise(job: Job, seed: int, on_step: Callable[[], object]) -> Tensor:
@@ -317,65 +325,3 @@ def _picture(pixels: Tensor, canvas: Canvas) -> Image.Image:
     """[3, H, W] in [0, 1] → an image, with what the mask keeps pasted back."""
     drawn = Image.fromarray((pixels.permute(1, 2, 0).float() * 255).round().byte().cpu().numpy())
     return drawn if canvas.mask is None else images.paste_back(drawn, canvas.image, canvas.mask)
-
-
-def _is_block_linear(name: str) -> bool:
-    return name.startswith(BLOCKS) and not name.endswith(MODULATION)
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a model directory, whole or in shards, mapped from disk rather than copied."""
-    name = "diffusion_pytorch_model.safetensors"
-    index = folder / f"{name}.index.json"
-    files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {name}
-    return {name: tensor for file in sorted(files) for name, tensor in load_file(folder / file).items()}
-
-
-def _place(bases: dict[str, dict[str, Tensor]], device: torch.device) -> dict[str, dict[str, Tensor]]:
-    """Put the bases where the live weights are written from: beside them where they fit, else in pinned host memory."""
-    if device.type != "cuda":
-        return bases
-    size = {name: sum(tensor.nbytes for tensor in tensors.values()) for name, tensors in bases.items()}
-    # Beside the bases: live weights in bf16 and, half as large, in fp8, and about as much again as the fp8 ones for
-    # pictures at work.
-    fits = sum(size.values()) + 2 * max(size.values()) < torch.cuda.mem_get_info(device)[0]
-    print(f"Base weights lie {'on the GPU' if fits else 'in pinned host memory'}.")
-    return {
-        name: {key: tensor.to(device) if fits else tensor.pin_memory() for key, tensor in tensors.items()}
-        for name, tensors in bases.items()
-    }
-
-
-def _live_transformers(
-    folders: Mapping[str, Path], bases: Mapping[str, Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype
-) -> dict[str, Live]:
-    """A live transformer for each architecture, by the names of its models.
-
-    dev and schnell differ in their guidance embedder alone, and share one (see `live.Live` on what a base lacks).
-    """
-    configs = {name: FluxTransformer2DModel.load_config(folder / "transformer") for name, folder in folders.items()}
-    architectures: dict[str, list[str]] = {}
-    for name, config in configs.items():
-        shape = {key: value for key, value in config.items() if key != "guidance_embeds" and not key.startswith("_")}
-        architectures.setdefault(json.dumps(shape, sort_keys=True), []).append(name)
-    live = {}
-    for names in architectures.values():
-        guided = any(configs[name].get("guidance_embeds", False) for name in names)
-        with torch.device("meta"):
-            transformer = FluxTransformer2DModel.from_config(configs[names[0]], guidance_embeds=guided).to(dtype)
-        for name in names:
-            _check_fit(name, bases[name], transformer)
-        module = transformer.to_empty(device=device).eval().requires_grad_(False)
-        live |= dict.fromkeys(names, Live(module, {name: bases[name] for name in names}))
-    return live
-
-
-def _check_fit(name: str, base: Mapping[str, Tensor], transformer: FluxTransformer2DModel) -> None:
-    shapes = {key: tuple(parameter.shape) for key, parameter in transformer.named_parameters()}
-    wrong = [key for key, tensor in base.items() if shapes.get(key) != tuple(tensor.shape)]
-    wrong += [key for key in shapes if key not in base and "guidance_embedder" not in key]
-    if wrong:
-        raise ValueError(
-            f"The transformer of {name} does not fit its own config: {len(wrong)} tensor(s) are missing or have "
-            f"another shape, the first of them {sorted(wrong)[0]}."
-        )

@@ -38,6 +38,7 @@ class LiveTensor:
 
     def __init__(self, device: torch.device, write_rows: Callable[[int, Tensor], None]) -> None:
         self.held: object = None
+        self.rivals: list[LiveTensor] = []  # others that are written into the same memory
         self._device = device
         self._write_rows = write_rows
 
@@ -54,7 +55,8 @@ class LiveTensor:
         """
         if self.held == mix:
             return False
-        self.held = None
+        for tensor in (self, *self.rivals):
+            tensor.held = None
         base = base.to(self._device, non_blocking=True)
         if deltas:
             self._sum(base, [(scale, delta.bind(base, pristine)) for scale, delta in gather(deltas)])
@@ -92,21 +94,25 @@ class Live:
         self._tensors = {
             name: LiveTensor(parameter.device, partial(_write_rows, parameter.data))
             for name, parameter in module.named_parameters()
-        }
+        } | _fp8_tensors(module)
 
-    def quantized(self, chosen: Callable[[str], bool]) -> "Live":
+    def quantized(self, chosen: Callable[[str], bool], *, in_turn: bool = False) -> "Live":
         """A second live module of the same bases whose chosen linear layers are fp8; all else is shared with this one.
 
         Args:
             chosen: which `nn.Linear`, by name, should become an fp8 layer if its sizes fit.
+            in_turn: keep its fp8 weights in the memory of those that they replace: only one of the two modules holds
+                its mix at a time, and `hold` makes it the one that is asked for.
         """
         shared = {id(parameter): parameter for parameter in self.module.parameters()}
         twin = copy.copy(self)
         twin.module = copy.deepcopy(self.module, shared)
-        layers = fp8.replace_linears(twin.module, chosen)
-        twin._tensors = self._tensors | {
-            f"{name}.weight": LiveTensor(layer.weight.device, layer.write_rows) for name, layer in layers.items()
-        }
+        fp8.replace_linears(twin.module, chosen, in_place=in_turn)
+        own = _fp8_tensors(twin.module)
+        twin._tensors = self._tensors | own
+        for name, tensor in own.items() if in_turn else ():
+            tensor.rivals.append(self._tensors[name])
+            self._tensors[name].rivals.append(tensor)
         return twin
 
     def lacking(self, base: str, names: Iterable[str]) -> tuple[str, ...]:
@@ -127,6 +133,12 @@ class Live:
             deltas = [(term.scale, delta) for term in touching for delta in term.deltas[name]]
             written += tensor.hold(mix, pristine.get(name, self._zeros.get(name)), deltas, pristine)
         return written
+
+
+def _fp8_tensors(module: nn.Module) -> dict[str, LiveTensor]:
+    """The weights of a module's fp8 layers, by the names that they have in the base."""
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, fp8.Fp8Linear)}
+    return {f"{name}.weight": LiveTensor(layer.weight.device, layer.write_rows) for name, layer in layers.items()}
 
 
 def _write_rows(parameter: Tensor, start: int, rows: Tensor) -> None:

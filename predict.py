@@ -6,6 +6,7 @@ description is one string literal, and the position of a parameter is its x-orde
 # ruff: noqa: B008, E501, UP045 (Cog's form: Input called in a default, a description in one literal, Optional[T])
 
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from typing import Optional
 
 import torch
@@ -192,6 +193,8 @@ class Predictor(BasePredictor):
         if request.go_fast and not drawing.fp8:
             reason = "this device has no fp8 products" if request.fp8 else "aspect_ratio is custom"
             print(f"go_fast: drawn in {drawing.dtype}, since {reason}.")
+        if drawing.fp8 and not request.fp8:
+            print("Drawn in fp8, since this GPU has no room for bf16 weights.")
         self.record_metric("seed", request.seed)
         self.record_metric("precision", "fp8" if drawing.fp8 else drawing.dtype)
         self.record_metric("loras", [applied.metric() for applied in drawing.loras])
@@ -214,13 +217,15 @@ class Predictor(BasePredictor):
         if self.directory is not None:
             self.directory.cleanup()
         self.directory = tempfile.TemporaryDirectory(prefix="flux-sprites-")
-        files = []
-        for number, index in enumerate(kept):
+
+        def write(number: int, index: int) -> Path:
             file = Path(self.directory.name) / f"output.{number}.{request.output_format}"
             metadata = _metadata(request, drawing, request.seeds[index])
             images.save(drawing.images[index], file, request.output_format, request.output_quality, metadata)
-            files.append(file)
-        return files
+            return file
+
+        with ThreadPoolExecutor(len(kept)) as threads:  # encoders release Python's lock
+            return list(threads.map(write, range(len(kept)), kept))
 
 
 def _sent_file(name: str, value: Optional[str]) -> Optional[Path]:

@@ -13,9 +13,14 @@ from pathlib import Path
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker, cosine_distance
 from PIL import Image
+from torch import Tensor
 from transformers import CLIPImageProcessorPil, PreTrainedModel, ViTForImageClassification, ViTImageProcessorPil
 
 logger = logging.getLogger(__name__)
+
+# How many pictures a stage looks at together. Always as many on one device, fewer are filled up: the last bits of a
+# score depend on the size of the batch, and must not depend on how many pictures a request happens to have.
+BATCH = {"cpu": 1, "cuda": 4}
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,28 @@ class Verdict:
         return self.checker.flagged and self.classifier.flagged
 
 
+Scores = Callable[[list[Image.Image]], list[float]]
+
+
 class SafetyChecker:
     """Stable Diffusion's safety checker and a classifier with a label "nsfw", held on one device."""
 
     def __init__(
-        self, checker: Path, classifier: Path, device: torch.device | str, dtype: torch.dtype = torch.float32
+        self,
+        checker: Path,
+        classifier: Path,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        batch: int | None = None,
     ) -> None:
         """Load both stages from directories, each with its image processor; nothing is downloaded.
+
+        Args:
+            checker: directory of the safety checker.
+            classifier: directory of the classifier.
+            device: where they compute.
+            dtype: in which they compute.
+            batch: how many pictures are looked at together; the device's usual number unless given.
 
         Raises:
             ValueError: weights are missing, or the classifier has no label "nsfw". A model that is not all there
@@ -55,6 +75,7 @@ class SafetyChecker:
         self._checker_processor = CLIPImageProcessorPil.from_pretrained(checker, local_files_only=True)
         self._classifier = _load(ViTForImageClassification, classifier, device, dtype)
         self._classifier_processor = ViTImageProcessorPil.from_pretrained(classifier, local_files_only=True)
+        self._batch = batch or BATCH[torch.device(device).type]
         labels = {label.lower(): index for index, label in self._classifier.config.id2label.items()}
         if "nsfw" not in labels:
             raise ValueError(f"The NSFW classifier knows {', '.join(labels)}; it must have a label nsfw.")
@@ -63,62 +84,70 @@ class SafetyChecker:
     def check(self, images: list[Image.Image]) -> list[Verdict]:
         """A verdict for each picture, in order; the pictures are not changed.
 
-        Each is looked at alone: in a batch its score would depend, in the last bits, on its neighbours, and one that
-        breaks a stage would take them with it.
+        A picture's score depends on that picture alone. One that breaks a stage takes nobody with it.
         """
-        return [
-            Verdict(
-                checker=_finding("checker", self._concept_score, image, threshold=0.0),
-                classifier=_finding("classifier", self._nsfw_probability, image, threshold=0.5),
-            )
-            for image in images
-        ]
+        checker = self._findings("checker", self._concept_scores, images, threshold=0.0)
+        classifier = self._findings("classifier", self._nsfw_probabilities, images, threshold=0.5)
+        return [Verdict(*findings) for findings in zip(checker, classifier, strict=True)]
 
-    def _concept_score(self, image: Image.Image) -> float:
-        """How far the picture exceeds the threshold of the concept nearest to it; above 0 is flagged.
+    def _findings(self, stage: str, score: Scores, images: list[Image.Image], threshold: float) -> list[Finding]:
+        """One stage's look at all pictures, a batch at a time."""
+        batches = [images[start : start + self._batch] for start in range(0, len(images), self._batch)]
+        return [finding for batch in batches for finding in _look(stage, score, batch, self._batch, threshold)]
+
+    def _concept_scores(self, images: list[Image.Image]) -> list[float]:
+        """How far each picture exceeds the threshold of the concept nearest to it; above 0 is flagged.
 
         The numbers of `StableDiffusionSafetyChecker.forward`, which answers only yes or no and blackens what it is
         given: cosines less thresholds, rounded to three places, every threshold lower by 0.01 for a picture that
         shows a concept of special care.
         """
         model = self._checker
-        pixels = self._pixels(self._checker_processor, model, image)
-        embedding = model.visual_projection(model.vision_model(pixels).pooler_output)  # [1, D]
+        pixels = self._pixels(self._checker_processor, model, images)
+        embeddings = model.visual_projection(model.vision_model(pixels).pooler_output)  # [B, D]
 
-        def excess(concepts: torch.Tensor, thresholds: torch.Tensor, adjustment: float) -> torch.Tensor:
-            cosines = cosine_distance(embedding, concepts).float()  # [1, concepts]
+        def excess(concepts: Tensor, thresholds: Tensor, adjustment: Tensor) -> Tensor:
+            cosines = cosine_distance(embeddings, concepts).float()  # [B, concepts]
             return (cosines - thresholds.float() + adjustment).round(decimals=3)
 
-        special = excess(model.special_care_embeds, model.special_care_embeds_weights, 0.0)
-        careful = not bool((special <= 0).all())  # nan is careful too
-        scores = excess(model.concept_embeds, model.concept_embeds_weights, 0.01 if careful else 0.0)
-        return scores.max().item()  # nan if any is nan
+        none = torch.zeros(len(images), 1, device=model.device)
+        special = excess(model.special_care_embeds, model.special_care_embeds_weights, none)
+        careful = ~(special <= 0).all(dim=1, keepdim=True)  # [B, 1]; nan is careful too
+        scores = excess(model.concept_embeds, model.concept_embeds_weights, none.masked_fill(careful, 0.01))
+        return scores.amax(dim=1).tolist()  # nan if any is nan
 
-    def _nsfw_probability(self, image: Image.Image) -> float:
-        pixels = self._pixels(self._classifier_processor, self._classifier, image)
-        logits = self._classifier(pixels).logits.float()  # [1, labels]
-        return logits.softmax(dim=-1)[0, self._nsfw].item()
+    def _nsfw_probabilities(self, images: list[Image.Image]) -> list[float]:
+        pixels = self._pixels(self._classifier_processor, self._classifier, images)
+        logits = self._classifier(pixels).logits.float()  # [B, labels]
+        return logits.softmax(dim=-1)[:, self._nsfw].tolist()
 
     @staticmethod
     def _pixels(
-        processor: CLIPImageProcessorPil | ViTImageProcessorPil, model: PreTrainedModel, image: Image.Image
-    ) -> torch.Tensor:
-        """The picture as a model wants it: [1, 3, H, W]."""
-        return processor(image, return_tensors="pt").pixel_values.to(model.device, model.dtype)
+        processor: CLIPImageProcessorPil | ViTImageProcessorPil, model: PreTrainedModel, images: list[Image.Image]
+    ) -> Tensor:
+        """The pictures as a model wants them: [B, 3, H, W]."""
+        return processor(images, return_tensors="pt").pixel_values.to(model.device, model.dtype)
 
 
 @torch.inference_mode()
-def _finding(stage: str, score: Callable[[Image.Image], float], image: Image.Image, threshold: float) -> Finding:
-    """One stage's look at one picture; flagged unless the score is a number up to the threshold."""
+def _look(stage: str, score: Scores, images: list[Image.Image], size: int, threshold: float) -> list[Finding]:
+    """One stage's look at up to `size` pictures; flagged unless the score is a number up to the threshold."""
+    filling = images[-1:] * (size - len(images))
+    trouble = None
     try:
-        value = score(image)
+        values = score(images + filling)[: len(images)]
     except Exception as error:
+        if len(images) > 1:
+            return [finding for image in images for finding in _look(stage, score, [image], size, threshold)]
+        values = [math.nan]
         trouble = f"failed with {type(error).__name__}"  # the type alone: a message may name local files
-    else:
-        if math.isfinite(value):
-            return Finding(value, flagged=value > threshold)
-        trouble = f"scored {value}"
-    logger.warning("The safety %s %s: the picture counts as flagged by it.", stage, trouble)
+    return [_finding(stage, value, threshold, trouble) for value in values]
+
+
+def _finding(stage: str, value: float, threshold: float, trouble: str | None) -> Finding:
+    if math.isfinite(value):
+        return Finding(value, flagged=value > threshold)
+    logger.warning("The safety %s %s: the picture counts as flagged by it.", stage, trouble or f"scored {value}")
     return Finding(math.nan, flagged=True)
 
 

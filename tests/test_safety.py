@@ -325,3 +325,28 @@ def test_half_precision_runs(tmp_path: Path) -> None:
     half = SafetyChecker(*paths, device="cpu", dtype=torch.bfloat16).check(pictures())
     assert [v.checker.score for v in half] == pytest.approx([v.checker.score for v in full], abs=0.05)
     assert [v.classifier.score for v in half] == pytest.approx([v.classifier.score for v in full], abs=0.05)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_pictures_looked_at_together_are_judged_as_if_alone(tmp_path: Path, count: int) -> None:
+    folders = saved(tmp_path, checker_model(), undecided_classifier())
+    alone, together = SafetyChecker(*folders, device="cpu"), SafetyChecker(*folders, device="cpu", batch=4)
+    expected = alone.check(pictures())[:count]
+    verdicts = together.check(pictures()[:count])
+    assert [verdict.classifier.flagged for verdict in verdicts] == [verdict.classifier.flagged for verdict in expected]
+    for verdict, other in zip(verdicts, expected, strict=True):
+        assert verdict.classifier.score == pytest.approx(other.classifier.score, abs=1e-5)
+        assert verdict.checker.score == pytest.approx(other.checker.score, abs=1e-3)
+
+
+def test_in_a_batch_a_score_does_not_depend_on_the_other_pictures(tmp_path: Path) -> None:
+    checker = SafetyChecker(*saved(tmp_path, checker_model(), classifier_model()), device="cpu", batch=4)
+    first, *others = pictures()
+    assert {checker.check([first, *others[:count]])[0] for count in range(5)} == {checker.check([first])[0]}
+
+
+def test_a_picture_that_breaks_a_batch_takes_nobody_with_it(tmp_path: Path) -> None:
+    checker = SafetyChecker(*saved(tmp_path, checker_model(), classifier_model()), device="cpu", batch=4)
+    broken = Image.new("RGB", (0, 5))
+    verdicts = checker.check([*pictures(2), broken])
+    assert [verdict.flagged for verdict in verdicts] == [False, False, True]

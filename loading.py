@@ -1,0 +1,240 @@
+"""From model directories in diffusers layout to modules that are ready to draw, each where the placement wants it.
+
+Files are mapped, not read: what goes to the GPU goes there straight from the page cache, several tensors at a time, and
+on a CPU the mapped pages are the weights. This module knows files, modules and devices; it knows no requests.
+"""
+
+import copy
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers.hooks import apply_group_offloading
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPTextModel, T5Config, T5EncoderModel
+
+import fp8
+from live import Live
+from placement import Placement, Precisions, Sizes, plan
+from stopwatch import Stopwatch
+
+# The linear layers of blocks run in fp8, except modulation: it sees one token, and what it says multiplies all others.
+BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
+MODULATION = (".norm.linear", ".norm1.linear", ".norm1_context.linear")
+# Tensors on their way from the page cache to the GPU at a time: one thread alone would wait for page faults.
+READERS = 8
+# Of host memory, what may be pinned: the rest is for LoRAs, the page cache and the server.
+PINNED_SHARE = 0.6
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Models:
+    """Everything that draws, loaded."""
+
+    components: Mapping[str, object]  # what all pipelines share, by diffusers' names
+    schedulers: Mapping[str, Mapping[str, object]]  # configs, by model
+    text_encoder: Live  # CLIP; its one base is called "shared"
+    live: Mapping[str, Live | None]  # in the base's dtype, by model; None where there is no room
+    live_fp8: Mapping[str, Live | None]  # None where there is no room or the device has no fp8
+    skeleton: FluxTransformer2DModel  # names and shapes of the transformer's parameters, without memory
+
+    def lives(self) -> list[Live]:
+        """The live transformers, each once."""
+        return list({id(live): live for live in (*self.live.values(), *self.live_fp8.values()) if live}.values())
+
+
+def load(
+    folders: Mapping[str, Path], device: torch.device, stopwatch: Stopwatch, placement: Placement | None = None
+) -> Models:
+    """Load the models.
+
+    Args:
+        folders: of dev and schnell.
+        device: where they compute.
+        stopwatch: is told what took how long.
+        placement: where the weights lie; planned from the memory of the machine unless given.
+
+    Raises:
+        ValueError: a sentence: weights that do not fit their own config, or a machine that is too small.
+    """
+    dev = folders["dev"]
+    with stopwatch("map"):
+        bases = {name: _mapped(folder / "transformer", "diffusion_pytorch_model") for name, folder in folders.items()}
+        t5 = _mapped(dev / "text_encoder_2", "model")
+        dtype = next(iter(bases["dev"].values())).dtype
+        skeletons = _skeletons(folders, bases, dtype)
+        placement = placement or _plan(folders, bases, skeletons, t5, device)
+    with stopwatch("read"), ThreadPoolExecutor(READERS) as readers:
+        # The large files in other threads, while this one makes the rest: transformers is not made for two.
+        moving = {name: _move(base, name in placement.on_gpu, device, readers) for name, base in bases.items()}
+        moving_t5 = {
+            name: readers.submit(tensor.to, device if placement.t5_on_gpu else "cpu", dtype)
+            for name, tensor in t5.items()
+        }
+        text_encoder = CLIPTextModel.from_pretrained(dev / "text_encoder", dtype=dtype).to(device).eval()
+        components = {
+            "vae": AutoencoderKL.from_pretrained(dev / "vae", torch_dtype=dtype).to(device).eval(),
+            "text_encoder": text_encoder,
+            "tokenizer": AutoTokenizer.from_pretrained(dev / "tokenizer"),
+            "tokenizer_2": AutoTokenizer.from_pretrained(dev / "tokenizer_2"),
+        }
+    bases = {name: _arrived(tensors) for name, tensors in moving.items()}
+    components["text_encoder_2"] = _t5(dev / "text_encoder_2", _arrived(moving_t5))
+    if not placement.t5_on_gpu:
+        _move_when_used(components["text_encoder_2"], device)
+    pristine = {name: parameter.detach().clone() for name, parameter in text_encoder.named_parameters()}
+    live: dict[str, Live | None] = {}
+    live_fp8: dict[str, Live | None] = {}
+    for names, skeleton in skeletons.items():
+        pair = _live_pair(skeleton, {name: bases[name] for name in names}, placement.precisions, device)
+        live |= dict.fromkeys(names, pair[0])
+        live_fp8 |= dict.fromkeys(names, pair[1])
+    return Models(
+        components=components,
+        schedulers={
+            name: FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler") for name, folder in folders.items()
+        },
+        text_encoder=Live(text_encoder, {"shared": pristine}),
+        live=live,
+        live_fp8=live_fp8,
+        skeleton=next(skeleton for names, skeleton in skeletons.items() if "dev" in names),
+    )
+
+
+def is_block_linear(name: str) -> bool:
+    """Whether a layer of the transformer is one of those that fp8 may multiply."""
+    return name.startswith(BLOCKS) and not name.endswith(MODULATION)
+
+
+def _mapped(folder: Path, stem: str) -> Tensors:
+    """The tensors of a model directory, whole or in shards, mapped from disk rather than copied."""
+    index = folder / f"{stem}.safetensors.index.json"
+    whole = f"{stem}.safetensors"
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {whole}
+    return {name: tensor for file in sorted(files) for name, tensor in load_file(folder / file).items()}
+
+
+def _skeletons(
+    folders: Mapping[str, Path], bases: Mapping[str, Tensors], dtype: torch.dtype
+) -> dict[tuple[str, ...], FluxTransformer2DModel]:
+    """A transformer without memory for each architecture, by the names of its models.
+
+    dev and schnell differ in their guidance embedder alone, and share one (see `live.Live` on what a base lacks).
+    """
+    configs = {name: FluxTransformer2DModel.load_config(folder / "transformer") for name, folder in folders.items()}
+    architectures: dict[str, list[str]] = {}
+    for name, config in configs.items():
+        shape = {key: value for key, value in config.items() if key != "guidance_embeds" and not key.startswith("_")}
+        architectures.setdefault(json.dumps(shape, sort_keys=True), []).append(name)
+    skeletons = {}
+    for names in architectures.values():
+        guided = any(configs[name].get("guidance_embeds", False) for name in names)
+        with torch.device("meta"):
+            transformer = FluxTransformer2DModel.from_config(configs[names[0]], guidance_embeds=guided).to(dtype)
+        for name in names:
+            _check_fit(name, bases[name], transformer)
+        skeletons[tuple(names)] = transformer.eval().requires_grad_(False)
+    return skeletons
+
+
+def _check_fit(name: str, base: Tensors, transformer: FluxTransformer2DModel) -> None:
+    shapes = {key: tuple(parameter.shape) for key, parameter in transformer.named_parameters()}
+    wrong = [key for key, tensor in base.items() if shapes.get(key) != tuple(tensor.shape)]
+    wrong += [key for key in shapes if key not in base and "guidance_embedder" not in key]
+    if wrong:
+        raise ValueError(
+            f"The transformer of {name} does not fit its own config: {len(wrong)} tensor(s) are missing or have "
+            f"another shape, the first of them {sorted(wrong)[0]}."
+        )
+
+
+def _plan(
+    folders: Mapping[str, Path],
+    bases: Mapping[str, Tensors],
+    skeletons: Mapping[tuple[str, ...], nn.Module],
+    t5: Tensors,
+    device: torch.device,
+) -> Placement:
+    dev = folders["dev"]
+    parameters = [item for skeleton in skeletons.values() for item in skeleton.named_parameters()]
+    sizes = Sizes(
+        bases={name: _nbytes(base.values()) for name, base in bases.items()},
+        live=_nbytes(parameter for _, parameter in parameters),
+        linears=_nbytes(
+            parameter
+            for name, parameter in parameters
+            if is_block_linear(name.removesuffix(".weight")) and parameter.ndim == 2
+        ),
+        t5=_nbytes(t5.values()),
+        t5_block=_nbytes(t5.values()) // T5Config.from_pretrained(dev / "text_encoder_2").num_layers,
+        rest=2 * _file_bytes(dev / "text_encoder") + _file_bytes(dev / "vae"),
+    )
+    if device.type != "cuda":
+        return plan(sizes, gpu=sys.maxsize, host=0, fp8=fp8.supported(device))
+    host = int(PINNED_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    placement = plan(sizes, torch.cuda.mem_get_info(device)[0], host, fp8=fp8.supported(device))
+    print(f"Weights: {placement}.")
+    return placement
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _file_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _move(base: Tensors, on_gpu: bool, device: torch.device, readers: ThreadPoolExecutor) -> dict[str, Future[Tensor]]:
+    """Start moving a base to where it will lie: the device, or host memory that the device can read by itself."""
+
+    def move(tensor: Tensor) -> Tensor:
+        if on_gpu or device.type != "cuda":
+            return tensor.to(device)
+        return tensor.pin_memory()
+
+    return {name: readers.submit(move, tensor) for name, tensor in base.items()}
+
+
+def _arrived(moving: Mapping[str, Future[Tensor]]) -> Tensors:
+    return {name: future.result() for name, future in moving.items()}
+
+
+def _t5(folder: Path, tensors: Tensors) -> T5EncoderModel:
+    """The text encoder around tensors that lie where they should, none of them copied."""
+    with torch.device("meta"):
+        t5 = T5EncoderModel(T5Config.from_pretrained(folder))
+    t5.load_state_dict(tensors, strict=False, assign=True)
+    t5.tie_weights()
+    if lacking := sorted(name for name, parameter in t5.named_parameters() if parameter.is_meta):
+        raise ValueError(f"The T5 text encoder lacks {len(lacking)} of its tensors, among them {lacking[0]}.")
+    return t5.eval().requires_grad_(False)
+
+
+def _move_when_used(t5: T5EncoderModel, device: torch.device) -> None:
+    """Layers come to the device one after another, the next one while this one computes."""
+    apply_group_offloading(t5, onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
+
+
+def _live_pair(
+    skeleton: FluxTransformer2DModel, bases: Mapping[str, Tensors], precisions: Precisions, device: torch.device
+) -> tuple[Live | None, Live | None]:
+    """A live transformer in the base's precision and one in fp8."""
+    module = copy.deepcopy(skeleton)
+    if precisions is Precisions.FP8:
+        fp8.replace_linears(module, is_block_linear)
+    live = Live(module.to_empty(device=device), bases)
+    if precisions is Precisions.FP8:
+        return None, live
+    if precisions is Precisions.BF16:
+        return live, None
+    return live, live.quantized(is_block_linear, in_turn=precisions is Precisions.IN_TURN)

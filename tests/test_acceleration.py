@@ -1,0 +1,128 @@
+"""What is compiled computes the same, once. Graphs are counted by torch's own counters."""
+
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
+
+from acceleration import keep_compiled_code
+from flux import Flux, Stopwatch
+from fp8 import Fp8Linear
+from request import Request
+from settings import Settings
+from tests.models import write_models
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    """What a test compiles, and its counts, are its own."""
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+    counters.clear()
+
+
+def random_request(rng: random.Random, folder: Path) -> Request:
+    """Any mode, model, precision, size and length of prompt; one step, mostly of small pictures."""
+    size: dict[str, object]
+    if rng.random() < 0.02:
+        size = {"aspect_ratio": rng.choice(["1:1", "16:9", "4:5", "9:21"]), "megapixels": "0.25"}
+    else:
+        picture = folder / "picture.png"
+        Image.new("RGB", (rng.randint(1, 64), rng.randint(1, 64)), "grey").save(picture)
+        size = {"image": picture, "prompt_strength": rng.random()}
+        if rng.random() < 0.3:
+            size |= {"mask": picture}
+    return Request(
+        prompt="fox " * rng.choice([0, 1, 5]),
+        model=rng.choice(["dev", "schnell"]),
+        go_fast=rng.random() < 0.5,
+        num_inference_steps=1,
+        guidance_scale=rng.uniform(0, 10),
+        seed=rng.randrange(1000),
+        **size,
+    )
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_after_set_up_no_request_compiles_anything(image: Path, tmp_path: Path) -> None:
+    flux = Flux(Settings(models=write_models(tmp_path), cache_dir=tmp_path), CPU)
+    fixed = Request(prompt="a red fox", image=image, num_inference_steps=2, seed=3)
+    plain = flux.generate(fixed, Stopwatch(CPU)).images
+    # Graphs, breaks and guards are the business of torch's front end; the back end that costs nothing shows them.
+    flux.compile(backend="eager")
+    graphs = counters["stats"]["unique_graphs"]
+    # Two kinds of blocks, two precisions, inputs that are views of another tensor and inputs that are not.
+    assert 4 <= graphs <= 8
+    rng = random.Random(1)
+    for _ in range(200):
+        flux.generate(random_request(rng, tmp_path), Stopwatch(CPU))
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+    # After all those mixes the compiled graphs read what the live weights hold now.
+    assert np.array_equal(np.asarray(flux.generate(fixed, Stopwatch(CPU)).images[0]), np.asarray(plain[0]))
+
+
+class Attention(nn.Module):
+    """What stands before an fp8 product in FLUX: a norm, a modulation, three layers that read the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(32, elementwise_affine=False)
+        self.layers = nn.ModuleList(Fp8Linear(nn.Linear(32, 48).requires_grad_(False)) for _ in range(3))
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        x = self.norm(x) * (1 + scale)
+        return torch.cat([layer(x) for layer in self.layers], dim=-1)  # [1, N, 144]
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
+@torch.no_grad()
+def test_quantisation_is_fused_and_weights_are_read_where_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(variable, "")  # given back afterwards
+    keep_compiled_code(tmp_path)
+    torch.manual_seed(0)
+    module = Attention()
+    x, scale = torch.randn(1, 7, 32), torch.randn(32)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    _, (code,) = run_and_get_code(compiled, x, scale)
+    # One kernel: norm, modulation and quantisation for all three products; another puts their outputs together.
+    assert len(re.findall(r"^ +cpp_fused\w*\(", code, re.MULTILINE)) == 2
+    assert len(re.findall(r"^ +extern_kernels\._scaled_mm\(", code, re.MULTILINE)) == 3
+    for weights in (torch.randn(48, 32), torch.randn(48, 32)):
+        for layer in module.layers:
+            layer.write_rows(0, weights)
+        for rows in (7, 20):
+            x = torch.randn(1, rows, 32)
+            eager, fast = module(x, scale), compiled(x, scale)
+            # The norm is summed in another order, and a number may then round to its other neighbour in fp8.
+            assert (fast - eager).norm() / eager.norm() < 1e-2
+    assert counters["stats"]["unique_graphs"] == 1
+    assert any(tmp_path.rglob("*.so"))
+
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(module, fullgraph=True, dynamic=True)(x, scale), fast)
+    assert counters["inductor"]["fxgraph_cache_hit"] == 1

@@ -1,0 +1,95 @@
+"""Every placement draws the same; only what is asked for is loaded, and nothing twice."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from flux import Flux, Stopwatch
+from loading import load
+from placement import Placement, Precisions
+from request import Request
+from settings import Models, Settings
+from tests.models import write_models
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+BOTH = frozenset({"dev", "schnell"})
+HISTORY = (("dev", False), ("dev", True), ("dev", True), ("schnell", True), ("schnell", False), ("dev", False))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+def make_flux(models: Models, tmp_path: Path, *, t5_on_gpu: bool = True, precisions: Precisions) -> Flux:
+    placement = Placement(BOTH, t5_on_gpu, precisions, gpu=0, host=0)
+    return Flux(Settings(models=models, cache_dir=tmp_path), CPU, placement)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "grey.png"
+    Image.new("RGB", (48, 64), "grey").save(path)
+    return path
+
+
+def draw(flux: Flux, image: Path, model: str, go_fast: bool) -> tuple[bool, list]:
+    request = Request(prompt="a red fox", image=image, model=model, go_fast=go_fast, num_inference_steps=2, seed=1)
+    drawing = flux.generate(request, Stopwatch(CPU))
+    return drawing.fp8, np.asarray(drawing.images[0]).tolist()
+
+
+def test_weights_that_take_turns_in_the_same_memory_draw_as_side_by_side(
+    models: Models, image: Path, tmp_path: Path
+) -> None:
+    both = make_flux(models, tmp_path, precisions=Precisions.BOTH)
+    in_turn = make_flux(models, tmp_path, precisions=Precisions.IN_TURN, t5_on_gpu=False)
+    for model, go_fast in HISTORY:
+        assert draw(in_turn, image, model, go_fast) == draw(both, image, model, go_fast)
+
+
+def test_a_precision_without_room_is_replaced_by_the_other(models: Models, image: Path, tmp_path: Path) -> None:
+    both = make_flux(models, tmp_path, precisions=Precisions.BOTH)
+    for precisions in (Precisions.FP8, Precisions.BF16):
+        fp8 = precisions is Precisions.FP8
+        alone = make_flux(models, tmp_path, precisions=precisions)
+        for model, go_fast in HISTORY:
+            assert draw(alone, image, model, go_fast) == draw(both, image, model, fp8)
+
+
+def memory(module: torch.nn.Module) -> set[int]:
+    tensors = [*module.parameters(), *module.buffers()]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def test_in_turn_no_fp8_weight_has_memory_of_its_own(models: Models) -> None:
+    folders = {"dev": Path(models.dev), "schnell": Path(models.schnell)}
+    for precisions, shared in ((Precisions.IN_TURN, True), (Precisions.BOTH, False)):
+        loaded = load(folders, CPU, Stopwatch(CPU), Placement(BOTH, True, precisions, gpu=0, host=0))
+        module, twin = loaded.live["dev"].module, loaded.live_fp8["dev"].module
+        weights = [buffer for name, buffer in twin.named_buffers() if name.endswith("weight")]
+        assert weights
+        assert all((weight.untyped_storage().data_ptr() in memory(module)) == shared for weight in weights)
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "name"),
+    [
+        ("transformer", "diffusion_pytorch_model", "proj_out.weight"),
+        ("text_encoder_2", "model", "encoder.final_layer_norm.weight"),
+    ],
+)
+def test_a_tensor_that_is_missing_is_named(tmp_path: Path, part: str, file: str, name: str) -> None:
+    models = write_models(tmp_path)
+    path = Path(models.dev) / part / f"{file}.safetensors"
+    tensors = load_file(path)
+    kept = {key: tensor.clone() for key, tensor in tensors.items() if key != name}
+    del tensors
+    save_file(kept, path)
+    with pytest.raises(ValueError, match=name):
+        Flux(Settings(models=models, cache_dir=tmp_path), CPU)
