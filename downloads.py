@@ -174,8 +174,8 @@ class Client:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close all connections."""
-        self.disconnect()
+        """Stop what is under way, and close all connections."""
+        self.stop()
         self._pool.clear()
 
     def stop(self) -> None:

@@ -35,6 +35,7 @@ ACCEPTED = (
 )
 SHA256 = re.compile(r"[0-9a-f]{64}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+NUMBER = "[0-9]{1,18}"
 # How trainers name what they save on the way: name_000001500, name-step00002000, checkpoint-500.
 CHECKPOINT = re.compile(r"[_-]0\d{4,}$|[_-](?:steps?|epoch|checkpoint)[_-]?\d+$|^checkpoint-\d+$", re.IGNORECASE)
 
@@ -225,13 +226,13 @@ def _read_civitai(text: str, url: str) -> Civitai:
     host = "civitai.red" if (parts.hostname or "").endswith("civitai.red") else "civitai.com"
     query = dict(parse_qsl(parts.query))
     token = query.pop("token", None)
-    if found := re.fullmatch(r"/api/download/models/(\d+)/?", parts.path):
+    if found := re.fullmatch(rf"/api/download/models/({NUMBER})/?", parts.path):
         return Civitai(None, int(found[1]), urlencode(query), host, token)
-    if found := re.fullmatch(r"(?:/api/v1)?/model-versions/(\d+)/?", parts.path):
+    if found := re.fullmatch(rf"(?:/api/v1)?/model-versions/({NUMBER})/?", parts.path):
         return Civitai(None, int(found[1]), "", host, token)
-    found = re.fullmatch(r"(?:/[a-z]{2})?(?:/api/v1)?/models/(\d+)(?:/[^/]*)?/?", parts.path)
+    found = re.fullmatch(rf"(?:/[a-z]{{2}})?(?:/api/v1)?/models/({NUMBER})(?:/[^/]*)?/?", parts.path)
     version = query.get("modelVersionId", "")
-    if found is None or not (version.isdecimal() or not version):
+    if found is None or not re.fullmatch(f"({NUMBER})?", version):
         raise ValueError(
             f"{_shown(text)!r} names no model on CivitAI; it must be civitai.com/models/id, "
             "with ?modelVersionId=id where one version is meant."
@@ -255,7 +256,8 @@ def _parse_data(text: str) -> Data:
 
 def _parse_air(text: str) -> Civitai:
     found = re.fullmatch(
-        r"(?:urn:)?(?:air:)?(?P<base>\w+):(?P<kind>\w+):(?P<source>\w+):(?P<model>\d+)(?:@(?P<version>\d+))?(?:\.\w+)?",
+        r"(?:urn:)?(?:air:)?(?P<base>\w+):(?P<kind>\w+):(?P<source>\w+):"
+        rf"(?P<model>{NUMBER})(?:@(?P<version>{NUMBER}))?(?:\.\w+)?",
         text,
         re.IGNORECASE,
     )
@@ -518,7 +520,7 @@ def _is_weights(file: dict[str, Any]) -> bool:
 
 def _choose_file(files: list[dict[str, Any]], reference: Civitai) -> dict[str, Any]:
     """The one that a download link asks for, else the one that CivitAI calls primary, else the first."""
-    fitting = [file for file in files if _is_weights(file) and file.get("type", "Model") == "Model"]
+    fitting = [file for file in files if _is_weights(file) and file.get("type", "Model") in ("Model", "Pruned Model")]
     if not fitting:
         raise ValueError(f"{reference.name} has no .safetensors file.")
     wanted = dict(parse_qsl(reference.query)).items()

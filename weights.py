@@ -18,10 +18,11 @@ import re
 import shutil
 import stat
 import tarfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
@@ -296,6 +297,7 @@ class WeightsCache:
     def _incoming_file(self) -> Iterator[BinaryIO]:
         """A new file, held, that is gone afterwards unless it was given a name in the cache."""
         with self._alone():
+            self._sweep()
             file = (self._incoming / uuid4().hex).open("xb+", buffering=0)
             fcntl.flock(file, fcntl.LOCK_SH)
         try:
@@ -354,13 +356,16 @@ class WeightsCache:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _make_room(self, needed: int, name: str) -> None:
-        """Delete what is left of killed processes, then the least recently used files, until `needed` bytes fit."""
+    def _sweep(self) -> None:
+        """Delete what killed processes have left, and records that nobody has used for long."""
         for file in self._incoming.iterdir():
             _delete_unless_held(file)
         for record in self._references.iterdir():
             if _last_use(record) < time.time() - RECORDS_KEPT:
                 _delete_unless_held(record)
+
+    def _make_room(self, needed: int, name: str) -> None:
+        """Delete the least recently used files until `needed` bytes fit."""
         budget, spare = self._settings.cache_bytes, min(GIB, shutil.disk_usage(self._loras).total // 20)
         files = sorted(self._loras.iterdir(), key=_last_use)
         used = sum(map(_size, (*files, *self._incoming.iterdir())))
@@ -441,23 +446,29 @@ def _in_thread(settings: Settings, patience: Patience, work: Callable[[Client], 
     Cog cancels a prediction by an exception between two bytecodes of the main thread, which a blocked call would keep
     away for as long as it pleases the host; and the bookkeeping of the cache is never interrupted halfway.
     """
-    with Client(allow_private=settings.allow_private_hosts, patience=patience) as client:
-        pool = ThreadPoolExecutor(1, "weights")
-        # Cog tells whose log a line belongs to by a context variable.
-        future = pool.submit(contextvars.copy_context().run, work, client)
+    client = Client(allow_private=settings.allow_private_hosts, patience=patience)
+    # Cog tells whose log a line belongs to by a context variable.
+    context, outcome = contextvars.copy_context(), Future()
+
+    def run() -> None:
         try:
-            while not wait([future], timeout=0.05).done:
-                pass
-            return future.result()
-        except OSError as error:  # of the disk: hosts' were told already
-            raise ValueError(f"The cache of weights cannot be used: {error.strerror or 'its disk fails'}.") from error
-        except BaseException:
-            client.stop()
+            outcome.set_result(context.run(work, client))
+        except BaseException as error:  # it belongs to whoever waits
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run, name="weights", daemon=True)
+    try:
+        with client:  # leaving it stops the thread, however it is left
+            thread.start()
+            while thread.is_alive():
+                thread.join(0.05)
+            return outcome.result()
+    except OSError as error:  # of the disk: hosts' were told already
+        raise ValueError(f"The cache of weights cannot be used: {error.strerror or 'its disk fails'}.") from error
+    finally:
+        if thread.is_alive():
             # It ends at once, unless it waits for a name server; then it ends later, having nothing to do any more.
-            wait([future], timeout=0.5)
-            raise
-        finally:
-            pool.shutdown(wait=False)
+            thread.join(0.5)
 
 
 @contextmanager

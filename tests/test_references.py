@@ -72,6 +72,7 @@ def test_every_form_means_what_it_says(text: str, reference: Reference) -> None:
     validate_reference(text)
 
 
+LONG = "9" * 5000
 NONE = [
     *("", " ", "name", "a/b/c/d/e", "owner/", "/name", "owner/.name", "a b/c", "example.com/a.safetensors"),
     *("/etc/passwd", "./a/b", "../a", "../../a/b.safetensors", "~/lora", "loras/a.safetensors", "C:\\a", "\\\\a\\b"),
@@ -80,11 +81,12 @@ NONE = [
     *("huggingface.co/owner", "huggingface.co/datasets/owner/repo", "huggingface.co/owner/repo/blob/main/../x"),
     *("https://civitai.com/images/3", "civitai.com/models/name", "https://civitai.com/models/1?modelVersionId=x"),
     *("https://replicate.com/explore", "urn:air:sdxl:lora:civitai:1@2", "urn:air:flux1:lora:huggingface:1", "urn:air:"),
+    *(f"civitai.com/models/{LONG}", f"civitai.com/models/1?modelVersionId={LONG}", f"air:flux1:lora:civitai:{LONG}"),
     *("data:", "data:;base64", "data:;base64,!", "owner/name/version", f"owner/name@{VERSION}"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", NONE)
+@pytest.mark.parametrize("text", NONE, ids=lambda text: text[:60])
 def test_what_is_none_gets_one_sentence_with_what_would_be(text: str) -> None:
     with pytest.raises(ValueError, match=r"\.$") as caught:
         validate_reference(text)
