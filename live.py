@@ -18,10 +18,10 @@ from torch import Tensor, nn
 import fp8
 from deltas import BoundDelta, Delta, gather
 
-# Elements of the float32 buffer in which a mix is summed: few enough to stay in the last-level cache (8 MiB on a CPU,
-# 32 MiB of an H100's 50), so that only the base and the live tensor travel through memory; and no fewer, since each run
-# of rows has its price: threads that wait for each other, kernels that are launched.
-BUFFER_ELEMENTS = {"cpu": 2**21, "cuda": 2**23}
+# Elements of the float32 buffer in which a mix is summed. On a CPU it takes whole tensors: each run of rows has threads
+# wait for each other, which on a busy machine costs more than memory traffic. On a GPU the last-level cache should hold
+# it (32 MiB of an H100's 50), so that only the base and the live tensor travel through memory.
+BUFFER_ELEMENTS = {"cpu": 2**26, "cuda": 2**23}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,12 @@ class LiveTensor:
         self._write_rows = write_rows
 
     def hold(
-        self, mix: object, base: Tensor, deltas: list[tuple[float, Delta]], pristine: Mapping[str, Tensor]
+        self,
+        mix: object,
+        base: Tensor,
+        deltas: list[tuple[float, Delta]],
+        pristine: Mapping[str, Tensor],
+        buffer: Tensor,
     ) -> bool:
         """Write base + Σ scale · delta unless that is what this tensor holds; say whether it was written.
 
@@ -52,6 +57,7 @@ class LiveTensor:
             base: the pristine parameter.
             deltas: with their scales, in order.
             pristine: all parameters of that base, by name.
+            buffer: float32, of at least one row's elements, on this tensor's device: to sum in.
         """
         if self.held == mix:
             return False
@@ -59,18 +65,17 @@ class LiveTensor:
             tensor.held = None
         base = base.to(self._device, non_blocking=True)
         if deltas:
-            self._sum(base, [(scale, delta.bind(base, pristine)) for scale, delta in gather(deltas)])
+            self._sum(base, [(scale, delta.bind(base, pristine)) for scale, delta in gather(deltas)], buffer)
         else:
             self._write_rows(0, base)
         self.held = mix
         return True
 
-    def _sum(self, base: Tensor, deltas: list[tuple[float, BoundDelta]]) -> None:
-        height = max(1, BUFFER_ELEMENTS[self._device.type] // base[0].numel())
-        buffer = torch.empty(min(height, len(base)), *base.shape[1:], device=self._device)
+    def _sum(self, base: Tensor, deltas: list[tuple[float, BoundDelta]], buffer: Tensor) -> None:
+        height = len(buffer) // base[0].numel()
         for start in range(0, len(base), height):
             rows = base[start : start + height]
-            total = buffer[: len(rows)].copy_(rows)
+            total = buffer[: rows.numel()].view(rows.shape).copy_(rows)
             for scale, delta in deltas:
                 delta.add_to(total, start, scale)
             self._write_rows(start, total)
@@ -126,12 +131,15 @@ class Live:
         Anything may interrupt this (an error, a cancellation): the next call writes what is then unknown.
         """
         pristine = self._bases[base]
+        device = next(self.module.parameters()).device
+        largest = max(zero.numel() for zero in self._zeros.values())
+        buffer = torch.empty(min(BUFFER_ELEMENTS[device.type], largest), device=device)
         written = 0
         for name, tensor in self._tensors.items():
             touching = [term for term in terms if term.scale != 0 and name in term.deltas and name in pristine]
             mix = (base, *((term.content, term.scale) for term in touching))
             deltas = [(term.scale, delta) for term in touching for delta in term.deltas[name]]
-            written += tensor.hold(mix, pristine.get(name, self._zeros.get(name)), deltas, pristine)
+            written += tensor.hold(mix, pristine.get(name, self._zeros.get(name)), deltas, pristine, buffer)
         return written
 
 

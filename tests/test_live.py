@@ -50,12 +50,12 @@ def is_block_linear(name: str) -> bool:
 
 
 class Lives:
-    """A live transformer in both precisions, over both bases."""
+    """A live transformer in both precisions, over both bases; fp8 in memory of its own, or in turn with the other."""
 
-    def __init__(self, bases: dict[str, Tensors]) -> None:
+    def __init__(self, bases: dict[str, Tensors], *, in_turn: bool = False) -> None:
         module = models.transformer(seed=3, **SMALL).requires_grad_(False).to(next(iter(bases["dev"].values())).dtype)
         self.plain = Live(module, bases)
-        self.fp8 = self.plain.quantized(is_block_linear)
+        self.fp8 = self.plain.quantized(is_block_linear, in_turn=in_turn)
 
     def of(self, quantized: bool) -> Live:
         return self.fp8 if quantized else self.plain
@@ -330,9 +330,9 @@ def test_any_history_gives_the_bits_of_a_fresh_process(loras: dict[str, Lora]) -
     expected = functools.cache(lambda mix: fresh(mix, loras))
 
     class History(RuleBasedStateMachine):
-        @initialize()
-        def start(self) -> None:
-            self.lives = Lives(pristine)
+        @initialize(in_turn=st.booleans())
+        def start(self, in_turn: bool) -> None:
+            self.lives = Lives(pristine, in_turn=in_turn)
             self.mix: Mix | None = None  # what is held, unless the last request failed
             self.last: Mix = ("dev", False, ())  # what was held last
 

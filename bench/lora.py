@@ -1,0 +1,388 @@
+"""What LoRAs cost, beside diffusers + PEFT: python -m bench.lora [--pairs N] [--rounds N] prints one line of JSON.
+
+On a CPU it takes a slice of FLUX at full width, on a CUDA device the whole transformer, with random weights. Everything
+that is compared is measured in turn, in one run: a swap beside a plain copy of the weights that it touches and beside
+the bare products of its factors, steps with LoRAs beside steps without. Each figure with a target says what it has to
+reach.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import peft
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import fp8
+from deltas import LowRank
+from flux import BLOCKS, MODULATION
+from live import Live, Term
+from lora_loader import LoraCache
+
+RANK = 16
+# A trained LoRA changes a weight by some percent of it: by this much at rank 16, more with the root of the rank.
+RELATIVE_SIZE = 0.05
+# Quantiles of Student's t for a 95 % interval, by pairs.
+T95 = {4: 3.18, 10: 2.26, 20: 2.09, 30: 2.05}
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as the cache of parsed LoRAs takes it."""
+
+    path: Path
+    sha256: str
+
+
+class Stage:
+    """One transformer for ours and theirs: the pristine weights, a live copy, a pipeline with adapters, two LoRAs."""
+
+    def __init__(self, device: torch.device, folder: Path) -> None:
+        self.device = device
+        blocks = {"num_layers": 19, "num_single_layers": 38} if device.type == "cuda" else _slice()
+        with torch.device("meta"):
+            live, reference = (
+                FluxTransformer2DModel(**blocks, guidance_embeds=True).bfloat16().requires_grad_(False).eval()
+                for _ in range(2)
+            )
+            text_encoder = CLIPTextModel(CLIPTextConfig(num_hidden_layers=1))
+        self.base = {name: _random(p.shape, device) for name, p in live.named_parameters()}
+        # PEFT leaves weights alone, so its transformer can be the pristine one.
+        reference.load_state_dict(self.base, assign=True)
+        self.live = Live(live.to_empty(device=device), {"dev": self.base})
+        self.live_fp8 = self.live.quantized(lambda name: name.startswith(BLOCKS) and not name.endswith(MODULATION))
+        self.theirs = _pipeline(reference)
+        self.touched = [
+            f"{name}.weight"
+            for name, layer in live.named_modules()
+            if isinstance(layer, nn.Linear) and name.startswith(BLOCKS)
+        ]
+        paths = [_write_lora(folder / f"{seed}.safetensors", self.base, self.touched, seed) for seed in (1, 2)]
+        cache = LoraCache(live, text_encoder)
+        self.loras = [(path.name, cache.read(File(path, path.name))) for path in paths]
+        self.states = [load_file(path) for path in paths]  # in memory for both: neither reads a disk
+
+    def swap_in(self, live: Live, scales: Iterable[float]) -> int:
+        """Ours: both LoRAs at these scales."""
+        return live.hold(
+            "dev", [Term(name, s, it.transformer) for (name, it), s in zip(self.loras, scales, strict=True)]
+        )
+
+    def swap_out(self, live: Live) -> int:
+        """Ours: no LoRA."""
+        return live.hold("dev", [])
+
+    def load(self) -> None:
+        """Theirs: both LoRAs."""
+        names = []
+        for number, state in enumerate(self.states):
+            names.append(f"lora{number}")
+            self.theirs.load_lora_weights(dict(state), adapter_name=names[-1])
+        self.theirs.set_adapters(names, [1.0, 0.7])
+
+    def unload(self) -> None:
+        """Theirs: no LoRA."""
+        self.theirs.unload_lora_weights()
+
+    def copy(self) -> None:
+        """A plain copy of the weights that a swap touches; the next swap, to other scales, writes all of them again."""
+        live = dict(self.live.module.named_parameters())
+        for name in self.touched:
+            live[name].copy_(self.base[name])
+
+    def multiply(self) -> None:
+        """The products of all factors in float32, and nothing else."""
+        out = torch.empty(max(self.base[name].numel() for name in self.touched), device=self.device)
+        for name in self.touched:
+            product = out[: self.base[name].numel()].view(self.base[name].shape)
+            for up, down in self._factors(name):
+                torch.mm(up, down, out=product)
+
+    def _factors(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        deltas: list[LowRank] = [delta for _, lora in self.loras for delta in lora.transformer[name]]
+        return [tuple(x.to(self.device, non_blocking=True).float() for x in (d.up, d.down)) for d in deltas]
+
+
+def _slice() -> dict[str, int]:
+    return {"num_layers": 3, "num_single_layers": 6}
+
+
+def _random(shape: torch.Size, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device=device).uniform_(-0.03, 0.03)
+
+
+def _pipeline(transformer: FluxTransformer2DModel) -> FluxPipeline:
+    nothing = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    return FluxPipeline(**nothing, transformer=transformer)
+
+
+def _write_lora(file: Path, base: dict[str, Tensor], names: list[str], seed: int) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name in names:
+        up, down = _pair(tuple(base[name].shape), RANK, generator)
+        stem = f"transformer.{name.removesuffix('.weight')}"
+        tensors |= {f"{stem}.lora_A.weight": down.bfloat16(), f"{stem}.lora_B.weight": up.bfloat16()}
+    save_file(tensors, file)
+    return file
+
+
+def _pair(shape: tuple[int, int], rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Factors [out, rank] and [rank, in] whose product has RELATIVE_SIZE of the base's size (0.03 / sqrt 3), for 16."""
+    size = (RELATIVE_SIZE * 0.03 / 3**0.5 / RANK**0.5) ** 0.5
+    rows, columns = shape
+    return tuple(torch.randn(s, generator=generator) * size for s in ((rows, rank), (rank, columns)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of one call, with everything that it started on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def in_turn(calls: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Medians of several rounds, each call once a round; the round that warms up is not counted."""
+    measured = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name, call in calls.items():
+            taken = seconds(call, device)
+            if number:
+                measured[name].append(taken)
+        say(f"round {number} of {rounds}: {', '.join(f'{n} {v[-1]:.2f} s' for n, v in measured.items() if v)}")
+    return {name: statistics.median(values) for name, values in measured.items()}
+
+
+def swaps(stage: Stage, rounds: int) -> dict[str, float]:
+    """Seconds of a swap and of what it is measured against."""
+    # Scales that differ every time: each swap writes every tensor that the LoRAs touch.
+    scales = iter([(1.0 - 0.01 * n, 0.7 + 0.01 * n) for n in range(10 * rounds + 10)])
+    calls = {
+        "copy": stage.copy,
+        "products": stage.multiply,
+        "swap": lambda: stage.swap_in(stage.live, next(scales)),
+        "swap_out": lambda: stage.swap_out(stage.live),
+        "peft_load": stage.load,
+        "peft_unload": stage.unload,
+    }
+    calls_fp8 = {"copy": stage.copy, "swap_fp8": lambda: stage.swap_in(stage.live_fp8, next(scales))}
+    # A CPU rounds to fp8 so slowly that once must do, and no target depends on it.
+    fp8_rounds = rounds if stage.device.type == "cuda" else 1
+    return in_turn(calls_fp8, fp8_rounds, stage.device) | in_turn(calls, rounds, stage.device)
+
+
+def inputs(stage: Stage, image_tokens: int, text_tokens: int) -> dict[str, Tensor]:
+    """One step's, of a picture of so many tokens."""
+    config = stage.live.module.config
+    side = math.isqrt(image_tokens)
+    ids = torch.stack(torch.meshgrid(torch.arange(1), torch.arange(side), torch.arange(side), indexing="ij"), -1)
+    made = {
+        "hidden_states": torch.randn(1, image_tokens, config.in_channels),
+        "encoder_hidden_states": torch.randn(1, text_tokens, config.joint_attention_dim),
+        "pooled_projections": torch.randn(1, config.pooled_projection_dim),
+        "timestep": torch.tensor([0.7]),
+        "guidance": torch.tensor([3.5]),
+        "img_ids": ids.reshape(-1, 3).float(),
+        "txt_ids": torch.zeros(text_tokens, 3),
+    }
+    return {name: tensor.to(stage.device, torch.bfloat16) for name, tensor in made.items()}
+
+
+def steps(stage: Stage, pairs: int, step: dict[str, Tensor]) -> dict[str, object]:
+    """Seconds of a step with the LoRAs in and without, in turn on the same tensors; PEFT's in a few of the rounds."""
+    live, theirs = stage.live, stage.theirs.transformer
+    with_loras, without, peft_steps = [], [], []
+    stage.load()
+    for number in range(pairs + 1):
+        turn = {}
+        for name in ("with", "without") if number % 2 else ("without", "with"):
+            stage.swap_in(live, (1.0, 0.7)) if name == "with" else stage.swap_out(live)
+            turn[name] = seconds(lambda: live.module(**step), stage.device)
+        if number:  # the first pair warms up
+            with_loras.append(turn["with"])
+            without.append(turn["without"])
+        if number % 5 == 0:
+            peft_steps.append(seconds(lambda: theirs(**step), stage.device))
+        say(f"pair {number} of {pairs}: {turn['with']:.2f} s with LoRAs, {turn['without']:.2f} s without")
+    stage.unload()
+    return {
+        "step": statistics.median(with_loras),
+        "step_without_loras": statistics.median(without),
+        "peft_step": statistics.median(peft_steps[1:]),
+        "step_ratio": _interval([a / b for a, b in zip(with_loras, without, strict=True)]),
+    }
+
+
+def _interval(ratios: list[float]) -> tuple[float, float]:
+    """95 %, of the geometric mean."""
+    logs = [math.log(ratio) for ratio in ratios]
+    t = T95[max(n for n in T95 if n <= len(logs))]
+    half = t * statistics.stdev(logs) / len(logs) ** 0.5
+    return tuple(round(math.exp(statistics.mean(logs) + sign * half), 4) for sign in (-1, 1))
+
+
+def operations(stage: Stage) -> dict[str, Counter[str]]:
+    """What one step runs, by name: with our LoRAs, with none, with PEFT's."""
+    step = inputs(stage, 16, 16)  # the operations of a step do not depend on its size
+
+    def trace(module: nn.Module) -> Counter[str]:
+        with torch.profiler.profile() as profile:
+            module(**step)
+        return Counter({event.key: event.count for event in profile.key_averages() if event.key.startswith("aten::")})
+
+    stage.swap_out(stage.live)
+    traces = {"none": trace(stage.live.module)}
+    stage.swap_in(stage.live, (1.0, 0.7))
+    traces["ours"] = trace(stage.live.module)
+    stage.load()
+    traces["peft"] = trace(stage.theirs.transformer)
+    stage.unload()
+    return traces
+
+
+def fp8_shares(stage: Stage) -> list[dict[str, float]]:
+    """What fp8 leaves of a LoRA in one layer, and what merging adds to fp8's own error (nothing: 1)."""
+    name = "single_transformer_blocks.0.proj_mlp.weight"
+    base = stage.base[name]
+    layer = stage.live_fp8.module.get_submodule(name.removesuffix(".weight"))
+    stage.swap_out(stage.live_fp8)
+    plain = layer.weight.float() * layer.scale
+    rows = []
+    for rank in (4, 16, 64):
+        generator = torch.Generator().manual_seed(rank)
+        delta = LowRank(0, len(base), *_pair(tuple(base.shape), rank, generator), 1.0)
+        for scale in (0.25, 1.0):
+            stage.live_fp8.hold("dev", [Term(f"rank {rank}", scale, {name: (delta,)})])
+            exact = scale * (delta.up @ delta.down).to(base.device)
+            merged, held = base.float() + exact, layer.weight.float() * layer.scale
+            values, row_scale = fp8.quantize_rows(merged)
+            change = held - plain
+            rows.append(
+                {
+                    "rank": rank,
+                    "scale": scale,
+                    "relative_size": _round(exact.norm() / base.float().norm()),
+                    "cosine": _round(nn.functional.cosine_similarity(change.flatten(), exact.flatten(), dim=0)),
+                    "share": _round((change * exact).sum() / exact.square().sum()),
+                    "error_over_rounding": _round(
+                        (held - merged).norm() / (values.float() * row_scale - merged).norm()
+                    ),
+                }
+            )
+    stage.swap_out(stage.live_fp8)
+    return rows
+
+
+def _round(value: Tensor) -> float:
+    return round(value.item(), 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def targets(figures: dict, traces: dict[str, Counter[str]], device: torch.device) -> dict[str, object]:
+    """What has to be reached, and whether it was."""
+    floor = max(figures["copy"], figures["products"])
+    ours, theirs = figures["swap"] + 4 * figures["step"], figures["peft_load"] + 4 * figures["peft_step"]
+    low, high = figures["step_ratio"]
+    reached = {
+        "no operation more per step": traces["ours"] == traces["none"],
+        "the interval of steps with over steps without contains 1": low <= 1 <= high,
+        f"swap + 4 steps ({ours:.2f} s) before PEFT's ({theirs:.2f} s)": ours < theirs,
+        "fp8's error is that of its rounding": all(s["error_over_rounding"] <= 1.0001 for s in figures["fp8_shares"]),
+    }
+    if device.type == "cuda":
+        for name in ("swap", "swap_fp8"):
+            reached[f"{name} ({1000 * figures[name]:.0f} ms) in 60 ms"] = figures[name] <= 0.06
+            times = figures[name] / figures["copy"]
+            reached[f"{name} within 2x of a plain copy ({times:.2f}x)"] = times <= 2
+    else:
+        times = figures["swap"] / floor
+        reached[f"swap within 1.5x of the larger floor ({times:.2f}x)"] = times <= 1.5
+    return reached
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    """Where and with what this was measured."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(": ")[1] for line in info.read_text().splitlines() if line.startswith("model name")] or [""]
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else names[0],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "peft": peft.__version__,
+        "command": f"python -m bench.lora {' '.join(sys.argv[1:])}".strip(),
+    }
+
+
+def say(text: str) -> None:
+    """To the person who waits; the result alone goes to standard output."""
+    print(text, file=sys.stderr)
+
+
+@torch.no_grad()
+def main() -> None:  # noqa: D103
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=30, help="of steps with and without LoRAs")
+    parser.add_argument("--rounds", type=int, default=5, help="of swaps")
+    parser.add_argument("--tokens", type=int, default=1024, help="of the picture; a square number")
+    options = parser.parse_args()
+    diffusers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    before = machine(device)
+    with tempfile.TemporaryDirectory() as folder:
+        stage = Stage(device, Path(folder))
+        say(f"{len(stage.touched)} weights in blocks, {sum(stage.base[n].nbytes for n in stage.touched) / 1e9:.2f} GB")
+        figures = swaps(stage, options.rounds)
+        figures |= steps(stage, options.pairs, inputs(stage, options.tokens, 128))
+        figures["fp8_shares"] = fp8_shares(stage)
+        traces = operations(stage)
+    print(
+        json.dumps(
+            {
+                "bench": "lora",
+                **before,
+                "pairs": options.pairs,
+                "rounds": options.rounds,
+                "seconds": {k: round(v, 4) for k, v in figures.items() if isinstance(v, float)},
+                "step_ratio_95": figures["step_ratio"],
+                "operations_per_step": {name: trace.total() for name, trace in traces.items()},
+                "fp8_shares": figures["fp8_shares"],
+                "reached": targets(figures, traces, device),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
