@@ -535,7 +535,7 @@ def main() -> None:
             torch.cuda.empty_cache()
         now = datetime.now(UTC)
         report = {
-            "command": shlex.join(["python", "-m", "bench.gpu", *sys.argv[1:]]),
+            "command": command(options),
             "time": now.isoformat(timespec="seconds"),
             "machine": machine(device),
             "small": options.small,
@@ -558,6 +558,14 @@ def main() -> None:
         for name, result in report["systems"].items():
             if "error" in result:
                 sys.exit(f"{name} failed: {result['trace']}")
+
+
+def command(options: argparse.Namespace) -> str:
+    """What was measured, without the places where it lay."""
+    flags = [f"--{name}" for name in ("small", "profile") if getattr(options, name)]
+    return shlex.join(
+        ["python", "-m", "bench.gpu", *flags, "--repeats", str(options.repeats), "--systems", *options.systems]
+    )
 
 
 def memory_disk(small: bool) -> str | None:

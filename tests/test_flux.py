@@ -8,12 +8,13 @@ import torch
 from cog import CancelationException
 from diffusers import FluxPipeline
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
-from flux import Flux, Stopwatch
-from request import Request
+from flux import PROMPTS, Flux, Stopwatch
+from request import LoraChoice, Request
 from settings import Settings
-from tests.models import write_models
+from tests.models import POOLED, write_models
 
 CPU = torch.device("cpu")
 SMALL = {"megapixels": "0.25", "num_inference_steps": 2, "seed": 11}
@@ -206,3 +207,37 @@ def test_a_cancelled_drawing_leaves_no_trace(flux: Flux) -> None:
     with pytest.raises(CancelationException):
         flux.draw(job, 1, stopwatch, cancel_at_the_third)
     assert same(generate(flux), before)
+
+
+def test_a_prompt_is_encoded_once_and_not_kept(flux: Flux, photo: Path) -> None:
+    encoded = []
+    hook = flux.components["text_encoder_2"].register_forward_hook(lambda *_: encoded.append(1))
+    try:
+        for prompt in ("a grey heron", "a grey heron", "a white heron", "a grey heron"):
+            flux.prepare(Request(prompt=prompt, image=photo), Stopwatch(CPU))
+        assert len(encoded) == 2
+        for number in range(PROMPTS):
+            flux.prepare(Request(prompt=f"heron {number}", image=photo), Stopwatch(CPU))
+        flux.prepare(Request(prompt="a grey heron", image=photo), Stopwatch(CPU))
+        assert len(encoded) == 2 + PROMPTS + 1
+        assert len(flux._embeddings) == PROMPTS
+        assert "heron" not in repr(list(flux._embeddings))
+    finally:
+        hook.remove()
+
+
+def test_embeddings_follow_the_lora_of_the_text_encoder(flux: Flux, photo: Path, tmp_path: Path) -> None:
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    tensors = {f"{layer}.lora_A.weight": torch.randn(2, POOLED), f"{layer}.lora_B.weight": torch.randn(POOLED, 2)}
+    save_file(tensors, tmp_path / "clip.safetensors")
+
+    def pooled(*scales: float) -> Tensor:
+        loras = tuple(LoraChoice(str(tmp_path / "clip.safetensors"), scale, trusted=True) for scale in scales)
+        request = Request(prompt="a grey heron", image=photo, loras=loras)
+        return flux.prepare(request, Stopwatch(CPU)).embeddings["pooled_prompt_embeds"]
+
+    without, half, whole = pooled(), pooled(0.5), pooled(1)
+    assert not torch.equal(half, without)
+    assert not torch.equal(whole, half)
+    assert torch.equal(pooled(), without)
+    assert torch.equal(pooled(1), whole)
