@@ -5,9 +5,15 @@ description is one string literal, and the position of a parameter is its x-orde
 """
 # ruff: noqa: B008, E501, UP045 (Cog's form: Input called in a default, a description in one literal, Optional[T])
 
+import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import Optional
+
+# Read when the libraries are imported: what they say while loading tells an operator nothing; their errors are raised.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
 from cog import BasePredictor, Input, Path
