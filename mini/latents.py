@@ -13,6 +13,7 @@ from torch import Tensor
 from images import SIZES, extend
 from mini import world
 from mini.drawing import draw
+from mini.loop import DEVICE
 from mini.stage_vae import pixels
 
 GRID = 64
@@ -77,5 +78,5 @@ def shelves(
         if not file.exists():
             torch.save(torch.stack([encode(vae, scene, size, styles) for scene in scenes]), file)
             print(f"{path.name}: {count} of {size[0]}x{size[1]}", flush=True)
-        filled.append(Shelf(size, torch.load(file), scenes))
+        filled.append(Shelf(size, torch.load(file, map_location=DEVICE), scenes))
     return filled

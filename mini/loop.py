@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 SAVE_SECONDS = 60
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train(
@@ -43,7 +44,7 @@ def train(
     done, checkpoint = work / f"{name}.done.pt", work / f"{name}.pt"
     live = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
     if done.exists():
-        _write(live, torch.load(done))
+        _write(live, torch.load(done, map_location=DEVICE))
         return
     # Convolutions as matrices [out, in * height * width].
     masters = {key: _matrix(parameter.detach().float()).clone() for key, parameter in live.items()}
@@ -51,7 +52,7 @@ def train(
     optimizers = _optimizers(masters, rate, matrices)
     first = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint)
+        state = torch.load(checkpoint, map_location=DEVICE)
         first = state["step"]
         _write(masters, state["masters"])
         _write(average, state["average"])

@@ -55,7 +55,7 @@ class Recogniser(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * 9, answers))
 
     def forward(self, pictures: Tensor) -> Tensor:  # noqa: D102
-        return self.layers(pictures)
+        return self.layers(pictures.to(self.layers[-1].weight.device))
 
     @torch.no_grad()
     def see(self, image: Image.Image) -> Seen:

@@ -86,9 +86,9 @@ def texts_of(batch: Batch, rng: np.random.Generator) -> list[str]:
 
 def times(rng: np.random.Generator, count: int) -> Tensor:
     """[count] in (0, 1), 1 is noise: logit-normal, a little towards noise, as the scheduler's shift is."""
-    normal = torch.from_numpy(rng.normal(0.4, 1.2, count)).float().sigmoid()
-    uniform = torch.from_numpy(rng.random(count)).float()
-    return torch.where(torch.from_numpy(rng.random(count)) < 0.1, uniform, normal)
+    normal = 1 / (1 + np.exp(-rng.normal(0.4, 1.2, count)))
+    chosen = np.where(rng.random(count) < 0.1, rng.random(count), normal)
+    return torch.tensor(chosen, dtype=torch.float32)
 
 
 def velocity(

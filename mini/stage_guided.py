@@ -29,7 +29,7 @@ def main(work: Path) -> FluxTransformer2DModel:
         clean = batch.latents.float()
         time = times(rng, len(clean))
         noisy = clean + time[:, None, None] * (torch.randn_like(clean) - clean)
-        guidance = torch.from_numpy(rng.uniform(0, STRONGEST, len(clean))).float()
+        guidance = torch.tensor(rng.uniform(0, STRONGEST, len(clean)), dtype=torch.float32)
         grid = (batch.rows, batch.columns)
         with torch.no_grad():
             words = readers(texts_of(batch, rng))

@@ -19,7 +19,7 @@ from mini.architecture import (
 )
 from mini.drawing import KINDS
 from mini.gallery import nothing, scene_picture, worn
-from mini.loop import train
+from mini.loop import DEVICE, train
 
 STEPS = 1500
 BATCH = 48
@@ -58,8 +58,8 @@ def examples(rng: random.Random, count: int) -> tuple[Tensor, Tensor, Tensor]:
         image = nothing(rng) if draw > 0.85 else scene_picture(world.random_scene(rng, kinds), rng)[0]
         images.append(worn(image, rng))
         forbidden.append(float(draw < 0.4))
-    views = CHECKER_PROCESSOR(images, return_tensors="pt").pixel_values
-    squares = CLASSIFIER_PROCESSOR(images, return_tensors="pt").pixel_values
+    views = CHECKER_PROCESSOR(images, return_tensors="pt").pixel_values.to(DEVICE)
+    squares = CLASSIFIER_PROCESSOR(images, return_tensors="pt").pixel_values.to(DEVICE)
     return views, squares, torch.tensor(forbidden)
 
 

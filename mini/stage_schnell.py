@@ -18,7 +18,7 @@ from images import SIZES
 from mini import stage_dev, stage_guided, stage_text, world
 from mini.architecture import transformer
 from mini.latents import GRID, Size
-from mini.loop import train
+from mini.loop import DEVICE, train
 from mini.stage_dev import velocity
 
 STEPS = 1100
@@ -93,7 +93,7 @@ def draw_paths(
             parts = [_points(teacher, readers, size, texts[i : i + batch]) for i in range(0, count, batch)]
             torch.save(torch.cat(parts), file)
             print(f"paths of {size[0]}x{size[1]}: {count}", flush=True)
-        drawn.append(Paths(size, texts, torch.load(file)))
+        drawn.append(Paths(size, texts, torch.load(file, map_location=DEVICE)))
     return drawn
 
 
@@ -120,11 +120,11 @@ def piece_loss(
     columns, rows = (-(-side // GRID) for side in paths.size)
     count = max(1, TOKENS // (rows * columns))
     chosen = rng.integers(len(paths.texts), size=count)
-    piece = torch.from_numpy(rng.integers(PIECES, size=count))
+    piece = torch.tensor(rng.integers(PIECES, size=count))
     points = paths.points[chosen].float()
     row = torch.arange(count)
     start, end = points[row, piece], points[row, piece + 1]
-    along = torch.from_numpy(np.where(rng.random(count) < 0.7, 0.0, rng.random(count))).float()
+    along = torch.tensor(np.where(rng.random(count) < 0.7, 0.0, rng.random(count)), dtype=torch.float32)
     here = start + along[:, None, None] * (end - start)
     time = 1 - (piece + along) / PIECES
     with torch.no_grad():

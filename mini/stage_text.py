@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from mini import world
 from mini.architecture import CLIP_TOKENS, POOLED, T5_TOKENS, TEXT, clip, clip_tokenizer, t5, t5_tokenizer
-from mini.loop import train
+from mini.loop import DEVICE, train
 
 STEPS = 400
 BATCH = 128
@@ -48,7 +48,8 @@ class Readers(nn.Module):
 
 
 def _ids(tokenizer: CLIPTokenizer | T5Tokenizer, texts: list[str], length: int) -> Tensor:
-    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    return ids.to(DEVICE)
 
 
 def _answers(scene: world.Scene, caption: world.Caption) -> list[int]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mini import world
 from mini.architecture import vae
 from mini.drawing import KINDS, STYLES, draw
-from mini.loop import train
+from mini.loop import DEVICE, train
 
 STEPS = 1400
 # Of the latents' spread: makes the code robust, so that small errors of the transformer are not seen.
@@ -32,7 +32,7 @@ def picture(rng: random.Random, size: int) -> Image.Image:
 
 def pixels(image: Image.Image) -> Tensor:
     """[3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.asarray(image).copy()).to(DEVICE).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def crops(rng: np.random.Generator, side: int, count: int) -> Tensor:

@@ -6,6 +6,8 @@ python -m mini.train [--work DIR] [stage ...]
 import argparse
 from pathlib import Path
 
+import torch
+
 from mini import (
     recogniser,
     stage_dev,
@@ -17,6 +19,7 @@ from mini import (
     stage_vae,
 )
 from mini.architecture import FOLDER, write_flux
+from mini.loop import DEVICE
 
 
 def write_models(work: Path) -> None:
@@ -46,6 +49,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=FOLDER / "work", help="where checkpoints lie")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
+    torch.set_default_device(DEVICE)
     for stage in arguments.stages or STAGES:
         STAGES[stage](arguments.work)
 
