@@ -18,10 +18,10 @@ from torch import Tensor, nn
 import fp8
 from deltas import BoundDelta, Delta, gather
 
-# Elements of the float32 buffer in which a mix is summed. On a CPU it takes whole tensors: each run of rows has threads
-# wait for each other, which on a busy machine costs more than memory traffic. On a GPU the last-level cache should hold
-# it (32 MiB of an H100's 50), so that only the base and the live tensor travel through memory.
-BUFFER_ELEMENTS = {"cpu": 2**26, "cuda": 2**23}
+# Elements of the float32 buffer in which a mix is summed: few enough to stay in the last-level cache (8 MiB on a CPU,
+# 32 MiB of an H100's 50), so that only the base and the live tensor travel through memory; and no fewer, since each run
+# of rows has its price: threads that wait for each other, kernels that are launched.
+BUFFER_ELEMENTS = {"cpu": 2**21, "cuda": 2**23}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What LoRAs cost, beside diffusers + PEFT: python -m bench.lora [--pairs N] [--rounds N] prints one line of JSON.
+"""What LoRAs cost, beside diffusers + PEFT: script/bench lora [--pairs N] [--rounds N] prints one line of JSON.
 
 On a CPU it takes a slice of FLUX at full width, on a CUDA device the whole transformer, with random weights. Everything
 that is compared is measured in turn, in one run: a swap beside a plain copy of the weights that it touches and beside
@@ -342,7 +342,8 @@ def machine(device: torch.device) -> dict[str, object]:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "peft": peft.__version__,
-        "command": f"python -m bench.lora {' '.join(sys.argv[1:])}".strip(),
+        "command": f"script/bench lora {' '.join(sys.argv[1:])}".strip(),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", ""),
     }
 
 
