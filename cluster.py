@@ -1,0 +1,676 @@
+"""Many GPUs: a Ray Serve application of two deployments.
+
+`CogWorker` has a GPU and the unchanged predictor in a Cog server of its own, to which it hands one prediction at a
+time. `Front` speaks HTTP: Cog's contract and Replicate's API. It writes a prediction into the database before anybody
+hears of it, hands it to a worker, and writes down how it ends; when a worker dies it asks another, and when a front
+dies another front goes on. This module knows Ray and who runs what; it knows nothing of images.
+"""
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import hashlib
+import ipaddress
+import json
+import logging
+import mimetypes
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from base64 import b32encode
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+import aiohttp
+import ray
+from aiohttp import web
+from pydantic import BaseModel
+from ray import serve
+from ray.exceptions import RayActorError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from starlette.applications import Starlette
+from starlette.requests import Request
+
+import cog_api
+import cog_schema
+import replicate_api
+from cog_server import LOOPBACK, CogServer, exit_on_signals
+from predictions import Files, Prediction, Predictions, now, scrub
+from settings import ROOT, ClusterSettings
+
+logger = logging.getLogger("ray.serve")
+
+APPLICATION = "flux-sprites"
+# How often a front shows that it lives, and how many beats it may miss before others take what it has. Beats are
+# counted, not timed: clocks differ, and a database that is away stops everybody's.
+BEAT_SECONDS = 0.5
+BEATS_MISSED = 12
+# How many orphans a front takes at a beat; the rest is for the others.
+ADOPTED_AT_ONCE = 20
+# A prediction that takes its worker with it this often is not asked for again: each time costs a start.
+MAX_DEATHS = 5
+# How often the database hears of a prediction's progress; the end is written at once.
+RECORD_SECONDS = 0.5
+# The last webhook is tried this often, as by coglet, the pause doubling from a fifth of a second.
+WEBHOOK_TRIES = 12
+# Longer than the longest prediction: what is being drawn when a replica is to go is drawn to its end.
+DRAIN_SECONDS = 900
+WEBHOOK_TIMEOUT = aiohttp.ClientTimeout(total=30)
+# Of Ray on one machine: requests and answers pass through it, nothing stays.
+OBJECT_STORE_BYTES = 200 * 1024**2
+# How many LoRAs a worker is taken to hold when requests are led to it.
+LORAS_HELD = 16
+
+
+class Arguments(BaseModel):
+    """The application's, in `args` of a Serve configuration; what holds secrets comes from the environment."""
+
+    # Where predict.py is.
+    project: str = str(ROOT)
+    workers: int = 1
+    gpus_per_worker: float = 1
+    fronts: int = 2
+    # Unfinished predictions that one front takes; further ones are answered 503.
+    queue: int = 1000
+    # "router" leads a request to a worker that has its LoRAs, and waits for it a little.
+    affinity: Literal["none", "router"] = "none"
+
+
+@serve.deployment(
+    max_ongoing_requests=1,  # as the predictor has it
+    max_queued_requests=-1,  # the fronts bound what they accept, and what was accepted may wait
+    graceful_shutdown_timeout_s=DRAIN_SECONDS,
+    health_check_period_s=5,
+)
+class CogWorker:
+    """One GPU: the predictor in a Cog server of its own, reached over loopback."""
+
+    async def __init__(self, project: str) -> None:
+        self.server = CogServer(Path(project)).__enter__()
+        self.keeper = _kill_with_this_process(self.server.process.pid)
+        try:
+            await asyncio.to_thread(self.server.wait_until_ready)
+            await self._listen()
+        except BaseException:
+            self.stop()
+            raise
+
+    async def _listen(self) -> None:
+        """Hear from Cog how a prediction goes: through its webhooks, to this process alone."""
+        self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.run = ""
+        self.client = aiohttp.ClientSession(f"http://{LOOPBACK}:{self.server.port}")
+        application = web.Application(client_max_size=2**30)
+        application.router.add_post("/{run}", self._hear)
+        runner = web.AppRunner(application, access_log=None)
+        await runner.setup()
+        site = web.TCPSite(runner, LOOPBACK, 0)
+        await site.start()
+        self.address = f"http://{LOOPBACK}:{runner.addresses[0][1]}"
+
+    async def _hear(self, request: web.Request) -> web.Response:
+        if request.match_info["run"] == self.run:  # else a latecomer of the prediction before
+            self.events.put_nowait(await request.json())
+        return web.Response()
+
+    async def health(self) -> dict[str, Any]:
+        """What Cog's `GET /health-check` says here."""
+        async with self.client.get("/health-check") as answered:
+            return await answered.json()
+
+    async def predict(self, prediction_id: str, inputs: dict[str, Any], loras: str) -> AsyncIterator[dict[str, Any]]:
+        """Run a prediction and tell how it goes; closing the iterator cancels it.
+
+        Args:
+            prediction_id: Cog's.
+            inputs: validated.
+            loras: a name for the LoRAs that it needs, empty for none.
+
+        Yields:
+            Cog's descriptions of the prediction, the last one with a status that is an end.
+        """
+        if loras:
+            await self._hold(loras)
+        self.run, self.events = secrets.token_urlsafe(), asyncio.Queue()
+        body = {"input": inputs, "webhook": f"{self.address}/{self.run}"}
+        url = f"/predictions/{quote(prediction_id, safe='')}"
+        async with self.client.put(url, json=body, headers={"Prefer": "respond-async"}) as answered:
+            if answered.status != 202:
+                detail = (await answered.text())[:500]
+                yield {"status": "failed", "error": f"The worker refused the prediction: {detail}"}
+                return
+        ended = False
+        try:
+            while not ended:
+                state = await self._next_state()
+                ended = state["status"] not in ("starting", "processing")
+                if state["status"] == "failed":
+                    # It may have taken the predictor with it: then this worker ends, and another one tries.
+                    await self._settle()
+                yield state
+        finally:
+            if not ended:
+                async with self.client.post(f"{url}/cancel"):
+                    pass
+            # Cog answers just before its slot is free, and would refuse the next prediction.
+            await self._settle()
+
+    async def _next_state(self) -> dict[str, Any]:
+        while True:
+            try:
+                return await asyncio.wait_for(self.events.get(), 1)
+            except TimeoutError:
+                self._end_if(self.server.process.poll() is not None)
+
+    async def _settle(self) -> None:
+        """Wait until Cog can take the next prediction; end this process if it never will."""
+        while True:
+            try:
+                status = (await self.health())["status"]
+            except aiohttp.ClientError:
+                status = "DEFUNCT"
+            self._end_if(status not in ("READY", "BUSY"))
+            if status == "READY":
+                return
+            await asyncio.sleep(0.005)
+
+    def _end_if(self, defunct: bool) -> None:
+        """A Cog server without its predictor refuses everything for ever; Serve replaces a worker that has ended."""
+        if defunct:
+            logger.error("The Cog server cannot go on; its worker ends.")
+            os._exit(1)
+
+    @serve.multiplexed(max_num_models_per_replica=LORAS_HELD)
+    async def _hold(self, loras: str) -> str:
+        """Let Serve know that these LoRAs are here; the predictor has its own caches."""
+        return loras
+
+    def check_health(self) -> None:
+        """Called by Serve.
+
+        Raises:
+            RuntimeError: the Cog server has ended.
+        """
+        if self.server.process.poll() is not None:
+            raise RuntimeError("The Cog server has ended.")
+
+    def stop(self) -> None:
+        """End the Cog server."""
+        self.server.__exit__(None, None, None)
+        self.keeper.kill()
+        self.keeper.wait()
+
+    def __del__(self) -> None:
+        """Called by Serve when the worker is to go."""
+        if hasattr(self, "keeper"):
+            self.stop()
+
+
+def _kill_with_this_process(group: int) -> subprocess.Popen[bytes]:
+    """See to it that a process group does not outlive this process, however it ends: it would hold the GPU.
+
+    The keeper reads from a pipe that nobody writes to; the end of this process closes it.
+    """
+    command = ["sh", "-c", 'read -r _; kill -KILL -- "-$0"', str(group)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+class Lost(Exception):  # noqa: N818 (a state, not an accident)
+    """A prediction is another front's, or has ended."""
+
+
+@dataclass(eq=False)
+class Run:
+    """A prediction while this front runs it."""
+
+    prediction: Prediction
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    response: DeploymentResponseGenerator | None = None
+    # What has been stored of its output, by the data URI's hash.
+    files: dict[str, Any] = field(default_factory=dict)
+    recorded: float = 0
+    task: asyncio.Task | None = None
+
+
+@serve.deployment(
+    max_ongoing_requests=1000,
+    graceful_shutdown_timeout_s=DRAIN_SECONDS + 30,
+    ray_actor_options={"num_cpus": 0.5},
+)
+@serve.ingress()
+class Front:
+    """HTTP; who runs a prediction, and that it ends once."""
+
+    async def __init__(self, workers: DeploymentHandle, arguments: Arguments) -> None:
+        self.id = uuid.uuid4().hex[:12]
+        self.workers = workers.options(stream=True)
+        self.limit, self.affinity = arguments.queue, arguments.affinity
+        self.settings = ClusterSettings.from_environment()
+        self.schema = cog_api.InputSchema(cog_schema.derive((Path(arguments.project) / "predict.py").read_text()))
+        self.predictions = Predictions(self.settings.database_url)
+        self.files = Files(self.settings.files_url)
+        self.runs: dict[str, Run] = {}
+        self.tasks: set[asyncio.Task] = set()
+        self.worker_health: dict[str, Any] | None = None
+        self.started_at = now()
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        return Starlette(
+            routes=[*cog_api.routes(self), *replicate_api.routes(self)],
+            middleware=replicate_api.middleware(self),
+            exception_handlers=replicate_api.exception_handlers(),
+            lifespan=self._live,
+        )
+
+    # ---- Its life
+
+    @asynccontextmanager
+    async def _live(self, _: Starlette) -> AsyncIterator[None]:
+        """From the first beat to the last; what cannot be finished is left to the others."""
+        async with self.predictions, aiohttp.ClientSession() as self.client:
+            self.webhook_secret = await self.predictions.secret("webhooks")
+            asking = self._spawn(self._ask_health())
+            tidying = self._spawn(self._tidy())
+            beating = self._spawn(self._beat())
+            self.beating = beating
+            yield
+            for task in (asking, tidying):
+                task.cancel()
+            await self._drain()
+            beating.cancel()
+            await self.predictions.leave(self.id)
+
+    async def _beat(self) -> None:
+        """Show that this front lives, and take what belongs to none."""
+        seen: dict[str, int] = {}
+        missed: Counter[str] = Counter()
+        while True:
+            try:
+                beats, cancelled = await self.predictions.beat(self.id)
+                for front, beat in beats.items():
+                    missed[front] = missed[front] + 1 if seen.get(front) == beat else 0
+                seen = beats
+                dead = [front for front in beats if front != self.id and missed[front] >= BEATS_MISSED]
+                for prediction_id in cancelled:
+                    self._stop(prediction_id)
+                for orphan in await self.predictions.adopt(self.id, dead, list(self.runs), ADOPTED_AT_ONCE):
+                    logger.info("Adopted prediction %s.", orphan.id)
+                    self._take(orphan)
+            except Exception:
+                logger.exception("A beat failed; the next one may not.")
+            await asyncio.sleep(BEAT_SECONDS)
+
+    async def _ask_health(self) -> None:
+        """Learn that a worker is ready, and what its Cog server says of itself."""
+        while self.worker_health is None:
+            try:
+                self.worker_health = await self.workers.options(stream=False).health.remote()
+            except (RayActorError, ReplicaUnavailableError):
+                await asyncio.sleep(1)
+
+    async def _tidy(self) -> None:
+        """Forget what has been kept for its time."""
+        while True:
+            await asyncio.sleep(60)
+            try:
+                await self.files.delete(await self.predictions.expire())
+            except Exception:
+                logger.exception("Could not tidy up; the next time may succeed.")
+
+    async def _drain(self) -> None:
+        """Let what is being drawn come to its end; what only waits is for another front."""
+        for run in list(self.runs.values()):
+            if run.prediction.status == "starting":
+                run.task.cancel()
+        while self.unfinished:
+            await asyncio.sleep(0.05)
+
+    def check_health(self) -> None:
+        """Called by Serve.
+
+        Raises:
+            RuntimeError: this front shows no sign of life to the others.
+        """
+        if self.beating.done():
+            raise RuntimeError("The front's heart has stopped.")
+
+    # ---- What the APIs ask for
+
+    @property
+    def unfinished(self) -> int:
+        """How many predictions are on their way here."""
+        return sum(not run.ended.is_set() for run in self.runs.values())
+
+    @staticmethod
+    def new_id() -> str:
+        """An id as Replicate's: 26 letters and digits that nobody can guess."""
+        return b32encode(uuid.uuid4().bytes).decode().lower().rstrip("=")
+
+    async def accept(self, prediction: Prediction) -> tuple[Prediction, bool]:
+        """Take a prediction: once this returns, it will end.
+
+        Returns:
+            What is known under its id, and whether it is this very one.
+
+        Raises:
+            Refused: the queue is full.
+        """
+        if self.unfinished >= self.limit:
+            detail = f"The queue is full: {self.limit} predictions wait. Try again later."
+            raise replicate_api.unavailable(detail, cog=prediction.api == "cog")
+        known, created = await self.predictions.create(prediction)
+        if created:
+            self._take(known)
+        return known, created
+
+    async def cancel(self, prediction_id: str) -> bool:
+        """End a prediction early; False where there is none that could end."""
+        found = await self.predictions.cancel(prediction_id)
+        self._stop(prediction_id)
+        return found
+
+    async def ended(self, prediction: Prediction, seconds: float | None = None) -> Prediction:
+        """Wait for the end of a prediction, at most so long; how it stands then."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                if run := self.runs.get(prediction.id):
+                    await run.ended.wait()
+                while not prediction.finished:
+                    prediction = await self.predictions.get(prediction.id) or prediction
+                    if not prediction.finished:
+                        await asyncio.sleep(0.25)
+        return prediction
+
+    async def ended_or_left(self, prediction: Prediction, request: Request) -> Prediction:
+        """Wait for the end of a prediction; it is cancelled when the client goes, as by coglet."""
+
+        async def gone() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            await self.cancel(prediction.id)
+
+        watching = asyncio.create_task(gone())
+        try:
+            return await self.ended(prediction)
+        except asyncio.CancelledError:
+            self._spawn(self.cancel(prediction.id))
+            raise
+        finally:
+            watching.cancel()
+
+    async def health(self) -> dict[str, Any]:
+        """Cog's: READY as soon as one worker is, BUSY when the next request would be refused."""
+        if self.worker_health is None:
+            return {"status": await asyncio.to_thread(_status_of_start), "version": {}}
+        return {**self.worker_health, "status": "BUSY" if self.unfinished >= self.limit else "READY"}
+
+    # ---- A prediction's way
+
+    def _take(self, prediction: Prediction) -> None:
+        if prediction.id not in self.runs:
+            run = self.runs[prediction.id] = Run(prediction)
+            run.task = self._spawn(self._run(run))
+
+    def _stop(self, prediction_id: str) -> None:
+        if run := self.runs.get(prediction_id):
+            run.prediction.cancel_requested = True
+            if run.response is not None:
+                run.response.cancel()
+
+    async def _run(self, run: Run) -> None:
+        """One prediction from the queue to its last webhook."""
+        prediction = run.prediction
+        try:
+            if not prediction.finished:  # else only its last webhook has been left over
+                await self._draw(run)
+                await self._finish(run)
+            run.ended.set()
+            if prediction.webhook_due:
+                await self._deliver(prediction)
+        except Lost:
+            logger.info("Prediction %s is somebody else's now.", prediction.id)
+        finally:
+            if run.response is not None:
+                run.response.cancel()
+            run.ended.set()
+            del self.runs[prediction.id]
+
+    async def _draw(self, run: Run) -> None:
+        """Have a worker run it; another one where that one dies."""
+        prediction = run.prediction
+        while not prediction.finished:
+            if prediction.cancel_requested:
+                prediction.status = "canceled"
+                return
+            try:
+                loras = _lora_key(prediction.request)
+                workers = self.workers
+                if self.affinity == "router" and loras:
+                    workers = workers.options(multiplexed_model_id=loras)
+                run.response = workers.predict.remote(prediction.id, await self._brought(prediction.request), loras)
+                async for state in run.response:
+                    await self._progress(run, state)
+            except (TaskCancelledError, asyncio.CancelledError):
+                if not prediction.cancel_requested:
+                    raise
+            except (RayActorError, ReplicaUnavailableError):
+                await self._mourn(run)
+            except BackPressureError:
+                await asyncio.sleep(1)
+
+    async def _mourn(self, run: Run) -> None:
+        """A worker has died while it ran this prediction."""
+        prediction = run.prediction
+        prediction.deaths += 1
+        logger.warning("A worker died with prediction %s, time %s.", prediction.id, prediction.deaths)
+        if prediction.deaths >= MAX_DEATHS:
+            prediction.status, prediction.error = "failed", f"{prediction.deaths} workers died while they ran it."
+        elif not await self.predictions.record(prediction, deaths=prediction.deaths):
+            raise Lost
+
+    async def _progress(self, run: Run, state: dict[str, Any]) -> None:
+        """A worker tells how far it has come."""
+        prediction = run.prediction
+        if prediction.started_at is None:
+            prediction.started_at = now()
+            prediction.status = "processing"
+            await self._notify(prediction, "start")
+        news = "logs"
+        if "output" in state and (output := await self._stored(run, state["output"])) != prediction.output:
+            prediction.output, news = output, "output"
+        prediction.logs = scrub(state.get("logs", ""), prediction.request)
+        prediction.metrics = state.get("metrics", {})
+        if error := state.get("error"):
+            prediction.error = scrub(error, prediction.request)
+        prediction.status = state["status"]
+        if prediction.finished:
+            return
+        if prediction.logs or prediction.output:
+            await self._notify(prediction, news)
+        if time.monotonic() - run.recorded > RECORD_SECONDS:
+            run.recorded = time.monotonic()
+            if not await self.predictions.record(prediction, **_values(prediction, "started_at")):
+                raise Lost
+
+    async def _finish(self, run: Run) -> None:
+        """Write down how it ended: whoever does that first has ended it."""
+        prediction = run.prediction
+        prediction.completed_at = now()
+        prediction.webhook_due = bool(prediction.webhook) and "completed" in prediction.webhook_events
+        changes = _values(prediction, "started_at", "completed_at", "error", "webhook_due")
+        if not await self.predictions.finish(prediction, run.files.values(), **changes):
+            raise Lost
+        prediction.request = None
+
+    async def _stored(self, run: Run, output: Any) -> Any:  # noqa: ANN401 (JSON)
+        """An output whose data URIs have become files of the front."""
+        if isinstance(output, list):
+            return [await self._stored(run, item) for item in output]
+        if isinstance(output, dict):
+            return {key: await self._stored(run, item) for key, item in output.items()}
+        if not (isinstance(output, str) and output.startswith("data:")):
+            return output
+        key = hashlib.sha256(output.encode()).hexdigest()
+        if key not in run.files:
+            head, _, content = output.partition(",")
+            kind = head.removeprefix("data:").removesuffix(";base64")
+            name = f"output{mimetypes.guess_extension(kind) or ''}"
+            run.files[key] = await self.files.write(base64.b64decode(content), name, kind)
+        file = run.files[key]
+        return f"/files/{file.id}/{file.name}"
+
+    async def _brought(self, value: Any) -> Any:  # noqa: ANN401 (JSON)
+        """An input whose uploads, URLs of the front, have become data URIs: a worker need not ask for them."""
+        if isinstance(value, dict):
+            return {key: await self._brought(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [await self._brought(item) for item in value]
+        if isinstance(value, str) and (file_id := replicate_api.upload_id(value)):
+            file = await self.predictions.file(file_id)
+            if file is not None:
+                content = base64.b64encode(await self.files.read(file.id)).decode()
+                return f"data:{file.content_type};base64,{content}"
+        return value
+
+    # ---- Webhooks
+
+    async def _notify(self, prediction: Prediction, event: str) -> None:
+        """Send a webhook on the way; one that does not arrive is not sent again, as by coglet."""
+        if prediction.webhook and event in prediction.webhook_events:
+            body = await self._webhook_body(prediction)
+            self._spawn(self._post(prediction.webhook, f"{prediction.id}-{secrets.token_hex(6)}", body))
+
+    async def _deliver(self, prediction: Prediction) -> None:
+        """Send the last webhook until it arrives."""
+        body = await self._webhook_body(prediction)
+        for attempt in range(WEBHOOK_TRIES):
+            if await self._post(prediction.webhook, f"{prediction.id}-completed", body):
+                break
+            await asyncio.sleep(min(30, 0.2 * 2**attempt))
+        await self.predictions.delivered(prediction)
+
+    async def _webhook_body(self, prediction: Prediction) -> str:
+        if prediction.api == "replicate":
+            return json.dumps(replicate_api.show(self, prediction))
+        return json.dumps(await cog_api.show(self, prediction))
+
+    async def _post(self, url: str, delivery: str, body: str) -> bool:
+        """One attempt; False where another may succeed."""
+        headers = {"content-type": "application/json", **replicate_api.signed(self.webhook_secret, delivery, body)}
+        try:
+            async with self.client.post(url, data=body.encode(), headers=headers, timeout=WEBHOOK_TIMEOUT) as answered:
+                return answered.status not in (429, 500, 502, 503, 504)
+        except aiohttp.InvalidURL:
+            return True
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task:
+        """Start a task and hold it, since nothing else does."""
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._forget)
+        return task
+
+    def _forget(self, task: asyncio.Task) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and task.exception():
+            logger.error("A task of the front failed.", exc_info=task.exception())
+
+
+def _values(prediction: Prediction, *more: str) -> dict[str, Any]:
+    names = ("status", "output", "logs", "metrics", *more)
+    return {name: getattr(prediction, name) for name in names}
+
+
+def _lora_key(inputs: dict[str, Any]) -> str:
+    """A name for the LoRAs that a request needs; hashed, for it becomes a label and references may hold tokens."""
+    references = [inputs[name] for name in ("replicate_weights", "extra_lora") if inputs.get(name)]
+    return hashlib.sha256(json.dumps(references).encode()).hexdigest()[:16] if references else ""
+
+
+def _status_of_start() -> str:
+    """What Cog would say of a worker that has not been heard of yet."""
+    workers = serve.status().applications[APPLICATION].deployments["CogWorker"]
+    return "SETUP_FAILED" if workers.status == "DEPLOY_FAILED" else "STARTING"
+
+
+def application(arguments: Arguments) -> serve.Application:
+    """What a Serve configuration names as `cluster:application`."""
+    router = {}
+    if arguments.affinity == "router":
+        router["request_router_config"] = {"request_router_class": "affinity:AffinityRouter"}
+    workers = CogWorker.options(
+        num_replicas=arguments.workers,
+        ray_actor_options={"num_cpus": 1, "num_gpus": arguments.gpus_per_worker},
+        **router,
+    ).bind(arguments.project)
+    return Front.options(num_replicas=arguments.fronts).bind(workers, arguments)
+
+
+def deploy(arguments: Arguments, *, host: str = LOOPBACK, port: int = 8000) -> None:
+    """Start the application on the Ray cluster that this process is connected to, and wait for it.
+
+    Raises:
+        RuntimeError: a worker cannot be set up.
+    """
+    serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
+    serve.run(application(arguments), name=APPLICATION, route_prefix="/")
+
+
+def main() -> None:
+    """Serve until stopped."""
+    parser = argparse.ArgumentParser(prog="script/cluster", description="Many workers behind one address.")
+    parser.add_argument("--workers", type=int, default=2, help="predictors (default: %(default)s)")
+    parser.add_argument("--fronts", type=int, default=2, help="HTTP processes (default: %(default)s)")
+    parser.add_argument("--affinity", choices=["none", "router"], default="none")
+    parser.add_argument("--host", default=LOOPBACK, help="address to bind (default: %(default)s, this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="port to bind (default: %(default)s)")
+    options = parser.parse_args()
+    if not ipaddress.ip_address(options.host).is_loopback and not ClusterSettings.from_environment().api_tokens:
+        sys.exit(f"--host is {options.host}; API_TOKENS must be set before others than this machine can ask.")
+    gpus = _gpus()
+    exit_on_signals()
+    ray.init(
+        num_cpus=options.workers + options.fronts,
+        num_gpus=gpus,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        _node_ip_address=LOOPBACK,
+    )
+    try:
+        arguments = Arguments(
+            workers=options.workers,
+            fronts=options.fronts,
+            gpus_per_worker=1 if gpus else 0,
+            affinity=options.affinity,
+        )
+        deploy(arguments, host=options.host, port=options.port)
+        print(f"Ready: http://{options.host}:{options.port}", flush=True)
+        signal.pause()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _gpus() -> int:
+    import torch  # heavy, and nothing else here needs it
+
+    return torch.cuda.device_count()
+
+
+if __name__ == "__main__":
+    main()
