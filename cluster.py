@@ -6,20 +6,16 @@ hears of it, hands it to a worker, and writes down how it ends; when a worker di
 dies another front goes on. This module knows Ray and who runs what; it knows nothing of images.
 """
 
-import argparse
 import asyncio
 import base64
 import contextlib
 import hashlib
-import ipaddress
 import json
 import logging
 import mimetypes
 import os
 import secrets
-import signal
 import subprocess
-import sys
 import time
 import uuid
 from base64 import b32encode
@@ -27,6 +23,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -37,6 +34,7 @@ from aiohttp import web
 from pydantic import BaseModel
 from ray import serve
 from ray.exceptions import RayActorError, TaskCancelledError
+from ray.serve._private import replica
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.applications import Starlette
@@ -45,7 +43,7 @@ from starlette.requests import Request
 import cog_api
 import cog_schema
 import replicate_api
-from cog_server import LOOPBACK, CogServer, exit_on_signals
+from cog_server import LOOPBACK, CogServer
 from predictions import Files, Prediction, Predictions, now, scrub
 from settings import ROOT, ClusterSettings
 
@@ -67,8 +65,6 @@ WEBHOOK_TRIES = 12
 # Longer than the longest prediction: what is being drawn when a replica is to go is drawn to its end.
 DRAIN_SECONDS = 900
 WEBHOOK_TIMEOUT = aiohttp.ClientTimeout(total=30)
-# Of Ray on one machine: requests and answers pass through it, nothing stays.
-OBJECT_STORE_BYTES = 200 * 1024**2
 # How many LoRAs a worker is taken to hold when requests are led to it.
 LORAS_HELD = 16
 
@@ -97,6 +93,7 @@ class CogWorker:
     """One GPU: the predictor in a Cog server of its own, reached over loopback."""
 
     async def __init__(self, project: str) -> None:
+        _listen_on_this_node_only()
         self.server = CogServer(Path(project)).__enter__()
         self.keeper = _kill_with_this_process(self.server.process.pid)
         try:
@@ -226,6 +223,13 @@ def _kill_with_this_process(group: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
+def _listen_on_this_node_only() -> None:
+    """Bind the replica's inner port to the node's address: Serve 2.60 binds it to all, and asks nobody for a token."""
+    add_port = replica.add_port_to_grpc_server
+    address = ray.util.get_node_ip_address()
+    replica.add_port_to_grpc_server = lambda server, place: add_port(server, place.replace("[::]", address))
+
+
 class Lost(Exception):  # noqa: N818 (a state, not an accident)
     """A prediction is another front's, or has ended."""
 
@@ -253,6 +257,7 @@ class Front:
     """HTTP; who runs a prediction, and that it ends once."""
 
     async def __init__(self, workers: DeploymentHandle, arguments: Arguments) -> None:
+        _listen_on_this_node_only()
         self.id = uuid.uuid4().hex[:12]
         self.workers = workers.options(stream=True)
         self.limit, self.affinity = arguments.queue, arguments.affinity
@@ -266,12 +271,15 @@ class Front:
         self.started_at = now()
 
     def __serve_build_asgi_app__(self) -> Starlette:
-        return Starlette(
+        """Called by Serve, once."""
+        application = Starlette(
             routes=[*cog_api.routes(self), *replicate_api.routes(self)],
             middleware=replicate_api.middleware(self),
             exception_handlers=replicate_api.exception_handlers(),
             lifespan=self._live,
         )
+        application.router.redirect_slashes = False
+        return application
 
     # ---- Its life
 
@@ -451,7 +459,7 @@ class Front:
         prediction = run.prediction
         while not prediction.finished:
             if prediction.cancel_requested:
-                prediction.status = "canceled"
+                _cancel(prediction)
                 return
             try:
                 loras = _lora_key(prediction.request)
@@ -589,6 +597,14 @@ class Front:
             logger.error("A task of the front failed.", exc_info=task.exception())
 
 
+def _cancel(prediction: Prediction) -> None:
+    """How a prediction stands whose worker was told to stop; of the time until then Cog would say the same."""
+    prediction.status = "canceled"
+    if prediction.started_at:
+        seconds = (datetime.fromisoformat(now()) - datetime.fromisoformat(prediction.started_at)).total_seconds()
+        prediction.metrics = {"predict_time": seconds, **prediction.metrics}
+
+
 def _values(prediction: Prediction, *more: str) -> dict[str, Any]:
     names = ("status", "output", "logs", "metrics", *more)
     return {name: getattr(prediction, name) for name in names}
@@ -617,60 +633,3 @@ def application(arguments: Arguments) -> serve.Application:
         **router,
     ).bind(arguments.project)
     return Front.options(num_replicas=arguments.fronts).bind(workers, arguments)
-
-
-def deploy(arguments: Arguments, *, host: str = LOOPBACK, port: int = 8000) -> None:
-    """Start the application on the Ray cluster that this process is connected to, and wait for it.
-
-    Raises:
-        RuntimeError: a worker cannot be set up.
-    """
-    serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
-    serve.run(application(arguments), name=APPLICATION, route_prefix="/")
-
-
-def main() -> None:
-    """Serve until stopped."""
-    parser = argparse.ArgumentParser(prog="script/cluster", description="Many workers behind one address.")
-    parser.add_argument("--workers", type=int, default=2, help="predictors (default: %(default)s)")
-    parser.add_argument("--fronts", type=int, default=2, help="HTTP processes (default: %(default)s)")
-    parser.add_argument("--affinity", choices=["none", "router"], default="none")
-    parser.add_argument("--host", default=LOOPBACK, help="address to bind (default: %(default)s, this machine alone)")
-    parser.add_argument("--port", type=int, default=8000, help="port to bind (default: %(default)s)")
-    options = parser.parse_args()
-    if not ipaddress.ip_address(options.host).is_loopback and not ClusterSettings.from_environment().api_tokens:
-        sys.exit(f"--host is {options.host}; API_TOKENS must be set before others than this machine can ask.")
-    gpus = _gpus()
-    exit_on_signals()
-    ray.init(
-        num_cpus=options.workers + options.fronts,
-        num_gpus=gpus,
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        _node_ip_address=LOOPBACK,
-    )
-    try:
-        arguments = Arguments(
-            workers=options.workers,
-            fronts=options.fronts,
-            gpus_per_worker=1 if gpus else 0,
-            affinity=options.affinity,
-        )
-        deploy(arguments, host=options.host, port=options.port)
-        print(f"Ready: http://{options.host}:{options.port}", flush=True)
-        signal.pause()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-
-
-def _gpus() -> int:
-    import torch  # heavy, and nothing else here needs it
-
-    return torch.cuda.device_count()
-
-
-if __name__ == "__main__":
-    main()

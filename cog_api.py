@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from predictions import Prediction, now, redact
+from predictions import Prediction, content_type, now, redact
 
 if TYPE_CHECKING:
     from cluster import Front
@@ -184,11 +184,12 @@ async def _inside(front: "Front", output: Any) -> Any:  # noqa: ANN401 (JSON)
         return {key: await _inside(front, item) for key, item in output.items()}
     if not (isinstance(output, str) and output.startswith("/files/")):
         return output
-    file = await front.predictions.file(output.split("/")[2])
-    if file is None:
+    _, _, file_id, name = output.split("/")
+    try:
+        content = base64.b64encode(await front.files.read(file_id)).decode()
+    except FileNotFoundError:
         return None  # it has expired
-    content = base64.b64encode(await front.files.read(file.id)).decode()
-    return f"data:{file.content_type};base64,{content}"
+    return f"data:{content_type(name)};base64,{content}"
 
 
 async def _read(request: Request) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class CogServer:
         port: int | None = None,
     ) -> None:
         self.project, self.log, self.host = project, log, host
-        self.port = port or _free_port()
+        self.port = port or free_port()
         self.environment = {
             "PYTHONWARNINGS": QUIET,
             **os.environ,
@@ -204,7 +204,8 @@ def files(answer: Mapping[str, Any]) -> list[tuple[str, bytes]]:
     return outputs
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return probe.getsockname()[1]

@@ -9,6 +9,7 @@ This module knows SQL and files; it knows nothing of HTTP, of Ray, or of the for
 
 import asyncio
 import hashlib
+import mimetypes
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
@@ -159,6 +160,11 @@ def _strings(value: Any) -> Iterator[str]:  # noqa: ANN401 (JSON)
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _strings(item)
+
+
+def content_type(name: str) -> str:
+    """What a file holds, by its name."""
+    return mimetypes.guess_type(name)[0] or "application/octet-stream"
 
 
 def now(after: timedelta = timedelta()) -> str:
@@ -519,4 +525,6 @@ class Files:
                 continue
 
     def _path(self, file_id: str) -> str:
+        if not re.fullmatch(r"[\w-]+", file_id):
+            raise FileNotFoundError(file_id)
         return f"{self.root}/{file_id}"

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cog_api import EVENTS, InputSchema, Refused, read_body
 from cog_server import MAX_FILE_BYTES
-from predictions import File, Prediction, now, redact
+from predictions import File, Prediction, content_type, now, redact
 
 if TYPE_CHECKING:
     from cluster import Front
@@ -144,16 +144,13 @@ def routes(front: "Front") -> list[BaseRoute]:
         return Response(status_code=204)
 
     async def download(request: Request) -> Response:
-        file = await front.predictions.file(request.path_params["file_id"])
-        if file is None:
-            raise problem(404, "Not found", "There is no such file; files are kept for an hour.")
+        try:
+            content = await front.files.read(request.path_params["file_id"])
+        except FileNotFoundError:
+            raise problem(404, "Not found", "There is no such file; files are kept for an hour.") from None
         # A stranger's file must not act as a page of this host.
-        headers = {
-            "x-content-type-options": "nosniff",
-            "content-security-policy": "sandbox",
-            "etag": f'"{file.sha256}"',
-        }
-        return Response(await front.files.read(file.id), media_type=file.content_type, headers=headers)
+        headers = {"x-content-type-options": "nosniff", "content-security-policy": "sandbox"}
+        return Response(content, media_type=content_type(request.path_params["name"]), headers=headers)
 
     return [
         Route("/v1/predictions", create, methods=["POST"]),

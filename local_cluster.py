@@ -1,0 +1,120 @@
+"""The cluster on this machine: Ray's nodes as processes here, bound to loopback, stopped with all that they started.
+
+`script/cluster`, the tests and the benchmark run it. This module knows how Ray starts; the application that runs on it
+is in `cluster`.
+"""
+
+import argparse
+import contextlib
+import ipaddress
+import os
+import secrets
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from cog_server import LOOPBACK, exit_on_signals, free_port
+from settings import ROOT, ClusterSettings
+
+# Requests and answers pass through it, nothing stays.
+OBJECT_STORE_BYTES = 100 * 1024**2
+
+
+def descendants(ancestor: int) -> list[int]:
+    """The processes that it started, and those that these started."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # pid (name) state parent …; the name may hold anything but ends at the last parenthesis
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = list(children.get(ancestor, []))
+    for process in found:
+        found.extend(children.get(process, []))
+    return found
+
+
+def main() -> None:
+    """Serve until stopped."""
+    parser = argparse.ArgumentParser(prog="script/cluster", description="Many workers behind one address.")
+    parser.add_argument("--workers", type=int, default=2, help="predictors (default: %(default)s)")
+    parser.add_argument("--fronts", type=int, default=2, help="processes that speak HTTP (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=1, help="Ray nodes that share them (default: %(default)s)")
+    parser.add_argument("--affinity", choices=["none", "router"], default="none", help="(default: %(default)s)")
+    parser.add_argument("--queue", type=int, default=1000, help="what one front lets wait (default: %(default)s)")
+    parser.add_argument("--project", type=Path, default=ROOT, help="where predict.py is (default: this project)")
+    parser.add_argument("--host", default=LOOPBACK, help="address to bind (default: %(default)s, this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="port to bind (default: %(default)s)")
+    options = parser.parse_args()
+    if not ipaddress.ip_address(options.host).is_loopback and not ClusterSettings.from_environment().api_tokens:
+        sys.exit(f"--host is {options.host}; API_TOKENS must be set before others than this machine may ask.")
+    exit_on_signals()
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
+        _start(options, stack)
+        signal.pause()
+
+
+def _start(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
+    """Start the nodes and the application on them."""
+    gpus = _gpus()
+    # Who finds Ray's ports must know a token.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Ray's name for taking this machine's address to be loopback, whatever other addresses it has.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # The workers import the application, whatever their working directory.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+    import ray  # only now, since it reads the environment when it is imported
+    from ray import serve
+    from ray.cluster_utils import Cluster
+
+    from cluster import APPLICATION, Arguments, application
+
+    # Each node could hold all: where they are is Ray's choice, and what a dead node held must fit on another.
+    node = {
+        "node_ip_address": LOOPBACK,
+        "num_cpus": options.workers + options.fronts,
+        "num_gpus": gpus,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+    }
+    metrics_port = free_port()
+    nodes = Cluster(initialize_head=True, head_node_args={**node, "metrics_export_port": metrics_port})
+    stack.callback(_stop, nodes)
+    for _ in range(options.nodes - 1):
+        nodes.add_node(**node | {"num_gpus": 0})
+    ray.init(nodes.address, logging_level="WARNING")
+    stack.callback(ray.shutdown)
+    arguments = Arguments(
+        project=str(options.project.resolve()),
+        workers=options.workers,
+        gpus_per_worker=1 if gpus else 0,
+        fronts=options.fronts,
+        queue=options.queue,
+        affinity=options.affinity,
+    )
+    serve.start(http_options={"host": options.host, "port": options.port}, proxy_location="HeadOnly")
+    serve.run(application(arguments), name=APPLICATION, route_prefix="/")
+    print(f"Metrics: http://{LOOPBACK}:{metrics_port}/metrics")
+    print(f"Ready: http://{options.host}:{options.port}", flush=True)
+
+
+def _stop(nodes: Any) -> None:  # noqa: ANN401 (Ray's, which is not imported yet)
+    """End all that runs here; unfinished predictions are taken up at the next start."""
+    processes = descendants(os.getpid())
+    nodes.shutdown()
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def _gpus() -> int:
+    import torch  # heavy, and nothing else here needs it
+
+    return torch.cuda.device_count()
+
+
+if __name__ == "__main__":
+    main()

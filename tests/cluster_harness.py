@@ -1,0 +1,150 @@
+"""`script/cluster` as tests and benchmarks use it: started, spoken to, and harmed."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
+
+from cog_server import LOOPBACK, ROOT, free_port
+from local_cluster import descendants
+
+ENDS = ("succeeded", "failed", "canceled")
+
+
+class Server:
+    """HTTP to one address of this machine, raw."""
+
+    def __init__(self, port: int, headers: Mapping[str, str] | None = None) -> None:
+        self.port, self.headers = port, dict(headers or {})
+        self.url = f"http://{LOOPBACK}:{port}"
+
+    def request(
+        self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, dict[str, str], str]:
+        """Status, headers, text; a body that is no string is sent as JSON."""
+        connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=60)
+        sent = {**self.headers, **(headers or {})}
+        if body is not None and not isinstance(body, str | bytes):
+            body, sent = json.dumps(body), {"Content-Type": "application/json", **sent}
+        try:
+            connection.request(method, path, body, sent)
+            answer = connection.getresponse()
+            return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read().decode()
+        finally:
+            connection.close()
+
+    def predict(self, inputs: Mapping[str, Any], prediction_id: str, **fields: object) -> dict[str, Any]:
+        """Start a prediction without waiting for it."""
+        body = {"input": inputs, **fields}
+        status, _, text = self.request("PUT", f"/predictions/{prediction_id}", body, {"Prefer": "respond-async"})
+        assert status == 202, text
+        return json.loads(text)
+
+
+class Cluster(Server):
+    """`script/cluster`, with whatever options; a context manager.
+
+    Args:
+        options: of the command line, without the port.
+        environment: variables added to those of this process.
+        token: sent with every request.
+        log: where it writes.
+    """
+
+    def __init__(
+        self, *options: str, environment: Mapping[str, str], log: Path, token: str = "", port: int | None = None
+    ) -> None:
+        super().__init__(port or free_port(), {"Authorization": f"Bearer {token}"} if token else None)
+        self.command = [sys.executable, str(ROOT / "local_cluster.py"), "--port", str(self.port), *options]
+        self.environment, self.log = {**os.environ, **environment}, log
+
+    def __enter__(self) -> Self:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        give_up = time.monotonic() + 150
+        while "Ready: " not in (said := self.log.read_text()):
+            if self.process.poll() is not None or time.monotonic() > give_up:
+                self.__exit__()
+                raise RuntimeError(f"The cluster did not start: {said[-3000:]}")
+            time.sleep(0.2)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    @property
+    def metrics_url(self) -> str:
+        """What the head node tells Prometheus."""
+        return self.log.read_text().partition("Metrics: ")[2].partition("\n")[0]
+
+    def processes(self, title: str) -> list[int]:
+        """What runs with these words in its command line, the oldest first."""
+        found = []
+        for process in sorted(descendants(self.process.pid)):
+            with contextlib.suppress(OSError):
+                if title in Path(f"/proc/{process}/cmdline").read_text():
+                    found.append(process)
+        return found
+
+    def kill(self) -> None:
+        """End all of it at once, as a power failure would."""
+        for process in [self.process.pid, *descendants(self.process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        self.process.wait()
+
+
+class Hooks:
+    """A receiver of webhooks: every delivery with its headers, in order; a context manager."""
+
+    def __enter__(self) -> Self:
+        received: list[tuple[Mapping[str, str], dict[str, Any]]] = []
+        self.received = received
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                received.append((self.headers, json.loads(self.rfile.read(int(self.headers["content-length"])))))
+                self.send_response(200)
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer((LOOPBACK, 0), Handler)
+        self.url = f"http://{LOOPBACK}:{self.server.server_port}/hook"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def until_ended(self, prediction_id: str, seconds: float = 30) -> list[dict[str, Any]]:
+        """What was said of a prediction, up to its end.
+
+        Raises:
+            TimeoutError: it has not ended.
+        """
+        give_up = time.monotonic() + seconds
+        while time.monotonic() < give_up:
+            said = [body for _, body in list(self.received) if body["id"] == prediction_id]
+            if any(body["status"] in ENDS for body in said):
+                return said
+            time.sleep(0.02)
+        raise TimeoutError(f"{prediction_id} has not ended; it was said: {said}")

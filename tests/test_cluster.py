@@ -1,0 +1,477 @@
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray", reason="the cluster needs requirements-cluster.txt")
+
+import httpx
+import replicate
+from cluster_harness import Cluster, Hooks, Server
+from replicate.exceptions import ModelError, ReplicateError
+
+from cog_server import CogServer
+from local_cluster import descendants
+
+TOKEN = "t0ken-of-the-tests"
+# As much as a cluster needs of a predictor: it draws, fails, takes long, or takes its process with it.
+PREDICTOR = """
+import os
+import time
+
+from cog import BasePredictor, Input, Path
+from tqdm import tqdm
+
+
+class Predictor(BasePredictor):
+    def setup(self) -> None:
+        self.made = 0
+
+    def predict(
+        self,
+        prompt: str = Input(description="what to do"),
+        image: Path | None = Input(default=None),
+        steps: int = Input(default=4, ge=1, le=50),
+        strength: float = Input(default=1),
+        model: str = Input(default="dev", choices=["dev", "schnell"]),
+        replicate_weights: str | None = Input(default=None),
+    ) -> list[Path]:
+        print("Asked for", prompt)
+        self.record_metric("timing.denoise", 1.5)
+        if prompt == "fail":
+            raise ValueError("A mask needs an image.")
+        if prompt == "crash":
+            os._exit(3)
+        for _ in tqdm(range(steps)):
+            time.sleep(0.5 if prompt == "slow" else 0.01)
+        self.made += 1
+        output = Path("/tmp") / f"flux-sprites-{os.getpid()}-{self.made % 4}.webp"
+        output.write_bytes(image.read_bytes() if image else f"{prompt} {steps} {model}".encode())
+        return [output]
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("project")
+    (directory / "predict.py").write_text(PREDICTOR)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def coglet(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One Cog server, as it is."""
+    with CogServer(project, log=tmp_path_factory.mktemp("coglet") / "log") as running:
+        running.wait_until_ready()
+        yield Server(running.port)
+
+
+@pytest.fixture(scope="module")
+def cluster(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three workers and two fronts on two nodes, over SQLite."""
+    data = tmp_path_factory.mktemp("cluster")
+    environment = {
+        "DATABASE_URL": f"sqlite:///{data / 'predictions.db'}",
+        "FILES_URL": str(data / "files"),
+        "API_TOKENS": f"another,{TOKEN}",
+    }
+    options = ("--project", str(project), "--workers", "3", "--nodes", "2")
+    with Cluster(*options, environment=environment, log=data / "log", token=TOKEN) as running:
+        yield running
+
+
+# ---- Cog's contract: what one coglet answers, the cluster answers
+
+JSON = {"Content-Type": "application/json"}
+CHARSET = {"Content-Type": "application/json; charset=utf-8"}
+ASYNC = {"Prefer": "respond-async"}
+CASES: dict[str, tuple[Any, ...]] = {
+    "schema": ("GET", "/openapi.json"),
+    "post": ("POST", "/predictions", {"input": {"prompt": "a"}}),
+    "post-with-an-id": ("POST", "/predictions", {"id": "case-1", "input": {"prompt": "a"}, "unknown": 1}),
+    "post-with-charset": ("POST", "/predictions", '{"input":{"prompt":"a"}}', CHARSET),
+    "post-async": ("POST", "/predictions", {"id": "case-2", "input": {"prompt": "a"}}, ASYNC),
+    "put": ("PUT", "/predictions/case-3", {"input": {"prompt": "a", "steps": 2, "model": "schnell"}}),
+    "put-with-its-id": ("PUT", "/predictions/case-4", {"id": "case-4", "input": {"prompt": "a"}}),
+    "put-with-another-id": ("PUT", "/predictions/case-5", {"id": "other", "input": {"prompt": "a"}}),
+    "put-async": ("PUT", "/predictions/case-6", {"input": {"prompt": "a"}}, ASYNC),
+    "put-with-a-space": ("PUT", "/predictions/case%207", {"input": {"prompt": "a"}}),
+    "a-file": ("POST", "/predictions", {"input": {"prompt": "a", "image": "data:image/png;base64,aGVsbG8="}}),
+    "a-file-that-is-not-there": ("POST", "/predictions", {"input": {"prompt": "a", "image": "http://127.0.0.1:9/a.png"}}),
+    "an-unknown-input": ("POST", "/predictions", {"input": {"prompt": "a", "promt": "b"}}),
+    "an-error": ("POST", "/predictions", {"input": {"prompt": "fail"}}),
+    "output-file-prefix": ("POST", "/predictions", {"input": {"prompt": "a"}, "output_file_prefix": "http://127.0.0.1:9"}),
+    "too-large-a-number": ("POST", "/predictions", {"input": {"prompt": "a", "steps": 51}}),
+    "too-large-a-number-async": ("POST", "/predictions", {"input": {"prompt": "a", "steps": 51}}, ASYNC),
+    "three-problems": ("POST", "/predictions", {"input": {"prompt": "a", "steps": 0, "model": "x", "image": None}}),
+    "a-type": ("POST", "/predictions", {"input": {"prompt": 3}}),
+    "a-missing-input": ("PUT", "/predictions/case-8", {"input": {"steps": 1}}),
+    "no-input": ("POST", "/predictions", {}),
+    "null-input": ("POST", "/predictions", {"input": None}),
+    "a-list-of-inputs": ("POST", "/predictions", {"input": [1]}),
+    "no-body": ("POST", "/predictions"),
+    "a-list": ("POST", "/predictions", [1]),
+    "an-id-that-is-a-number": ("POST", "/predictions", {"id": 3, "input": {"prompt": "a"}}),
+    "a-webhook-that-is-a-number": ("POST", "/predictions", {"webhook": 3, "input": {"prompt": "a"}}),
+    "a-webhook-that-is-no-url": ("POST", "/predictions", {"webhook": "no url", "input": {"prompt": "a"}}),
+    "an-unknown-event": ("POST", "/predictions", {"webhook_events_filter": ["x"], "input": {"prompt": "a"}}),
+    "no-json": ("POST", "/predictions", "{no", JSON),
+    "an-empty-body": ("POST", "/predictions", "", JSON),
+    "another-content-type": ("POST", "/predictions", '{"input":{"prompt":"a"}}', {"Content-Type": "text/plain"}),
+    "events": ("POST", "/predictions", {"input": {"prompt": "a"}}, {"Accept": "text/event-stream"}),
+    "another-preference": ("POST", "/predictions", {"input": {"prompt": "a"}}, {"Prefer": "respond-async, wait=1"}),
+    "cancel-nothing": ("POST", "/predictions/nobody/cancel"),
+    "get-predictions": ("GET", "/predictions"),
+    "get-a-prediction": ("GET", "/predictions/case-1"),
+    "get-cancel": ("GET", "/predictions/case-1/cancel"),
+    "delete": ("DELETE", "/predictions"),
+    "post-health": ("POST", "/health-check"),
+    "nowhere": ("GET", "/nowhere"),
+    "a-slash-too-many": ("GET", "/health-check/"),
+}  # fmt: skip
+
+
+def comparable(answer: tuple[int, dict[str, str], str]) -> tuple[Any, ...]:
+    """An answer without what differs from one time to the next, and without where a parser gave up on what."""
+    status, headers, text = answer
+    text = re.sub(r'"id":"(pred_[0-9a-f]+|[a-z2-7]{26})"', '"id":"…"', text)
+    text = re.sub(r'"predict_time":[0-9.e-]+', '"predict_time":…', text)
+    text = re.sub(r"\[[0-9:]+<[^]]*\]", "[…]", text)  # tqdm's times
+    text = re.sub(r" at line \d+ column \d+$", "", text)
+    text = re.sub(r"(the request body as JSON): .*", r"\1: …", text)
+    text = re.sub(r"(into the target type): invalid (type|length).*", r"\1: …", text)
+    return status, headers.get("content-type"), headers.get("allow"), text
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_cluster_answers_as_one_coglet_does(case: str, coglet: Server, cluster: Cluster) -> None:
+    while json.loads(coglet.request("GET", "/health-check")[2])["status"] == "BUSY":
+        time.sleep(0.01)
+    expected = coglet.request(*CASES[case])
+    assert comparable(cluster.request(*CASES[case])) == comparable(expected)
+
+
+def test_the_discovery_document_lacks_only_the_shutdown(coglet: Server, cluster: Cluster) -> None:
+    expected = json.loads(coglet.request("GET", "/")[2])
+    del expected["shutdown_url"]
+    assert json.loads(cluster.request("GET", "/")[2]) == expected
+    assert cluster.request("POST", "/shutdown")[0] == 404
+
+
+def test_health_is_a_workers(coglet: Server, cluster: Cluster) -> None:
+    expected, seen = (json.loads(server.request("GET", "/health-check")[2]) for server in (coglet, cluster))
+    assert seen.keys() == expected.keys()
+    assert (seen["status"], seen["version"]) == (expected["status"], expected["version"])
+
+
+def test_a_body_above_100_mib_is_refused(coglet: Server, cluster: Cluster) -> None:
+    body = b'{"input":{"prompt":"' + b"a" * 100 * 1024**2 + b'"}}'
+    expected = coglet.request("POST", "/predictions", body, JSON)
+    assert comparable(cluster.request("POST", "/predictions", body, JSON)) == comparable(expected)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "events"),
+    [
+        ({"prompt": "slow", "steps": 3}, None),
+        ({"prompt": "slow", "steps": 3}, ["start", "completed"]),
+        ({"prompt": "a"}, ["output"]),
+        ({"prompt": "fail"}, ["completed"]),
+        ({"prompt": "a"}, []),
+    ],
+)
+def test_webhooks_are_coglets(
+    inputs: dict[str, Any], events: list[str] | None, coglet: Server, cluster: Cluster
+) -> None:
+    name = f"hooked-{len(inputs)}-{inputs['prompt']}-{'-'.join(events if events is not None else ['all'])}"
+    said = []
+    for server in (coglet, cluster):
+        with Hooks() as hooks:
+            fields = {} if events is None else {"webhook_events_filter": events}
+            server.predict(inputs, name, webhook=hooks.url, **fields)
+            if events is None or "completed" in events:
+                hooks.until_ended(name)
+            else:
+                time.sleep(1)
+            bodies = sorted({json.dumps(body, sort_keys=True) for _, body in hooks.received}, key=len)
+            said.append([comparable((200, {}, body.replace(": ", ":")))[-1] for body in bodies])
+    expected, seen = said
+    if events is None:  # how often the log is told depends on the clock; the first, the last and the output do not
+        expected, seen = ([said[0], *said[-2:]] for said in (expected, seen))
+    assert seen == expected
+
+
+def test_cancelling_ends_a_prediction_as_coglet_does(coglet: Server, cluster: Cluster) -> None:
+    ends = []
+    for server in (coglet, cluster):
+        with Hooks() as hooks:
+            server.predict({"prompt": "slow", "steps": 50}, "to-cancel", webhook=hooks.url)
+            time.sleep(1.2)
+            assert server.request("POST", "/predictions/to-cancel/cancel")[::2] == (200, "{}")
+            end = hooks.until_ended("to-cancel")[-1]
+            assert end["logs"].startswith("Asked for slow\n")
+            assert 1 < end["metrics"].pop("predict_time") < 5
+            ends.append({key: value for key, value in end.items() if key != "logs"} | {"keys": sorted(end)})
+            assert server.request("POST", "/predictions/to-cancel/cancel")[::2] == (404, "{}")
+    assert ends[0] == ends[1]
+
+
+def test_a_running_prediction_is_shown_and_not_run_again(coglet: Server, cluster: Cluster) -> None:
+    shown = []
+    for server in (coglet, cluster):
+        server.predict({"prompt": "slow", "steps": 4}, "running")
+        time.sleep(1.2)
+        status, _, text = server.request("PUT", "/predictions/running", {"input": {"prompt": "other"}})
+        state = json.loads(text)
+        assert state.pop("logs").startswith("Asked for slow\n")
+        shown.append((status, state))
+        server.request("POST", "/predictions/running/cancel")
+    assert shown[0] == shown[1]
+
+
+def test_an_id_is_remembered_when_its_prediction_has_ended(cluster: Cluster) -> None:
+    first = cluster.request("PUT", "/predictions/once", {"input": {"prompt": "a", "steps": 7}})
+    again = cluster.request("PUT", "/predictions/once", {"input": {"prompt": "b"}})
+    assert (again[0], again[2]) == (first[0], first[2])
+
+
+def test_a_client_that_leaves_cancels_what_it_waited_for(cluster: Cluster) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", cluster.port)
+    body = json.dumps({"input": {"prompt": "slow", "steps": 50}})
+    connection.request("PUT", "/predictions/left", body, {**JSON, **cluster.headers})
+    time.sleep(1)
+    connection.close()
+    give_up = time.monotonic() + 5
+    while (state := json.loads(cluster.request("PUT", "/predictions/left", {})[2]))["status"] != "canceled":
+        assert time.monotonic() < give_up, state
+        time.sleep(0.1)
+
+
+def test_wrong_input_is_refused_at_once_while_all_workers_are_busy(cluster: Cluster) -> None:
+    names = [f"busy-{i}" for i in range(4)]
+    for name in names:
+        cluster.predict({"prompt": "slow", "steps": 50}, name)
+    for headers in ({}, ASYNC):
+        started = time.monotonic()
+        assert cluster.request("POST", "/predictions", {"input": {"steps": 3}}, headers)[0] == 422
+        assert time.monotonic() - started < 1
+    for name in names:  # those that wait are cancelled as well as those that run
+        assert cluster.request("POST", f"/predictions/{name}/cancel")[0] == 200
+
+
+# ---- Replicate's API, as its own clients see it
+
+
+@pytest.fixture(scope="module")
+def client(cluster: Cluster) -> replicate.Client:
+    return replicate.Client(api_token=TOKEN, base_url=cluster.url)
+
+
+MODEL = "someone/some-model"
+
+
+def test_run_gives_files_that_the_front_keeps(client: replicate.Client) -> None:
+    (url,) = client.run(MODEL, input={"prompt": "a", "steps": 2})
+    assert url.endswith("/output.webp")
+    answered = httpx.get(url)  # without a token: whoever knows the address may see the file
+    assert (answered.text, answered.headers["content-type"]) == ("a 2 dev", "image/webp")
+    assert httpx.get(url.replace("/files/", "/files/x")).status_code == 404
+
+
+def test_a_version_may_be_named_in_every_form(client: replicate.Client) -> None:
+    assert len(client.run(f"{MODEL}:{'0' * 64}", input={"prompt": "a"})) == 1
+    made = client.predictions.create(version="0" * 64, input={"prompt": "a"})
+    assert (made.status, made.version) == ("starting", "0" * 64)
+    with pytest.raises(ReplicateError, match="version is required"):
+        client.predictions.create(version="", input={"prompt": "a"})
+
+
+def test_a_failure_is_the_models(client: replicate.Client) -> None:
+    with pytest.raises(ModelError, match=r"A mask needs an image\."):
+        client.run(MODEL, input={"prompt": "fail"})
+
+
+def test_wrong_input_is_told_in_replicates_form(client: replicate.Client) -> None:
+    with pytest.raises(ReplicateError) as refused:
+        client.run(MODEL, input={"prompt": "a", "steps": 1000})
+    assert (refused.value.status, refused.value.title) == (422, "Input validation failed")
+    assert refused.value.detail == "- input.steps: 1000 is greater than the maximum of 50\n"
+
+
+def test_the_status_and_the_progress_can_be_watched(client: replicate.Client) -> None:
+    prediction = client.models.predictions.create(MODEL, input={"prompt": "slow", "steps": 6})
+    seen = []
+    while prediction.status in ("starting", "processing"):
+        seen.append((prediction.status, prediction.progress and prediction.progress.current))
+        time.sleep(0.1)
+        prediction.reload()
+    assert prediction.status == "succeeded"
+    assert ("starting", None) in seen
+    watched = [current for status, current in seen if status == "processing" and current]
+    assert watched == sorted(watched)
+    assert len(set(watched)) > 2
+    assert prediction.created_at < prediction.started_at < prediction.completed_at
+    assert prediction.metrics["predict_time"] > 2
+
+
+def test_a_prediction_streams_its_events(client: replicate.Client) -> None:
+    prediction = client.models.predictions.create(MODEL, input={"prompt": "slow", "steps": 2})
+    events = [(event.event.value, event.data) for event in prediction.stream()]
+    kinds = [kind for kind, _ in events]
+    assert set(kinds[:-2]) == {"logs"}
+    assert kinds[-2:] == ["output", "done"]
+    assert "Asked for slow" in "".join(data for _, data in events)
+
+
+def test_cancelling_is_seen_by_every_front(client: replicate.Client) -> None:
+    prediction = client.models.predictions.create(MODEL, input={"prompt": "slow", "steps": 50})
+    time.sleep(0.7)
+    prediction.cancel()
+    prediction.wait()
+    assert prediction.status == "canceled"
+    assert client.predictions.get(prediction.id).output is None
+
+
+def test_waiting_ends_in_time(client: replicate.Client, cluster: Cluster) -> None:
+    started = time.monotonic()
+    body = {"version": MODEL, "input": {"prompt": "slow", "steps": 50}}
+    status, _, text = cluster.request("POST", "/v1/predictions", body, {"Prefer": "wait=1"})
+    assert 0.9 < time.monotonic() - started < 3
+    assert (status, json.loads(text)["status"]) == (202, "starting")  # clients take any other status for the end
+    client.predictions.cancel(json.loads(text)["id"])
+
+
+def test_the_list_has_pages_without_gaps(client: replicate.Client, cluster: Cluster) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: client.models.predictions.create(MODEL, input={"prompt": "a"}).id, range(110)))
+    first = client.predictions.list()
+    second = client.predictions.list(first.next)
+    assert len(first) == 100
+    listed = [prediction.id for prediction in [*first, *second]]
+    assert set(made) <= set(listed)
+    assert len(set(listed)) == len(listed)
+    assert [p.id for p in client.predictions.list(second.previous)] == [p.id for p in first]
+    assert cluster.request("GET", "/v1/predictions?cursor=nonsense")[0] == 400
+
+
+def test_a_file_is_uploaded_and_drawn_with(client: replicate.Client, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(bytes(range(256)))
+    with photo.open("rb") as opened:
+        (url,) = client.run(MODEL, input={"prompt": "a", "image": opened})
+    assert httpx.get(url).content == bytes(range(256))
+    file = client.files.create(photo)
+    assert (file.name, file.size, file.content_type) == ("photo.png", 256, "image/png")
+    assert file.id in [known.id for known in client.files.list()]
+    assert client.files.get(file.id).checksums == file.checksums
+    assert client.files.delete(file.id)
+    with pytest.raises(ReplicateError, match="no such file"):
+        client.files.get(file.id)
+
+
+async def _run_twice(client: replicate.Client) -> list[Any]:
+    return await asyncio.gather(*(client.async_run(MODEL, input={"prompt": name}) for name in "ab"))
+
+
+def test_the_asynchronous_client_runs(cluster: Cluster) -> None:
+    client = replicate.Client(api_token=TOKEN, base_url=cluster.url)
+    urls = asyncio.run(_run_twice(client))
+    assert [httpx.get(url).text for (url,) in urls] == ["a 4 dev", "b 4 dev"]
+
+
+def test_models_versions_and_deployments_are_described(client: replicate.Client) -> None:
+    model = client.models.get(MODEL)
+    assert (model.owner, model.name) == ("someone", "some-model")
+    assert "prompt" in model.latest_version.openapi_schema["components"]["schemas"]["Input"]["properties"]
+    assert [version.id for version in model.versions.list()] == [model.latest_version.id]
+    prediction = client.deployments.get("someone/deployed").predictions.create(input={"prompt": "a"})
+    prediction.wait()
+    assert prediction.status == "succeeded"
+    assert client.accounts.current().username == "flux-sprites"
+
+
+def test_only_who_has_a_token_may_ask(cluster: Cluster) -> None:
+    stranger = Server(cluster.port)
+    for method, path in [("POST", "/predictions"), ("GET", "/v1/predictions"), ("GET", "/openapi.json"), ("GET", "/")]:
+        assert stranger.request(method, path)[0] == 401
+        assert stranger.request(method, path, headers={"Authorization": "Bearer wrong"})[0] == 401
+    assert stranger.request("GET", "/health-check")[0] == 200
+    assert Server(cluster.port, {"Authorization": "Token another"}).request("GET", "/v1/account")[0] == 200
+    with pytest.raises(ReplicateError) as refused:
+        replicate.Client(api_token="wrong", base_url=cluster.url).run(MODEL, input={"prompt": "a"})
+    assert (refused.value.status, refused.value.title) == (401, "Unauthenticated")
+
+
+def test_no_token_is_shown_or_kept(cluster: Cluster, client: replicate.Client) -> None:
+    secret = "http://user:pass@127.0.0.1:9/a.png?token=s3cret"
+    inputs = {"prompt": "hf_abcdefghijklmnopqrstuvwxyz0123", "image": secret, "replicate_weights": secret}
+    status, _, text = cluster.request("POST", "/predictions", {"id": "tokens", "input": inputs})
+    assert status == 200
+    made = client.models.predictions.create(MODEL, input=inputs)
+    made.wait()
+    database = cluster.environment["DATABASE_URL"].removeprefix("sqlite:///")
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        kept = repr(connection.execute("SELECT * FROM predictions WHERE id IN ('tokens', ?)", [made.id]).fetchall())
+    for shown in (text, kept, repr(made.dict())):
+        assert "127.0.0.1" in shown
+        assert not re.search("s3cret|user:pass|hf_abc", shown)
+
+
+@pytest.fixture(scope="module")
+def javascript() -> Path:
+    """Replicate's client for JavaScript, as its registry has it."""
+    directory = Path(__file__).parent / "replicate_client"
+    if not shutil.which("npm"):
+        pytest.skip("npm is not installed")
+    done = subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=directory, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"npm could not install replicate: {done.stderr[-200:]}")
+    return directory / "client.mjs"
+
+
+def test_the_javascript_client_works_unchanged(javascript: Path, cluster: Cluster) -> None:
+    environment = {**os.environ, "TOKEN": TOKEN, "BASE_URL": f"{cluster.url}/v1"}
+    done = subprocess.run(["node", javascript], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    progress = seen.pop("progress")
+    assert (progress[0], progress[-1]) == ("starting", "succeeded")
+    assert seen.pop("pages") >= 1
+    assert seen.pop("webhooks") == [["processing", True, False], ["succeeded", True, False]]
+    assert seen == {
+        "run": "a 3 dev",
+        "versioned": 1,
+        "failure": "Prediction failed: Prediction failed: Prediction failed: ValueError: A mask needs an image.",
+        "refused": [422, True],
+        "canceled": "canceled",
+        "file": 6,
+        "picture": "picture",
+        "deleted": True,
+        "stream": ["logs", "output", "done"],
+        "account": "flux-sprites",
+        "model": "3.0.2",
+        "deployment": "succeeded",
+    }
+
+
+def test_nothing_listens_beyond_this_machine(cluster: Cluster) -> None:
+    own = {cluster.process.pid, *descendants(cluster.process.pid)}
+    listening = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout
+    open_to_all = [
+        line
+        for line in listening.splitlines()
+        if own & set(map(int, re.findall(r"pid=(\d+)", line))) and "127.0.0.1" not in line.split()[3]
+    ]
+    assert open_to_all == []
