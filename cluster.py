@@ -37,6 +37,7 @@ from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve._private import replica
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from sqlalchemy.exc import OperationalError
 from starlette.applications import Starlette
 from starlette.requests import Request
 
@@ -57,7 +58,7 @@ BEATS_MISSED = 12
 # How many orphans a front takes at a beat; the rest is for the others.
 ADOPTED_AT_ONCE = 20
 # A prediction that takes its worker with it this often is not asked for again: each time costs a start.
-MAX_DEATHS = 5
+MAX_DEATHS = 3
 # How often the database hears of a prediction's progress; the end is written at once.
 RECORD_SECONDS = 0.5
 # The last webhook is tried this often, as by coglet, the pause doubling from a fifth of a second.
@@ -65,6 +66,8 @@ WEBHOOK_TRIES = 12
 # Longer than the longest prediction: what is being drawn when a replica is to go is drawn to its end.
 DRAIN_SECONDS = 900
 WEBHOOK_TIMEOUT = aiohttp.ClientTimeout(total=30)
+# A prediction that coglet 0.23 is told to cancel within its first milliseconds can block it for ever.
+CANCEL_SECONDS = 0.05
 # How many LoRAs a worker is taken to hold when requests are led to it.
 LORAS_HELD = 16
 
@@ -107,6 +110,7 @@ class CogWorker:
         """Hear from Cog how a prediction goes: through its webhooks, to this process alone."""
         self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.run = ""
+        self.one_at_a_time = asyncio.Lock()
         self.client = aiohttp.ClientSession(f"http://{LOOPBACK}:{self.server.port}")
         application = web.Application(client_max_size=2**30)
         application.router.add_post("/{run}", self._hear)
@@ -137,31 +141,29 @@ class CogWorker:
         Yields:
             Cog's descriptions of the prediction, the last one with a status that is an end.
         """
-        if loras:
-            await self._hold(loras)
-        self.run, self.events = secrets.token_urlsafe(), asyncio.Queue()
-        body = {"input": inputs, "webhook": f"{self.address}/{self.run}"}
-        url = f"/predictions/{quote(prediction_id, safe='')}"
-        async with self.client.put(url, json=body, headers={"Prefer": "respond-async"}) as answered:
-            if answered.status != 202:
-                detail = (await answered.text())[:500]
-                yield {"status": "failed", "error": f"The worker refused the prediction: {detail}"}
-                return
-        ended = False
-        try:
-            while not ended:
-                state = await self._next_state()
-                ended = state["status"] not in ("starting", "processing")
-                if state["status"] == "failed":
-                    # It may have taken the predictor with it: then this worker ends, and another one tries.
-                    await self._settle()
-                yield state
-        finally:
-            if not ended:
-                async with self.client.post(f"{url}/cancel"):
-                    pass
-            # Cog answers just before its slot is free, and would refuse the next prediction.
-            await self._settle()
+        # Serve frees the place of a call that is cancelled before its cleaning up has ended.
+        async with self.one_at_a_time:
+            if loras:
+                await self._hold(loras)
+            self.run, self.events = secrets.token_urlsafe(), asyncio.Queue()
+            body = {"input": inputs, "webhook": f"{self.address}/{self.run}"}
+            url = f"/predictions/{quote(prediction_id, safe='')}"
+            ended = False
+            try:
+                async with self.client.put(url, json=body, headers={"Prefer": "respond-async"}) as answered:
+                    if answered.status != 202:
+                        raise RuntimeError(f"Cog refused the prediction: {(await answered.text())[:500]}")
+                while not ended:
+                    state = await self._next_state()
+                    ended = state["status"] not in ("starting", "processing")
+                    if state["status"] == "failed":
+                        # It may have taken the predictor with it: then this worker ends, and another one tries.
+                        await self._settle()
+                    yield state
+            finally:
+                if not ended:
+                    await asyncio.sleep(CANCEL_SECONDS)
+                await self._settle(None if ended else url)
 
     async def _next_state(self) -> dict[str, Any]:
         while True:
@@ -170,17 +172,27 @@ class CogWorker:
             except TimeoutError:
                 self._end_if(self.server.process.poll() is not None)
 
-    async def _settle(self) -> None:
-        """Wait until Cog can take the next prediction; end this process if it never will."""
+    async def _settle(self, cancelling: str | None = None) -> None:
+        """Wait until Cog can take the next prediction, which it cannot yet when it tells the end of one.
+
+        The process ends if Cog never will: if it is defunct, or busy without having a prediction.
+
+        Args:
+            cancelling: the prediction that is to end first.
+        """
+        forgotten = 0
         while True:
             try:
                 status = (await self.health())["status"]
+                if status == "READY":
+                    return
+                if cancelling and status == "BUSY":
+                    async with self.client.post(f"{cancelling}/cancel") as answered:
+                        forgotten += answered.status == 404
             except aiohttp.ClientError:
                 status = "DEFUNCT"
-            self._end_if(status not in ("READY", "BUSY"))
-            if status == "READY":
-                return
-            await asyncio.sleep(0.005)
+            self._end_if(status != "BUSY" or forgotten > 20)
+            await asyncio.sleep(CANCEL_SECONDS if cancelling else 0.005)
 
     def _end_if(self, defunct: bool) -> None:
         """A Cog server without its predictor refuses everything for ever; Serve replaces a worker that has ended."""
@@ -472,20 +484,25 @@ class Front:
             except (TaskCancelledError, asyncio.CancelledError):
                 if not prediction.cancel_requested:
                     raise
-            except (RayActorError, ReplicaUnavailableError):
-                await self._mourn(run)
+            except (Lost, OperationalError):
+                raise
             except BackPressureError:
                 await asyncio.sleep(1)
+            except Exception as error:
+                # Most often a worker that has died; whatever it was, another attempt may succeed.
+                logger.warning("Prediction %s was interrupted: %r", prediction.id, error)
+                await self._mourn(run)
 
     async def _mourn(self, run: Run) -> None:
-        """A worker has died while it ran this prediction."""
+        """An attempt has come to nothing: make another, or give the prediction up."""
         prediction = run.prediction
         prediction.deaths += 1
-        logger.warning("A worker died with prediction %s, time %s.", prediction.id, prediction.deaths)
         if prediction.deaths >= MAX_DEATHS:
-            prediction.status, prediction.error = "failed", f"{prediction.deaths} workers died while they ran it."
+            prediction.status = "failed"
+            prediction.error = f"The prediction was given up: {MAX_DEATHS} workers ended while they ran it."
         elif not await self.predictions.record(prediction, deaths=prediction.deaths):
             raise Lost
+        await asyncio.sleep(0.1)
 
     async def _progress(self, run: Run, state: dict[str, Any]) -> None:
         """A worker tells how far it has come."""
