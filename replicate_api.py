@@ -182,7 +182,7 @@ def show(front: "Front", prediction: Prediction) -> dict[str, Any]:
         "model": prediction.model,
         "version": prediction.version,
         "input": prediction.input,
-        "logs": prediction.logs,
+        "logs": _lines(prediction.logs),
         "output": _absolute(prediction.output, base),
         "error": prediction.error,
         "status": prediction.status,
@@ -382,6 +382,11 @@ def _base_url(request: Request) -> str:
 # ---- Answers
 
 
+def _lines(logs: str) -> str:
+    """Every state of a progress bar on a line of its own: clients look for the last line that is one."""
+    return logs.replace("\r", "\n")
+
+
 def _absolute(output: Any, base: str) -> Any:  # noqa: ANN401 (JSON)
     if isinstance(output, list):
         return [_absolute(item, base) for item in output]
@@ -401,16 +406,16 @@ async def _events(front: "Front", prediction: Prediction) -> AsyncIterator[str]:
     def event(kind: str, data: str) -> str:
         nonlocal count
         count += 1
-        lines = "".join(f"data: {line}\n" for line in re.split(r"\r\n|\r|\n", data))
+        lines = "".join(f"data: {line}\n" for line in data.split("\n"))
         return f"event: {kind}\nid: {prediction.id}-{count}\n{lines}\n"
 
     while True:
         known = await front.predictions.get(prediction.id)
         if known is None:
             break
-        if len(known.logs) > len(told):
-            yield event("logs", known.logs[len(told) :])
-            told = known.logs
+        if len(logs := _lines(known.logs)) > len(told):
+            yield event("logs", logs[len(told) :])
+            told = logs
         outputs = known.output if isinstance(known.output, list) else [known.output] if known.output else []
         for output in _absolute(outputs[shown:], known.base_url):
             yield event("output", output)

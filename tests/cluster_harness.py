@@ -101,6 +101,15 @@ class Cluster(Server):
                     found.append(process)
         return found
 
+    def kill_one(self, title: str, seconds: float = 30) -> None:
+        """End the youngest process of a title by force; one that is being replaced is waited for."""
+        give_up = time.monotonic() + seconds
+        while not (found := self.processes(title)):
+            if time.monotonic() > give_up:
+                raise TimeoutError(f"There is no process {title!r}.")
+            time.sleep(0.1)
+        os.kill(found[-1], signal.SIGKILL)
+
     def kill(self) -> None:
         """End all of it at once, as a power failure would."""
         for process in [self.process.pid, *descendants(self.process.pid)]:
