@@ -34,6 +34,7 @@ from aiohttp import web
 from pydantic import BaseModel
 from ray import serve
 from ray.exceptions import RayActorError, TaskCancelledError
+from ray.serve import metrics
 from ray.serve._private import replica
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -111,6 +112,8 @@ class CogWorker:
         self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.run = ""
         self.one_at_a_time = asyncio.Lock()
+        self.lora_requests = metrics.Counter("flux_lora_requests", "Predictions with LoRAs.")
+        self.lora_loads = metrics.Counter("flux_lora_loads", "Predictions whose LoRAs were new to their worker.")
         self.client = aiohttp.ClientSession(f"http://{LOOPBACK}:{self.server.port}")
         application = web.Application(client_max_size=2**30)
         application.router.add_post("/{run}", self._hear)
@@ -144,6 +147,7 @@ class CogWorker:
         # Serve frees the place of a call that is cancelled before its cleaning up has ended.
         async with self.one_at_a_time:
             if loras:
+                self.lora_requests.inc()
                 await self._hold(loras)
             self.run, self.events = secrets.token_urlsafe(), asyncio.Queue()
             body = {"input": inputs, "webhook": f"{self.address}/{self.run}"}
@@ -202,7 +206,8 @@ class CogWorker:
 
     @serve.multiplexed(max_num_models_per_replica=LORAS_HELD)
     async def _hold(self, loras: str) -> str:
-        """Let Serve know that these LoRAs are here; the predictor has its own caches."""
+        """Let Serve know that these LoRAs are here from now on; the predictor has its own caches."""
+        self.lora_loads.inc()
         return loras
 
     def check_health(self) -> None:
@@ -246,6 +251,41 @@ class Lost(Exception):  # noqa: N818 (a state, not an accident)
     """A prediction is another front's, or has ended."""
 
 
+class Metrics:
+    """What Prometheus hears of a front, through Ray; `deploy/grafana.json` draws it."""
+
+    def __init__(self) -> None:
+        seconds = [0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300]
+        self.unfinished = metrics.Gauge("flux_unfinished", "Predictions that this front has accepted and not ended.")
+        self.ended = metrics.Counter("flux_predictions", "Predictions that have ended.", ("status",))
+        self.latency = metrics.Histogram(
+            "flux_seconds", "Where the time goes.", boundaries=seconds, tag_keys=("phase",)
+        )
+        self.images = metrics.Counter("flux_images", "Pictures drawn.")
+        self.dropped = metrics.Counter("flux_safety_dropped", "Pictures that the safety check kept back.")
+        self.retries = metrics.Counter("flux_retries", "Attempts that came to nothing, most often with their worker.")
+        self.adopted = metrics.Counter("flux_adopted", "Predictions taken over from a front that had ended.")
+
+    def count(self, prediction: Prediction) -> None:
+        """A prediction has ended."""
+        self.ended.inc(tags={"status": prediction.status})
+        created, started, completed = (
+            datetime.fromisoformat(time) if time else None
+            for time in (prediction.created_at, prediction.started_at, prediction.completed_at)
+        )
+        self.latency.observe((completed - created).total_seconds(), {"phase": "total"})
+        if started:
+            self.latency.observe((started - created).total_seconds(), {"phase": "queue"})
+        timings = {"predict": prediction.metrics.get("predict_time"), **(prediction.metrics.get("timing") or {})}
+        for phase, seconds in timings.items():
+            if isinstance(seconds, int | float):
+                self.latency.observe(seconds, {"phase": phase})
+        if isinstance(prediction.output, list) and prediction.output:
+            self.images.inc(len(prediction.output))
+        if dropped := (prediction.metrics.get("safety") or {}).get("dropped"):
+            self.dropped.inc(len(dropped))
+
+
 @dataclass(eq=False)
 class Run:
     """A prediction while this front runs it."""
@@ -281,6 +321,7 @@ class Front:
         self.tasks: set[asyncio.Task] = set()
         self.worker_health: dict[str, Any] | None = None
         self.started_at = now()
+        self.metrics = Metrics()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """Called by Serve, once."""
@@ -317,6 +358,7 @@ class Front:
         missed: Counter[str] = Counter()
         while True:
             try:
+                self.metrics.unfinished.set(self.unfinished)
                 beats, cancelled = await self.predictions.beat(self.id)
                 for front, beat in beats.items():
                     missed[front] = missed[front] + 1 if seen.get(front) == beat else 0
@@ -326,6 +368,7 @@ class Front:
                     self._stop(prediction_id)
                 for orphan in await self.predictions.adopt(self.id, dead, list(self.runs), ADOPTED_AT_ONCE):
                     logger.info("Adopted prediction %s.", orphan.id)
+                    self.metrics.adopted.inc()
                     self._take(orphan)
             except Exception:
                 logger.exception("A beat failed; the next one may not.")
@@ -497,6 +540,7 @@ class Front:
         """An attempt has come to nothing: make another, or give the prediction up."""
         prediction = run.prediction
         prediction.deaths += 1
+        self.metrics.retries.inc()
         if prediction.deaths >= MAX_DEATHS:
             prediction.status = "failed"
             prediction.error = f"The prediction was given up: {MAX_DEATHS} workers ended while they ran it."
@@ -537,6 +581,7 @@ class Front:
         if not await self.predictions.finish(prediction, run.files.values(), **changes):
             raise Lost
         prediction.request = None
+        self.metrics.count(prediction)
 
     async def _stored(self, run: Run, output: Any) -> Any:  # noqa: ANN401 (JSON)
         """An output whose data URIs have become files of the front."""

@@ -1,0 +1,298 @@
+"""Measures the cluster on this machine, with workers that sleep where a GPU would draw; the last line is JSON.
+
+    script/bench cluster [overhead] [scaling] [kills] [affinity] [postgres] [database]
+
+Everything is real but the predictor: Cog's servers, Ray, HTTP, the database. The predictor loads a LoRA that it does not
+hold for LOAD_SECONDS, then sleeps for as long as its prompt says.
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from cluster_harness import ENDS, Cluster, Hooks, Server  # noqa: E402 (its place is known only now)
+from postgres import Postgres, find_programs  # noqa: E402
+
+from cog_server import CogServer  # noqa: E402
+
+PREDICTOR = """
+import time
+from pathlib import Path as File
+
+from cog import BasePredictor, Input, Path
+
+LOAD_SECONDS, HELD = 1.0, 4
+
+
+class Predictor(BasePredictor):
+    def setup(self) -> None:
+        self.held = []
+
+    def predict(
+        self,
+        prompt: str = Input(description="seconds to sleep"),
+        replicate_weights: str | None = Input(default=None),
+    ) -> list[Path]:
+        loads = int(bool(replicate_weights) and replicate_weights not in self.held)
+        if loads:
+            time.sleep(LOAD_SECONDS)
+        self.held = [*(held for held in self.held if held != replicate_weights), replicate_weights][-HELD:]
+        self.record_metric("loads", loads)
+        time.sleep(float(prompt))
+        output = File(f"/tmp/flux-sprites-bench-{id(self)}.webp")
+        output.write_bytes(b"picture" * 1000)
+        return [Path(output)]
+"""
+LORAS, CLIENTS, REQUESTS, RUN_SECONDS = 20, 16, 500, 0.2
+# Zipf's law: the second LoRA is asked for half as often as the first, the third a third.
+WEIGHTS = [1 / rank for rank in range(1, LORAS + 1)]
+KILLS = ("CogWorker", "cog.server.http", "Front", "CogWorker", "raylet", "cog.server.http", "CogWorker", "Front", "CogWorker", "cog.server.http")  # fmt: skip
+
+
+@contextlib.contextmanager
+def cluster(*options: str, database: str | None = None) -> Iterator[Cluster]:
+    """A cluster with a predictor that sleeps."""
+    with tempfile.TemporaryDirectory(prefix="flux-sprites-bench-") as folder:
+        directory = Path(folder)
+        (directory / "predict.py").write_text(PREDICTOR)
+        environment = {
+            "DATABASE_URL": database or f"sqlite:///{directory / 'predictions.db'}",
+            "FILES_URL": str(directory / "files"),
+        }
+        with Cluster("--project", folder, *options, environment=environment, log=directory / "log") as running:
+            yield running
+
+
+def percentile(values: list[float], share: float) -> float:
+    """In milliseconds, rounded."""
+    return round(1000 * sorted(values)[min(len(values) - 1, int(share * len(values)))], 1)
+
+
+def measure_overhead() -> dict[str, Any]:
+    """What a synchronous request takes beyond its prediction, alone and through the cluster."""
+
+    def beyond(server: Server) -> list[float]:
+        seconds = []
+        for _ in range(60):
+            started = time.perf_counter()
+            answer = json.loads(server.request("POST", "/predictions", {"input": {"prompt": "0.1"}})[2])
+            seconds.append(time.perf_counter() - started - answer["metrics"]["predict_time"])
+            time.sleep(0.02)  # a bare coglet refuses what comes before its slot is free
+        return seconds[10:]
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "predict.py").write_text(PREDICTOR)
+        with CogServer(Path(folder), log=Path(folder) / "log") as running:
+            running.wait_until_ready()
+            alone = beyond(Server(running.port))
+    with cluster("--workers", "1", "--fronts", "1") as running:
+        through = beyond(running)
+    return {
+        "coglet_p50_ms": percentile(alone, 0.5),
+        "cluster_p50_ms": percentile(through, 0.5),
+        "cluster_p95_ms": percentile(through, 0.95),
+        "front_p50_ms": round(percentile(through, 0.5) - percentile(alone, 0.5), 1),
+    }
+
+
+def measure_scaling() -> dict[str, Any]:
+    """Predictions a second with one worker and with four."""
+    rates = {}
+    for workers in (1, 4):
+        with cluster("--workers", str(workers)) as running, ThreadPoolExecutor(3 * workers) as pool:
+            body = {"input": {"prompt": "1"}}
+            list(pool.map(lambda _, to=running: to.request("POST", "/predictions", body), range(workers)))
+            count = 20 * workers
+            started = time.perf_counter()
+            answers = list(pool.map(lambda _, to=running: to.request("POST", "/predictions", body)[0], range(count)))
+            rates[workers] = count / (time.perf_counter() - started)
+            assert answers == [200] * count
+    return {"one_per_s": round(rates[1], 3), "four_per_s": round(rates[4], 3), "ratio": round(rates[4] / rates[1], 2)}
+
+
+def measure_load(*options: str, harm: Callable[[Cluster], None] | None = None, database: str | None = None) -> dict[str, Any]:  # fmt: skip
+    """500 requests over 20 LoRAs from 16 clients; what is accepted must end once."""
+    draw = random.Random(7)
+    wanted = draw.choices(range(LORAS), WEIGHTS, k=REQUESTS)
+    seconds: dict[str, float] = {}
+    refused = 0
+    options = ("--workers", "4", "--nodes", "2", *options)
+    with Hooks() as hooks, cluster(*options, database=database) as running, ThreadPoolExecutor(CLIENTS) as pool:
+
+        def ask(index: int) -> None:
+            nonlocal refused
+            name, started = f"request-{index}", time.perf_counter()
+            inputs = {"prompt": str(RUN_SECONDS), "replicate_weights": f"owner/lora-{wanted[index]}"}
+            while True:
+                try:
+                    running.predict(inputs, name, webhook=hooks.url, webhook_events_filter=["completed"])
+                    break
+                except (OSError, http.client.HTTPException, AssertionError):
+                    refused += 1  # not accepted, as far as this client knows: it asks again
+                    time.sleep(0.2)
+            hooks.until_ended(name, 300)
+            seconds[name] = time.perf_counter() - started
+
+        harming = threading.Thread(target=harm, args=[running]) if harm else None
+        started = time.perf_counter()
+        if harming:
+            harming.start()
+        list(pool.map(ask, range(REQUESTS)))
+        wall = time.perf_counter() - started
+        if harming:
+            harming.join()
+        time.sleep(2)
+        return {**_accounts(running, hooks), "wall_s": round(wall, 1), "asked_again": refused, **_latencies(seconds)}
+
+
+def _latencies(seconds: dict[str, float]) -> dict[str, float]:
+    values = list(seconds.values())
+    return {"p50_ms": percentile(values, 0.5), "p95_ms": percentile(values, 0.95)}
+
+
+def _accounts(running: Cluster, hooks: Hooks) -> dict[str, Any]:
+    """Who ended, how, how often, and whether the same is said later."""
+    ends: dict[str, set[str]] = {}
+    loads = 0
+    for headers, body in hooks.received:
+        if body["status"] in ENDS:
+            ends.setdefault(body["id"], set()).add(json.dumps(body, sort_keys=True))
+            assert headers["webhook-id"] == f"{body['id']}-completed"
+            loads += body["metrics"].get("loads", 0)
+    again = [json.loads(running.request("PUT", f"/predictions/{name}", {})[2])["status"] for name in ends]
+    states = [json.loads(end)["status"] for said in ends.values() for end in said]
+    return {
+        "lost": REQUESTS - len(ends),
+        "ended_twice": sum(len(said) > 1 for said in ends.values()),
+        "succeeded": states.count("succeeded"),
+        "changed_later": sum(state != "succeeded" for state in again) - sum(state != "succeeded" for state in states),
+        "loads": loads,
+        "deliveries": sum(body["status"] in ENDS for _, body in hooks.received),
+    }
+
+
+def kill_ten(running: Cluster) -> None:
+    """Workers, their Cog servers, fronts and a node, one every three seconds."""
+    for title in KILLS:
+        time.sleep(3)
+        running.kill_one(title)
+
+
+def measure_kills() -> dict[str, Any]:
+    """Ten kills, and the whole cluster at once."""
+    return {"ten_kills": measure_load(harm=kill_ten), "ten_kills_affinity": measure_load("--affinity", "router", harm=kill_ten)}  # fmt: skip
+
+
+def measure_affinity() -> dict[str, Any]:
+    """The same load without harm, with and without affinity."""
+    return {choice: measure_load("--affinity", choice) for choice in ("none", "router")}
+
+
+def measure_postgres() -> dict[str, Any]:
+    """Ten kills over PostgreSQL, which is restarted in the middle, crashing."""
+    programs = find_programs()
+    if programs is None:
+        return {"skipped": "PostgreSQL is not installed"}
+    with Postgres(programs) as database:
+
+        def harm(running: Cluster) -> None:
+            for i, title in enumerate(KILLS):
+                time.sleep(3)
+                running.kill_one(title)
+                if i == 4:
+                    database.stop()
+                    time.sleep(2)
+                    database.start()
+
+        return measure_load(harm=harm, database=database.url)
+
+
+def measure_death() -> dict[str, Any]:
+    """The whole cluster dies with 60 predictions in it and starts again over the same database."""
+    with tempfile.TemporaryDirectory(prefix="flux-sprites-bench-") as folder, Hooks() as hooks:
+        directory = Path(folder)
+        (directory / "predict.py").write_text(PREDICTOR)
+        environment = {"DATABASE_URL": f"sqlite:///{directory / 'p.db'}", "FILES_URL": str(directory / "files")}
+        options = ("--project", folder, "--workers", "4")
+        names = [f"request-{i}" for i in range(60)]
+        with Cluster(*options, environment=environment, log=directory / "log") as first:
+            for name in names:
+                first.predict({"prompt": "0.5"}, name, webhook=hooks.url, webhook_events_filter=["completed"])
+            time.sleep(2)
+            first.kill()
+        before = len({body["id"] for _, body in hooks.received})
+        with Cluster(*options, environment=environment, log=directory / "log-2", port=first.port):
+            for name in names:
+                hooks.until_ended(name, 120)
+            time.sleep(1)
+        ends = [body["id"] for _, body in hooks.received]
+    return {"accepted": 60, "ended_before": before, "ended": len(set(ends)), "deliveries": len(ends)}
+
+
+def measure_database() -> dict[str, Any]:
+    """Accepted predictions a second that the database takes from one front, 32 at a time."""
+    import asyncio
+
+    from predictions import Prediction, Predictions, now
+
+    async def rate(url: str) -> float:
+        async with Predictions(url) as known:
+
+            async def one(i: int) -> None:
+                made = Prediction(id=f"rate-{i}", owner="front", created_at=now(), request={}, input={}, api="cog")
+                await known.create(made)
+                await known.record(made, status="processing", logs="1%")
+                await known.finish(made, [], status="succeeded", completed_at=now())
+
+            started = time.perf_counter()
+            running = asyncio.Semaphore(32)
+
+            async def bounded(i: int) -> None:
+                async with running:
+                    await one(i)
+
+            await asyncio.gather(*(bounded(i) for i in range(1000)))
+            return round(1000 / (time.perf_counter() - started), 1)
+
+    with tempfile.TemporaryDirectory() as folder:
+        rates = {"sqlite_per_s": asyncio.run(rate(f"sqlite:///{folder}/p.db"))}
+    if programs := find_programs():
+        with Postgres(programs) as database:
+            rates["postgresql_per_s"] = asyncio.run(rate(database.url))
+    return rates
+
+
+def main() -> None:
+    """Measure what the command line names, or everything."""
+    measures = {
+        "overhead": measure_overhead,
+        "scaling": measure_scaling,
+        "kills": measure_kills,
+        "affinity": measure_affinity,
+        "postgres": measure_postgres,
+        "death": measure_death,
+        "database": measure_database,
+    }
+    results = {}
+    for name in sys.argv[1:] or measures:
+        print(f"{name} …", file=sys.stderr, flush=True)
+        results[name] = measures[name]()
+        print(f"{name}: {json.dumps(results[name])}", file=sys.stderr, flush=True)
+    print(json.dumps({"bench": "cluster", "cores": os.cpu_count(), **results}))
+
+
+if __name__ == "__main__":
+    main()

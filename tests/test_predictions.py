@@ -1,0 +1,238 @@
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sqlalchemy", reason="the cluster needs requirements-cluster.txt")
+
+from postgres import Postgres, find_programs
+
+import predictions
+from predictions import Files, Prediction, Predictions, now, redact, scrub
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    programs = find_programs()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed")
+    with Postgres(programs) as running:
+        yield running
+
+
+Database = Callable[[], Any]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Database:
+    """Opens an empty database, again and again the same one."""
+    kind = request.param
+    url = f"sqlite:///{tmp_path / 'predictions.db'}" if kind == "sqlite" else request.getfixturevalue("postgres").url
+    emptied = False
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[Predictions]:
+        nonlocal emptied
+        async with Predictions(url) as known:
+            if not emptied:
+                async with known.engine.begin() as connection:
+                    await connection.run_sync(predictions.Base.metadata.drop_all)
+                    await connection.run_sync(predictions.Base.metadata.create_all)
+                emptied = True
+            yield known
+
+    return opened
+
+
+def made(name: str, owner: str = "front-1", **fields: object) -> Prediction:
+    inputs = {"prompt": name}
+    return Prediction(
+        **{"id": name, "owner": owner, "created_at": now(), "request": inputs, "input": inputs, "api": "replicate"}
+        | fields
+    )
+
+
+def test_an_id_is_taken_once(database: Database) -> None:
+    async def story() -> None:
+        async with database() as known:
+            first, other = made("one"), made("one", request={"prompt": "other"})
+            assert await known.create(first) == (first, True)
+            assert (await known.create(first))[1]  # the same one again, as after a broken connection
+            found, created = await known.create(other)
+            assert (created, found.request) == (False, first.request)
+
+    asyncio.run(story())
+
+
+def test_a_prediction_ends_once_whoever_tries(database: Database) -> None:
+    async def story() -> None:
+        async with database() as known, database() as elsewhere:
+            prediction = made("one")
+            await known.create(prediction)
+            ends = [
+                (front, {"status": status, "completed_at": now()})
+                for front in (known, elsewhere)
+                for status in ("succeeded", "failed", "canceled")
+            ]
+            won = await asyncio.gather(*(front.finish(prediction, [], **end) for front, end in ends))
+            assert won.count(True) == 1
+            (_, end) = ends[won.index(True)]
+            kept = await known.get("one")
+            assert (kept.status, kept.completed_at, kept.request) == (end["status"], end["completed_at"], None)
+            assert await known.finish(prediction, [], **end)  # the same one again, as after a broken connection
+            assert not await known.record(prediction, logs="too late")
+            assert not await known.cancel("one")
+
+    asyncio.run(story())
+
+
+def test_what_belongs_to_no_living_front_is_adopted_once(database: Database) -> None:
+    async def story() -> None:
+        async with database() as known:
+            for front in ("front-1", "front-2", "front-3"):
+                await known.beat(front)
+            orphans = [made(f"orphan-{i}") for i in range(10)]
+            for prediction in [*orphans, made("theirs", "front-2"), made("left", None), made("mine", "front-3")]:
+                await known.create(prediction)
+            await known.finish(orphans[0], [], status="succeeded", completed_at=now())
+            await known.finish(orphans[1], [], status="succeeded", completed_at=now(), webhook_due=True)
+            shares = await asyncio.gather(
+                *(known.adopt(f, ["front-1"], ["theirs", "mine"], 100) for f in ("front-2", "front-3"))
+            )
+            taken = [prediction.id for share in shares for prediction in share]
+            assert sorted(taken) == sorted(["left", *(prediction.id for prediction in orphans[1:])])
+            assert not await known.record(orphans[2], logs="from the dead")  # the old owner may write no more
+            # What a front owns and does not run has lost its task on the way.
+            assert [p.id for p in await known.adopt("front-2", [], [i for i in taken if i != "left"], 100)] in (
+                ["theirs"],
+                ["left", "theirs"],
+                ["theirs", "left"],
+            )
+            await known.leave("front-2")
+            assert "theirs" in [p.id for p in await known.adopt("front-3", [], taken, 100)]
+
+    asyncio.run(story())
+
+
+def test_a_cancellation_reaches_the_owner(database: Database) -> None:
+    async def story() -> None:
+        async with database() as known:
+            await known.create(made("one"))
+            await known.create(made("two", "front-2"))
+            assert await known.cancel("one")
+            assert await known.cancel("one")
+            assert not await known.cancel("nobody")
+            assert await known.beat("front-1") == ({"front-1": 0}, ["one"])
+            assert (await known.beat("front-2"))[1] == []
+            assert (await known.beat("front-1"))[0] == {"front-1": 1, "front-2": 0}
+
+    asyncio.run(story())
+
+
+def test_pages_have_no_gaps_while_predictions_are_added(database: Database) -> None:
+    async def story() -> None:
+        async with database() as known:
+            for i in range(25):
+                await known.create(made(f"old-{i:02}"))
+            page = await known.page(size=10)
+            assert page.previous is None
+            seen = list(page.predictions)
+            while page.next:
+                await known.create(made(f"new-{len(seen)}"))
+                page = await known.page(page.next, size=10)
+                seen += page.predictions
+            assert [p.id for p in seen] == [f"old-{i:02}" for i in reversed(range(25))]
+            back = await known.page(page.previous, size=10)
+            assert [p.id for p in back.predictions] == [f"old-{i:02}" for i in reversed(range(5, 15))]
+            with pytest.raises(ValueError, match="cursor is 'x'"):
+                await known.page("x")
+
+    asyncio.run(story())
+
+
+def test_what_has_been_kept_for_its_time_is_forgotten(database: Database, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with database() as known:
+            files = Files(str(tmp_path / "files"))
+            old, fresh = made("old"), made("fresh")
+            for prediction, age in ((old, timedelta(days=-2)), (fresh, timedelta(hours=-2))):
+                await known.create(prediction)
+                file = await files.write(b"picture", "output.webp", "image/webp")
+                file.expires_at = now(timedelta(seconds=-1))
+                await known.finish(prediction, [file], status="succeeded", completed_at=now(age))
+            kept = await files.write(b"upload", "a.png", "image/png", about={})
+            await known.add_file(kept)
+            expired = await known.expire()
+            await files.delete(expired)
+            assert (await known.get("old"), (await known.get("fresh")).id) == (None, "fresh")
+            assert len(expired) == 2
+            assert [file.id for file in await known.uploads()] == [kept.id]
+            assert [path.name for path in (tmp_path / "files").iterdir()] == [kept.id]
+
+    asyncio.run(story())
+
+
+def test_a_restart_of_the_database_is_waited_for(postgres: Postgres) -> None:
+    async def story() -> None:
+        async with Predictions(postgres.url) as known:
+            written = [asyncio.create_task(known.create(made(f"before-{i}"))) for i in range(10)]
+            await asyncio.to_thread(postgres.stop)
+            during = [asyncio.create_task(known.create(made(f"during-{i}"))) for i in range(10)]
+            await asyncio.sleep(0.5)
+            assert not any(task.done() for task in during)
+            await asyncio.to_thread(postgres.start)
+            assert all(created for _, created in await asyncio.gather(*written, *during))
+            assert await known.waiting() >= 20
+
+    asyncio.run(story())
+
+
+def test_all_fronts_share_a_secret(database: Database) -> None:
+    async def story() -> None:
+        async with database() as known, database() as elsewhere:
+            drawn = await asyncio.gather(*(front.secret("webhooks") for front in (known, elsewhere)))
+            assert len(set(drawn)) == 1
+            assert drawn[0] != await known.secret("other")
+
+    asyncio.run(story())
+
+
+def test_a_file_outside_of_the_folder_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s3cret")
+    files = Files(str(tmp_path / "files"))
+    for file_id in ("../secret", "..", "", "a/b"):
+        with pytest.raises(FileNotFoundError):
+            asyncio.run(files.read(file_id))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("a fox", "a fox"),
+        (3, 3),
+        (None, None),
+        ("owner/name", "owner/name"),
+        ("https://host/a.safetensors?token=s3cret#x", "https://host/a.safetensors"),
+        ("https://user:pass@host/a", "https://host/a"),
+        ("use hf_abcdefghijklmnopqrstuvwxyz now", "use *** now"),
+        ({"a": ["https://host/?b=c"]}, {"a": ["https://host/"]}),
+    ],
+)
+def test_an_input_is_shown_without_what_gives_access(value: object, shown: object) -> None:
+    assert redact(value) == shown
+
+
+def test_a_file_is_shown_by_its_hash() -> None:
+    first, second = redact("data:image/png;base64,aGVsbG8="), redact("data:image/png;base64,aGVsbG9=")
+    assert first.startswith("data:image/png;base64,sha256-")
+    assert "aGVsbG8" not in first
+    assert first != second
+
+
+def test_a_log_does_not_repeat_the_query_of_an_input() -> None:
+    request = {"image": "https://host/a.png?token=s3cret", "prompt": "a"}
+    assert scrub("Max retries with url: /a.png?token=s3cret (host)", request) == "Max retries with url: /a.png (host)"
