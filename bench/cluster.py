@@ -1,8 +1,8 @@
 """Measures the cluster on this machine, with workers that sleep where a GPU would draw; the last line is JSON.
 
-    script/bench cluster [overhead] [scaling] [kills] [affinity] [postgres] [database]
+    python -m bench.cluster [overhead] [scaling] [affinity] [kills] [postgres] [death] [database]
 
-Everything is real but the predictor: Cog's servers, Ray, HTTP, the database. The predictor loads a LoRA that it does not
+Everything is real but the predictor: Cog's servers, Ray, HTTP, the database. It loads a LoRA that it does not
 hold for LOAD_SECONDS, then sleeps for as long as its prompt says.
 """
 
@@ -59,7 +59,9 @@ class Predictor(BasePredictor):
 LORAS, CLIENTS, REQUESTS, RUN_SECONDS = 20, 16, 500, 0.2
 # Zipf's law: the second LoRA is asked for half as often as the first, the third a third.
 WEIGHTS = [1 / rank for rank in range(1, LORAS + 1)]
-KILLS = ("CogWorker", "cog.server.http", "Front", "CogWorker", "raylet", "cog.server.http", "CogWorker", "Front", "CogWorker", "cog.server.http")  # fmt: skip
+# One every three seconds: workers, their Cog servers, fronts, and in the middle a node.
+KILLS = ("CogWorker", "cog.server.http", "Front", "CogWorker", "raylet")
+KILLS += ("cog.server.http", "CogWorker", "Front", "CogWorker", "cog.server.http")
 
 
 @contextlib.contextmanager
@@ -113,17 +115,22 @@ def measure_scaling() -> dict[str, Any]:
     rates = {}
     for workers in (1, 4):
         with cluster("--workers", str(workers)) as running, ThreadPoolExecutor(3 * workers) as pool:
-            body = {"input": {"prompt": "1"}}
-            list(pool.map(lambda _, to=running: to.request("POST", "/predictions", body), range(workers)))
             count = 20 * workers
+
+            def ask(_: int, to: Cluster = running) -> int:
+                return to.request("POST", "/predictions", {"input": {"prompt": "1"}})[0]
+
+            list(pool.map(ask, range(workers)))
             started = time.perf_counter()
-            answers = list(pool.map(lambda _, to=running: to.request("POST", "/predictions", body)[0], range(count)))
+            answers = list(pool.map(ask, range(count)))
             rates[workers] = count / (time.perf_counter() - started)
             assert answers == [200] * count
     return {"one_per_s": round(rates[1], 3), "four_per_s": round(rates[4], 3), "ratio": round(rates[4] / rates[1], 2)}
 
 
-def measure_load(*options: str, harm: Callable[[Cluster], None] | None = None, database: str | None = None) -> dict[str, Any]:  # fmt: skip
+def measure_load(
+    *options: str, harm: Callable[[Cluster], None] | None = None, database: str | None = None
+) -> dict[str, Any]:
     """500 requests over 20 LoRAs from 16 clients; what is accepted must end once."""
     draw = random.Random(7)
     wanted = draw.choices(range(LORAS), WEIGHTS, k=REQUESTS)
@@ -192,8 +199,8 @@ def kill_ten(running: Cluster) -> None:
 
 
 def measure_kills() -> dict[str, Any]:
-    """Ten kills, and the whole cluster at once."""
-    return {"ten_kills": measure_load(harm=kill_ten), "ten_kills_affinity": measure_load("--affinity", "router", harm=kill_ten)}  # fmt: skip
+    """The load with ten kills, with and without affinity."""
+    return {choice: measure_load("--affinity", choice, harm=kill_ten) for choice in ("none", "router")}
 
 
 def measure_affinity() -> dict[str, Any]:
