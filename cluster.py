@@ -291,6 +291,8 @@ class Run:
     """A prediction while this front runs it."""
 
     prediction: Prediction
+    # The database has it.
+    written: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     response: DeploymentResponseGenerator | None = None
     # What has been stored of its output, by the data URI's hash.
@@ -369,7 +371,8 @@ class Front:
                 for orphan in await self.predictions.adopt(self.id, dead, list(self.runs), ADOPTED_AT_ONCE):
                     logger.info("Adopted prediction %s.", orphan.id)
                     self.metrics.adopted.inc()
-                    self._take(orphan)
+                    if orphan.id not in self.runs:
+                        self._take(orphan)
             except Exception:
                 logger.exception("A beat failed; the next one may not.")
             await asyncio.sleep(BEAT_SECONDS)
@@ -432,9 +435,19 @@ class Front:
         if self.unfinished >= self.limit:
             detail = f"The queue is full: {self.limit} predictions wait. Try again later."
             raise replicate_api.unavailable(detail, cog=prediction.api == "cog")
-        known, created = await self.predictions.create(prediction)
+        if running := self.runs.get(prediction.id):
+            return running.prediction, False
+        # A worker is sought while the database writes; nothing is told of it before it is written.
+        run = self._take(prediction, written=False)
+        try:
+            known, created = await self.predictions.create(prediction)
+        except BaseException:
+            run.task.cancel()
+            raise
         if created:
-            self._take(known)
+            run.written.set()
+        else:
+            run.task.cancel()
         return known, created
 
     async def cancel(self, prediction_id: str) -> bool:
@@ -480,10 +493,12 @@ class Front:
 
     # ---- A prediction's way
 
-    def _take(self, prediction: Prediction) -> None:
-        if prediction.id not in self.runs:
-            run = self.runs[prediction.id] = Run(prediction)
-            run.task = self._spawn(self._run(run))
+    def _take(self, prediction: Prediction, *, written: bool = True) -> Run:
+        run = self.runs[prediction.id] = Run(prediction)
+        if written:
+            run.written.set()
+        run.task = self._spawn(self._run(run))
+        return run
 
     def _stop(self, prediction_id: str) -> None:
         if run := self.runs.get(prediction_id):
@@ -539,6 +554,7 @@ class Front:
     async def _mourn(self, run: Run) -> None:
         """An attempt has come to nothing: make another, or give the prediction up."""
         prediction = run.prediction
+        await run.written.wait()
         prediction.deaths += 1
         self.metrics.retries.inc()
         if prediction.deaths >= MAX_DEATHS:
@@ -551,6 +567,7 @@ class Front:
     async def _progress(self, run: Run, state: dict[str, Any]) -> None:
         """A worker tells how far it has come."""
         prediction = run.prediction
+        await run.written.wait()
         if prediction.started_at is None:
             prediction.started_at = now()
             prediction.status = "processing"
@@ -575,6 +592,7 @@ class Front:
     async def _finish(self, run: Run) -> None:
         """Write down how it ended: whoever does that first has ended it."""
         prediction = run.prediction
+        await run.written.wait()
         prediction.completed_at = now()
         prediction.webhook_due = bool(prediction.webhook) and "completed" in prediction.webhook_events
         changes = _values(prediction, "started_at", "completed_at", "error", "webhook_due")

@@ -17,6 +17,13 @@ from typing import Any
 from cog_server import LOOPBACK, exit_on_signals, free_port
 from settings import ROOT, ClusterSettings
 
+# Of Serve: no thread of their own for a front's or a worker's code and for finding a worker, since none of it blocks
+# (milliseconds for each request); and a short pause before a busy worker is asked again (idle GPUs otherwise).
+SERVE = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_ROUTER_RETRY_MAX_BACKOFF_S": "0.05",
+}
 # Requests and answers pass through it, nothing stays.
 OBJECT_STORE_BYTES = 100 * 1024**2
 
@@ -63,6 +70,7 @@ def _start(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # Ray's name for taking this machine's address to be loopback, whatever other addresses it has.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.update(SERVE)
     # The workers import the application, whatever their working directory.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 

@@ -205,7 +205,9 @@ class Predictions:
         address = make_url(url)
         driver = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
         address = address.set(drivername=driver.get(address.drivername, address.drivername))
-        self.engine: AsyncEngine = create_async_engine(address, pool_size=16, max_overflow=0, pool_timeout=SECONDS_WITHOUT_DATABASE)
+        self.engine: AsyncEngine = create_async_engine(
+            address, pool_size=16, max_overflow=0, pool_timeout=SECONDS_WITHOUT_DATABASE
+        )
         if address.drivername.startswith("sqlite"):
             event.listen(self.engine.sync_engine, "connect", _share_sqlite)
         self.session = async_sessionmaker(self.engine, expire_on_commit=False)
