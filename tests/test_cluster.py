@@ -26,8 +26,10 @@ from replicate.exceptions import ModelError, ReplicateError
 
 from cog_server import ROOT, CogServer
 from local_cluster import descendants
+from predictions import Prediction, Predictions, now
 
 TOKEN = "t0ken-of-the-tests"
+QUEUE = 60
 # As much as a cluster needs of a predictor: it draws, fails, takes long, or takes its process with it.
 PREDICTOR = """
 import os
@@ -80,16 +82,29 @@ def coglet(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield Server(running.port)
 
 
+async def leave_predictions(database: str) -> None:
+    """What a front leaves that dies with all others: one that waits, one that runs, one that was to be cancelled."""
+    async with Predictions(database) as known:
+        await known.beat("dead")
+        for name in ("waiting", "running", "unwanted"):
+            inputs = {"prompt": name}
+            made = Prediction(f"left-{name}", "dead", now(), request=inputs, input=inputs, api="cog")
+            await known.create(made)
+        await known.record(Prediction("left-running", "dead", now(), {}, {}, "cog"), status="processing", logs="a half")
+        await known.cancel("left-unwanted")
+
+
 @pytest.fixture(scope="module")
 def cluster(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Three workers and two fronts on two nodes, over SQLite."""
+    """Three workers and two fronts on two nodes, over SQLite; a cluster that died has left predictions there."""
     data = tmp_path_factory.mktemp("cluster")
+    asyncio.run(leave_predictions(f"sqlite:///{data / 'predictions.db'}"))
     environment = {
         "DATABASE_URL": f"sqlite:///{data / 'predictions.db'}",
         "FILES_URL": str(data / "files"),
         "API_TOKENS": f"another,{TOKEN}",
     }
-    options = ("--project", str(project), "--workers", "3", "--nodes", "2")
+    options = ("--project", str(project), "--workers", "3", "--nodes", "2", "--queue", str(QUEUE))
     with Cluster(*options, environment=environment, log=data / "log", token=TOKEN) as running:
         yield running
 
@@ -365,8 +380,9 @@ def test_waiting_ends_in_time(client: replicate.Client, cluster: Cluster) -> Non
 
 
 def test_the_list_has_pages_without_gaps(client: replicate.Client, cluster: Cluster) -> None:
+    quick = {"prompt": "a", "steps": 1}
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: client.models.predictions.create(MODEL, input={"prompt": "a"}).id, range(110)))
+        made = list(pool.map(lambda _: client.models.predictions.create(MODEL, input=quick, wait=True).id, range(110)))
     first = client.predictions.list()
     second = client.predictions.list(first.next)
     assert len(first) == 100
@@ -489,6 +505,36 @@ def test_nothing_listens_beyond_this_machine(cluster: Cluster) -> None:
 
 
 # ---- Nothing accepted is lost
+
+
+def test_what_a_dead_cluster_has_left_is_taken_up(cluster: Cluster) -> None:
+    ends = {}
+    give_up = time.monotonic() + 30
+    while len(ends) < 3:
+        assert time.monotonic() < give_up, ends
+        for name in ("waiting", "running", "unwanted"):
+            state = json.loads(cluster.request("PUT", f"/predictions/left-{name}", {})[2])
+            if state["status"] in ENDS:
+                ends[name] = (state["status"], "output" in state and cog_output(state))
+    assert ends == {
+        "waiting": ("succeeded", "waiting 4 dev"),
+        "running": ("succeeded", "running 4 dev"),
+        "unwanted": ("canceled", False),
+    }
+
+
+def test_a_full_queue_is_told_when_to_ask_again(cluster: Cluster) -> None:
+    accepted, answer = [], (202, {}, "")
+    while answer[0] == 202:
+        assert len(accepted) <= 2 * QUEUE
+        name = f"queued-{len(accepted)}"
+        answer = cluster.request("PUT", f"/predictions/{name}", {"input": {"prompt": "slow", "steps": 50}}, ASYNC)
+        accepted += [name] if answer[0] == 202 else []
+    assert (answer[0], answer[1]["retry-after"]) == (503, "5")
+    assert len(accepted) >= QUEUE
+    with ThreadPoolExecutor(8) as pool:
+        cancelled = pool.map(lambda name: cluster.request("POST", f"/predictions/{name}/cancel")[0], accepted)
+    assert set(cancelled) == {200}
 
 
 def test_what_waits_for_a_worker_is_cancelled_at_once(cluster: Cluster) -> None:
