@@ -64,7 +64,9 @@ def main() -> None:
 
 def _start(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     """Start the nodes and the application on them."""
-    gpus = _gpus()
+    gpus, project = _gpus(), str(options.project.resolve())
+    # Ray's processes look for modules first where this one is: a caller's own settings.py must not win.
+    os.chdir(ROOT)
     # Who finds Ray's ports must know a token.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -96,7 +98,7 @@ def _start(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     ray.init(nodes.address, logging_level="WARNING")
     stack.callback(ray.shutdown)
     arguments = Arguments(
-        project=str(options.project.resolve()),
+        project=project,
         workers=options.workers,
         gpus_per_worker=1 if gpus else 0,
         fronts=options.fronts,
