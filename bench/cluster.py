@@ -60,7 +60,7 @@ LORAS, CLIENTS, REQUESTS, RUN_SECONDS = 20, 16, 500, 0.2
 # Zipf's law: the second LoRA is asked for half as often as the first, the third a third.
 WEIGHTS = [1 / rank for rank in range(1, LORAS + 1)]
 # One every three seconds: workers, their Cog servers, fronts, and in the middle a node.
-KILLS = ("CogWorker", "cog.server.http", "Front", "CogWorker", "raylet")
+KILLS = ("CogWorker", "cog.server.http", "Front", "CogWorker", "raylet/raylet")
 KILLS += ("cog.server.http", "CogWorker", "Front", "CogWorker", "cog.server.http")
 
 

@@ -575,7 +575,7 @@ def test_every_accepted_prediction_ends_once_whatever_is_killed(cluster: Cluster
             raise TimeoutError(name)
 
         asked = [pool.submit(accepted, name) for name in names]
-        for title in ("CogWorker", "cog.server.http", "Front", "raylet"):
+        for title in ("CogWorker", "cog.server.http", "Front", "raylet/raylet"):
             time.sleep(1.5)
             cluster.kill_one(title)
         for done in asked:
