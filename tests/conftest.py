@@ -1,7 +1,6 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from cog_server import CogServer
 
@@ -14,12 +13,3 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
     with CogServer(environment=environment, log=directory / "log") as running:
         running.wait_until_ready()
         yield running
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For models so small that a second thread is waited for longer than it helps."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

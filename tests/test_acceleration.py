@@ -20,7 +20,6 @@ from request import Request
 from settings import Settings
 from tests.models import write_models
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 
 

@@ -32,7 +32,6 @@ from settings import ROOT
 from tests import lora_files, models
 from tests.lora_files import Tensors
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"num_layers": 1, "num_single_layers": 1}
 
 

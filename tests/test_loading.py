@@ -15,7 +15,6 @@ from request import Request
 from settings import Models, Settings
 from tests.models import write_models
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 BOTH = frozenset({"dev", "schnell"})
 HISTORY = (("dev", False), ("dev", True), ("dev", True), ("schnell", True), ("schnell", False), ("dev", False))

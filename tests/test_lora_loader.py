@@ -23,7 +23,6 @@ from lora_loader import Lora, read_lora
 from tests import lora_files, models
 from tests.lora_files import ALPHA, RANK, Tensors
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 STRENGTH = ALPHA / RANK
 
 

@@ -15,7 +15,6 @@ from tests import lora_files
 from tests.lora_files import Change, Tensors
 from tests.models import write_models
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 SIZE = {"width": 256, "height": 256}
 
