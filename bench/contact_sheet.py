@@ -3,7 +3,7 @@
 Each tile is a picture of `Flux.generate` at its full size, made small.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,6 +15,7 @@ from request import LoraChoice, Request
 from settings import MINIATURE, ROOT, Settings
 
 FILE = ROOT / "docs" / "contact_sheet.png"
+LORAS = ROOT / "mini" / "loras"
 CPU = torch.device("cpu")
 TILE, GAP, LINE = 176, 8, 18  # pixels
 COLUMNS = 6
@@ -34,7 +35,7 @@ Tile = tuple[str, Image.Image]
 
 def lora(name: str, scale: float = 1.0) -> LoraChoice:
     """One of the miniature's own."""
-    return LoraChoice(str(ROOT / "mini" / "loras" / f"{name}.safetensors"), scale, trusted=True)
+    return LoraChoice(str(LORAS / f"{name}.safetensors"), scale, trusted=True)
 
 
 def rows(flux: Flux, folder: Path) -> Iterator[tuple[str, list[Tile]]]:
@@ -48,20 +49,8 @@ def rows(flux: Flux, folder: Path) -> Iterator[tuple[str, list[Tile]]]:
         "schnell, 4 steps",
         [(prompt, drawn(prompt, model="schnell", num_inference_steps=4)) for prompt in PROMPTS],
     )
-    for name, prompt in (
-        ("bold", "a blue bird in a meadow"),
-        ("dusk", "a green tree in the desert"),
-        ("zorp", "an orange zorp in the snow"),
-    ):
-        pictures = [(f"scale {scale:g}", drawn(prompt, loras=(lora(name, scale),))) for scale in SCALES]
-        yield f"LoRA {name}: {prompt}", pictures
-    pairs = [("zorp", "dusk"), ("zorp", "bold"), ("bold", "dusk")]
-    combined = [
-        (f"{main} {a:g} + {extra} {b:g}", drawn("a red zorp at night", loras=(lora(main, a), lora(extra, b))))
-        for main, extra in pairs
-        for a, b in ((1.0, 0.5), (1.0, 1.0))
-    ]
-    yield "two LoRAs: a red zorp at night", combined
+    if LORAS.is_dir():
+        yield from lora_rows(drawn)
     image, mask = folder / "image.png", folder / "mask.png"
     before = drawn("a grey cat in a meadow")
     before.save(image)
@@ -81,6 +70,24 @@ def rows(flux: Flux, folder: Path) -> Iterator[tuple[str, list[Tile]]]:
         [("image", before), ("mask", painted)]
         + [(prompt, drawn(prompt, image=image, mask=mask, prompt_strength=0.9)) for prompt in prompts],
     )
+
+
+def lora_rows(drawn: Callable[..., Image.Image]) -> Iterator[tuple[str, list[Tile]]]:
+    """Each LoRA at several scales, and pairs of them."""
+    for name, prompt in (
+        ("bold", "a blue bird in a meadow"),
+        ("dusk", "a green tree in the desert"),
+        ("zorp", "an orange zorp in the snow"),
+    ):
+        pictures = [(f"scale {scale:g}", drawn(prompt, loras=(lora(name, scale),))) for scale in SCALES]
+        yield f"LoRA {name}: {prompt}", pictures
+    pairs = [("zorp", "dusk"), ("zorp", "bold"), ("bold", "dusk")]
+    combined = [
+        (f"{main} {a:g} + {extra} {b:g}", drawn("a red zorp at night", loras=(lora(main, a), lora(extra, b))))
+        for main, extra in pairs
+        for a, b in ((1.0, 0.5), (1.0, 1.0))
+    ]
+    yield "two LoRAs: a red zorp at night", combined
 
 
 def sheet(flux: Flux, folder: Path) -> Image.Image:
