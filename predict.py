@@ -19,10 +19,11 @@ import torch
 from cog import BasePredictor, Input, Path
 
 import images
-from flux import Drawing, Flux, Stopwatch
+from flux import Drawing, Flux
 from request import LoraChoice, Request
 from safety import SafetyChecker
 from settings import Settings
+from stopwatch import Stopwatch
 from weights import snapshot, validate_reference
 
 

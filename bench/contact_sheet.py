@@ -10,9 +10,10 @@ from tempfile import TemporaryDirectory
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from flux import Flux, Stopwatch
+from flux import Flux
 from request import LoraChoice, Request
 from settings import MINIATURE, ROOT, Settings
+from stopwatch import Stopwatch
 
 FILE = ROOT / "docs" / "contact_sheet.png"
 LORAS = ROOT / "mini" / "loras"

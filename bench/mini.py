@@ -21,12 +21,13 @@ import torch
 from PIL import Image
 
 from cog_server import CogServer
-from flux import Flux, Stopwatch
+from flux import Flux
 from mini import gallery, recogniser, world
 from mini.drawing import draw
 from request import LoraChoice, Request
 from safety import SafetyChecker
 from settings import MINIATURE, ROOT, Settings
+from stopwatch import Stopwatch
 
 LORAS = ROOT / "mini" / "loras"
 CPU = torch.device("cpu")

@@ -14,10 +14,11 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 from acceleration import keep_compiled_code
-from flux import Flux, Stopwatch
+from flux import Flux
 from fp8 import Fp8Linear
 from request import Request
 from settings import Settings
+from stopwatch import Stopwatch
 from tests.models import write_models
 
 CPU = torch.device("cpu")

@@ -11,9 +11,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flux import PROMPTS, Flux, Stopwatch
+from flux import PROMPTS, Flux
 from request import LoraChoice, Request
 from settings import Settings
+from stopwatch import Stopwatch
 from tests.models import POOLED, write_models
 
 CPU = torch.device("cpu")

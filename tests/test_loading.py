@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from flux import Flux, Stopwatch
+from flux import Flux
 from loading import load
 from placement import Placement, Precisions
 from request import Request
 from settings import Models, Settings
+from stopwatch import Stopwatch
 from tests.models import write_models
 
 CPU = torch.device("cpu")

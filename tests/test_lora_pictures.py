@@ -8,9 +8,10 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from flux import Flux, Stopwatch
+from flux import Flux
 from request import LoraChoice, Request
 from settings import Settings
+from stopwatch import Stopwatch
 from tests import lora_files
 from tests.lora_files import Change, Tensors
 from tests.models import write_models
