@@ -27,6 +27,9 @@ import urllib3
 from tqdm import tqdm
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
+# tqdm's own lock is shared with forked processes: one that is killed while it draws would stop the bars of all others.
+tqdm.set_lock(threading.RLock())
+
 T = TypeVar("T")
 MIB = 1024**2
 # As many as a host that slows each connection down deserves, and fewer than one takes for an attack.

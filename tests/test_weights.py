@@ -1022,7 +1022,7 @@ def test_many_processes_download_once(environment: Settings, host: Host) -> None
     file = host.routes["/a"] = File(LARGE, ranges="none", etag=None, delay=0.001)
     processes = [start(environment, host.url("/a")) for _ in range(8)]
     for process in processes:
-        process.join()
+        process.join(30)
         assert process.exitcode == 0
     assert len([request for request in host.seen if "Range" not in request.headers]) == 1
     assert file.sent < len(LARGE) + 8 * MIB
