@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -69,11 +70,13 @@ class CogServer:
     def __enter__(self) -> Self:
         """Derive the schema that the server validates by, and start it; it is not ready yet."""
         cog_schema.write(self.project)
+        # Temporary files of predictions would outlive a worker that is killed.
+        self.scratch = tempfile.TemporaryDirectory(prefix="flux-sprites-server-", ignore_cleanup_errors=True)
         with open(self.log, "wb") if self.log else contextlib.nullcontext() as log:  # noqa: PTH123 (or None)
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "cog.server.http", "--host", self.host],
                 cwd=self.project,
-                env=self.environment,
+                env=self.environment | {"TMPDIR": self.scratch.name},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -93,6 +96,7 @@ class CogServer:
         finally:
             self._signal(signal.SIGKILL)
             self.process.wait()
+            self.scratch.cleanup()
 
     def wait_until_ready(self, seconds: float = 600, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Wait for the predictor's setup, calling `meanwhile` ten times a second.

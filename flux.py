@@ -7,11 +7,13 @@ nor the files that go out.
 
 import inspect
 import tempfile
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 import torch
@@ -40,6 +42,8 @@ TEXT_TOKENS = {
 }
 # LoRAs are made this much stronger under fp8: the model page says so, and users choose their scales by it.
 FP8_LORA_FACTOR = 1.5
+# What a health check may take: far less than the five seconds that Cog waits, and no request has to wait longer for it.
+SECONDS_TO_CHECK = 0.1
 # Prompts whose embeddings are kept, the latest ones: 4 MB each in dev, on the device.
 PROMPTS = 32
 
@@ -118,6 +122,9 @@ class Flux:
         self._transformers = [live.module for live in models.lives()]
         self._loras = LoraCache(models.skeleton, models.text_encoder.module)
         self._embeddings: OrderedDict[bytes, dict[str, Tensor]] = OrderedDict()
+        self._drawing = threading.Lock()  # held while a request writes and uses the live weights
+        held = [(live, name) for live in (*models.lives(), models.text_encoder) for name in live.names]
+        self._tensors, self._round = len(held), cycle(held)
         with stopwatch("attention"):
             choose_attention(self._transformers, device)
         if device.type == "cuda":  # on a CPU it gains nothing
@@ -155,16 +162,41 @@ class Flux:
         Raises:
             ValueError: a sentence about an image, a mask or a LoRA that cannot be used; nothing was changed then.
         """
-        job = self.prepare(request, stopwatch)
-        if request.image is not None and request.prompt_strength == 0:
-            pictures = [job.canvas.image.copy() for _ in request.seeds]
-        else:
-            pictures = []
-            with tqdm(total=_steps(request) * request.num_outputs) as bar:
-                for seed in request.seeds:
-                    pixels = self.draw(job, seed, stopwatch, bar.update)
-                    pictures.append(_picture(pixels, job.canvas))
+        with self._drawing:
+            job = self.prepare(request, stopwatch)
+            pictures = self._draw_all(job, stopwatch)
         return Drawing(pictures, job.loras, job.fp8, str(job.embeddings["prompt_embeds"].dtype).removeprefix("torch."))
+
+    def _draw_all(self, job: Job, stopwatch: Stopwatch) -> list[Image.Image]:
+        """A picture for each seed; without any strength, the input image for each."""
+        request = job.request
+        if request.image is not None and request.prompt_strength == 0:
+            return [job.canvas.image.copy() for _ in request.seeds]
+        with tqdm(total=_steps(request) * request.num_outputs) as bar:
+            return [_picture(self.draw(job, seed, stopwatch, bar.update), job.canvas) for seed in request.seeds]
+
+    def check(self, seconds: float = SECONDS_TO_CHECK) -> None:
+        """Prove that the device computes, and that the live weights are what they are recorded to hold.
+
+        Weights are made anew from what they were made from, and compared to the bit, one tensor after another, until
+        the time is up; the next check goes on from there. While a request is drawn there is nothing to prove.
+
+        Raises:
+            RuntimeError: a sentence about what is wrong.
+        """
+        if not self._drawing.acquire(blocking=False):
+            return
+        try:
+            until = time.perf_counter() + seconds
+            _check_products(self.device, next(self._transformers[0].parameters()).dtype)
+            for _ in range(self._tensors):
+                live, name = next(self._round)
+                if not live.intact(name):
+                    raise RuntimeError(f"{name} is not what was written into it; the next request writes it anew.")
+                if time.perf_counter() > until:
+                    return
+        finally:
+            self._drawing.release()
 
     @torch.no_grad()
     def prepare(self, request: Request, stopwatch: Stopwatch) -> Job:
@@ -250,6 +282,14 @@ class Flux:
         if len(self._embeddings) > PROMPTS:
             self._embeddings.popitem(last=False)
         return self._embeddings[key]
+
+
+def _check_products(device: torch.device, dtype: torch.dtype) -> None:
+    """Multiply two matrices whose product every dtype has exactly: sums of 256 times -1, 0 or 1."""
+    values = (torch.arange(256 * 256) * 7 % 11 % 3 - 1).view(256, 256)
+    on_device = values.to(device, dtype)
+    if not torch.equal((on_device @ on_device.T).cpu().double(), values.double() @ values.double().T):
+        raise RuntimeError(f"The {device.type} device multiplies wrongly.")
 
 
 def _canvas(request: Request) -> Canvas:

@@ -64,6 +64,12 @@ class Fp8Linear(nn.Module):
         self.weight[start:stop].copy_(weight)
         self.scale[start:stop].copy_(scale)
 
+    def holds_rows(self, start: int, rows: Tensor) -> bool:
+        """Whether the weight's rows from `start` on are what writing these would leave."""
+        stop = start + len(rows)
+        weight, scale = quantize_rows(rows)
+        return same_bits(self.weight[start:stop], weight) and same_bits(self.scale[start:stop], scale)
+
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         values, scale = quantize_rows(x.reshape(-1, x.shape[-1]))  # [M, K], [M, 1]
         # Row scales give bfloat16 only, on CUDA; `_scaled_mm` wants its second operand column-major, hence .t().
@@ -75,6 +81,11 @@ class Fp8Linear(nn.Module):
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], -1)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype hold the same bits: a NaN is itself here, and float8 can be compared."""
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def supported(device: torch.device) -> bool:

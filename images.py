@@ -4,6 +4,7 @@ Knows Pillow and numpy; knows nothing of FLUX, of Cog or of torch. Sizes are (wi
 arrays are [H, W] or [H, W, C]. Every error is a `ValueError` whose sentence is for the person who sent the file.
 """
 
+import io
 import json
 import re
 import warnings
@@ -125,19 +126,22 @@ def save(image: Image.Image, path: Path, format: Format, quality: int, metadata:
         metadata: anything that JSON can say. It is written as PNG text "Description" or EXIF ImageDescription, in
             UTF-8. A JPEG has room for 64 KiB: there the longest text is cut, and "cut" gives the name of its field.
     """
+    # Written when it is whole: an encoder that writes by itself does not say why it could not.
+    encoded = io.BytesIO()
     match format:
         case "png":
             text = PngImagePlugin.PngInfo()
             text.add_text("Description", _json(metadata).decode())
-            image.save(path, "PNG", pnginfo=text)
+            image.save(encoded, "PNG", pnginfo=text)
         case "jpg":
             subsampling = "4:4:4" if quality >= 90 else "4:2:0"
             exif = _exif(_json(metadata, JPEG_TEXT_BYTES))
-            image.save(path, "JPEG", quality=quality, subsampling=subsampling, exif=exif)
+            image.save(encoded, "JPEG", quality=quality, subsampling=subsampling, exif=exif)
         case "webp":
-            image.save(path, "WEBP", quality=quality, exif=_exif(_json(metadata)))
+            image.save(encoded, "WEBP", quality=quality, exif=_exif(_json(metadata)))
         case _:
             raise ValueError(f"output_format is {format!r}; it must be webp, jpg or png.")
+    path.write_bytes(encoded.getbuffer())
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -174,6 +178,8 @@ def _read(path: Path, name: str, background: str) -> Image.Image:
     except UnidentifiedImageError:
         accepted = f"{', '.join(READ_FORMATS[:-1])} or {READ_FORMATS[-1]}"
         raise ValueError(f"{name} is not a picture in a known format; send {accepted}.") from None
+    except MemoryError:
+        raise
     except Exception:  # hostile bytes bring out anything from a decoder, and its message may contain the path
         raise ValueError(f"{name} could not be decoded: the file is damaged, cut off or of a rare kind.") from None
     # Left in, Pillow would copy the photo's comment or colour profile into the files that are drawn from it.

@@ -3,12 +3,13 @@
     live = round(base + Σ scale · delta)        summed in float32, rounded once
 
 Bases are never written. The live tensors never move, so compiled graphs stay valid. Each live tensor remembers the mix
-that it holds and forgets it before it is written: whatever interrupts a write, the next request repairs it. This module
-knows where weights lie; it knows neither LoRA files nor pipelines.
+that it holds and forgets it before it is written: whatever interrupts a write, the next request repairs it. It also
+remembers what it was written from, so that it can be told at any time whether it still is that. This module knows where
+weights lie; it knows neither LoRA files nor pipelines.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fp8
-from deltas import BoundDelta, Delta, gather
+from deltas import Delta, gather
 
 # Elements of the float32 buffer in which a mix is summed: few enough to stay in the last-level cache (8 MiB on a CPU,
 # 32 MiB of an H100's 50), so that only the base and the live tensor travel through memory; and no fewer, since each run
@@ -33,52 +34,74 @@ class Term:
     deltas: Mapping[str, Sequence[Delta]]  # by parameter name
 
 
-class LiveTensor:
-    """One live tensor and the mix that it holds (None while that is unknown)."""
+@dataclass(frozen=True)
+class Recipe:
+    """What a live tensor is written from: base + Σ scale · delta, in this order."""
 
-    def __init__(self, device: torch.device, write_rows: Callable[[int, Tensor], None]) -> None:
-        self.held: object = None
-        self.rivals: list[LiveTensor] = []  # others that are written into the same memory
-        self._device = device
-        self._write_rows = write_rows
+    base: Tensor  # the pristine parameter, where it lies
+    deltas: Sequence[tuple[float, Delta]]
+    pristine: Mapping[str, Tensor]  # all parameters of that base, by name
 
-    def hold(
-        self,
-        mix: object,
-        base: Tensor,
-        deltas: list[tuple[float, Delta]],
-        pristine: Mapping[str, Tensor],
-        buffer: Tensor,
-    ) -> bool:
-        """Write base + Σ scale · delta unless that is what this tensor holds; say whether it was written.
+    def rows(self, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The parameter on the buffer's device, from top to bottom: the first row of each run, and the run.
+
+        The same recipe gives the same runs and the same bits, however often it is asked.
 
         Args:
-            mix: what this is, to be compared with what is held.
-            base: the pristine parameter.
-            deltas: with their scales, in order.
-            pristine: all parameters of that base, by name.
-            buffer: float32, of at least one row's elements, on this tensor's device: to sum in.
+            buffer: float32, of at least one row's elements: sums are made in it, and are gone when the next run comes.
         """
-        if self.held == mix:
-            return False
-        for tensor in (self, *self.rivals):
-            tensor.held = None
-        base = base.to(self._device, non_blocking=True)
-        if deltas:
-            self._sum(base, [(scale, delta.bind(base, pristine)) for scale, delta in gather(deltas)], buffer)
-        else:
-            self._write_rows(0, base)
-        self.held = mix
-        return True
-
-    def _sum(self, base: Tensor, deltas: list[tuple[float, BoundDelta]], buffer: Tensor) -> None:
+        base = self.base.to(buffer.device, non_blocking=True)
+        if not self.deltas:
+            yield 0, base
+            return
+        deltas = [(scale, delta.bind(base, self.pristine)) for scale, delta in gather(self.deltas)]
         height = len(buffer) // base[0].numel()
         for start in range(0, len(base), height):
             rows = base[start : start + height]
             total = buffer[: rows.numel()].view(rows.shape).copy_(rows)
             for scale, delta in deltas:
                 delta.add_to(total, start, scale)
-            self._write_rows(start, total)
+            yield start, total
+
+
+class LiveTensor:
+    """One live tensor and the mix that it holds (None while that is unknown).
+
+    Args:
+        write_rows: (start, rows): write a run of float32 rows, rounded.
+        holds_rows: (start, rows): whether that is what writing them would leave.
+    """
+
+    def __init__(self, write_rows: Callable[[int, Tensor], None], holds_rows: Callable[[int, Tensor], bool]) -> None:
+        self.held: object = None
+        self.rivals: list[LiveTensor] = []  # others that are written into the same memory
+        self._recipe: Recipe | None = None  # of what is held
+        self._write_rows, self._holds_rows = write_rows, holds_rows
+
+    def hold(self, mix: object, recipe: Recipe, buffer: Tensor) -> bool:
+        """Write the recipe unless it is what this tensor holds; say whether it was written.
+
+        Args:
+            mix: what this is, to be compared with what is held.
+            recipe: what to write.
+            buffer: see `Recipe.rows`.
+        """
+        if self.held == mix:
+            return False
+        for tensor in (self, *self.rivals):
+            tensor.held = tensor._recipe = None
+        for start, rows in recipe.rows(buffer):
+            self._write_rows(start, rows)
+        self._recipe = recipe
+        self.held = mix
+        return True
+
+    def intact(self, buffer: Tensor) -> bool:
+        """Whether this tensor is, to the bit, what it is recorded to hold; if not, the record is forgotten."""
+        if self.held is None or all(self._holds_rows(*run) for run in self._recipe.rows(buffer)):
+            return True
+        self.held = self._recipe = None
+        return False
 
 
 class Live:
@@ -97,7 +120,7 @@ class Live:
         # For each parameter a zero that takes no memory, held where a base lacks that parameter.
         self._zeros = {name: torch.zeros(()).expand(parameter.shape) for name, parameter in module.named_parameters()}
         self._tensors = {
-            name: LiveTensor(parameter.device, partial(_write_rows, parameter.data))
+            name: LiveTensor(partial(_write_rows, parameter.data), partial(_holds_rows, parameter.data))
             for name, parameter in module.named_parameters()
         } | _fp8_tensors(module)
 
@@ -131,23 +154,42 @@ class Live:
         Anything may interrupt this (an error, a cancellation): the next call writes what is then unknown.
         """
         pristine = self._bases[base]
-        device = next(self.module.parameters()).device
-        largest = max(zero.numel() for zero in self._zeros.values())
-        buffer = torch.empty(min(BUFFER_ELEMENTS[device.type], largest), device=device)
+        buffer = self._buffer()
         written = 0
         for name, tensor in self._tensors.items():
             touching = [term for term in terms if term.scale != 0 and name in term.deltas and name in pristine]
             mix = (base, *((term.content, term.scale) for term in touching))
             deltas = [(term.scale, delta) for term in touching for delta in term.deltas[name]]
-            written += tensor.hold(mix, pristine.get(name, self._zeros.get(name)), deltas, pristine, buffer)
+            recipe = Recipe(pristine.get(name, self._zeros.get(name)), deltas, pristine)
+            written += tensor.hold(mix, recipe, buffer)
         return written
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tensors that are held."""
+        return list(self._tensors)
+
+    @torch.no_grad()
+    def intact(self, name: str) -> bool:
+        """Whether a tensor is, to the bit, what it is recorded to hold; one that is not is written anew when needed."""
+        return self._tensors[name].intact(self._buffer())
+
+    def _buffer(self) -> Tensor:
+        """Where runs of rows are summed."""
+        device = next(self.module.parameters()).device
+        largest = max(zero.numel() for zero in self._zeros.values())
+        return torch.empty(min(BUFFER_ELEMENTS[device.type], largest), device=device)
 
 
 def _fp8_tensors(module: nn.Module) -> dict[str, LiveTensor]:
     """The weights of a module's fp8 layers, by the names that they have in the base."""
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, fp8.Fp8Linear)}
-    return {f"{name}.weight": LiveTensor(layer.weight.device, layer.write_rows) for name, layer in layers.items()}
+    return {f"{name}.weight": LiveTensor(layer.write_rows, layer.holds_rows) for name, layer in layers.items()}
 
 
 def _write_rows(parameter: Tensor, start: int, rows: Tensor) -> None:
     parameter[start : start + len(rows)].copy_(rows)
+
+
+def _holds_rows(parameter: Tensor, start: int, rows: Tensor) -> bool:
+    return fp8.same_bits(parameter[start : start + len(rows)], rows.to(parameter.dtype))

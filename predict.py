@@ -6,8 +6,8 @@ description is one string literal, and the position of a parameter is its x-orde
 # ruff: noqa: B008, E501, UP045 (Cog's form: Input called in a default, a description in one literal, Optional[T])
 
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from typing import Optional
 
 # Read when the libraries are imported: what they say while loading tells an operator nothing; their errors are raised.
@@ -18,8 +18,11 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import torch
 from cog import BasePredictor, Input, Path
 
+import faults
 import images
 from flux import Drawing, Flux
+from leftovers import Leftovers
+from memory import PeakMemory
 from request import LoraChoice, Request
 from safety import SafetyChecker
 from settings import Settings
@@ -46,7 +49,7 @@ class Predictor(BasePredictor):
             device,
         )
         self.default_lora = weights or None
-        self.directory: Optional[tempfile.TemporaryDirectory] = None
+        self.leftovers = Leftovers()
         if self.default_lora:
             # Said now rather than to the first request, should it be unusable.
             self.flux.read_lora(LoraChoice(self.default_lora, trusted=True))
@@ -173,16 +176,37 @@ class Predictor(BasePredictor):
             loras=self._choose_loras(replicate_weights, lora_scale, extra_lora, extra_lora_scale),
         )
         print(f"Using seed: {request.seed}")
-        stopwatch = Stopwatch(self.flux.device)
+        stopwatch, memory = Stopwatch(self.flux.device), PeakMemory(self.flux.device)
+        try:
+            return self._draw(request, stopwatch)
+        except ValueError:  # a sentence about the input
+            raise
+        except Exception as error:
+            print(faults.places(error))
+            failure = faults.sentence(error, stopwatch.phase)
+        finally:
+            self._record(stopwatch, memory)
+        # Only here are the frames that failed gone, and what they held with them.
+        if self.flux.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise RuntimeError(failure)
+
+    def healthcheck(self) -> bool:
+        """Cog asks this at each `GET /health-check` that finds no prediction running, and waits five seconds.
+
+        Raises:
+            RuntimeError: a sentence; Cog then answers UNHEALTHY with it.
+        """
+        self.flux.check()
+        return True
+
+    def _draw(self, request: Request, stopwatch: Stopwatch) -> list[Path]:
         drawing = self.flux.generate(request, stopwatch)
         self._report(request, drawing)
         with stopwatch("safety"):
             kept = self._keep(request, drawing)
         with stopwatch("encode"):
-            files = self._write(request, drawing, kept)
-        for phase, seconds in stopwatch.seconds.items():
-            self.record_metric(f"timing.{phase}", round(seconds, 4))
-        return files
+            return self._write(request, drawing, kept)
 
     def _choose_loras(
         self, main: Optional[str], main_scale: float, extra: Optional[str], extra_scale: float
@@ -203,6 +227,7 @@ class Predictor(BasePredictor):
         if drawing.fp8 and not request.fp8:
             print("Drawn in fp8, since this GPU has no room for bf16 weights.")
         self.record_metric("seed", request.seed)
+        self.record_metric("seeds", list(request.seeds))
         self.record_metric("precision", "fp8" if drawing.fp8 else drawing.dtype)
         self.record_metric("loras", [applied.metric() for applied in drawing.loras])
 
@@ -213,6 +238,7 @@ class Predictor(BasePredictor):
         verdicts = self.safety.check(drawing.images)
         dropped = [index for index, verdict in enumerate(verdicts) if verdict.flagged]
         self.record_metric("safety.dropped", dropped)
+        self.record_metric("safety.scores", [verdict.metric() for verdict in verdicts])
         if len(dropped) == request.num_outputs:
             raise ValueError("NSFW content detected in every picture; try another prompt or another seed.")
         if dropped:
@@ -220,19 +246,23 @@ class Predictor(BasePredictor):
         return [index for index in range(request.num_outputs) if index not in dropped]
 
     def _write(self, request: Request, drawing: Drawing, kept: list[int]) -> list[Path]:
-        # Cog reads the files some time after `predict` returned; the next request clears them away.
-        if self.directory is not None:
-            self.directory.cleanup()
-        self.directory = tempfile.TemporaryDirectory(prefix="flux-sprites-")
-
-        def write(number: int, index: int) -> Path:
-            file = Path(self.directory.name) / f"output.{number}.{request.output_format}"
+        def write(folder: Path, number: int, index: int) -> Path:
+            file = Path(folder / f"output.{number}.{request.output_format}")
             metadata = _metadata(request, drawing, request.seeds[index])
             images.save(drawing.images[index], file, request.output_format, request.output_quality, metadata)
             return file
 
-        with ThreadPoolExecutor(len(kept)) as threads:  # encoders release Python's lock
-            return list(threads.map(write, range(len(kept)), kept))
+        # Encoders release Python's lock.
+        with self.leftovers.folder() as folder, ThreadPoolExecutor(len(kept)) as threads:
+            return list(threads.map(write, repeat(folder), range(len(kept)), kept))
+
+    def _record(self, stopwatch: Stopwatch, memory: PeakMemory) -> None:
+        """What each phase took, in the log and in the metrics, also of a prediction that failed."""
+        for phase, seconds in stopwatch.seconds.items():
+            print(f"{phase}: {seconds:.2f} s")
+            self.record_metric(f"timing.{phase}", round(seconds, 4))
+        for place, size in memory.bytes().items():
+            self.record_metric(f"peak_bytes.{place}", size)
 
 
 def _sent_file(name: str, value: Optional[str]) -> Optional[Path]:

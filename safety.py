@@ -16,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, PreTrainedModel, ViTForImageClassification, ViTImageProcessorPil
 
+from faults import out_of_memory
+
 logger = logging.getLogger(__name__)
 
 # How many pictures a stage looks at together. Always as many on one device, fewer are filled up: the last bits of a
@@ -42,6 +44,11 @@ class Verdict:
     def flagged(self) -> bool:
         """Whether the picture is to be dropped: only where both stages say so."""
         return self.checker.flagged and self.classifier.flagged
+
+    def metric(self) -> dict[str, float | None]:
+        """The scores, None where a stage broke."""
+        scores = {"checker": self.checker.score, "classifier": self.classifier.score}
+        return {stage: round(score, 4) if math.isfinite(score) else None for stage, score in scores.items()}
 
 
 Scores = Callable[[list[Image.Image]], list[float]]
@@ -137,6 +144,8 @@ def _look(stage: str, score: Scores, images: list[Image.Image], size: int, thres
     try:
         values = score(images + filling)[: len(images)]
     except Exception as error:
+        if out_of_memory(error):  # says nothing of the picture, and no picture is shown
+            raise
         if len(images) > 1:
             return [finding for image in images for finding in _look(stage, score, [image], size, threshold)]
         values = [math.nan]

@@ -12,11 +12,13 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
+        self.phase: str | None = None  # the one that runs, or ran last
         self._device = device
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Charge what happens inside to `phase`."""
+        self.phase = phase
         start = time.perf_counter()
         try:
             yield

@@ -1,0 +1,43 @@
+"""What goes wrong that is not the request's fault: no memory, no disk, a bug. As one sentence for whoever waits.
+
+Knows the errors of torch and of the system; knows nothing of FLUX or Cog. No sentence has a path or another's data.
+"""
+
+import errno
+import re
+import traceback
+from pathlib import Path
+
+import torch
+
+# A quota or a limit on the size of files is a full disk to whoever writes.
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# torch has a type for a full GPU alone; a host that is full says one of these.
+HOST_FULL = re.compile(r"can't allocate memory|not enough memory|std::bad_alloc|Cannot allocate memory|mmap")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the GPU or the host had no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and bool(HOST_FULL.search(str(error)))
+
+
+def sentence(error: Exception, phase: str | None) -> str:
+    """What to tell of an error in a phase of a request, such as "denoise"."""
+    where = f" in the phase {phase}" if phase else ""
+    if out_of_memory(error):
+        return f"Out of memory{where}; nothing is lost: try a smaller picture, a smaller LoRA or fewer outputs."
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return f"The server's disk is full{where}; try again later."
+    return f"The server failed{where} with {type(error).__name__}; its log says where."
+
+
+def places(error: Exception) -> str:
+    """The error and where it came from, innermost last, without the paths of the machine."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
+    message = re.sub(r"(?:/[^\s/'\"]+)+/", "", str(error))
+    return "\n".join([*lines, f"{type(error).__name__}: {message}"])

@@ -1,0 +1,56 @@
+"""What a prediction leaves on the disk, and when it goes. Knows what Cog leaves too; knows nothing of pictures."""
+
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from queue import SimpleQueue
+from uuid import uuid4
+
+# Cog reads the files of a prediction as soon as `predict` has returned, and does not say when it has.
+SECONDS_KEPT = 10
+# Cog leaves three empty folders for each prediction, for ever. One as old as this is of no prediction that still runs.
+COG_FOLDERS = Path("/tmp/coglet/predictions")
+SECONDS_RUNNING = 3600
+SECONDS_BETWEEN_SWEEPS = 600
+
+
+class Leftovers:
+    """Folders for the files of predictions, each deleted ten seconds after it was done with."""
+
+    def __init__(self) -> None:
+        self._root = tempfile.TemporaryDirectory(prefix="flux-sprites-", ignore_cleanup_errors=True)
+        self._left: SimpleQueue[tuple[Path, float]] = SimpleQueue()
+        threading.Thread(target=self._delete, name="leftovers", daemon=True).start()
+
+    @contextmanager
+    def folder(self) -> Iterator[Path]:
+        """A folder for the files of one prediction, to be filled inside, whatever interrupts that."""
+        folder = Path(self._root.name) / uuid4().hex
+        try:
+            folder.mkdir()
+            yield folder
+        finally:
+            self._left.put((folder, time.monotonic()))
+
+    def _delete(self) -> None:
+        swept = float("-inf")
+        while True:
+            folder, left = self._left.get()
+            time.sleep(max(0, left + SECONDS_KEPT - time.monotonic()))
+            shutil.rmtree(folder, ignore_errors=True)
+            if time.monotonic() > swept + SECONDS_BETWEEN_SWEEPS:
+                sweep(COG_FOLDERS, SECONDS_RUNNING)
+                swept = time.monotonic()
+
+
+def sweep(predictions: Path, age: float) -> None:
+    """Delete the empty folders of predictions that have not changed for so many seconds."""
+    for folder in predictions.glob("*"):
+        with suppress(OSError):  # it is not empty, or another server has deleted it
+            if time.time() - folder.stat().st_mtime > age:
+                for empty in (folder / "inputs", folder / "outputs", folder):
+                    empty.rmdir()
