@@ -31,6 +31,8 @@ LOOPBACK = "127.0.0.1"
 MAX_FILE_BYTES = 70_000_000
 # Cog asks for BaseRunner instead of BasePredictor, which older command-line tools do not know.
 QUIET = "ignore:BasePredictor is deprecated:DeprecationWarning,ignore:Predictor.predict():DeprecationWarning"
+# How often `script/serve` asks for the server's health.
+SECONDS_BETWEEN_CHECKS = 5
 # Longer than a cancelled prediction needs; a worker deep in native code hears no signal but the last.
 SECONDS_TO_STOP = 5
 
@@ -222,6 +224,22 @@ def exit_on_signals() -> None:
             signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
+def serve(server: CogServer) -> int:
+    """Wait until a server ends, and give its exit code.
+
+    Raises:
+        SystemExit: its predictor has died, or its weights are not what they were: left alone, it would refuse every
+            request, or draw wrong pictures. Whoever supervises this process starts it again.
+    """
+    while (code := server.process.poll()) is None:
+        with contextlib.suppress(OSError):
+            health = server.health()
+            if health["status"] in ("UNHEALTHY", "DEFUNCT"):
+                sys.exit(f"The predictor cannot go on: {health.get('user_healthcheck_error', 'it has died')}")
+        time.sleep(SECONDS_BETWEEN_CHECKS)
+    return code
+
+
 def main() -> None:
     """Serve until stopped."""
     parser = argparse.ArgumentParser(prog="script/serve", description="The predictor behind Cog's HTTP server.")
@@ -230,7 +248,7 @@ def main() -> None:
     arguments = parser.parse_args()
     exit_on_signals()
     with CogServer(host=arguments.host, port=arguments.port) as server, contextlib.suppress(KeyboardInterrupt):
-        sys.exit(server.process.wait())
+        sys.exit(serve(server))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What goes wrong that is not the request's fault: no memory, no disk, a bug. As one sentence for whoever waits.
 
-Knows the errors of torch and of the system; knows nothing of FLUX or Cog. No sentence has a path or another's data.
+Knows the errors of libraries and of the system; imports none of them. No sentence has a path of the machine.
 """
 
 import errno
@@ -8,21 +8,19 @@ import re
 import traceback
 from pathlib import Path
 
-import torch
-
 # A quota or a limit on the size of files is a full disk to whoever writes.
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# torch has a type for a full GPU alone; a host that is full says one of these.
-HOST_FULL = re.compile(r"can't allocate memory|not enough memory|std::bad_alloc|Cannot allocate memory|mmap")
+# torch and Pillow have no type of their own for a full host, and torch's for a full GPU is a RuntimeError.
+FULL = re.compile(r"out of memory|(can't|cannot) allocate memory|not enough memory|std::bad_alloc|new thread", re.I)
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the GPU or the host had no memory left."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and bool(HOST_FULL.search(str(error)))
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | OSError) and bool(FULL.search(str(error)))
+    )
 
 
 def sentence(error: Exception, phase: str | None) -> str:

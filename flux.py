@@ -40,6 +40,8 @@ TEXT_TOKENS = {
     "dev": inspect.signature(FluxPipeline.encode_prompt).parameters["max_sequence_length"].default,
     "schnell": 256,
 }
+# The thread that this starts would look after bars that stand still; clients do not wait for that.
+tqdm.monitor_interval = 0
 # LoRAs are made this much stronger under fp8: the model page says so, and users choose their scales by it.
 FP8_LORA_FACTOR = 1.5
 # What a health check may take: far less than the five seconds that Cog waits, and no request has to wait longer for it.

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from faults import out_of_memory
+
 Format = Literal["webp", "jpg", "png"]
 Size = tuple[int, int]
 
@@ -178,9 +180,9 @@ def _read(path: Path, name: str, background: str) -> Image.Image:
     except UnidentifiedImageError:
         accepted = f"{', '.join(READ_FORMATS[:-1])} or {READ_FORMATS[-1]}"
         raise ValueError(f"{name} is not a picture in a known format; send {accepted}.") from None
-    except MemoryError:
-        raise
-    except Exception:  # hostile bytes bring out anything from a decoder, and its message may contain the path
+    except Exception as error:  # hostile bytes bring out anything from a decoder, and its message may contain the path
+        if out_of_memory(error):
+            raise
         raise ValueError(f"{name} could not be decoded: the file is damaged, cut off or of a rare kind.") from None
     # Left in, Pillow would copy the photo's comment or colour profile into the files that are drawn from it.
     flat.info = {}

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.hooks import apply_group_offloading
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, T5Config, T5EncoderModel
@@ -120,7 +121,11 @@ def _mapped(folder: Path, stem: str) -> Tensors:
     index = folder / f"{stem}.safetensors.index.json"
     whole = f"{stem}.safetensors"
     files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {whole}
-    return {name: tensor for file in sorted(files) for name, tensor in load_file(folder / file).items()}
+    try:
+        return {name: tensor for file in sorted(files) for name, tensor in load_file(folder / file).items()}
+    except (OSError, SafetensorError) as error:
+        place = f"{folder.parent.name}/{folder.name}"
+        raise ValueError(f"The weights in {place} cannot be read: {error}; fetch or copy them again.") from None
 
 
 def _skeletons(

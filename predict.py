@@ -8,6 +8,7 @@ description is one string literal, and the position of a parameter is its x-orde
 import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
+from threading import Barrier
 from typing import Optional
 
 # Read when the libraries are imported: what they say while loading tells an operator nothing; their errors are raised.
@@ -28,6 +29,9 @@ from safety import SafetyChecker
 from settings import Settings
 from stopwatch import Stopwatch
 from weights import snapshot, validate_reference
+
+# The most pictures that one request may have.
+OUTPUTS = 4
 
 
 class Predictor(BasePredictor):
@@ -50,6 +54,10 @@ class Predictor(BasePredictor):
         )
         self.default_lora = weights or None
         self.leftovers = Leftovers()
+        # Encoders release Python's lock. Their threads start now, all of them: one that found no memory to start in,
+        # during a request, would be waited for without end.
+        self.encoders = ThreadPoolExecutor(OUTPUTS)
+        list(self.encoders.map(Barrier(OUTPUTS).wait, repeat(None, OUTPUTS)))
         if self.default_lora:
             # Said now rather than to the first request, should it be unusable.
             self.flux.read_lora(LoraChoice(self.default_lora, trusted=True))
@@ -252,9 +260,8 @@ class Predictor(BasePredictor):
             images.save(drawing.images[index], file, request.output_format, request.output_quality, metadata)
             return file
 
-        # Encoders release Python's lock.
-        with self.leftovers.folder() as folder, ThreadPoolExecutor(len(kept)) as threads:
-            return list(threads.map(write, repeat(folder), range(len(kept)), kept))
+        with self.leftovers.folder() as folder:
+            return list(self.encoders.map(write, repeat(folder), range(len(kept)), kept))
 
     def _record(self, stopwatch: Stopwatch, memory: PeakMemory) -> None:
         """What each phase took, in the log and in the metrics, also of a prediction that failed."""

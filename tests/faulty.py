@@ -1,0 +1,71 @@
+"""The predictor behind the real Cog server with faults planted in it, each called by the first words of a prompt.
+
+starve PHASE    the process gets no more memory while that phase of the request runs
+corrupt         afterwards one bit of a live weight is another
+break           drawing raises what no one foresaw
+leak            each such request leaves a megabyte, a tensor, a thread, an open file and a temporary file
+"""
+
+from pathlib import Path
+
+from settings import ROOT
+
+PLANTED = '''
+
+import resource
+import tempfile
+import threading
+from contextlib import contextmanager
+
+from stopwatch import Stopwatch
+
+_draw = Predictor._draw
+_leaked = []
+
+
+class _Starving(Stopwatch):
+    """Lets the process have no more memory in one phase."""
+
+    @contextmanager
+    def __call__(self, phase):
+        with super().__call__(phase):
+            if phase != self.starved:
+                yield
+                return
+            with open("/proc/self/statm") as file:
+                size = int(file.read().split()[0]) * resource.getpagesize()
+            limits = resource.getrlimit(resource.RLIMIT_AS)
+            resource.setrlimit(resource.RLIMIT_AS, (size, limits[1]))
+            try:
+                yield
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def _draw_with_faults(self, request, stopwatch):
+    fault, *rest = request.prompt.split()
+    if fault == "starve":
+        stopwatch.__class__, stopwatch.starved = _Starving, rest[0]
+    if fault == "break":
+        raise KeyError("/srv/models/secret.bin is not there")
+    paths = _draw(self, request, stopwatch)
+    if fault == "corrupt":
+        parameter = next(self.flux._transformers[0].parameters())
+        parameter.data.view(torch.uint8).view(-1)[0] ^= 1
+    if fault == "leak":
+        _leaked.append((bytearray(b"x" * 2**20), torch.ones(9), open("predict.py"), tempfile.mkstemp()))
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+    return paths
+
+
+Predictor._draw = _draw_with_faults
+'''
+# Of the process that is to starve: what is freed goes back to the system at once, and no thread has a heap of its own,
+# so that the next allocation of some size has to ask the system.
+HUNGRY = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+
+
+def write_project(folder: Path) -> Path:
+    """A project for the Cog server: this one's contract with the faults; everything else is imported from this one."""
+    (folder / "predict.py").write_text((ROOT / "predict.py").read_text() + PLANTED)
+    return folder
