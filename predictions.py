@@ -8,26 +8,45 @@ This module knows SQL and files; it knows nothing of HTTP, of Ray, or of the for
 """
 
 import asyncio
+import contextlib
 import hashlib
 import mimetypes
 import re
 import secrets
+import sqlite3
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import wraps
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
-from sqlalchemy import JSON, Text, and_, delete, event, func, make_url, or_, select, tuple_, update
-from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError
-from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
+from sqlalchemy import (
+    JSON,
+    Text,
+    and_,
+    bindparam,
+    create_engine,
+    delete,
+    event,
+    func,
+    insert,
+    make_url,
+    or_,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column, sessionmaker
 
 UNFINISHED = ("starting", "processing")
 # A restart of PostgreSQL takes seconds; past this the caller hears of it.
 SECONDS_WITHOUT_DATABASE = 60
+# Transactions of one front at a time in PostgreSQL, each with a thread and a connection of its own.
+CONNECTIONS = 16
 # Output and uploaded files, as long as at Replicate.
 FILE_LIFETIME = timedelta(hours=1)
 # Ended predictions, their redacted inputs and their logs; the span within which an id is idempotent.
@@ -176,22 +195,36 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _lasting(verb: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
-    """A verb that waits for a database which restarts. Each is one transaction that may be run again."""
+def _transaction(
+    verb: Callable[Concatenate["Predictions", Session, P], R],
+) -> Callable[Concatenate["Predictions", P], Awaitable[R]]:
+    """A verb that is one transaction, run again while the database restarts.
+
+    It has one thread from its beginning to its end: an asynchronous driver changes threads at each statement, which
+    takes more of the processor than the statements do. It ends before its caller does, even one that is cancelled.
+    """
 
     @wraps(verb)
-    async def repeated(*args: P.args, **kwargs: P.kwargs) -> R:
-        clock = asyncio.get_running_loop().time
-        give_up = clock() + SECONDS_WITHOUT_DATABASE
+    async def lasting(self: "Predictions", *args: P.args, **kwargs: P.kwargs) -> R:
+        def attempt() -> R:
+            with self.session.begin() as session:
+                return verb(self, session, *args, **kwargs)
+
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + SECONDS_WITHOUT_DATABASE
         while True:
+            trying = loop.run_in_executor(self.threads, attempt)
             try:
-                return await verb(*args, **kwargs)
+                return await asyncio.shield(trying)
+            except asyncio.CancelledError:
+                await asyncio.wait([trying])
+                raise
             except (OperationalError, InterfaceError):
-                if clock() > give_up:
+                if loop.time() > give_up:
                     raise
                 await asyncio.sleep(0.25)
 
-    return repeated
+    return lasting
 
 
 class Predictions:
@@ -203,64 +236,62 @@ class Predictions:
 
     def __init__(self, url: str) -> None:
         address = make_url(url)
-        driver = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
+        driver = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
         address = address.set(drivername=driver.get(address.drivername, address.drivername))
-        self.engine: AsyncEngine = create_async_engine(
-            address, pool_size=16, max_overflow=0, pool_timeout=SECONDS_WITHOUT_DATABASE
-        )
-        if address.drivername.startswith("sqlite"):
-            event.listen(self.engine.sync_engine, "connect", _share_sqlite)
-        self.session = async_sessionmaker(self.engine, expire_on_commit=False)
+        sqlite = address.drivername.startswith("sqlite")
+        # Of SQLite's writers one writes, and the others look again after a pause: here they queue for one connection.
+        connections = 1 if sqlite else CONNECTIONS
+        self.engine = create_engine(address, pool_size=connections, max_overflow=0)
+        if sqlite:
+            event.listen(self.engine, "connect", _share_sqlite)
+        self.session = sessionmaker(self.engine, expire_on_commit=False)
+        self.threads = ThreadPoolExecutor(connections, "database")
 
     async def __aenter__(self) -> Self:
         """Make the tables that are missing."""
-        await self._make_tables()
+        # Fronts start together, and CREATE TABLE IF NOT EXISTS is no safe race in PostgreSQL: the loser looks again.
+        for attempt in range(5):
+            try:
+                await self._make_tables()
+                break
+            except (IntegrityError, ProgrammingError):
+                if attempt == 4:
+                    raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Close the connections."""
-        await self.engine.dispose()
+        await asyncio.to_thread(self.threads.shutdown)
+        self.engine.dispose()
 
-    @_lasting
-    async def _make_tables(self) -> None:
-        # Fronts start together, and CREATE TABLE IF NOT EXISTS is no safe race in PostgreSQL: the loser looks again.
-        for attempt in range(5):
-            try:
-                async with self.engine.begin() as connection:
-                    await connection.run_sync(Base.metadata.create_all)
-                return
-            except (IntegrityError, OperationalError) as error:
-                if attempt == 4 or not ("exists" in str(error) or "duplicate" in str(error)):
-                    raise
-                await asyncio.sleep(0.1)
+    @_transaction
+    def _make_tables(self, session: Session) -> None:
+        Base.metadata.create_all(session.connection())
 
-    @_lasting
     async def create(self, prediction: Prediction) -> tuple[Prediction, bool]:
         """Write a prediction, unless its id is known.
 
         Returns:
             What the database holds under its id, and whether that is this very one.
         """
-        # Values, not the object: a second attempt must not find it half attached to a session that failed.
-        values = {column.name: getattr(prediction, column.name) for column in Prediction.__table__.columns}
-        async with self.session() as session:
-            try:
-                await session.execute(Prediction.__table__.insert().values(values))
-                await session.commit()
-                return prediction, True
-            except IntegrityError:
-                await session.rollback()
-                known = await session.get_one(Prediction, prediction.id)
-                return known, (known.owner, known.created_at) == (prediction.owner, prediction.created_at)
+        try:
+            await self._insert(_row(prediction))
+            return prediction, True
+        except IntegrityError:
+            known = await self.get(prediction.id)
+            return known, (known.owner, known.created_at) == (prediction.owner, prediction.created_at)
 
-    @_lasting
-    async def get(self, prediction_id: str) -> Prediction | None:
+    @_transaction
+    def _insert(self, session: Session, row: dict[str, Any]) -> None:
+        session.execute(insert(Prediction.__table__), row)
+
+    @_transaction
+    def get(self, session: Session, prediction_id: str) -> Prediction | None:
         """A prediction as it is now."""
-        async with self.session() as session:
-            return await session.get(Prediction, prediction_id)
+        return session.get(Prediction, prediction_id)
 
-    @_lasting
-    async def page(self, cursor: str | None = None, size: int = 100) -> Page:
+    @_transaction
+    def page(self, session: Session, cursor: str | None = None, size: int = 100) -> Page:
         """A page of what Replicate's clients asked for.
 
         Args:
@@ -282,8 +313,7 @@ class Predictions:
             place = tuple_(time, prediction_id)
             query = query.where(key > place if backwards else key < place)
         order = (column.asc() if backwards else column.desc() for column in (Prediction.created_at, Prediction.id))
-        async with self.session() as session:
-            found = list(await session.scalars(query.order_by(*order).limit(size + 1)))
+        found = list(session.scalars(query.order_by(*order).limit(size + 1)))
         more, found = len(found) > size, found[:size]
         if backwards:
             found.reverse()
@@ -294,17 +324,15 @@ class Predictions:
             previous=f"p~{found[0].created_at}~{found[0].id}" if found and newer else None,
         )
 
-    @_lasting
-    async def record(self, prediction: Prediction, **changes: object) -> bool:
+    @_transaction
+    def record(self, session: Session, prediction: Prediction, **changes: object) -> bool:
         """Write how far an unfinished prediction of ours has come.
 
         Returns:
             False where it is ours no more, or has ended: then it must be let go.
         """
-        async with self.session.begin() as session:
-            return (await session.execute(_still_ours(prediction).values(changes))).rowcount == 1
+        return _change_ours(session, prediction, changes)
 
-    @_lasting
     async def finish(self, prediction: Prediction, files: Collection[File], **changes: object) -> bool:
         """End a prediction of ours, once and for all, and forget what it was asked with.
 
@@ -316,51 +344,51 @@ class Predictions:
         Returns:
             False where somebody else has ended it or owns it.
         """
-        async with self.session.begin() as session:
-            ended = await session.execute(_still_ours(prediction).values(request=None, **changes))
-            if ended.rowcount == 1:
-                session.add_all([_copy(file) for file in files])
-                return True
+        if await self._end(prediction, files, changes):
+            return True
         # The connection may have broken after an earlier attempt was committed.
         known = await self.get(prediction.id)
         return known is not None and (known.owner, known.completed_at) == (prediction.owner, changes["completed_at"])
 
-    @_lasting
-    async def cancel(self, prediction_id: str) -> bool:
+    @_transaction
+    def _end(self, session: Session, prediction: Prediction, files: Collection[File], changes: dict[str, Any]) -> bool:
+        if not _change_ours(session, prediction, {"request": None, **changes}):
+            return False
+        if files:
+            session.execute(insert(File.__table__), [_row(file) for file in files])
+        return True
+
+    @_transaction
+    def cancel(self, session: Session, prediction_id: str) -> bool:
         """Ask for the end of a prediction; False where there is none that could end."""
         query = update(Prediction).where(Prediction.id == prediction_id, Prediction.status.in_(UNFINISHED))
-        async with self.session.begin() as session:
-            return (await session.execute(query.values(cancel_requested=True))).rowcount == 1
+        return session.execute(query.values(cancel_requested=True)).rowcount == 1
 
-    @_lasting
-    async def delivered(self, prediction: Prediction) -> None:
+    @_transaction
+    def delivered(self, session: Session, prediction: Prediction) -> None:
         """The last webhook has arrived, or has been given up."""
-        query = update(Prediction).where(Prediction.id == prediction.id)
-        async with self.session.begin() as session:
-            await session.execute(query.values(webhook_due=False))
+        session.execute(update(Prediction).where(Prediction.id == prediction.id).values(webhook_due=False))
 
-    @_lasting
-    async def beat(self, front: str) -> tuple[dict[str, int], list[str]]:
+    @_transaction
+    def beat(self, session: Session, front: str) -> tuple[dict[str, int], list[str]]:
         """Show that a front lives.
 
         Returns:
             The beats of all fronts, and which of its own predictions somebody wants cancelled.
         """
-        async with self.session.begin() as session:
-            if not (await session.execute(update(Front).where(Front.id == front).values(beat=Front.beat + 1))).rowcount:
-                session.add(Front(front))
-                await session.flush()
-            beats = {known.id: known.beat for known in await session.scalars(select(Front))}
-            cancelled = await session.scalars(
-                select(Prediction.id).where(
-                    Prediction.owner == front, Prediction.cancel_requested, Prediction.status.in_(UNFINISHED)
-                )
+        if not session.execute(update(Front).where(Front.id == front).values(beat=Front.beat + 1)).rowcount:
+            session.execute(insert(Front.__table__), {"id": front, "beat": 0})
+        beats = {known: beat for known, beat in session.execute(select(Front.id, Front.beat))}
+        cancelled = session.scalars(
+            select(Prediction.id).where(
+                Prediction.owner == front, Prediction.cancel_requested, Prediction.status.in_(UNFINISHED)
             )
-            return beats, list(cancelled)
+        )
+        return beats, list(cancelled)
 
-    @_lasting
-    async def adopt(
-        self, front: str, dead: Collection[str], running: Collection[str], limit: int
+    @_transaction
+    def adopt(
+        self, session: Session, front: str, dead: Collection[str], running: Collection[str], limit: int
     ) -> Sequence[Prediction]:
         """Take over what is not done and has nobody who runs it.
 
@@ -370,118 +398,115 @@ class Predictions:
             running: what the new owner runs already; what else it owns has lost its task on the way.
             limit: how many at once, so that several fronts share them.
         """
-        orphans = (
-            select(Prediction.id)
-            .where(or_(Prediction.status.in_(UNFINISHED), Prediction.webhook_due))
-            .where(
-                or_(
-                    Prediction.owner.is_(None),
-                    Prediction.owner.not_in(select(Front.id)),
-                    and_(Prediction.owner == front, Prediction.id.not_in(running)),
-                )
-            )
-            .order_by(Prediction.created_at)
-            .limit(limit)
-            # PostgreSQL: two fronts at once take different ones. SQLite has one writer at a time.
-            .with_for_update(skip_locked=True)
+        if dead:
+            session.execute(delete(Front).where(Front.id.in_(dead)))
+        orphaned = and_(
+            or_(Prediction.status.in_(UNFINISHED), Prediction.webhook_due),
+            or_(
+                Prediction.owner.is_(None),
+                Prediction.owner.not_in(select(Front.id)),
+                and_(Prediction.owner == front, Prediction.id.not_in(running)),
+            ),
         )
-        async with self.session.begin() as session:
-            if dead:
-                await session.execute(delete(Front).where(Front.id.in_(dead)))
-            ids = list(await session.scalars(orphans))
-            if not ids:
-                return []
-            taken = update(Prediction).where(Prediction.id.in_(ids)).values(owner=front).returning(Prediction)
-            return list(await session.scalars(taken))
+        # PostgreSQL: two fronts at once take different ones.
+        orphans = select(Prediction.id).where(orphaned).order_by(Prediction.created_at).limit(limit)
+        ids = list(session.scalars(orphans.with_for_update(skip_locked=True)))
+        if not ids:
+            return []
+        # SQLite, which has locked nothing so far: another front may have been faster.
+        taken = update(Prediction).where(Prediction.id.in_(ids), orphaned).values(owner=front).returning(Prediction)
+        return list(session.scalars(taken))
 
-    @_lasting
-    async def leave(self, front: str) -> None:
+    @_transaction
+    def leave(self, session: Session, front: str) -> None:
         """A front ends in order: its predictions are free at once."""
-        async with self.session.begin() as session:
-            await session.execute(update(Prediction).where(Prediction.owner == front).values(owner=None))
-            await session.execute(delete(Front).where(Front.id == front))
+        session.execute(update(Prediction).where(Prediction.owner == front).values(owner=None))
+        session.execute(delete(Front).where(Front.id == front))
 
-    @_lasting
-    async def waiting(self) -> int:
+    @_transaction
+    def waiting(self, session: Session) -> int:
         """How many predictions have not ended, on all fronts."""
-        async with self.session() as session:
-            query = select(func.count()).select_from(Prediction).where(Prediction.status.in_(UNFINISHED))
-            return await session.scalar(query) or 0
+        query = select(func.count()).select_from(Prediction).where(Prediction.status.in_(UNFINISHED))
+        return session.scalar(query) or 0
 
-    @_lasting
     async def secret(self, name: str) -> str:
         """What all fronts share under a name; drawn by the first that asks."""
-        async with self.session() as session:
-            if known := await session.get(Secret, name):
-                return known.value
-            session.add(Secret(name, secrets.token_urlsafe(32)))
-            try:
-                await session.commit()
-            except IntegrityError:
-                await session.rollback()
-            return (await session.get_one(Secret, name)).value
+        if (known := await self._secret(name)) is None:
+            with contextlib.suppress(IntegrityError):  # another front was faster
+                await self._add_secret(name, secrets.token_urlsafe(32))
+            known = await self._secret(name)
+        return known
 
-    @_lasting
-    async def add_file(self, file: File) -> None:
+    @_transaction
+    def _secret(self, session: Session, name: str) -> str | None:
+        return session.scalar(select(Secret.value).where(Secret.name == name))
+
+    @_transaction
+    def _add_secret(self, session: Session, name: str, value: str) -> None:
+        session.execute(insert(Secret.__table__), {"name": name, "value": value})
+
+    @_transaction
+    def add_file(self, session: Session, file: File) -> None:
         """Make a stored file known."""
-        async with self.session.begin() as session:
-            await session.merge(_copy(file))
+        session.merge(File(**_row(file)))
 
-    @_lasting
-    async def file(self, file_id: str) -> File | None:
+    @_transaction
+    def file(self, session: Session, file_id: str) -> File | None:
         """A file that has not expired."""
-        async with self.session() as session:
-            file = await session.get(File, file_id)
-            return file if file and file.expires_at > now() else None
+        file = session.get(File, file_id)
+        return file if file and file.expires_at > now() else None
 
-    @_lasting
-    async def uploads(self) -> Sequence[File]:
+    @_transaction
+    def uploads(self, session: Session) -> Sequence[File]:
         """The uploaded files that have not expired, the newest first."""
         query = select(File).where(File.about.is_not(None), File.expires_at > now()).order_by(File.created_at.desc())
-        async with self.session() as session:
-            return list(await session.scalars(query.limit(100)))
+        return list(session.scalars(query.limit(100)))
 
-    @_lasting
-    async def expire(self) -> list[str]:
+    @_transaction
+    def expire(self, session: Session) -> list[str]:
         """Forget what has been kept for its time.
 
         Returns:
             The ids of files whose contents may now be deleted.
         """
-        async with self.session.begin() as session:
-            await session.execute(
-                delete(Prediction).where(
-                    Prediction.status.not_in(UNFINISHED),
-                    Prediction.webhook_due.is_(False),
-                    Prediction.completed_at < now(-PREDICTION_LIFETIME),
-                )
+        session.execute(
+            delete(Prediction).where(
+                Prediction.status.not_in(UNFINISHED),
+                Prediction.webhook_due.is_(False),
+                Prediction.completed_at < now(-PREDICTION_LIFETIME),
             )
-            return list(await session.scalars(delete(File).where(File.expires_at < now()).returning(File.id)))
+        )
+        return list(session.scalars(delete(File).where(File.expires_at < now()).returning(File.id)))
 
-    @_lasting
-    async def delete_file(self, file_id: str) -> None:
+    @_transaction
+    def delete_file(self, session: Session, file_id: str) -> None:
         """Forget a file before its time."""
-        async with self.session.begin() as session:
-            await session.execute(delete(File).where(File.id == file_id))
+        session.execute(delete(File).where(File.id == file_id))
 
 
-def _still_ours(prediction: Prediction) -> Any:  # noqa: ANN401 (SQLAlchemy's Update, generic in what it returns)
-    return update(Prediction).where(
-        Prediction.id == prediction.id, Prediction.owner == prediction.owner, Prediction.status.in_(UNFINISHED)
-    )
+# Made once, since making it takes longer than running it; the columns to be changed are named by its parameters.
+_CHANGE_OURS = update(Prediction.__table__).where(
+    Prediction.__table__.c.id == bindparam("ours"),
+    Prediction.__table__.c.owner == bindparam("us"),
+    Prediction.__table__.c.status.in_(UNFINISHED),
+)
 
 
-def _copy(file: File) -> File:
-    """A row of its own for each attempt: an object that a failed session knew cannot be added to another."""
-    return File(**{column.name: getattr(file, column.name) for column in File.__table__.columns})
+def _change_ours(session: Session, prediction: Prediction, changes: dict[str, Any]) -> bool:
+    """Change a prediction if it is still ours and has not ended; whether it was."""
+    named = {"ours": prediction.id, "us": prediction.owner}
+    return session.connection().execute(_CHANGE_OURS, {**changes, **named}).rowcount == 1
 
 
-def _share_sqlite(connection: Any, _: object) -> None:  # noqa: ANN401 (aiosqlite's adapter)
+def _row(entry: Prediction | File) -> dict[str, Any]:
+    """Values, not the object: another attempt must not find it half attached to a session that failed."""
+    return {column.name: getattr(entry, column.name) for column in entry.__table__.columns}
+
+
+def _share_sqlite(connection: sqlite3.Connection, _: object) -> None:
     """Several processes write: readers do not wait for them, writers queue, and a commit is on the disk."""
-    for pragma in ("journal_mode=WAL", "busy_timeout=30000", "synchronous=FULL"):
-        cursor = connection.cursor()
-        cursor.execute(f"PRAGMA {pragma}")
-        cursor.close()
+    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL"):
+        connection.execute(f"PRAGMA {pragma}")
 
 
 class Files:

@@ -106,7 +106,7 @@ class Cluster(Server):
         give_up = time.monotonic() + seconds
         while not (found := self.processes(title)):
             if time.monotonic() > give_up:
-                raise TimeoutError(f"There is no process {title!r}.")
+                raise TimeoutError(f"There is no process {title!r} among {[*self.processes('')]}.")
             time.sleep(0.1)
         os.kill(found[-1], signal.SIGKILL)
 
@@ -119,15 +119,25 @@ class Cluster(Server):
 
 
 class Hooks:
-    """A receiver of webhooks: every delivery with its headers, in order; a context manager."""
+    """A receiver of webhooks: every delivery with its headers, in order; a context manager.
+
+    Args:
+        seconds: how long it takes to hear what is not an end.
+    """
+
+    def __init__(self, seconds: float = 0) -> None:
+        self.seconds = seconds
 
     def __enter__(self) -> Self:
         received: list[tuple[Mapping[str, str], dict[str, Any]]] = []
-        self.received = received
+        self.received, seconds = received, self.seconds
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                received.append((self.headers, json.loads(self.rfile.read(int(self.headers["content-length"])))))
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                if body["status"] not in ENDS:
+                    time.sleep(seconds)
+                received.append((self.headers, body))
                 self.send_response(200)
                 self.send_header("content-length", "0")
                 self.end_headers()
@@ -153,7 +163,7 @@ class Hooks:
         give_up = time.monotonic() + seconds
         while time.monotonic() < give_up:
             said = [body for _, body in list(self.received) if body["id"] == prediction_id]
-            if any(body["status"] in ENDS for body in said):
-                return said
+            if ends := [index for index, body in enumerate(said) if body["status"] in ENDS]:
+                return said[: ends[0] + 1]
             time.sleep(0.02)
         raise TimeoutError(f"{prediction_id} has not ended; it was said: {said}")

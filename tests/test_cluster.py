@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import time
@@ -228,6 +229,15 @@ def test_webhooks_are_coglets(
     if events is None:  # how often the log is told depends on the clock
         expected, seen = ([said[0], said[-1]] for said in (expected, seen))
     assert seen == expected
+
+
+def test_the_end_is_the_last_that_a_slow_listener_hears(cluster: Cluster) -> None:
+    with Hooks(seconds=0.5) as hooks:
+        cluster.predict({"prompt": "a"}, "told-slowly", webhook=hooks.url)
+        said = hooks.until_ended("told-slowly")
+        time.sleep(1)
+        assert len(hooks.received) == len(said) > 1
+    assert [body["status"] for body in said] == ["processing"] * (len(said) - 1) + ["succeeded"]
 
 
 def test_cancelling_ends_a_prediction_as_coglet_does(coglet: Server, cluster: Cluster) -> None:
@@ -534,7 +544,7 @@ def test_a_full_queue_is_told_when_to_ask_again(cluster: Cluster) -> None:
     assert len(accepted) >= QUEUE
     with ThreadPoolExecutor(8) as pool:
         cancelled = pool.map(lambda name: cluster.request("POST", f"/predictions/{name}/cancel")[0], accepted)
-    assert set(cancelled) == {200}
+    assert set(cancelled) <= {200, 404}  # on a slow machine some have ended by now
 
 
 def test_what_waits_for_a_worker_is_cancelled_at_once(cluster: Cluster) -> None:
@@ -547,6 +557,27 @@ def test_what_waits_for_a_worker_is_cancelled_at_once(cluster: Cluster) -> None:
         for i in range(5):
             cluster.request("POST", f"/predictions/crowd-{i}/cancel")
             hooks.until_ended(f"crowd-{i}", 10)
+
+
+def test_a_worker_that_is_killed_takes_its_cog_server_and_its_predictor_along(cluster: Cluster) -> None:
+    worker = cluster.processes("CogWorker")[-1]
+    own = descendants(worker)
+    commands = [Path(f"/proc/{process}/cmdline").read_text() for process in own]
+    assert any("cog.server.http" in command for command in commands)
+    assert any("import coglet" in command for command in commands)
+    os.kill(worker, signal.SIGKILL)
+    give_up = time.monotonic() + 10
+    while left := [process for process in own if _runs(process)]:
+        assert time.monotonic() < give_up, left
+        time.sleep(0.1)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process has not ended; one that nobody has waited for has."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_predictor_that_always_crashes_is_given_up(cluster: Cluster) -> None:
@@ -603,12 +634,13 @@ def cog_output(body: dict[str, Any]) -> str:
 def test_prometheus_hears_what_the_dashboard_draws(cluster: Cluster) -> None:
     dashboard = (ROOT / "deploy" / "grafana.json").read_text()
     drawn = set(re.findall(r"ray_(flux_\w+?)(?:_bucket|_sum|_count|_total)?\b", dashboard))
-    cluster.request("POST", "/predictions", {"input": {"prompt": "a", "replicate_weights": "owner/name"}})
     give_up = time.monotonic() + 30
     told: set[str] = set()
     # These have not happened on every node that tells; a kept-back picture never does here.
     while missing := drawn - told - {"flux_safety_dropped", "flux_retries", "flux_adopted"}:
         assert time.monotonic() < give_up, f"Prometheus was not told of {missing}"
+        # Each worker's first one is a load, its second a hit.
+        cluster.request("POST", "/predictions", {"input": {"prompt": "a", "replicate_weights": "owner/name"}})
         time.sleep(0.5)
         told = set(
             re.findall(r"^ray_(flux_\w+?)(?:_bucket|_sum|_count|_total)?\{", httpx.get(cluster.metrics_url).text, re.M)

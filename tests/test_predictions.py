@@ -39,9 +39,8 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Database:
         nonlocal emptied
         async with Predictions(url) as known:
             if not emptied:
-                async with known.engine.begin() as connection:
-                    await connection.run_sync(predictions.Base.metadata.drop_all)
-                    await connection.run_sync(predictions.Base.metadata.create_all)
+                predictions.Base.metadata.drop_all(known.engine)
+                predictions.Base.metadata.create_all(known.engine)
                 emptied = True
             yield known
 
@@ -114,6 +113,21 @@ def test_what_belongs_to_no_living_front_is_adopted_once(database: Database) -> 
             )
             await known.leave("front-2")
             assert "theirs" in [p.id for p in await known.adopt("front-3", [], taken, 100)]
+
+    asyncio.run(story())
+
+
+def test_what_a_front_has_left_goes_to_one_of_the_others(database: Database) -> None:
+    async def story() -> None:
+        async with database() as known, database() as elsewhere:
+            fronts = {f"front-{i}": (known, elsewhere)[i % 2] for i in range(8)}
+            for name, front in fronts.items():
+                await front.beat(name)
+            for i in range(30):
+                await known.create(made(f"left-{i}", None))
+            shares = await asyncio.gather(*(front.adopt(name, [], [], 30) for name, front in fronts.items()))
+            taken = [prediction.id for share in shares for prediction in share]
+            assert sorted(taken) == sorted(f"left-{i}" for i in range(30))
 
     asyncio.run(story())
 
