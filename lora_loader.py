@@ -7,6 +7,7 @@ refused in one sentence before anything is changed. What belongs to nothing here
 reported.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -801,5 +802,8 @@ class LoraCache:
 
 
 def _quarter_of_memory() -> int:
-    """The rest is for pinned base weights, the page cache and the server."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    """Of the machine's or, where it has less, the container's; the rest is for base weights, page cache and server."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return memory // 4
