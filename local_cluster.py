@@ -18,8 +18,10 @@ from cog_server import LOOPBACK, exit_on_signals, free_port
 from settings import ROOT, ClusterSettings
 
 # Of Serve: no thread of their own for a front's or a worker's code and for finding a worker, since none of it blocks
-# (milliseconds for each request); and a short pause before a busy worker is asked again (idle GPUs otherwise).
-SERVE = {
+# (milliseconds for each request); and a short pause before a busy worker is asked again (idle GPUs otherwise). Of Ray:
+# fronts, workers and their predictors are as urgent as anything else here; it would have them at nice 15.
+RAY = {
+    "RAY_worker_niceness": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_ROUTER_RETRY_MAX_BACKOFF_S": "0.05",
@@ -72,7 +74,7 @@ def _start(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # Ray's name for taking this machine's address to be loopback, whatever other addresses it has.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ.update(SERVE)
+    os.environ.update(RAY)
     # The workers import the application, whatever their working directory.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 

@@ -1,9 +1,9 @@
 """Measures the cluster on this machine, with workers that sleep where a GPU would draw; the last line is JSON.
 
-    python -m bench.cluster [overhead] [scaling] [peace] [kills] [postgres] [death] [database] …
+    python -m bench.cluster [overhead] [cost] [scaling] [peace] [kills] [postgres] [death] [database] [sharing] …
 
 Everything is real but the predictor: Cog's servers, Ray, HTTP, the database. It loads a LoRA that it does not
-hold for LOAD_SECONDS, then sleeps for as long as its prompt says.
+hold for LOAD_SECONDS, then sleeps for as long as its prompt says, in 28 steps that it tells where "and talks" follows.
 """
 
 import contextlib
@@ -51,7 +51,11 @@ class Predictor(BasePredictor):
             time.sleep(LOAD_SECONDS)
         self.held = [*(held for held in self.held if held != replicate_weights), replicate_weights][-HELD:]
         self.record_metric("loads", loads)
-        time.sleep(float(prompt))
+        seconds, _, talks = prompt.partition(" ")
+        for step in range(28 if talks else 1):
+            time.sleep(float(seconds) / (28 if talks else 1))
+            if talks:
+                print(f"{step + 1}/28", flush=True)
         output = File(f"/tmp/flux-sprites-bench-{id(self)}.webp")
         output.write_bytes(b"picture" * 1000)
         return [Path(output)]
@@ -107,6 +111,93 @@ def measure_overhead() -> dict[str, Any]:
         "cluster_p50_ms": percentile(through, 0.5),
         "cluster_p95_ms": percentile(through, 0.95),
         "front_p50_ms": round(percentile(through, 0.5) - percentile(alone, 0.5), 1),
+    }
+
+
+# Whose processor time is counted, by the words in its command line.
+TITLES = {
+    "front": "Front",
+    "worker": "CogWorker",
+    "cog": "cog.server.http",
+    "proxy": "Proxy",
+    "controller": "Controller",
+}
+
+
+def measure_cost() -> dict[str, Any]:
+    """Processor time: of a prediction that takes 4 seconds and tells its steps, and of a second without any."""
+    with cluster("--workers", "4") as running, Hooks() as hooks:
+        names = [f"request-{i}" for i in range(20)]
+        for name in names[:4]:
+            running.predict({"prompt": "0.1"}, f"{name}-warm", webhook=hooks.url)
+            hooks.until_ended(f"{name}-warm")
+        before = _processor_seconds(running)
+        time.sleep(10)
+        idle = {who: (used - before[who]) / 10 for who, used in _processor_seconds(running).items()}
+        before, started = _processor_seconds(running), time.perf_counter()
+        for name in names:
+            running.predict({"prompt": "4 and talks"}, name, webhook=hooks.url)
+        for name in names:
+            hooks.until_ended(name, 120)
+        wall = time.perf_counter() - started
+        used = {who: used - before[who] - idle[who] * wall for who, used in _processor_seconds(running).items()}
+    return {
+        "prediction_ms": {who: round(1000 * seconds / len(names), 1) for who, seconds in used.items()},
+        "idle_ms_per_s": {who: round(1000 * seconds, 1) for who, seconds in idle.items()},
+        "webhooks": len(hooks.received) / len(names),
+        "wall_s": round(wall, 1),
+    }
+
+
+def _processor_seconds(running: Cluster) -> dict[str, float]:
+    """What each kind of process has used since it started."""
+
+    def used(process: int) -> float:
+        threads = Path(f"/proc/{process}/task").glob("*/schedstat")
+        return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
+
+    return {who: sum(map(used, running.processes(title))) for who, title in TITLES.items()}
+
+
+def measure_sharing() -> dict[str, Any]:
+    """What a second worker of a node pays for a LoRA that the first one has: to parse it, and to hold it.
+
+    The LoRA is of rank 16, for all linear layers of FLUX.1's blocks, and lies in the page cache.
+    """
+    import torch
+    from diffusers import FluxTransformer2DModel
+    from safetensors.torch import save_file
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from lora_loader import read_lora
+
+    def own_memory() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+    with torch.device("meta"):
+        models = FluxTransformer2DModel(guidance_embeds=True), CLIPTextModel(CLIPTextConfig())
+    factors = {}
+    for name, layer in models[0].named_modules():
+        if isinstance(layer, torch.nn.Linear) and "transformer_blocks" in name:
+            factors[f"transformer.{name}.lora_A.weight"] = torch.randn(16, layer.in_features, dtype=torch.bfloat16)
+            factors[f"transformer.{name}.lora_B.weight"] = torch.randn(layer.out_features, 16, dtype=torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "lora.safetensors"
+        save_file(factors, file)
+        size = len(file.read_bytes())
+        del factors
+        seconds, held = [], []
+        for _ in range(5):
+            before, started = own_memory(), time.process_time()
+            held.append(read_lora(file, *models))
+            seconds.append(time.process_time() - started)
+            grown = own_memory() - before
+    return {
+        "file_mb": round(size / 1e6),
+        "parse_cpu_s": round(sorted(seconds)[2], 2),
+        "own_memory_mb": round(grown / 1e6),
+        "parsed_mb": round(held[0].nbytes / 1e6),
     }
 
 
@@ -195,7 +286,7 @@ def kill_ten(running: Cluster) -> None:
     """Workers, their Cog servers, fronts and a node, one every three seconds."""
     for title in KILLS:
         time.sleep(3)
-        running.kill_one(title)
+        running.kill_one(title, 120)
 
 
 def measure_kills(affinity: str) -> dict[str, Any]:
@@ -218,7 +309,7 @@ def measure_postgres() -> dict[str, Any]:
         def harm(running: Cluster) -> None:
             for i, title in enumerate(KILLS):
                 time.sleep(3)
-                running.kill_one(title)
+                running.kill_one(title, 120)
                 if i == 4:
                     database.stop()
                     time.sleep(2)
@@ -286,6 +377,7 @@ def main() -> None:
     """Measure what the command line names, or everything."""
     measures = {
         "overhead": measure_overhead,
+        "cost": measure_cost,
         "scaling": measure_scaling,
         "peace": lambda: measure_peace("none"),
         "peace_affinity": lambda: measure_peace("router"),
@@ -294,6 +386,7 @@ def main() -> None:
         "postgres": measure_postgres,
         "death": measure_death,
         "database": measure_database,
+        "sharing": measure_sharing,
     }
     results = {}
     for name in sys.argv[1:] or measures:

@@ -101,7 +101,7 @@ class Cluster(Server):
                     found.append(process)
         return found
 
-    def kill_one(self, title: str, seconds: float = 30) -> None:
+    def kill_one(self, title: str, seconds: float = 45) -> None:
         """End the youngest process of a title by force; one that is being replaced is waited for."""
         give_up = time.monotonic() + seconds
         while not (found := self.processes(title)):
