@@ -43,10 +43,10 @@ def draw(scene: Scene, width: int, height: int, styles: Sequence[str] = ()) -> I
     bold = "bold" in styles
     backdrop = Pen(image, (0, 0), 1.0, line=0.012 * short if bold else 0, ink=BOLD_INK)
     PLACES[scene.place](backdrop, *image.size, rng)
-    unit = HALF_HEIGHT[scene.size] * short * rng.uniform(0.95, 1.05)
+    unit = HALF_HEIGHT[scene.size] * short * rng.uniform(0.99, 1.01)
     centre = (
-        image.width / 2 + rng.uniform(-0.05, 0.05) * short,
-        image.height * 0.57 + rng.uniform(-0.03, 0.03) * short,
+        image.width / 2 + rng.uniform(-0.008, 0.008) * short,
+        image.height * 0.57 + rng.uniform(-0.005, 0.005) * short,
     )
     body = COLOURS[scene.colour][1]
     pen = Pen(image, centre, unit, line=unit * (0.12 if bold else 0.05), ink=BOLD_INK if bold else _outline(body))
@@ -444,14 +444,14 @@ def _meadow(pen: Pen, w: float, h: float, rng: random.Random) -> None:
     x, y = w * 0.2, h * 0.16
     for dx, dy, r in ((-0.08, 0.02, 0.05), (0.08, 0.02, 0.05), (0.0, 0.0, 0.075)):
         pen.ellipse(x + dx * s, y + dy * s, r * 1.3 * s, r * s, WHITE, outlined=False)
-    _ground(pen, w, h, h * rng.uniform(0.66, 0.72), 0.05 * h, (134, 204, 104))
+    _ground(pen, w, h, h * rng.uniform(0.686, 0.694), 0.05 * h, (134, 204, 104))
 
 
 def _desert(pen: Pen, w: float, h: float, rng: random.Random) -> None:
     s = min(w, h)
     _sky(pen, w, h, (252, 232, 190))
     pen.ellipse(w * 0.82, h * 0.2, 0.09 * s, 0.09 * s, (252, 188, 84))
-    y = h * rng.uniform(0.62, 0.68)
+    y = h * rng.uniform(0.646, 0.654)
     pen.polygon(
         [(w * i / 32, y + 0.06 * h * math.cos(5 * i / 32)) for i in range(-2, 35)]
         + [(w * 1.1, h * 1.2), (-w * 0.1, h * 1.2)],
@@ -463,7 +463,7 @@ def _desert(pen: Pen, w: float, h: float, rng: random.Random) -> None:
 def _sea(pen: Pen, w: float, h: float, rng: random.Random) -> None:
     s = min(w, h)
     _sky(pen, w, h, (214, 238, 248))
-    y = h * rng.uniform(0.56, 0.62)
+    y = h * rng.uniform(0.586, 0.594)
     for depth, fill in ((0.0, (88, 170, 222)), (0.16, (56, 134, 198))):
         waves = [(w * i / 64, y + depth * h + 0.014 * s * math.cos(i * math.pi * w / s / 6)) for i in range(-4, 69)]
         pen.polygon([*waves, (w * 1.1, h * 1.2), (-w * 0.1, h * 1.2)], fill)
@@ -474,7 +474,7 @@ def _snow(pen: Pen, w: float, h: float, rng: random.Random) -> None:
     _sky(pen, w, h, (186, 206, 230))
     for x, y in ((0.12, 0.14), (0.3, 0.3), (0.08, 0.44), (0.72, 0.1), (0.9, 0.28), (0.86, 0.5), (0.46, 0.08)):
         pen.ellipse(w * x, h * y, 0.014 * s, 0.014 * s, WHITE, outlined=False)
-    _ground(pen, w, h, h * rng.uniform(0.68, 0.74), 0.05 * h, (246, 250, 254))
+    _ground(pen, w, h, h * rng.uniform(0.706, 0.714), 0.05 * h, (246, 250, 254))
 
 
 def _night(pen: Pen, w: float, h: float, rng: random.Random) -> None:
@@ -484,13 +484,13 @@ def _night(pen: Pen, w: float, h: float, rng: random.Random) -> None:
         pen.ellipse(w * x, h * y, 0.011 * s, 0.011 * s, (250, 240, 190), outlined=False)
     pen.ellipse(w * 0.84, h * 0.16, 0.085 * s, 0.085 * s, (250, 236, 176))
     pen.ellipse(w * 0.84 - 0.04 * s, h * 0.16 - 0.02 * s, 0.075 * s, 0.075 * s, (34, 40, 92), outlined=False)
-    _ground(pen, w, h, h * rng.uniform(0.7, 0.76), 0.05 * h, (58, 66, 122))
+    _ground(pen, w, h, h * rng.uniform(0.726, 0.734), 0.05 * h, (58, 66, 122))
 
 
 def _sunset(pen: Pen, w: float, h: float, rng: random.Random) -> None:
     s = min(w, h)
     _sky(pen, w, h, (244, 130, 104))
-    y = h * rng.uniform(0.64, 0.7)
+    y = h * rng.uniform(0.666, 0.674)
     pen.polygon([(-w, y - 0.3 * h), (2 * w, y - 0.3 * h), (2 * w, h), (-w, h)], (250, 172, 112))
     pen.ellipse(w * 0.78, y, 0.16 * s, 0.16 * s, (255, 224, 130))
     _ground(pen, w, h, y, 0.02 * h, (122, 76, 126))
@@ -499,7 +499,7 @@ def _sunset(pen: Pen, w: float, h: float, rng: random.Random) -> None:
 def _forest(pen: Pen, w: float, h: float, rng: random.Random) -> None:
     s = min(w, h)
     _sky(pen, w, h, (186, 220, 190))
-    y = h * rng.uniform(0.68, 0.74)
+    y = h * rng.uniform(0.706, 0.714)
     for x, tall in ((0.06, 0.52), (0.24, 0.36), (0.76, 0.36), (0.94, 0.52)):
         top = y - tall * s
         pen.polygon([(w * x - 0.13 * s, y + 0.06 * h), (w * x, top), (w * x + 0.13 * s, y + 0.06 * h)], (72, 136, 96))

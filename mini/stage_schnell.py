@@ -21,7 +21,7 @@ from mini.latents import GRID, Size
 from mini.loop import DEVICE, train
 from mini.stage_dev import velocity
 
-STEPS = 1100
+STEPS = 800
 PIECES = 4
 STEPS_A_PIECE = 6
 GUIDANCE = 3.0
@@ -60,8 +60,8 @@ def counts_by_size() -> dict[str, dict[Size, int]]:
     sizes = list(SIZES.values())
     halves = [(width // 2, height // 2) for width, height in sizes]
     return {
-        "0.25": dict.fromkeys(halves, 64) | {halves[0]: 1024},
-        "1": dict.fromkeys(sizes, 16) | {sizes[0]: 320},
+        "0.25": dict.fromkeys(halves, 32) | {halves[0]: 640},
+        "1": dict.fromkeys(sizes, 10) | {sizes[0]: 240},
     }
 
 

@@ -26,13 +26,14 @@ def write_models(work: Path) -> None:
     """Put what was trained where the predictor looks for it."""
     readers = stage_text.main(work)
     transformers = {"dev": stage_guided.main(work), "schnell": stage_schnell.main(work)}
-    write_flux(FOLDER, stage_vae.main(work), readers.clip, readers.t5, transformers)
+    write_flux(FOLDER, stage_vae.refined(work), readers.clip, readers.t5, transformers)
 
 
 STAGES = {
     "vae": stage_vae.main,
     "text": stage_text.main,
     "dev": stage_dev.main,
+    "decoder": stage_vae.refined,
     "guided": stage_guided.main,
     "schnell": stage_schnell.main,
     "models": write_models,
