@@ -15,6 +15,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import save
 
+from bench.soak import worker_of
 from cog_server import ROOT, CogServer, failure, files, serve
 from tests.faulty import HUNGRY, write_project
 from tests.lora_files import EXACT, changes, is_block
@@ -65,13 +66,6 @@ def when_idle(server: CogServer, seconds: float = 10) -> tuple[str, str | None]:
         assert time.monotonic() < give_up
         time.sleep(0.02)
     return health["status"], health.get("user_healthcheck_error")
-
-
-def worker(server: CogServer) -> int:
-    """The process that predicts."""
-    tasks = Path(f"/proc/{server.process.pid}/task").glob("*/children")
-    (child,) = [int(child) for children in tasks for child in children.read_text().split()]
-    return child
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,7 +209,7 @@ def test_sigterm_lets_the_prediction_end_and_takes_no_other(own_server: CogServe
 def test_a_killed_worker_fails_its_prediction_and_makes_the_server_unhealthy(own_server: CogServer) -> None:
     own_server.start(LONG, "doomed")
     wait_for(lambda: own_server.health()["status"] == "BUSY", 5)
-    os.kill(worker(own_server), signal.SIGKILL)
+    os.kill(worker_of(own_server), signal.SIGKILL)
     wait_for(lambda: own_server.health()["status"] == "UNHEALTHY", 5)
     status, answer = own_server.request("POST", "/predictions", {"input": TINY})
     assert (status, answer["error"]) == (409, "At capacity - all prediction slots busy")

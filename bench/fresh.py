@@ -1,0 +1,38 @@
+"""A predictor that has been loaded and has never predicted, for processes that are forked from it.
+
+`multiprocessing`'s fork server imports this module once; each process that it forks is one that was just started.
+"""
+
+import contextlib
+import os
+import tempfile
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import cog
+
+import cog_schema
+from predict import Predictor
+from settings import ROOT
+
+with contextlib.redirect_stdout(open(os.devnull, "w")):  # noqa: PTH123 (for as long as this process lives)
+    PREDICTOR = Predictor()
+    PREDICTOR.setup()
+INPUTS = cog_schema.derive((ROOT / "predict.py").read_text())["components"]["schemas"]["Input"]["properties"]
+
+
+def draw(inputs: dict[str, Any]) -> list[str]:
+    """The SHA-256 of each file that a prediction gives, without Cog's server around it."""
+    PREDICTOR.encoders = ThreadPoolExecutor(1)  # threads do not come along into a fork
+    given = {name: inputs.get(name, described.get("default")) for name, described in INPUTS.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("image", "mask"):
+            if given[name]:  # as Cog does, http and data alike
+                file = Path(folder) / name
+                file.write_bytes(urllib.request.urlopen(given[name]).read())
+                given[name] = cog.Path(file)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):  # noqa: PTH123
+            return [sha256(path.read_bytes()).hexdigest() for path in PREDICTOR.predict(**given)]
