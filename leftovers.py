@@ -19,10 +19,18 @@ SECONDS_BETWEEN_SWEEPS = 600
 
 
 class Leftovers:
-    """Folders for the files of predictions, each deleted ten seconds after it was done with."""
+    """Folders for the files of predictions, each deleted some seconds after it was done with.
 
-    def __init__(self) -> None:
+    Args:
+        kept: how many.
+    """
+
+    def __init__(self, kept: float = SECONDS_KEPT) -> None:
+        self._kept = kept
         self._root = tempfile.TemporaryDirectory(prefix="flux-sprites-", ignore_cleanup_errors=True)
+        # For Cog's own temporary files: it forgets the inputs of a request that is cancelled while they come.
+        self.inputs = Path(self._root.name) / "inputs"
+        self.inputs.mkdir()
         self._left: SimpleQueue[tuple[Path, float]] = SimpleQueue()
         threading.Thread(target=self._delete, name="leftovers", daemon=True).start()
 
@@ -36,11 +44,17 @@ class Leftovers:
         finally:
             self._left.put((folder, time.monotonic()))
 
+    def forget_inputs(self, *but: Path | None) -> None:
+        """Delete the inputs of all requests before the one that has these."""
+        for file in self.inputs.iterdir():
+            if file.is_file() and str(file) not in map(str, but):
+                file.unlink(missing_ok=True)
+
     def _delete(self) -> None:
         swept = float("-inf")
         while True:
             folder, left = self._left.get()
-            time.sleep(max(0, left + SECONDS_KEPT - time.monotonic()))
+            time.sleep(max(0, left + self._kept - time.monotonic()))
             shutil.rmtree(folder, ignore_errors=True)
             if time.monotonic() > swept + SECONDS_BETWEEN_SWEEPS:
                 sweep(COG_FOLDERS, SECONDS_RUNNING)

@@ -6,6 +6,7 @@ description is one string literal, and the position of a parameter is its x-orde
 # ruff: noqa: B008, E501, UP045 (Cog's form: Input called in a default, a description in one literal, Optional[T])
 
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from threading import Barrier
@@ -54,6 +55,7 @@ class Predictor(BasePredictor):
         )
         self.default_lora = weights or None
         self.leftovers = Leftovers()
+        tempfile.tempdir = str(self.leftovers.inputs)
         # Encoders release Python's lock. Their threads start now, all of them: one that found no memory to start in,
         # during a request, would be waited for without end.
         self.encoders = ThreadPoolExecutor(OUTPUTS)
@@ -163,6 +165,7 @@ class Predictor(BasePredictor):
         Raises:
             ValueError: a sentence for the person who sent the request.
         """
+        self.leftovers.forget_inputs(image, mask)
         request = Request(
             prompt=prompt,
             image=_sent_file("image", image),

@@ -75,16 +75,11 @@ RISE_BYTES = 10_000_000
 class Case:
     """One request: what is asked for, how, and whether it can be drawn."""
 
-    number: int
+    name: str  # its id for Cog
     inputs: dict[str, Any]
     way: str
     good: bool
     patience: float  # seconds until the client cancels or hangs up
-
-    @property
-    def name(self) -> str:
-        """Its id for Cog."""
-        return f"soak-{self.number}"
 
 
 @dataclass
@@ -217,7 +212,8 @@ def _encoded(image: Image.Image, form: str) -> bytes:
     return buffer.getvalue()
 
 
-def _uri(content: bytes, kind: str = "application/octet-stream") -> str:
+def uri(content: bytes, kind: str = "application/octet-stream") -> str:
+    """A file within JSON."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -225,7 +221,7 @@ def _uri(content: bytes, kind: str = "application/octet-stream") -> str:
 # Requests
 
 
-def make_case(rng: random.Random, number: int, hosts: World, prompts: Sequence[str], *, compared: bool) -> Case:
+def make_case(rng: random.Random, name: str, hosts: World, prompts: Sequence[str], *, compared: bool) -> Case:
     """A random request; one whose picture is compared later can be drawn, and its client waits."""
     inputs: dict[str, Any] = {
         "prompt": rng.choice(prompts),
@@ -246,15 +242,15 @@ def make_case(rng: random.Random, number: int, hosts: World, prompts: Sequence[s
             (
                 {"extra_lora": f"{hosts.address}/bad-{rng.randrange(6)}.safetensors?token=secret"},
                 {"extra_lora": f"{hosts.address}/missing.safetensors"},
-                {"replicate_weights": rng.choice(("/etc/hostname", "not a reference at all", _uri(b"nothing")))},
-                {"image": _uri(b"no picture", "image/png"), "mask": ""},
+                {"replicate_weights": rng.choice(("/etc/hostname", "not a reference at all", uri(b"nothing")))},
+                {"image": uri(b"no picture", "image/png"), "mask": ""},
                 {"image": "/etc/hostname"},
                 {"aspect_ratio": "custom", "width": 256, "height": None, "image": ""},
             )
         )
         inputs = {name: value for name, value in inputs.items() if value is not None}
     way = "wait" if compared else rng.choices(list(WAYS), list(WAYS.values()))[0]
-    return Case(number, inputs, way, good, rng.uniform(0, 1))
+    return Case(name, inputs, way, good, rng.uniform(0, 1))
 
 
 def _canvas(rng: random.Random, hosts: World) -> dict[str, Any]:
@@ -263,10 +259,10 @@ def _canvas(rng: random.Random, hosts: World) -> dict[str, Any]:
     if kind == "custom":
         return {"aspect_ratio": "custom", "width": rng.randrange(256, 321), "height": rng.randrange(256, 321)}
     if kind in ("image", "mask"):
-        photo = _uri(_encoded(_photo(rng), "png"), "image/png")
+        photo = uri(_encoded(_photo(rng), "png"), "image/png")
         image = rng.choice((photo, photo, f"{hosts.address}/photo.webp"))
         inputs = {"image": image, "prompt_strength": rng.choice((0, 0.3, 0.8, 1))}
-        return inputs | ({"mask": _uri(_encoded(_photo(rng), "png"), "image/png")} if kind == "mask" else {})
+        return inputs | ({"mask": uri(_encoded(_photo(rng), "png"), "image/png")} if kind == "mask" else {})
     ratio = rng.choice(("1:1", "21:9", "4:5"))
     return {"aspect_ratio": ratio, "megapixels": "0.25" if kind == "quarter" else "1", "num_outputs": 1}
 
@@ -277,7 +273,7 @@ def _loras(rng: random.Random, hosts: World) -> dict[str, Any]:
         if rng.random() < 0.35:
             path = f"/good-{rng.randrange(8)}.safetensors"
             by_url = rng.random() < 0.7
-            inputs |= {name: f"{hosts.address}{path}" if by_url else _uri(hosts.files[path])}
+            inputs |= {name: f"{hosts.address}{path}" if by_url else uri(hosts.files[path])}
             inputs |= {scale: rng.choice((0, 1, rng.uniform(-1, 3)))}
     return inputs
 
@@ -307,13 +303,14 @@ class Soak:
             prompts: what is drawn.
         """
         rng, start, pictures = random.Random(seed), time.monotonic(), {}
+        self._fill_caches(prompts)
         for number in range(requests):
-            case = make_case(rng, number, self.hosts, prompts, compared=number % 20 == 0)
+            case = make_case(rng, f"soak-{seed}-{number}", self.hosts, prompts, compared=number % 20 == 0)
             began = time.monotonic()
             status, answer = self._ask(case)
             self._account(case, status, answer)
             if number % 20 == 0 and status == "succeeded":
-                pictures[number] = case.inputs, [sha256(content).hexdigest() for _, content in files(answer)]
+                pictures[case.name] = case.inputs, [sha256(content).hexdigest() for _, content in files(answer)]
             self._wait_until_ready(case.name)
             self.report.slowest_s = max(self.report.slowest_s, time.monotonic() - began)
             self._measure()
@@ -324,6 +321,15 @@ class Soak:
         self._judge(warm, block)
         self._compare(pictures)
         return self.report
+
+    def _fill_caches(self, prompts: Sequence[str]) -> None:
+        """Ask for every LoRA, and for every prompt with both models: what caches hold from then on is no leak."""
+        for path in self.hosts.files:
+            if path.startswith("/good"):
+                self.server.predict(QUIET | {"prompt": COUNT, "extra_lora": f"{self.hosts.address}{path}"})
+        for prompt in prompts:
+            for model in ("schnell", "dev"):
+                self.server.predict(QUIET | {"prompt": prompt, "model": model})
 
     def _ask(self, case: Case) -> tuple[str, dict[str, Any]]:
         """How it ended, and the answer as far as the client heard it."""
@@ -348,7 +354,9 @@ class Soak:
                     return f"refused with {status}", answer
                 if case.way == "twice":
                     again = self.server.request("PUT", path, told, {"Prefer": "respond-async"})
-                    if again[1].get("id") != case.name:
+                    # An id that has ended is a new one to Cog, which may not be ready for it yet.
+                    ended = again[0] == 409 and self._told(case)
+                    if again[1].get("id") != case.name and not ended:
                         self._complain(f"{case.name}: asked again, was told {again}.")
                 else:
                     time.sleep(case.patience)
@@ -431,17 +439,17 @@ class Soak:
         self.report.problems.append(problem)
         print(problem, file=sys.stderr)
 
-    def _compare(self, pictures: dict[int, tuple[dict[str, Any], list[str]]]) -> None:
+    def _compare(self, pictures: dict[str, tuple[dict[str, Any], list[str]]]) -> None:
         """Draw again, each in a process that has drawn nothing."""
         os.environ |= {"WEIGHTS_CACHE": str(self.cache.parent / "fresh"), "WEIGHTS_ALLOW_PRIVATE_HOSTS": "1"}
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["bench.fresh"])
         with context.Pool(1, maxtasksperchild=1) as pool:
             drawn = pool.imap(_draw_afresh, [inputs for inputs, _ in pictures.values()])
-            for (number, (inputs, before)), after in zip(pictures.items(), drawn, strict=True):
+            for (name, (inputs, before)), after in zip(pictures.items(), drawn, strict=True):
                 self.report.compared += 1
                 if before != after:
-                    self._complain(f"soak-{number} differs in a fresh process: {_brief(inputs)}.")
+                    self._complain(f"{name} differs in a fresh process: {_brief(inputs)}.")
 
 
 def _draw_afresh(inputs: dict[str, Any]) -> list[str]:

@@ -6,10 +6,6 @@ break           drawing raises what no one foresaw
 leak            each such request leaves a megabyte, a tensor, a thread, an open file and a temporary file
 """
 
-from pathlib import Path
-
-from settings import ROOT
-
 PLANTED = '''
 
 import resource
@@ -53,7 +49,7 @@ def _draw_with_faults(self, request, stopwatch):
         parameter = next(self.flux._transformers[0].parameters())
         parameter.data.view(torch.uint8).view(-1)[0] ^= 1
     if fault == "leak":
-        _leaked.append((bytearray(b"x" * 2**20), torch.ones(9), open("predict.py"), tempfile.mkstemp()))
+        _leaked.append((bytearray(b"x" * 2**22), torch.ones(9), open("predict.py"), tempfile.mkstemp()))
         threading.Thread(target=threading.Event().wait, daemon=True).start()
     return paths
 
@@ -63,9 +59,3 @@ Predictor._draw = _draw_with_faults
 # Of the process that is to starve: what is freed goes back to the system at once, and no thread has a heap of its own,
 # so that the next allocation of some size has to ask the system.
 HUNGRY = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
-
-
-def write_project(folder: Path) -> Path:
-    """A project for the Cog server: this one's contract with the faults; everything else is imported from this one."""
-    (folder / "predict.py").write_text((ROOT / "predict.py").read_text() + PLANTED)
-    return folder

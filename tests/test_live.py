@@ -261,6 +261,22 @@ def test_merged_fp8_weights_are_off_by_fp8_s_own_rounding_and_no_more(loras: dic
         assert (error <= torch.maximum(2.0**-4 * merged.abs(), layer.scale * 2.0**-10)).all()
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_one_flipped_bit_of_any_tensor_is_found_and_written_anew(loras: dict[str, Lora], quantized: bool) -> None:
+    mix = ("dev", quantized, (("everywhere", 0.7), ("DoRA", -0.4), ("LoKr", 1.0)))
+    lives = Lives(bases())
+    hold(lives, mix, loras)
+    live, right = lives.of(quantized), fresh(mix, loras)
+    assert all(live.intact(name) for name in live.names)
+    for name in live.names:
+        bits_of = live.module.state_dict()[name].view(torch.uint8).view(-1)
+        bits_of[len(bits_of) // 2] ^= 1
+        assert [other for other in live.names if not live.intact(other)] == [name]
+        assert all(live.intact(other) for other in live.names)  # nothing is claimed of it any more
+    assert hold(lives, mix, loras) == len(live.names)
+    assert same(bits(live.module), right)
+
+
 def test_the_fp8_twin_shares_all_but_its_linear_layers() -> None:
     lives = Lives(bases())
     shared = {id(parameter) for parameter in lives.plain.module.parameters()}

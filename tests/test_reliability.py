@@ -1,13 +1,16 @@
 """Faults, load and hostile input against the real Cog server: each row of docs/reliability.md."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,11 @@ import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import save
 
-from bench.soak import worker_of
+from bench.fuzz import fuzzing, run
+from bench.soak import Report, Soak, soaking, worker_of
 from cog_server import ROOT, CogServer, failure, files, serve
-from tests.faulty import HUNGRY, write_project
+from leftovers import Leftovers, sweep
+from tests.faulty import HUNGRY, PLANTED
 from tests.lora_files import EXACT, changes, is_block
 from tests.test_predict import encoded, photo, uri
 
@@ -52,7 +57,7 @@ def picture(server: CogServer, **inputs: object) -> bytes:
     return files(answer)[0][1]
 
 
-def wait_for(condition: object, seconds: float) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
     give_up = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < give_up
@@ -73,20 +78,24 @@ def when_idle(server: CogServer, seconds: float = 10) -> tuple[str, str | None]:
 
 
 @pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
-    folder = tmp_path_factory.mktemp("faulty")
-    environment = HUNGRY | {"PYTHONPATH": str(ROOT), "WEIGHTS_CACHE": str(folder / "weights")}
-    with CogServer(write_project(folder), environment=environment, log=folder / "log") as running:
-        running.wait_until_ready()
+def soak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Soak]:
+    """A server with planted faults that wait to be called."""
+    source = (ROOT / "predict.py").read_text() + PLANTED
+    with soaking(tmp_path_factory.mktemp("soak"), source, settle_s=1, **HUNGRY) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def faulty(soak: Soak) -> CogServer:
+    return soak.server
 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_phase_without_memory_fails_alone(faulty: CogServer, phase: str) -> None:
-    inputs = TINY | {"image": uri(encoded(photo(256, 256)), "image/png")}
+    inputs = TINY | {"image": uri(encoded(photo(128, 128)), "image/png")}
     before = picture(faulty, **inputs)
     # A LoRA that no cache has, and a prompt that none has: else there would be nothing to do in some phases.
-    new = {"replicate_weights": uri(make_lora(PHASES.index(phase), rank=64)), "disable_safety_checker": False}
+    new = {"replicate_weights": uri(make_lora(PHASES.index(phase))), "disable_safety_checker": False}
     answer = faulty.predict(inputs | new | {"prompt": f"starve {phase}"})
     assert failure(answer) == (
         f"Out of memory in the phase {phase}; nothing is lost: try a smaller picture, a smaller LoRA or fewer outputs."
@@ -215,3 +224,111 @@ def test_a_killed_worker_fails_its_prediction_and_makes_the_server_unhealthy(own
     assert (status, answer["error"]) == (409, "At capacity - all prediction slots busy")
     with pytest.raises(SystemExit, match="The predictor cannot go on"):
         serve(own_server)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Load and hostile input: short versions of bench/soak.py and bench/fuzz.py
+
+
+def test_a_short_soak_finds_nothing_and_then_every_planted_leak(soak: Soak) -> None:
+    report = soak.run(21, warm=14, block=7, seed=1, prompts=("a red fox",))
+    assert report.problems == []
+    assert report.compared == 2
+    leaking = replace(soak, report=Report()).run(18, warm=6, block=6, seed=2, prompts=("leak",))
+    before, *_, after = leaking.counts.values()
+    assert {name for name in before if after[name] > before[name]} >= {
+        "tensors",
+        "worker descriptors",
+        "worker threads",
+        "temporary files",
+    }
+    assert [problem.partition(" by ")[0].partition(":")[0] for problem in leaking.problems] == [
+        "Something grows",
+        "Resident memory rises",
+    ]
+
+
+def test_a_short_fuzz_breaks_nothing(tmp_path: Path) -> None:
+    with fuzzing(tmp_path) as fuzz:
+        run(fuzz, 120, seed=1)
+        assert fuzz.cases >= 120
+        assert fuzz.statuses[200] > 30
+        assert fuzz.statuses[422] > 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Health, metrics, logs, privacy
+
+
+def test_a_health_check_takes_far_less_than_a_second(server: CogServer) -> None:
+    for inputs in (TINY, TINY | {"aspect_ratio": "1:1", "megapixels": "0.25", "go_fast": True}):
+        picture(server, **inputs)
+        assert when_idle(server) == ("READY", None)
+        began = time.monotonic()
+        assert server.health()["status"] == "READY"
+        assert time.monotonic() - began < 1
+
+
+def test_metrics_tell_seeds_scores_and_memory(server: CogServer) -> None:
+    answer = server.predict(TINY | {"num_outputs": 2, "disable_safety_checker": False})
+    metrics = answer["metrics"]
+    assert metrics["seeds"] == [3, 4]
+    assert len(metrics["safety"]["scores"]) == 2
+    for index, score in enumerate(metrics["safety"]["scores"]):
+        assert (index in metrics["safety"]["dropped"]) == (score["checker"] > 0 and score["classifier"] > 0.5)
+    process = Path(f"/proc/{worker_of(server)}/statm").read_text().split()
+    assert int(process[1]) * os.sysconf("SC_PAGE_SIZE") * 0.8 < metrics["peak_bytes"]["host"] < 2**34
+
+
+def test_the_peak_of_one_prediction_is_not_that_of_another(server: CogServer) -> None:
+    large, small = (
+        server.predict(TINY | {"width": side, "height": side})["metrics"]["peak_bytes"]["host"] for side in (768, 256)
+    )
+    assert small < large
+
+
+def test_the_log_has_a_line_for_each_phase_and_nothing_of_libraries(server: CogServer) -> None:
+    answer = server.predict(TINY)
+    lines = [line for line in answer["logs"].replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
+    assert lines[0] == "Using seed: 3"
+    assert [line.partition(":")[0] for line in lines[1:]] == list(PHASES)
+    noise = re.findall(r'"level":"(?:WARN|ERROR)".*', server.log.read_text())
+    assert all("is deprecated" in line for line in noise)
+
+
+def test_files_of_a_prediction_go_however_it_ended(tmp_path: Path) -> None:
+    leftovers = Leftovers(kept=0.1)
+    with leftovers.folder() as kept:
+        (kept / "output.0.png").write_bytes(b"picture")
+    with suppress(KeyboardInterrupt), leftovers.folder() as interrupted:
+        (interrupted / "output.0.png").write_bytes(b"half a pic")
+        raise KeyboardInterrupt
+    wait_for(lambda: not kept.exists() and not interrupted.exists(), 5)
+
+
+def test_an_input_that_cog_forgot_is_gone_when_the_next_prediction_starts(server: CogServer) -> None:
+    (inputs,) = Path(server.scratch.name).glob("flux-sprites-*/inputs")
+    (inputs / "tmp123file.png").write_bytes(encoded(photo()))
+    picture(server, image=uri(encoded(photo()), "image/png"))
+    assert list(inputs.iterdir()) == []
+
+
+def test_the_folders_that_cog_leaves_are_swept_once_nobody_uses_them(tmp_path: Path) -> None:
+    for name in ("old", "in use", "new"):
+        for folder in ("inputs", "outputs"):
+            (tmp_path / name / folder).mkdir(parents=True)
+    (tmp_path / "in use" / "inputs" / "image.png").write_bytes(b"image")
+    for name in ("old", "in use"):
+        os.utime(tmp_path / name, (0, 0))
+    sweep(tmp_path, age=3600)
+    assert not (tmp_path / "old").exists()
+    assert (tmp_path / "in use" / "inputs" / "image.png").exists()
+    assert (tmp_path / "new" / "outputs").exists()
+
+
+def test_a_stopped_server_leaves_no_file(own_server: CogServer) -> None:
+    picture(own_server)
+    folder = Path(own_server.scratch.name)
+    assert list(folder.rglob("output.*"))
+    own_server.__exit__(None, None, None)
+    assert not folder.exists()
