@@ -10,8 +10,12 @@ from pathlib import Path
 
 # A quota or a limit on the size of files is a full disk to whoever writes.
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# torch and Pillow have no type of their own for a full host, and torch's for a full GPU is a RuntimeError.
-FULL = re.compile(r"out of memory|(can't|cannot) allocate memory|not enough memory|std::bad_alloc|new thread", re.I)
+# torch and Pillow have no type of their own for a full host, and torch's for a full GPU is a RuntimeError. Pillow calls
+# it a configuration error when zlib finds no memory to start with.
+FULL = re.compile(
+    r"out of memory|(can't|cannot) allocate memory|not enough memory|std::bad_alloc|new thread|codec configuration",
+    re.I,
+)
 
 
 def out_of_memory(error: BaseException) -> bool:
