@@ -14,7 +14,7 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # it a configuration error when zlib finds no memory to start with.
 FULL = re.compile(
     r"out of memory|(can't|cannot) allocate memory|not enough memory|std::bad_alloc|new thread|codec configuration",
-    re.I,
+    re.IGNORECASE,
 )
 
 

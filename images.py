@@ -46,6 +46,8 @@ READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_PIXELS = 100_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Readers warn of what is odd in a stranger's file.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # A JPEG segment holds 65,533 bytes; this leaves room for the EXIF headers around one text.
 JPEG_TEXT_BYTES = 65_000

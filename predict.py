@@ -7,6 +7,7 @@ description is one string literal, and the position of a parameter is its x-orde
 
 import os
 import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from threading import Barrier
@@ -31,6 +32,8 @@ from settings import Settings
 from stopwatch import Stopwatch
 from weights import snapshot, validate_reference
 
+# The logs of a prediction go to whoever asked for it: no warning shows where this machine keeps what warns.
+warnings.formatwarning = lambda message, category, *_, **__: f"{category.__name__}: {message}\n"
 # The most pictures that one request may have.
 OUTPUTS = 4
 

@@ -49,7 +49,8 @@ def _draw_with_faults(self, request, stopwatch):
         parameter = next(self.flux._transformers[0].parameters())
         parameter.data.view(torch.uint8).view(-1)[0] ^= 1
     if fault == "leak":
-        _leaked.append((bytearray(b"x" * 2**22), torch.ones(9), open("predict.py"), tempfile.mkstemp()))
+        _leaked.append((bytearray(b"x" * 2**23), torch.ones(9), open("predict.py")))
+        tempfile.mkstemp(dir=os.environ["TMPDIR"])
         threading.Thread(target=threading.Event().wait, daemon=True).start()
     return paths
 
