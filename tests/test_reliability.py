@@ -216,7 +216,10 @@ def test_sigterm_lets_the_prediction_end_and_takes_no_other(own_server: CogServe
     wait_for(lambda: own_server.process.poll() is not None, 10)
 
 
-def test_a_killed_worker_fails_its_prediction_and_makes_the_server_unhealthy(own_server: CogServer) -> None:
+def test_a_killed_worker_makes_the_server_unhealthy_and_leaves_no_file(own_server: CogServer) -> None:
+    picture(own_server)
+    folder = Path(own_server.scratch.name)
+    assert list(folder.rglob("output.*"))
     own_server.start(LONG, "doomed")
     wait_for(lambda: own_server.health()["status"] == "BUSY", 5)
     os.kill(worker_of(own_server), signal.SIGKILL)
@@ -225,6 +228,8 @@ def test_a_killed_worker_fails_its_prediction_and_makes_the_server_unhealthy(own
     assert (status, answer["error"]) == (409, "At capacity - all prediction slots busy")
     with pytest.raises(SystemExit, match="The predictor cannot go on"):
         serve(own_server)
+    own_server.__exit__(None, None, None)
+    assert not folder.exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,11 +330,3 @@ def test_the_folders_that_cog_leaves_are_swept_once_nobody_uses_them(tmp_path: P
     assert not (tmp_path / "old").exists()
     assert (tmp_path / "in use" / "inputs" / "image.png").exists()
     assert (tmp_path / "new" / "outputs").exists()
-
-
-def test_a_stopped_server_leaves_no_file(own_server: CogServer) -> None:
-    picture(own_server)
-    folder = Path(own_server.scratch.name)
-    assert list(folder.rglob("output.*"))
-    own_server.__exit__(None, None, None)
-    assert not folder.exists()
