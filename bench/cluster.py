@@ -125,28 +125,42 @@ TITLES = {
 
 
 def measure_cost() -> dict[str, Any]:
-    """Processor time: of a prediction that takes 4 seconds and tells its steps, and of a second without any."""
+    """Processor time: of a prediction that takes 4 seconds and tells its steps, and of a second with many that wait."""
     with cluster("--workers", "4") as running, Hooks() as hooks:
-        names = [f"request-{i}" for i in range(20)]
-        for name in names[:4]:
-            running.predict({"prompt": "0.1"}, f"{name}-warm", webhook=hooks.url)
-            hooks.until_ended(f"{name}-warm")
-        before = _processor_seconds(running)
-        time.sleep(10)
-        idle = {who: (used - before[who]) / 10 for who, used in _processor_seconds(running).items()}
-        before, started = _processor_seconds(running), time.perf_counter()
-        for name in names:
-            running.predict({"prompt": "4 and talks"}, name, webhook=hooks.url)
-        for name in names:
-            hooks.until_ended(name, 120)
-        wall = time.perf_counter() - started
-        used = {who: used - before[who] - idle[who] * wall for who, used in _processor_seconds(running).items()}
+
+        def draw(*names: str) -> None:
+            for name in names:
+                running.predict({"prompt": "4 and talks"}, name, webhook=hooks.url)
+            for name in names:
+                hooks.until_ended(name, 120)
+
+        draw("first", "second", "third", "fourth")
+        hooks.received.clear()
+        idle = _used(running, lambda: time.sleep(10))
+        drawn = _used(running, lambda: [draw(*(f"request-{4 * i + j}" for j in range(4))) for i in range(4)])
+        webhooks = len(hooks.received) / 16
+        waiting = [f"waiting-{i}" for i in range(60)]
+        for name in waiting:
+            running.predict({"prompt": "20"}, name)
+        crowded = _used(running, lambda: time.sleep(10))
+        for name in waiting:
+            running.request("POST", f"/predictions/{name}/cancel")
     return {
-        "prediction_ms": {who: round(1000 * seconds / len(names), 1) for who, seconds in used.items()},
-        "idle_ms_per_s": {who: round(1000 * seconds, 1) for who, seconds in idle.items()},
-        "webhooks": len(hooks.received) / len(names),
-        "wall_s": round(wall, 1),
+        "idle_ms_per_s": idle,
+        "drawing_four_ms_per_s": drawn,
+        # Four at a time, of four seconds each: one in a second.
+        "prediction_ms": {who: round(drawn[who] - idle[who], 1) for who in idle},
+        "webhooks": webhooks,
+        "waiting_ms_per_s": crowded,
     }
+
+
+def _used(running: Cluster, work: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of processor time for each second of some work, by who used them."""
+    before, started = _processor_seconds(running), time.perf_counter()
+    work()
+    wall = time.perf_counter() - started
+    return {who: round(1000 * (used - before[who]) / wall, 1) for who, used in _processor_seconds(running).items()}
 
 
 def _processor_seconds(running: Cluster) -> dict[str, float]:

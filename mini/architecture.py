@@ -122,7 +122,12 @@ def t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE in which each word of the world is one token; any other text falls back to pieces and bytes."""
+    """Byte-level BPE in which each word of the world is one token; any other text falls back to pieces and bytes.
+
+    It is made once: its trainer breaks ties as it likes, and the text encoder knows tokens by their numbers.
+    """
+    if (FOLDER / "dev" / "tokenizer").is_dir():
+        return CLIPTokenizer.from_pretrained(FOLDER / "dev" / "tokenizer")
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     # The alphabet is ByteLevel's: a printable character for each of the 256 bytes, inside a word and at its end.

@@ -17,9 +17,9 @@ from mini.latents import QUARTER, WHOLE, Batch, Shelf
 from mini.loop import train
 
 Words = tuple[Tensor, Tensor]  # CLIP's pooled output [B, POOLED], T5's tokens [B, T5_TOKENS, TEXT]
-STEPS = 4800
+STEPS = 12000
 # The beginning sees pictures of a quarter of a megapixel alone; most of what follows is whole megapixels.
-WHOLE_FROM, WHOLE_SHARE = 0.35, 0.7
+WHOLE_FROM, WHOLE_SHARE = 0.35, 0.8
 TOKENS = 40 * 64  # of pictures in one batch
 UNCONDITIONAL = 0.1
 

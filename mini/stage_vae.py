@@ -20,7 +20,7 @@ from mini.drawing import KINDS, STYLES, draw
 from mini.loop import DEVICE, train
 
 STEPS = 1400
-DECODER_STEPS = 4000
+DECODER_STEPS = 3200
 # Of the latents' spread: makes the code robust, so that small errors of the transformer are not seen.
 NOISE = 0.2
 # Side and number of the crops of a step.
