@@ -1,4 +1,4 @@
-"""How well the miniature draws: python -m bench.mini [--quick] prints a line for each figure, and JSON at the end.
+"""How well the miniature draws: python -m bench.mini [--share S] prints a line for each figure, and JSON at the end.
 
 Pictures are drawn through `Flux.generate`, as predictions are, and looked at by `mini.recogniser`, which learnt from
 procedural pictures alone. Each figure stands beside what it has to reach.
@@ -210,12 +210,11 @@ def _peak(server: CogServer) -> float:
 def main() -> None:
     """Measure all, or what is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the pictures")
+    parser.add_argument("--share", type=float, default=1.0, help="of the pictures, to be quicker")
     parser.add_argument("--megapixels", default="1", choices=("1", "0.25"))
     parser.add_argument("figures", nargs="*", help="of adherence, loras, safety, speed; all by default")
     arguments = parser.parse_args()
-    share = 0.1 if arguments.quick else 1.0
-    figures = []
+    share, figures = arguments.share, []
     with TemporaryDirectory() as cache:
         easel = Easel(Path(cache), arguments.megapixels)
         measures = {

@@ -159,10 +159,12 @@ def test_a_stopped_script_leaves_no_process(project: Path, command: list[str], n
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # ignored where the tests run in the background
     )
     shown = ""
     while ("4/4" if command[0] == "predict" else "Server ready") not in shown:
-        shown += process.stderr.read(1)
+        shown += (more := process.stderr.read(1))
+        assert more, shown
     assert processes_in(project) != []
     process.send_signal(number)
     process.communicate(timeout=30)
