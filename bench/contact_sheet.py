@@ -43,7 +43,9 @@ def rows(flux: Flux, folder: Path) -> Iterator[tuple[str, list[Tile]]]:
     """The rows of the sheet, each with a heading."""
 
     def drawn(prompt: str, **inputs: object) -> Image.Image:
-        return flux.generate(Request(prompt=prompt, **{"seed": SEED, "megapixels": "0.25"} | inputs), Stopwatch(CPU)).images[0]
+        return flux.generate(
+            Request(prompt=prompt, **{"seed": SEED, "megapixels": "0.25"} | inputs), Stopwatch(CPU)
+        ).images[0]
 
     yield "dev, 28 steps", [(prompt, drawn(prompt)) for prompt in PROMPTS]
     yield (
@@ -93,7 +95,7 @@ def lora_rows(drawn: Callable[..., Image.Image]) -> Iterator[tuple[str, list[Til
 
 def sheet(flux: Flux, folder: Path) -> Image.Image:
     """All rows on white."""
-    font, small = ImageFont.load_default(14), ImageFont.load_default(11)
+    font, small = ImageFont.load_default(14), ImageFont.load_default(9)
     strips = []
     for heading, tiles in rows(flux, folder):
         strip = Image.new("RGB", (COLUMNS * (TILE + GAP) + GAP, TILE + 2 * LINE + GAP), "white")
