@@ -378,7 +378,7 @@ class Predictions:
         """
         if not session.execute(update(Front).where(Front.id == front).values(beat=Front.beat + 1)).rowcount:
             session.execute(insert(Front.__table__), {"id": front, "beat": 0})
-        beats = dict(session.execute(select(Front.id, Front.beat)).tuples().all())
+        beats = {row.id: row.beat for row in session.execute(select(Front.id, Front.beat))}
         cancelled = session.scalars(
             select(Prediction.id).where(
                 Prediction.owner == front, Prediction.cancel_requested, Prediction.status.in_(UNFINISHED)

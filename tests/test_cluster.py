@@ -26,7 +26,7 @@ from cluster_harness import ENDS, Cluster, Hooks, Server
 from replicate.exceptions import ModelError, ReplicateError
 
 from cog_server import ROOT, CogServer
-from local_cluster import descendants
+from local_cluster import RAY, descendants
 from predictions import Prediction, Predictions, now
 
 TOKEN = "t0ken-of-the-tests"
@@ -416,6 +416,20 @@ def test_a_file_is_uploaded_and_drawn_with(client: replicate.Client, tmp_path: P
     assert client.files.delete(file.id)
     with pytest.raises(ReplicateError, match="no such file"):
         client.files.get(file.id)
+
+
+def test_pictures_may_have_many_megabytes(cluster: Cluster) -> None:
+    content = os.urandom(20 * 1024**2)
+    uri = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    status, _, text = cluster.request("POST", "/predictions", {"input": {"prompt": "a", "image": uri}})
+    assert status == 200
+    (output,) = json.loads(text)["output"]
+    assert base64.b64decode(output.partition(",")[2]) == content
+
+
+def test_the_image_has_the_settings_of_the_local_cluster() -> None:
+    dockerfile = (ROOT / "deploy" / "Dockerfile").read_text()
+    assert {name: dockerfile.partition(f"{name}=")[2].split()[0] for name in RAY} == RAY
 
 
 def test_the_asynchronous_client_runs(cluster: Cluster) -> None:
