@@ -72,7 +72,7 @@ class Cluster(Server):
             self.process = subprocess.Popen(
                 self.command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
-        give_up = time.monotonic() + 150
+        give_up = time.monotonic() + 100
         while "Ready: " not in (said := self.log.read_text()):
             if self.process.poll() is not None or time.monotonic() > give_up:
                 self.__exit__()
