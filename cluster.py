@@ -183,7 +183,8 @@ class CogWorker:
             except TimeoutError:
                 self._end_if(self.server.process.poll() is not None)
                 continue
-            while not self.events.empty():
+            # Cog waits for nobody to hear of an output before it tells the end: what comes after the end is not heard.
+            while states[-1]["status"] in UNFINISHED and not self.events.empty():
                 states.append(self.events.get_nowait())
             return states
 

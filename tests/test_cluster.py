@@ -268,6 +268,15 @@ def test_a_running_prediction_is_shown_and_not_run_again(coglet: Server, cluster
     assert shown[0] == shown[1]
 
 
+def test_of_many_predictions_at_once_none_is_forgotten(cluster: Cluster) -> None:
+    def ended(_: int) -> tuple[int, str]:
+        status, _, text = cluster.request("POST", "/predictions", {"input": {"prompt": "a", "steps": 1}})
+        return status, json.loads(text)["status"]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(ended, range(200))) == {(200, "succeeded")}
+
+
 def test_an_id_is_remembered_when_its_prediction_has_ended(cluster: Cluster) -> None:
     first = cluster.request("PUT", "/predictions/once", {"input": {"prompt": "a", "steps": 7}})
     again = cluster.request("PUT", "/predictions/once", {"input": {"prompt": "b"}})
