@@ -196,8 +196,12 @@ def failure(answer: Mapping[str, Any]) -> str | None:
 
 def data_uri(path: Path) -> str:
     """A file as Cog takes it within JSON."""
-    kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return uri(path.read_bytes(), mimetypes.guess_type(path)[0] or "application/octet-stream")
+
+
+def uri(content: bytes, kind: str = "application/octet-stream") -> str:
+    """The same for what is in no file."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def files(answer: Mapping[str, Any]) -> list[tuple[str, bytes]]:

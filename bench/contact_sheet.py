@@ -52,8 +52,7 @@ def rows(flux: Flux, folder: Path) -> Iterator[tuple[str, list[Tile]]]:
         "schnell, 4 steps",
         [(prompt, drawn(prompt, model="schnell", num_inference_steps=4)) for prompt in PROMPTS],
     )
-    if LORAS.is_dir():
-        yield from lora_rows(drawn)
+    yield from lora_rows(drawn)
     image, mask = folder / "image.png", folder / "mask.png"
     before = drawn("a grey cat in a meadow")
     before.save(image)

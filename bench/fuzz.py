@@ -32,8 +32,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from PIL import Image
 
-from bench.soak import make_lora, uri, worker_of, world
-from cog_server import LOOPBACK, CogServer, failure
+from bench.soak import make_lora, worker_of, world
+from cog_server import LOOPBACK, CogServer, failure, uri
 from settings import ROOT
 
 SECRET = "t0ken-of-the-server"

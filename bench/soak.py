@@ -7,7 +7,6 @@ last line is JSON; the exit code is 1 if anything is wrong.
 """
 
 import argparse
-import base64
 import http.client
 import http.server
 import io
@@ -33,7 +32,7 @@ from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import save
 
-from cog_server import LOOPBACK, CogServer, failure, files, free_port
+from cog_server import LOOPBACK, CogServer, failure, files, free_port, uri
 from leftovers import SECONDS_KEPT
 from settings import GIB, ROOT
 
@@ -210,11 +209,6 @@ def _encoded(image: Image.Image, form: str) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form)
     return buffer.getvalue()
-
-
-def uri(content: bytes, kind: str = "application/octet-stream") -> str:
-    """A file within JSON."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

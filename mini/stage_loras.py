@@ -16,10 +16,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from images import SIZES
 from mini import stage_dev, stage_guided, stage_text, stage_vae, world
 from mini.architecture import FOLDER
-from mini.latents import Size, shelves
+from mini.latents import QUARTER, WHOLE, Size, shelves
 from mini.loop import train
 
 STEPS = 250
@@ -69,8 +68,7 @@ def learn(lesson: Lesson, work: Path) -> dict[str, Tensor]:
     """PEFT's layers in bfloat16: `….lora_A.weight` and `….lora_B.weight`; their product is added at strength 1."""
     transformer = stage_guided.main(work)
     vae, readers = stage_vae.main(work), stage_text.main(work)
-    size, large = SIZES["1:1"], [(width // 2, height // 2) for width, height in SIZES.values()]
-    counts: dict[Size, int] = dict.fromkeys(large, 12) | {large[0]: 240} | {size: 60}
+    counts: dict[Size, int] = dict.fromkeys(QUARTER, 12) | {QUARTER[0]: 240, WHOLE[0]: 60}
     shelved = shelves(work / lesson.name, vae, counts, lesson.scene, lesson.styles)
     torch.manual_seed(0)
     transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))

@@ -14,10 +14,9 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from images import SIZES
 from mini import stage_dev, stage_guided, stage_text, world
 from mini.architecture import transformer
-from mini.latents import GRID, Size
+from mini.latents import GRID, QUARTER, WHOLE, Size
 from mini.loop import DEVICE, train
 from mini.stage_dev import velocity
 
@@ -57,11 +56,9 @@ def main(work: Path) -> FluxTransformer2DModel:
 
 def counts_by_size() -> dict[str, dict[Size, int]]:
     """How many drawings of each size."""
-    sizes = list(SIZES.values())
-    halves = [(width // 2, height // 2) for width, height in sizes]
     return {
-        "0.25": dict.fromkeys(halves, 32) | {halves[0]: 640},
-        "1": dict.fromkeys(sizes, 10) | {sizes[0]: 240},
+        "0.25": dict.fromkeys(QUARTER, 32) | {QUARTER[0]: 640},
+        "1": dict.fromkeys(WHOLE, 10) | {WHOLE[0]: 240},
     }
 
 

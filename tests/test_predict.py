@@ -1,6 +1,5 @@
 """The whole predictor behind the real Cog server: real requests in, pictures and sentences out."""
 
-import base64
 import http.server
 import io
 import threading
@@ -16,17 +15,13 @@ from PIL import Image
 from safetensors.torch import save
 
 import images
-from cog_server import ROOT, CogServer, failure, files
+from cog_server import ROOT, CogServer, failure, files, uri
 from tests.lora_files import EXACT, changes, is_block
 
 SMALL = {"prompt": "a red fox", "megapixels": "0.25", "num_inference_steps": 2, "seed": 3, "output_format": "png"}
 UNSAFE = {"disable_safety_checker": True}
 # The longest that a cancelled prediction may keep the server busy.
 SECONDS_TO_FREE = 1.0
-
-
-def uri(content: bytes, kind: str = "application/octet-stream") -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def encoded(image: Image.Image, form: str = "png", **options: object) -> bytes:

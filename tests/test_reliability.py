@@ -20,12 +20,12 @@ from safetensors.torch import save
 
 from bench.fuzz import fuzzing, run
 from bench.soak import Report, Soak, soaking, worker_of
-from cog_server import ROOT, CogServer, failure, files, serve
+from cog_server import ROOT, CogServer, failure, files, serve, uri
 from leftovers import Leftovers, sweep
 from memory import PeakMemory
 from tests.faulty import HUNGRY, PLANTED
 from tests.lora_files import EXACT, changes, is_block
-from tests.test_predict import encoded, photo, uri
+from tests.test_predict import encoded, photo
 
 CPU = torch.device("cpu")
 TINY = {
