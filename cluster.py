@@ -602,19 +602,19 @@ class Front:
             prediction.started_at = now()
             prediction.status = "processing"
             await self._notify(run, "start")
-        news = "logs"
+        news, metrics = "logs", state.get("metrics", {})
         if "output" in state and (output := await self._stored(run, state["output"])) != prediction.output:
             prediction.output, news = output, "output"
         prediction.logs = scrub(state.get("logs", ""), prediction.request)
-        prediction.metrics = state.get("metrics", {})
+        prediction.metrics = {name: value for name, value in metrics.items() if name != "predict_time"}
+        ended = state["status"] not in UNFINISHED
+        # Cog tells an output and the end at once, and the end may be faster: the output is then told from the end.
+        if news == "output" or (prediction.logs and not ended):
+            await self._notify(run, news)
+        prediction.status, prediction.metrics = state["status"], metrics
         if error := state.get("error"):
             prediction.error = scrub(error, prediction.request)
-        prediction.status = state["status"]
-        if prediction.finished:
-            return
-        if prediction.logs or prediction.output:
-            await self._notify(run, news)
-        if time.monotonic() - run.recorded > RECORD_SECONDS:
+        if not ended and time.monotonic() - run.recorded > RECORD_SECONDS:
             run.recorded = time.monotonic()
             if not await self.predictions.record(prediction, **_values(prediction, "started_at")):
                 raise Lost

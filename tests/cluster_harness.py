@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
@@ -160,10 +160,19 @@ class Hooks:
         Raises:
             TimeoutError: it has not ended.
         """
+        self.until(lambda body: body["id"] == prediction_id and body["status"] in ENDS, seconds)
+        said = [body for _, body in list(self.received) if body["id"] == prediction_id]
+        (end, *_) = (index for index, body in enumerate(said) if body["status"] in ENDS)
+        return said[: end + 1]
+
+    def until(self, awaited: Callable[[dict[str, Any]], bool], seconds: float = 30) -> None:
+        """Wait until something is said.
+
+        Raises:
+            TimeoutError: it has not been said.
+        """
         give_up = time.monotonic() + seconds
-        while time.monotonic() < give_up:
-            said = [body for _, body in list(self.received) if body["id"] == prediction_id]
-            if ends := [index for index, body in enumerate(said) if body["status"] in ENDS]:
-                return said[: ends[0] + 1]
+        while not any(awaited(body) for _, body in list(self.received)):
+            if time.monotonic() > give_up:
+                raise TimeoutError(f"This alone was said within {seconds} s: {[body for _, body in self.received]}")
             time.sleep(0.02)
-        raise TimeoutError(f"{prediction_id} has not ended; it was said: {said}")

@@ -76,11 +76,19 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def coglet(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One Cog server, as it is."""
+def cog_server(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
     with CogServer(project, log=tmp_path_factory.mktemp("coglet") / "log") as running:
-        running.wait_until_ready()
-        yield Server(running.port)
+        yield running
+
+
+@pytest.fixture
+def coglet(cog_server: CogServer) -> Server:
+    """One Cog server, as it is, ready for a prediction."""
+    give_up = time.monotonic() + 60
+    while (status := cog_server.health()["status"]) != "READY":
+        assert time.monotonic() < give_up, status
+        time.sleep(0.01)
+    return Server(cog_server.port)
 
 
 async def leave_predictions(database: str) -> None:
@@ -175,8 +183,6 @@ def comparable(answer: tuple[int, dict[str, str], str]) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_cluster_answers_as_one_coglet_does(case: str, coglet: Server, cluster: Cluster) -> None:
-    while json.loads(coglet.request("GET", "/health-check")[2])["status"] == "BUSY":
-        time.sleep(0.01)
     expected = coglet.request(*CASES[case])
     assert comparable(cluster.request(*CASES[case])) == comparable(expected)
 
@@ -221,6 +227,8 @@ def test_webhooks_are_coglets(
             server.predict(inputs, name, webhook=hooks.url, **fields)
             if events is None or "completed" in events:
                 hooks.until_ended(name)
+            elif events:
+                hooks.until(lambda body: "output" in body)
             else:
                 time.sleep(1)
             bodies = sorted({json.dumps(body, sort_keys=True) for _, body in hooks.received}, key=len)
@@ -229,6 +237,17 @@ def test_webhooks_are_coglets(
     if events is None:  # how often the log is told depends on the clock
         expected, seen = ([said[0], said[-1]] for said in (expected, seen))
     assert seen == expected
+
+
+def test_an_output_is_told_before_the_end(cluster: Cluster) -> None:
+    names = [f"drawn-{i}" for i in range(30)]  # of coglet's webhooks one in five comes after the end's
+    with Hooks() as hooks:
+        for name in names:
+            events = {"webhook_events_filter": ["output", "completed"]}
+            cluster.predict({"prompt": "a", "steps": 1}, name, webhook=hooks.url, **events)
+        for name in names:
+            told, end = hooks.until_ended(name)
+            assert (told["status"], end["status"], told["output"]) == ("processing", "succeeded", end["output"])
 
 
 def test_the_end_is_the_last_that_a_slow_listener_hears(cluster: Cluster) -> None:
@@ -244,12 +263,13 @@ def test_cancelling_ends_a_prediction_as_coglet_does(coglet: Server, cluster: Cl
     ends = []
     for server in (coglet, cluster):
         with Hooks() as hooks:
+            started = time.monotonic()
             server.predict({"prompt": "slow", "steps": 50}, "to-cancel", webhook=hooks.url)
-            time.sleep(1.2)
+            hooks.until(lambda body: "1/50" in body["logs"])
             assert server.request("POST", "/predictions/to-cancel/cancel")[::2] == (200, "{}")
             end = hooks.until_ended("to-cancel")[-1]
             assert end["logs"].startswith("Asked for slow\n")
-            assert 1 < end["metrics"].pop("predict_time") < 5
+            assert 0 < end["metrics"].pop("predict_time") < time.monotonic() - started
             ends.append({key: value for key, value in end.items() if key != "logs"} | {"keys": sorted(end)})
             assert server.request("POST", "/predictions/to-cancel/cancel")[::2] == (404, "{}")
     assert ends[0] == ends[1]
@@ -258,12 +278,16 @@ def test_cancelling_ends_a_prediction_as_coglet_does(coglet: Server, cluster: Cl
 def test_a_running_prediction_is_shown_and_not_run_again(coglet: Server, cluster: Cluster) -> None:
     shown = []
     for server in (coglet, cluster):
-        server.predict({"prompt": "slow", "steps": 4}, "running")
-        time.sleep(1.2)
-        status, _, text = server.request("PUT", "/predictions/running", {"input": {"prompt": "other"}})
-        state = json.loads(text)
-        assert state.pop("logs").startswith("Asked for slow\n")
-        shown.append((status, state))
+        server.predict({"prompt": "slow", "steps": 50}, "running")
+        logs = ""
+        while "1/50" not in logs:
+            status, _, text = server.request("PUT", "/predictions/running", {"input": {"prompt": "other"}})
+            state = json.loads(text)
+            assert (status, state["status"] in ENDS) == (202, False)
+            logs = state.pop("logs")
+            time.sleep(0.05)
+        assert logs.startswith("Asked for slow\n")
+        shown.append(state)
         server.request("POST", "/predictions/running/cancel")
     assert shown[0] == shown[1]
 
@@ -287,12 +311,17 @@ def test_a_client_that_leaves_cancels_what_it_waited_for(cluster: Cluster) -> No
     connection = http.client.HTTPConnection("127.0.0.1", cluster.port)
     body = json.dumps({"input": {"prompt": "slow", "steps": 50}})
     connection.request("PUT", "/predictions/left", body, {**JSON, **cluster.headers})
-    time.sleep(1)
+
+    def wait_for(status: str) -> None:
+        give_up = time.monotonic() + 20
+        # Until it is known, this lacks its input.
+        while (state := json.loads(cluster.request("PUT", "/predictions/left", {})[2])).get("status") != status:
+            assert time.monotonic() < give_up, state
+            time.sleep(0.1)
+
+    wait_for("processing")
     connection.close()
-    give_up = time.monotonic() + 5
-    while (state := json.loads(cluster.request("PUT", "/predictions/left", {})[2]))["status"] != "canceled":
-        assert time.monotonic() < give_up, state
-        time.sleep(0.1)
+    wait_for("canceled")
 
 
 def test_wrong_input_is_refused_at_once_while_all_workers_are_busy(cluster: Cluster) -> None:
@@ -302,7 +331,7 @@ def test_wrong_input_is_refused_at_once_while_all_workers_are_busy(cluster: Clus
     for headers in ({}, ASYNC):
         started = time.monotonic()
         assert cluster.request("POST", "/predictions", {"input": {"steps": 3}}, headers)[0] == 422
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 5  # each of the others takes 25
     for name in names:  # those that wait are cancelled as well as those that run
         assert cluster.request("POST", f"/predictions/{name}/cancel")[0] == 200
 
@@ -366,7 +395,7 @@ def test_the_status_and_the_progress_can_be_watched(client: replicate.Client) ->
     assert ("starting", None) in seen
     watched = [current for status, current in seen if status == "processing" and current]
     assert watched == sorted(watched)
-    assert len(set(watched)) > 2
+    assert len(set(watched)) > 1
     assert prediction.created_at < prediction.started_at < prediction.completed_at
     assert prediction.metrics["predict_time"] > 2
 
@@ -393,7 +422,7 @@ def test_waiting_ends_in_time(client: replicate.Client, cluster: Cluster) -> Non
     started = time.monotonic()
     body = {"version": MODEL, "input": {"prompt": "slow", "steps": 50}}
     status, _, text = cluster.request("POST", "/v1/predictions", body, {"Prefer": "wait=1"})
-    assert 0.9 < time.monotonic() - started < 3
+    assert 0.9 < time.monotonic() - started < 10
     assert (status, json.loads(text)["status"]) == (202, "starting")  # clients take any other status for the end
     client.predictions.cancel(json.loads(text)["id"])
 
@@ -578,13 +607,13 @@ def test_a_full_queue_is_told_when_to_ask_again(cluster: Cluster) -> None:
 def test_what_waits_for_a_worker_is_cancelled_at_once(cluster: Cluster) -> None:
     with Hooks() as hooks:
         for i in range(5):
-            cluster.predict({"prompt": "slow", "steps": 8}, f"crowd-{i}", webhook=hooks.url)
+            cluster.predict({"prompt": "slow", "steps": 50}, f"crowd-{i}", webhook=hooks.url)
         waiting = "crowd-4"
         assert cluster.request("POST", f"/predictions/{waiting}/cancel")[0] == 200
-        assert hooks.until_ended(waiting, 3)[-1]["status"] == "canceled"
+        assert hooks.until_ended(waiting, 10)[-1]["status"] == "canceled"
         for i in range(5):
             cluster.request("POST", f"/predictions/crowd-{i}/cancel")
-            hooks.until_ended(f"crowd-{i}", 10)
+            hooks.until_ended(f"crowd-{i}")
 
 
 def test_a_worker_that_is_killed_takes_its_cog_server_and_its_predictor_along(cluster: Cluster) -> None:
@@ -611,7 +640,7 @@ def _runs(process: int) -> bool:
 def test_a_predictor_that_always_crashes_is_given_up(cluster: Cluster) -> None:
     with Hooks() as hooks:
         cluster.predict({"prompt": "crash"}, "crashing", webhook=hooks.url, webhook_events_filter=["completed"])
-        end = hooks.until_ended("crashing", 60)[-1]
+        end = hooks.until_ended("crashing", 120)[-1]
     assert (end["status"], end["error"]) == (
         "failed",
         "The prediction was given up: 3 workers ended while they ran it.",
