@@ -20,7 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -36,11 +36,12 @@ from cog_server import LOOPBACK, CogServer, failure, files, free_port, uri
 from leftovers import SECONDS_KEPT
 from settings import GIB, ROOT
 
-# Added to a copy of predict.py: after a prediction with this prompt, the tensors that are alive are counted.
+# Added to a copy of predict.py: after a prediction with this prompt, tensors and Python's threads are counted.
 COUNT = "count the tensors"
 COUNTING = f"""
 
 import gc
+import threading
 
 _counted_draw = Predictor._draw
 
@@ -51,6 +52,8 @@ def _draw_and_count(self, request, stopwatch):
         gc.collect()
         tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
         self.record_metric("count.tensors", tensors)
+        threads = [thread for thread in threading.enumerate() if not thread.name.startswith("Dummy")]
+        self.record_metric("count.threads", len(threads))
     return paths
 
 
@@ -284,7 +287,7 @@ class Soak:
     server: CogServer
     hosts: World
     cache: Path
-    # How long counts are watched: threads that wait for work go after ten seconds, slow receivers after two.
+    # How long counts are watched, at most: a slow receiver holds its connection for two seconds.
     settle_s: float
     report: Report = field(default_factory=Report)
 
@@ -322,7 +325,7 @@ class Soak:
         """Ask for every LoRA, and for every prompt with both models: what caches hold from then on is no leak."""
         for path in self.hosts.files:
             if path.startswith("/good"):
-                self.server.predict(QUIET | {"prompt": COUNT, "extra_lora": f"{self.hosts.address}{path}"})
+                self.server.predict(QUIET | {"prompt": prompts[0], "extra_lora": f"{self.hosts.address}{path}"})
         for prompt in prompts:
             for model in ("schnell", "dev"):
                 self.server.predict(QUIET | {"prompt": prompt, "model": model})
@@ -402,7 +405,7 @@ class Soak:
         """What is alive when nothing runs: the least that is seen in a while, or until it is what it was at first."""
         answer = self.server.predict(QUIET | {"prompt": COUNT})
         first = next(iter(self.report.counts.values()), None)
-        least: dict[str, int] = {"tensors": answer["metrics"]["count"]["tensors"]}
+        least: dict[str, int] = answer["metrics"]["count"]
         until = time.monotonic() + self.settle_s
         while True:
             least |= {name: min(count, least.get(name, count)) for name, count in self._count_once().items()}
@@ -415,9 +418,9 @@ class Soak:
         counts = {}
         for name, process in processes.items():
             counts[f"{name} descriptors"] = len(list(Path(f"/proc/{process}/fd").iterdir()))
-            counts[f"{name} threads"] = len(list(Path(f"/proc/{process}/task").iterdir()))
-        # Pictures may be there for a while yet, in the folder that is theirs.
-        there = [file for file in Path(self.server.scratch.name).rglob("*") if file.is_file()]
+            counts[f"{name} threads"] = sum(not of_cogs_pool(task) for task in Path(f"/proc/{process}/task").iterdir())
+        # Pictures may be there for a while yet, in the folder that is theirs; `os.walk` bears with folders that go.
+        there = [Path(folder, name) for folder, _, names in os.walk(self.server.scratch.name) for name in names]
         left = [file for file in there if file.parent.parent.parent == Path(self.server.scratch.name)]
         late = [file for file in left if _age(file) > SECONDS_KEPT + 1]
         return counts | {"temporary files": len(there) - len(left) + len(late)}
@@ -464,6 +467,13 @@ def _age(file: Path) -> float:
 
 def _brief(inputs: dict[str, Any]) -> str:
     return json.dumps({name: value[:80] if isinstance(value, str) else value for name, value in inputs.items()})
+
+
+def of_cogs_pool(task: Path) -> bool:
+    """Whether a thread of `/proc` is one of those that Cog's runtime keeps for ten seconds after their work."""
+    with suppress(FileNotFoundError):
+        return task.joinpath("comm").read_text().startswith("tokio")
+    return True
 
 
 def worker_of(server: CogServer) -> int:

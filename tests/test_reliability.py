@@ -82,7 +82,7 @@ def when_idle(server: CogServer, seconds: float = 10) -> tuple[str, str | None]:
 def soak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Soak]:
     """A server with planted faults that wait to be called."""
     source = (ROOT / "predict.py").read_text() + PLANTED
-    with soaking(tmp_path_factory.mktemp("soak"), source, settle_s=11, **HUNGRY) as running:
+    with soaking(tmp_path_factory.mktemp("soak"), source, settle_s=3, **HUNGRY) as running:
         yield running
 
 
@@ -247,7 +247,7 @@ def test_a_short_soak_finds_nothing_and_then_every_planted_leak(soak: Soak) -> N
     assert {name for name in before if after[name] > before[name]} >= {
         "tensors",
         "worker descriptors",
-        "worker threads",
+        "threads",
         "temporary files",
     }
     assert [problem.partition(" by ")[0].partition(":")[0] for problem in leaking.problems] == [
