@@ -73,7 +73,7 @@ class Prediction(Base):
 
     id: Mapped[str] = mapped_column(primary_key=True)
     # The front that runs it; none right after a front has left in order.
-    owner: Mapped[str | None] = mapped_column(index=True)
+    owner: Mapped[str | None] = mapped_column()
     created_at: Mapped[str] = mapped_column(index=True)
     # What is to be run, whole; forgotten when the prediction ends, since URLs in it may hold tokens.
     request: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
@@ -89,7 +89,7 @@ class Prediction(Base):
     webhook: Mapped[str | None] = mapped_column(Text, default=None)
     webhook_events: Mapped[list[str]] = mapped_column(JSON, default_factory=list)
     # The last webhook is still to be delivered.
-    webhook_due: Mapped[bool] = mapped_column(default=False)
+    webhook_due: Mapped[bool] = mapped_column(default=False, index=True)
     cancel_requested: Mapped[bool] = mapped_column(default=False)
     # How many workers died while they ran it.
     deaths: Mapped[int] = mapped_column(default=0)
@@ -100,7 +100,7 @@ class Prediction(Base):
     logs: Mapped[str] = mapped_column(Text, default="")
     metrics: Mapped[dict[str, Any]] = mapped_column(JSON, default_factory=dict)
     started_at: Mapped[str | None] = mapped_column(default=None)
-    completed_at: Mapped[str | None] = mapped_column(default=None)
+    completed_at: Mapped[str | None] = mapped_column(default=None, index=True)
 
     @property
     def finished(self) -> bool:
@@ -401,7 +401,7 @@ class Predictions:
         if dead:
             session.execute(delete(Front).where(Front.id.in_(dead)))
         orphaned = and_(
-            or_(Prediction.status.in_(UNFINISHED), Prediction.webhook_due),
+            _NOT_DONE,
             or_(
                 Prediction.owner.is_(None),
                 Prediction.owner.not_in(select(Front.id)),
@@ -420,7 +420,7 @@ class Predictions:
     @_transaction
     def leave(self, session: Session, front: str) -> None:
         """A front ends in order: its predictions are free at once."""
-        session.execute(update(Prediction).where(Prediction.owner == front).values(owner=None))
+        session.execute(update(Prediction).where(Prediction.owner == front, _NOT_DONE).values(owner=None))
         session.execute(delete(Front).where(Front.id == front))
 
     @_transaction
@@ -471,9 +471,9 @@ class Predictions:
         """
         session.execute(
             delete(Prediction).where(
-                Prediction.status.not_in(UNFINISHED),
-                Prediction.webhook_due.is_(False),
                 Prediction.completed_at < now(-PREDICTION_LIFETIME),
+                # Not `is_(False)`: SQLite would look all of those up instead of the few that are old.
+                Prediction.webhook_due.is_not(True),
             )
         )
         return list(session.scalars(delete(File).where(File.expires_at < now()).returning(File.id)))
@@ -484,6 +484,8 @@ class Predictions:
         session.execute(delete(File).where(File.id == file_id))
 
 
+# What a front has to do with: a few of those that are kept for a day, found by their indexes.
+_NOT_DONE = or_(Prediction.status.in_(UNFINISHED), Prediction.webhook_due)
 # Made once, since making it takes longer than running it; the columns to be changed are named by its parameters.
 _CHANGE_OURS = update(Prediction.__table__).where(
     Prediction.__table__.c.id == bindparam("ours"),

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("sqlalchemy", reason="the cluster needs requirements-cluster.txt")
 
 from postgres import Postgres, find_programs
+from sqlalchemy import event
 
 import predictions
 from predictions import Files, Prediction, Predictions, now, redact, scrub
@@ -188,6 +189,27 @@ def test_what_has_been_kept_for_its_time_is_forgotten(database: Database, tmp_pa
             assert [path.name for path in (tmp_path / "files").iterdir()] == [kept.id]
 
     asyncio.run(story())
+
+
+def test_a_beat_costs_the_same_however_many_predictions_are_kept(tmp_path: Path) -> None:
+    """No statement reads a table from its beginning to its end, nor all predictions that a front has ended."""
+    asked = []
+
+    async def story() -> list[str]:
+        async with Predictions(f"sqlite:///{tmp_path / 'predictions.db'}") as known:
+            event.listen(known.engine, "before_cursor_execute", lambda *call: asked.append(call[2:4]))
+            await known.beat("front-1")
+            await known.create(made("orphan", None))
+            await known.adopt("front-1", ["front-2"], ["mine"], 20)
+            await known.expire()
+            await known.leave("front-1")
+            with known.engine.connect() as connection:
+                plans = [connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {said}", given) for said, given in [*asked]]
+                return [step.detail for plan in plans for step in plan if " predictions" in step.detail]
+
+    steps = asyncio.run(story())
+    ways = {"id=?", "status=?", "webhook_due=?", "completed_at<?"}
+    assert {step.rpartition("(")[2].rstrip(")") for step in steps} == ways
 
 
 def test_a_restart_of_the_database_is_waited_for(postgres: Postgres) -> None:
