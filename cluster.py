@@ -114,12 +114,13 @@ class CogWorker:
 
     async def _listen(self) -> None:
         """Hear from Cog how a prediction goes: through its webhooks, to this process alone."""
+        self.client = aiohttp.ClientSession(f"http://{LOOPBACK}:{self.server.port}")
         self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.run = ""
         self.one_at_a_time = asyncio.Lock()
+        self.settling = asyncio.create_task(self._settle())
         self.lora_hits = metrics.Counter("flux_lora_hits", "Predictions whose LoRAs their worker had.")
         self.lora_loads = metrics.Counter("flux_lora_loads", "Predictions whose LoRAs were new to their worker.")
-        self.client = aiohttp.ClientSession(f"http://{LOOPBACK}:{self.server.port}")
         application = web.Application(client_max_size=2**30)
         application.router.add_post("/{run}", self._hear)
         runner = web.AppRunner(application, access_log=None)
@@ -153,6 +154,7 @@ class CogWorker:
         """
         # Serve frees the place of a call that is cancelled before its cleaning up has ended.
         async with self.one_at_a_time:
+            await asyncio.wait([self.settling])
             if loras:
                 (self.lora_hits if next(await self._hold(loras)) else self.lora_loads).inc()
             self.run, self.events = secrets.token_urlsafe(), asyncio.Queue()
@@ -171,9 +173,8 @@ class CogWorker:
                         await self._settle()
                     yield states
             finally:
-                if not ended:
-                    await asyncio.sleep(CANCEL_SECONDS)
-                await self._settle(None if ended else url)
+                # Who has heard the end need not wait until the next prediction can begin.
+                self.settling = asyncio.create_task(self._settle(None if ended else url))
 
     async def _next_states(self) -> list[dict[str, Any]]:
         """What Cog has said by now: its output and its end come together."""
@@ -196,6 +197,8 @@ class CogWorker:
         Args:
             cancelling: the prediction that is to end first.
         """
+        if cancelling:
+            await asyncio.sleep(CANCEL_SECONDS)
         forgotten = 0
         while True:
             try:
@@ -548,7 +551,7 @@ class Front:
         except Lost:
             logger.info("Prediction %s is somebody else's now.", prediction.id)
         finally:
-            if run.response is not None:
+            if run.response is not None and not prediction.finished:
                 run.response.cancel()
             run.ended.set()
             del self.runs[prediction.id]
@@ -569,6 +572,8 @@ class Front:
                 async for states in run.response:
                     for state in states:
                         await self._progress(run, state)
+                    if prediction.finished:
+                        break
             except (TaskCancelledError, asyncio.CancelledError):
                 if not prediction.cancel_requested:
                     raise
