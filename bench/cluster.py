@@ -300,7 +300,7 @@ def kill_ten(running: Cluster) -> None:
     """Workers, their Cog servers, fronts and a node, one every three seconds."""
     for title in KILLS:
         time.sleep(3)
-        running.kill_one(title, 120)
+        running.kill_one(title)
 
 
 def measure_kills(affinity: str) -> dict[str, Any]:
@@ -323,7 +323,7 @@ def measure_postgres() -> dict[str, Any]:
         def harm(running: Cluster) -> None:
             for i, title in enumerate(KILLS):
                 time.sleep(3)
-                running.kill_one(title, 120)
+                running.kill_one(title)
                 if i == 4:
                     database.stop()
                     time.sleep(2)

@@ -72,7 +72,7 @@ class Cluster(Server):
             self.process = subprocess.Popen(
                 self.command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
-        give_up = time.monotonic() + 100
+        give_up = time.monotonic() + 240
         while "Ready: " not in (said := self.log.read_text()):
             if self.process.poll() is not None or time.monotonic() > give_up:
                 self.__exit__()
@@ -101,7 +101,7 @@ class Cluster(Server):
                     found.append(process)
         return found
 
-    def kill_one(self, title: str, seconds: float = 45) -> None:
+    def kill_one(self, title: str, seconds: float = 120) -> None:
         """End the youngest process of a title by force; one that is being replaced is waited for."""
         give_up = time.monotonic() + seconds
         while not (found := self.processes(title)):

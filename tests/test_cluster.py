@@ -669,7 +669,7 @@ def test_every_accepted_prediction_ends_once_whatever_is_killed(cluster: Cluster
         for done in asked:
             done.result()
         for name in names:
-            hooks.until_ended(name, 60)
+            hooks.until_ended(name, 120)
         time.sleep(1)
         deliveries = {headers["webhook-id"]: body for headers, body in hooks.received if body["status"] in ENDS}
     ends = [body["id"] for body in deliveries.values()]
