@@ -72,6 +72,8 @@ WEBHOOK_TIMEOUT = aiohttp.ClientTimeout(total=30)
 CANCEL_SECONDS = 0.05
 # Of a request Serve's proxy writes a line; two more, from the front and the worker, take milliseconds.
 LOGGING = {"enable_access_log": False}
+# What a worker hears of Cog. Its output comes with the end, and would come twice, pictures and all.
+HEARD = ["start", "logs", "completed"]
 DEBIAN_AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
 # How many LoRAs a worker is taken to hold when requests are led to it.
 LORAS_HELD = 16
@@ -158,7 +160,7 @@ class CogWorker:
             if loras:
                 (self.lora_hits if next(await self._hold(loras)) else self.lora_loads).inc()
             self.run, self.events = secrets.token_urlsafe(), asyncio.Queue()
-            body = {"input": inputs, "webhook": f"{self.address}/{self.run}"}
+            body = {"input": inputs, "webhook": f"{self.address}/{self.run}", "webhook_events_filter": HEARD}
             url = f"/predictions/{quote(prediction_id, safe='')}"
             ended = False
             try:
@@ -177,14 +179,14 @@ class CogWorker:
                 self.settling = asyncio.create_task(self._settle(None if ended else url))
 
     async def _next_states(self) -> list[dict[str, Any]]:
-        """What Cog has said by now: its output and its end come together."""
+        """What Cog has said since the last time."""
         while True:
             try:
                 states = [await asyncio.wait_for(self.events.get(), 1)]
             except TimeoutError:
                 self._end_if(self.server.process.poll() is not None)
                 continue
-            # Cog waits for nobody to hear of an output before it tells the end: what comes after the end is not heard.
+            # Cog waits for nobody to hear of a log before it tells the end: what comes after the end is not heard.
             while states[-1]["status"] in UNFINISHED and not self.events.empty():
                 states.append(self.events.get_nowait())
             return states
@@ -613,7 +615,7 @@ class Front:
         prediction.logs = scrub(state.get("logs", ""), prediction.request)
         prediction.metrics = {name: value for name, value in metrics.items() if name != "predict_time"}
         ended = state["status"] not in UNFINISHED
-        # Cog tells an output and the end at once, and the end may be faster: the output is then told from the end.
+        # An output comes with the end, and is told before it.
         if news == "output" or (prediction.logs and not ended):
             await self._notify(run, news)
         prediction.status, prediction.metrics = state["status"], metrics

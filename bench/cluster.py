@@ -1,6 +1,6 @@
 """Measures the cluster on this machine, with workers that sleep where a GPU would draw; the last line is JSON.
 
-    python -m bench.cluster [overhead] [cost] [scaling] [peace] [kills] [postgres] [death] [database] [sharing] …
+    python -m bench.cluster [overhead] [cost] [controller] [scaling] [peace] [kills] [postgres] [death] [database] …
 
 Everything is real but the predictor: Cog's servers, Ray, HTTP, the database. It loads a LoRA that it does not
 hold for LOAD_SECONDS, then sleeps for as long as its prompt says, in 28 steps that it tells where "and talks" follows.
@@ -125,7 +125,7 @@ TITLES = {
 
 
 def measure_cost() -> dict[str, Any]:
-    """Processor time: of a prediction that takes 4 seconds and tells its steps, and of a second with many that wait."""
+    """Processor time: of a prediction of 4 seconds that tells its steps, of a look at it, of a second while 60 wait."""
     with cluster("--workers", "4") as running, Hooks() as hooks:
 
         def draw(*names: str) -> None:
@@ -139,6 +139,11 @@ def measure_cost() -> dict[str, Any]:
         idle = _used(running, lambda: time.sleep(10))
         drawn = _used(running, lambda: [draw(*(f"request-{4 * i + j}" for j in range(4))) for i in range(4)])
         webhooks = len(hooks.received) / 16
+        body = {"version": "any", "input": {"prompt": "0"}}
+        known = json.loads(running.request("POST", "/v1/predictions", body, {"Prefer": "wait"})[2])["id"]
+        looks, started = 300, time.perf_counter()
+        looking = _used(running, lambda: [running.request("GET", f"/v1/predictions/{known}") for _ in range(looks)])
+        seconds = time.perf_counter() - started
         waiting = [f"waiting-{i}" for i in range(60)]
         for name in waiting:
             running.predict({"prompt": "20"}, name)
@@ -151,8 +156,19 @@ def measure_cost() -> dict[str, Any]:
         # Four at a time, of four seconds each: one in a second.
         "prediction_ms": {who: round(drawn[who] - idle[who], 1) for who in idle},
         "webhooks": webhooks,
+        "look_ms": {who: round((looking[who] - idle[who]) * seconds / looks, 1) for who in idle},
         "waiting_ms_per_s": crowded,
     }
+
+
+def measure_controller() -> dict[str, Any]:
+    """Processor time that Serve's controller takes for having workers that have nothing to do."""
+    used = {}
+    for workers in (1, 8):
+        with cluster("--workers", str(workers), "--fronts", "1") as running:
+            time.sleep(10)  # until what starts has started
+            used[workers] = _used(running, lambda: time.sleep(30))["controller"]
+    return {"one_ms_per_s": used[1], "eight_ms_per_s": used[8], "worker_ms_per_s": round((used[8] - used[1]) / 7, 2)}
 
 
 def _used(running: Cluster, work: Callable[[], object]) -> dict[str, float]:
@@ -392,6 +408,7 @@ def main() -> None:
     measures = {
         "overhead": measure_overhead,
         "cost": measure_cost,
+        "controller": measure_controller,
         "scaling": measure_scaling,
         "peace": lambda: measure_peace("none"),
         "peace_affinity": lambda: measure_peace("router"),
