@@ -710,6 +710,8 @@ def test_the_manifests_hold_the_same_configuration() -> None:
     assert yaml.safe_load(service["spec"]["serveConfigV2"]) == configuration
     deployments = {each["name"]: each for each in configuration["applications"][0]["deployments"]}
     assert deployments["CogWorker"]["max_ongoing_requests"] == 1
-    pod = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
+    nodes = service["spec"]["rayClusterConfig"]
+    assert f"ray[serve]=={nodes['rayVersion']}\n" in (ROOT / "requirements-cluster.txt").read_text()
+    pod = nodes["workerGroupSpecs"][0]["template"]["spec"]
     patience = [deployments[name]["graceful_shutdown_timeout_s"] for name in ("CogWorker", "Front")]
     assert patience[0] < patience[1] < pod["terminationGracePeriodSeconds"]
