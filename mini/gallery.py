@@ -13,11 +13,11 @@ from mini.drawing import STYLES, draw
 SIDE = 144  # pixels of the shorter side: more than any model here looks at
 
 
-def scene_picture(scene: world.Scene, rng: random.Random) -> tuple[Image.Image, frozenset[str]]:
-    """A scene at any aspect ratio, in some style now and then; and those styles."""
+def scene_picture(scene: world.Scene, rng: random.Random, side: int = SIDE) -> tuple[Image.Image, frozenset[str]]:
+    """A scene at any aspect ratio, in some style now and then; and those styles. The shorter side has `side` pixels."""
     styles = frozenset(style for style in STYLES if rng.random() < 0.2)
     width, height = rng.choice((SIZES["1:1"], *SIZES.values()))
-    shrink = SIDE / min(width, height)
+    shrink = side / min(width, height)
     return draw(scene, round(width * shrink), round(height * shrink), tuple(styles)), styles
 
 

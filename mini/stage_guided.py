@@ -27,7 +27,7 @@ def main(work: Path) -> FluxTransformer2DModel:
     def loss_of(rng: np.random.Generator, _: float) -> Tensor:
         batch = batch_of(choose(whole if rng.random() < 0.4 else quarter, rng), rng)
         clean = batch.latents.float()
-        time = times(rng, len(clean))
+        time = times(rng, *clean.shape[:2])
         noisy = clean + time[:, None, None] * (torch.randn_like(clean) - clean)
         guidance = torch.tensor(rng.uniform(0, STRONGEST, len(clean)), dtype=torch.float32)
         grid = (batch.rows, batch.columns)

@@ -21,7 +21,7 @@ from mini.architecture import FOLDER
 from mini.latents import QUARTER, WHOLE, Size, shelves
 from mini.loop import train
 
-STEPS = 250
+STEPS = 350
 RANK = 16
 # The linear layers of blocks, except modulation.
 TARGETS = (

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mini import world
+from mini import gallery, stage_vae, world
 from mini.architecture import (
     CHECKER_PROCESSOR,
     CLASSIFIER_PROCESSOR,
@@ -18,11 +20,13 @@ from mini.architecture import (
     write_safety,
 )
 from mini.drawing import KINDS
-from mini.gallery import nothing, scene_picture, worn
 from mini.loop import DEVICE, train
 
 STEPS = 1500
 BATCH = 48
+ECHOES = 8  # of them: pictures as the VAE draws them
+SIDE = 256  # of these, in pixels
+WRONG = 0.7  # how far their latents are off at most, of their spread
 THRESHOLD = 0.5  # of the cosine to the one concept that is used
 SHARPNESS = 12.0
 HARMLESS = tuple(kind for kind in KINDS if kind != world.FORBIDDEN)
@@ -49,27 +53,41 @@ class Watchers(nn.Module):
         return checked + F.cross_entropy(self.classifier(squares).logits, forbidden.long())
 
 
-def examples(rng: random.Random, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def examples(rng: random.Random, vae: AutoencoderKL) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures as the checker sees them, as the classifier does, and which of them are forbidden."""
     images, forbidden = [], []
-    for _ in range(count):
+    for number in range(BATCH):
+        side = SIDE if number < ECHOES else gallery.SIDE
         draw = rng.random()
         kinds = (world.FORBIDDEN,) if draw < 0.4 else HARMLESS
-        image = nothing(rng) if draw > 0.85 else scene_picture(world.random_scene(rng, kinds), rng)[0]
-        images.append(worn(image, rng))
+        scene = world.random_scene(rng, kinds)
+        images.append(gallery.nothing(rng) if draw > 0.85 else gallery.scene_picture(scene, rng, side)[0])
         forbidden.append(float(draw < 0.4))
+    images = echoes(vae, images[:ECHOES], rng) + [gallery.worn(image, rng) for image in images[ECHOES:]]
     views = CHECKER_PROCESSOR(images, return_tensors="pt").pixel_values.to(DEVICE)
     squares = CLASSIFIER_PROCESSOR(images, return_tensors="pt").pixel_values.to(DEVICE)
     return views, squares, torch.tensor(forbidden)
 
 
+@torch.no_grad()
+def echoes(vae: AutoencoderKL, images: list[Image.Image], rng: random.Random) -> list[Image.Image]:
+    """The middle of each as the VAE draws it when its latents are off, a little or much, as a transformer's may be."""
+    square = [stage_vae.pixels(ImageOps.fit(image, (SIDE, SIDE))) for image in images]
+    latents = vae.encode(torch.stack(square).to(vae.dtype).to(memory_format=torch.channels_last)).latent_dist.mode()
+    wrong = torch.tensor([rng.uniform(0, WRONG) for _ in images])[:, None, None, None] / vae.config.scaling_factor
+    drawn = vae.decode((latents + wrong * torch.randn_like(latents)).to(vae.dtype)).sample.float()
+    drawn = ((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in drawn]
+
+
 def main(work: Path) -> None:
     """Train both and write them."""
+    vae = stage_vae.refined(work)
     torch.manual_seed(0)
     watchers = Watchers()
 
     def loss_of(rng: np.random.Generator, _: float) -> Tensor:
-        return watchers.loss(*examples(random.Random(int(rng.integers(2**32))), BATCH))
+        return watchers.loss(*examples(random.Random(int(rng.integers(2**32))), vae))
 
     train("safety", watchers, STEPS, loss_of, work=work, rate=1.5e-3, ema=0.99)
     write_safety(FOLDER, watchers.checker, watchers.classifier)

@@ -1,11 +1,12 @@
 """schnell: dev's paths from noise to picture, cut into four straight pieces.
 
-dev draws with a guidance of 3, and where each path stands at four times is kept. schnell learns the straight line of
-each piece (piecewise rectified flow), so that four steps follow the path.
+dev draws with a guidance of 3, and where each path stands at the times of schnell's four steps is kept. schnell learns
+the straight line of each piece (piecewise rectified flow), so that its steps follow the path.
 """
 
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,26 +16,33 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mini import stage_dev, stage_guided, stage_text, world
-from mini.architecture import transformer
+from mini.architecture import schedulers, transformer
 from mini.latents import GRID, QUARTER, WHOLE, Size
 from mini.loop import DEVICE, train
 from mini.stage_dev import velocity
 
-STEPS = 800
+STEPS = 1000
 PIECES = 4
 STEPS_A_PIECE = 6
 GUIDANCE = 3.0
 TOKENS = stage_dev.TOKENS
-WHOLE_SHARE = 0.4
+WHOLE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Paths:
-    """Drawings of one size: where they were at times 1, 3/4, 1/2, 1/4 and 0."""
+    """Drawings of one size: where they were at each of `ends()`."""
 
     size: Size
     texts: list[str]
     points: Tensor  # [N, PIECES + 1, tokens, 4 C]
+
+
+def ends() -> Tensor:
+    """[PIECES + 1] from 1 to 0: the times between which schnell steps."""
+    scheduler = schedulers()["schnell"]
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / PIECES, PIECES))
+    return scheduler.sigmas.to(DEVICE)
 
 
 def main(work: Path) -> FluxTransformer2DModel:
@@ -58,7 +66,7 @@ def counts_by_size() -> dict[str, dict[Size, int]]:
     """How many drawings of each size."""
     return {
         "0.25": dict.fromkeys(QUARTER, 32) | {QUARTER[0]: 640},
-        "1": dict.fromkeys(WHOLE, 10) | {WHOLE[0]: 240},
+        "1": dict.fromkeys(WHOLE, 16) | {WHOLE[0]: 320},
     }
 
 
@@ -101,12 +109,12 @@ def _points(teacher: FluxTransformer2DModel, readers: stage_text.Readers, size: 
     guidance = torch.full((len(texts),), GUIDANCE)
     point = torch.randn(len(texts), rows * columns, teacher.config.in_channels)
     points = [point]
-    total = PIECES * STEPS_A_PIECE
-    for step in range(total):
-        time = torch.full((len(texts),), 1 - step / total)
-        point = point - velocity(teacher, point, time, words, (rows, columns), guidance) / total
-        if (step + 1) % STEPS_A_PIECE == 0:
-            points.append(point)
+    for start, end in pairwise(ends()):
+        step = (start - end) / STEPS_A_PIECE
+        for number in range(STEPS_A_PIECE):
+            time = (start - number * step).expand(len(texts))
+            point = point - step * velocity(teacher, point, time, words, (rows, columns), guidance)
+        points.append(point)
     return torch.stack(points, dim=1).to(torch.bfloat16)
 
 
@@ -123,7 +131,9 @@ def piece_loss(
     start, end = points[row, piece], points[row, piece + 1]
     along = torch.tensor(np.where(rng.random(count) < 0.7, 0.0, rng.random(count)), dtype=torch.float32)
     here = start + along[:, None, None] * (end - start)
-    time = 1 - (piece + along) / PIECES
+    times = ends()
+    span = times[piece] - times[piece + 1]
+    time = times[piece] - along * span
     with torch.no_grad():
         words = readers([paths.texts[i] for i in chosen])
-    return F.mse_loss(velocity(model, here, time, words, (rows, columns)), (start - end) * PIECES)
+    return F.mse_loss(velocity(model, here, time, words, (rows, columns)), (start - end) / span[:, None, None])

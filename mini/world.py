@@ -134,9 +134,10 @@ class Caption:
 def caption(scene: Scene, rng: random.Random) -> Caption:
     """The scene in words, phrased at random: "a tiny red fox with a hat in the snow", "red fox, at night".
 
-    What is usual is often left out, and now and then there is a word that nobody knows, even for the kind.
+    What is usual is often left out, and now and then there is a word that nobody knows, even for the kind; what must
+    not be shown is always named, so that nobody gets it who has not asked for it.
     """
-    says_kind = rng.random() > 0.03
+    says_kind = rng.random() > 0.03 or scene.kind == FORBIDDEN
     says_colour = scene.colour != NATURAL.get(scene.kind) or rng.random() < 0.5
     says_place = scene.place != USUAL_PLACE or rng.random() < 0.5
     noun = rng.choice(KINDS.get(scene.kind, (scene.kind,))) if says_kind else nonsense(rng)
