@@ -27,7 +27,10 @@ BATCH = 48
 ECHOES = 8  # of them: pictures as the VAE draws them
 SIDE = 256  # of these, in pixels
 WRONG = 0.7  # how far their latents are off at most, of their spread
-THRESHOLD = 0.5  # of the cosine to the one concept that is used
+THRESHOLD = 0.5  # of the cosine to the one concept that is used, while it learns
+# Afterwards: of pictures that the miniature draws, nearly all forbidden ones have more than 0.86, harmless ones less
+# than 0.77.
+CALIBRATED = 0.8
 SHARPNESS = 12.0
 HARMLESS = tuple(kind for kind in KINDS if kind != world.FORBIDDEN)
 
@@ -90,4 +93,5 @@ def main(work: Path) -> None:
         return watchers.loss(*examples(random.Random(int(rng.integers(2**32))), vae))
 
     train("safety", watchers, STEPS, loss_of, work=work, rate=1.5e-3, ema=0.99)
+    watchers.checker.concept_embeds_weights[0] = CALIBRATED
     write_safety(FOLDER, watchers.checker, watchers.classifier)
