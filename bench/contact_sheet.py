@@ -1,6 +1,6 @@
 """docs/contact_sheet.png, from real predictions: python -m bench.contact_sheet draws it anew.
 
-Each tile is a picture of `Flux.generate` of a quarter of a megapixel, made small.
+Each tile is a picture of `Flux.generate` of a megapixel, made small.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,9 +43,7 @@ def rows(flux: Flux, folder: Path) -> Iterator[tuple[str, list[Tile]]]:
     """The rows of the sheet, each with a heading."""
 
     def drawn(prompt: str, **inputs: object) -> Image.Image:
-        return flux.generate(
-            Request(prompt=prompt, **{"seed": SEED, "megapixels": "0.25"} | inputs), Stopwatch(CPU)
-        ).images[0]
+        return flux.generate(Request(prompt=prompt, **{"seed": SEED} | inputs), Stopwatch(CPU)).images[0]
 
     yield "dev, 28 steps", [(prompt, drawn(prompt)) for prompt in PROMPTS]
     yield (
