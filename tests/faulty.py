@@ -59,4 +59,4 @@ Predictor._draw = _draw_with_faults
 '''
 # Of the process that is to starve: what is freed goes back to the system at once, and no thread has a heap of its own,
 # so that the next allocation of some size has to ask the system.
-HUNGRY = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+HUNGRY = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
