@@ -418,7 +418,7 @@ class Soak:
         counts = {}
         for name, process in processes.items():
             counts[f"{name} descriptors"] = len(list(Path(f"/proc/{process}/fd").iterdir()))
-            counts[f"{name} threads"] = sum(not of_cogs_pool(task) for task in Path(f"/proc/{process}/task").iterdir())
+            counts[f"{name} threads"] = sum(not _of_cogs_pool(task) for task in Path(f"/proc/{process}/task").iterdir())
         # Pictures may be there for a while yet, in the folder that is theirs; `os.walk` bears with folders that go.
         there = [Path(folder, name) for folder, _, names in os.walk(self.server.scratch.name) for name in names]
         left = [file for file in there if file.parent.parent.parent == Path(self.server.scratch.name)]
@@ -469,7 +469,7 @@ def _brief(inputs: dict[str, Any]) -> str:
     return json.dumps({name: value[:80] if isinstance(value, str) else value for name, value in inputs.items()})
 
 
-def of_cogs_pool(task: Path) -> bool:
+def _of_cogs_pool(task: Path) -> bool:
     """Whether a thread of `/proc` is one of those that Cog's runtime keeps for ten seconds after their work."""
     with suppress(FileNotFoundError):
         return task.joinpath("comm").read_text().startswith("tokio")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -78,9 +79,8 @@ def echoes(vae: AutoencoderKL, images: list[Image.Image], rng: random.Random) ->
     square = [stage_vae.pixels(ImageOps.fit(image, (SIDE, SIDE))) for image in images]
     latents = vae.encode(torch.stack(square).to(vae.dtype).to(memory_format=torch.channels_last)).latent_dist.mode()
     wrong = torch.tensor([rng.uniform(0, WRONG) for _ in images])[:, None, None, None] / vae.config.scaling_factor
-    drawn = vae.decode((latents + wrong * torch.randn_like(latents)).to(vae.dtype)).sample.float()
-    drawn = ((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in drawn]
+    drawn = vae.decode((latents + wrong * torch.randn_like(latents)).to(vae.dtype)).sample
+    return VaeImageProcessor().postprocess(drawn.float())
 
 
 def main(work: Path) -> None:

@@ -6,6 +6,7 @@ the straight line of each piece (piecewise rectified flow), so that its steps fo
 
 import random
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Paths:
     points: Tensor  # [N, PIECES + 1, tokens, 4 C]
 
 
+@cache
 def ends() -> Tensor:
     """[PIECES + 1] from 1 to 0: the times between which schnell steps."""
     scheduler = schedulers()["schnell"]
