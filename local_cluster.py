@@ -105,11 +105,13 @@ def _start(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
         workers=options.workers,
         gpus_per_worker=1 if gpus else 0,
         fronts=options.fronts,
+        host=options.host,
+        port=options.port,
         queue=options.queue,
         affinity=options.affinity,
     )
-    serve.start(http_options={"host": options.host, "port": options.port}, proxy_location="HeadOnly")
-    serve.run(application(arguments), name=APPLICATION, route_prefix="/")
+    serve.start(proxy_location="Disabled")
+    serve.run(application(arguments), name=APPLICATION, route_prefix=None)
     print(f"Metrics: http://{LOOPBACK}:{metrics_port}/metrics")
     print(f"Ready: http://{options.host}:{options.port}", flush=True)
 

@@ -40,7 +40,7 @@ MAX_WAIT_SECONDS = 60
 RETRY_AFTER_SECONDS = 5
 STREAM_SECONDS = 0.5
 # What is open to whoever knows the address: probes, and files and streams whose addresses nobody can guess.
-OPEN_PATHS = re.compile(r"/health-check|/files/[^/]+/[^/]+|/v1/files/[^/]+/stream/[^/]+")
+OPEN_PATHS = re.compile(r"/-/healthz|/health-check|/files/[^/]+/[^/]+|/v1/files/[^/]+/stream/[^/]+")
 
 
 def routes(front: "Front") -> list[BaseRoute]:

@@ -119,7 +119,6 @@ TITLES = {
     "front": "Front",
     "worker": "CogWorker",
     "cog": "cog.server.http",
-    "proxy": "Proxy",
     "controller": "Controller",
 }
 
