@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,17 @@ from pathlib import Path
 from typing import Any, Self
 
 from cog_server import LOOPBACK, ROOT, free_port
-from local_cluster import descendants
+from local_cluster import RAY, descendants
 
 ENDS = ("succeeded", "failed", "canceled")
+UPDATE = """
+import json, sys
+import ray
+from ray import serve
+from cluster import APPLICATION, Arguments, application
+ray.init(sys.argv[1])
+serve.run(application(Arguments(**json.loads(sys.argv[2]))), name=APPLICATION, route_prefix=None)
+"""
 
 
 class Server:
@@ -100,6 +109,18 @@ class Cluster(Server):
                 if title in Path(f"/proc/{process}/cmdline").read_text():
                     found.append(process)
         return found
+
+    def update(self, **arguments: object) -> None:
+        """Deploy the application again, with these arguments: every worker and every front is replaced.
+
+        A cluster whose RAY_AUTH_TOKEN the caller knows alone can be updated.
+        """
+        raylet = Path(f"/proc/{self.processes('raylet/raylet')[0]}/cmdline").read_text()
+        address = re.search(r"gcs-address=([\d.:]+)", raylet).group(1)
+        command = [sys.executable, "-c", UPDATE, address, json.dumps({**arguments, "port": self.port})]
+        ours = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "PYTHONPATH": str(ROOT)}
+        environment = {**self.environment, **RAY, **ours}
+        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=240, capture_output=True)
 
     def kill_one(self, title: str, seconds: float = 120) -> None:
         """End the youngest process of a title by force; one that is being replaced is waited for."""

@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import sqlite3
@@ -112,6 +113,7 @@ def cluster(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "DATABASE_URL": f"sqlite:///{data / 'predictions.db'}",
         "FILES_URL": str(data / "files"),
         "API_TOKENS": f"another,{TOKEN}",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
     options = ("--project", str(project), "--workers", "3", "--nodes", "2", "--queue", str(QUEUE))
     with Cluster(*options, environment=environment, log=data / "log", token=TOKEN) as running:
@@ -616,6 +618,23 @@ def test_what_waits_for_a_worker_is_cancelled_at_once(cluster: Cluster) -> None:
         for i in range(5):
             cluster.request("POST", f"/predictions/crowd-{i}/cancel")
             hooks.until_ended(f"crowd-{i}")
+
+
+def test_an_update_finishes_what_is_being_drawn(cluster: Cluster, project: Path) -> None:
+    before = {title: cluster.processes(title) for title in ("CogWorker", "Front")}
+    with ThreadPoolExecutor(12) as pool:
+        body = {"input": {"prompt": "slow", "steps": 6}}
+        answers = [pool.submit(cluster.request, "POST", "/predictions", body) for _ in range(12)]
+        time.sleep(1)
+        cluster.update(project=str(project), workers=3, gpus_per_worker=0, queue=QUEUE)
+        told = [(status, json.loads(text)["status"]) for status, _, text in (answer.result() for answer in answers)]
+    assert told == [(200, "succeeded")] * 12
+    give_up = time.monotonic() + 30
+    for title, old in before.items():
+        while left := set(old).intersection(cluster.processes(title)):
+            assert time.monotonic() < give_up, (title, left)
+            time.sleep(0.1)
+    assert cluster.request("POST", "/predictions", {"input": {"prompt": "a"}})[0] == 200
 
 
 def test_a_worker_that_is_killed_takes_its_cog_server_and_its_predictor_along(cluster: Cluster) -> None:
