@@ -10,6 +10,7 @@ import ipaddress
 import os
 import secrets
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,22 @@ def main() -> None:
     parser.add_argument("--affinity", choices=["none", "router"], default="none", help="(default: %(default)s)")
     parser.add_argument("--queue", type=int, default=1000, help="what one front lets wait (default: %(default)s)")
     parser.add_argument("--project", type=Path, default=ROOT, help="where predict.py is (default: this project)")
-    parser.add_argument("--host", default=LOOPBACK, help="address to bind (default: %(default)s, this machine alone)")
+    parser.add_argument(
+        "--host",
+        type=ipaddress.ip_address,
+        default=LOOPBACK,
+        help="address to bind (default: %(default)s, this machine alone)",
+    )
     parser.add_argument("--port", type=int, default=8000, help="port to bind (default: %(default)s)")
     options = parser.parse_args()
-    if not ipaddress.ip_address(options.host).is_loopback and not ClusterSettings.from_environment().api_tokens:
+    if not options.host.is_loopback and not ClusterSettings.from_environment().api_tokens:
         sys.exit(f"--host is {options.host}; API_TOKENS must be set before others than this machine may ask.")
+    try:
+        # Fronts share their port with whoever does so too, such as another cluster.
+        family = socket.AF_INET if options.host.version == 4 else socket.AF_INET6
+        socket.create_server((str(options.host), options.port), family=family).close()
+    except (OSError, OverflowError) as error:
+        sys.exit(f"--port is {options.port}; it must be one that is free at {options.host}: {error}")
     exit_on_signals()
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
         _start(options, stack)
@@ -105,7 +117,7 @@ def _start(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
         workers=options.workers,
         gpus_per_worker=1 if gpus else 0,
         fronts=options.fronts,
-        host=options.host,
+        host=str(options.host),
         port=options.port,
         queue=options.queue,
         affinity=options.affinity,

@@ -8,8 +8,10 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +28,7 @@ import yaml
 from cluster_harness import ENDS, Cluster, Hooks, Server
 from replicate.exceptions import ModelError, ReplicateError
 
-from cog_server import ROOT, CogServer
+from cog_server import LOOPBACK, ROOT, CogServer
 from local_cluster import RAY, descendants
 from predictions import Prediction, Predictions, now
 
@@ -333,7 +335,7 @@ def test_wrong_input_is_refused_at_once_while_all_workers_are_busy(cluster: Clus
     for headers in ({}, ASYNC):
         started = time.monotonic()
         assert cluster.request("POST", "/predictions", {"input": {"steps": 3}}, headers)[0] == 422
-        assert time.monotonic() - started < 5  # each of the others takes 25
+        assert time.monotonic() - started < 2  # each of the others takes 25
     for name in names:  # those that wait are cancelled as well as those that run
         assert cluster.request("POST", f"/predictions/{name}/cancel")[0] == 200
 
@@ -424,7 +426,7 @@ def test_waiting_ends_in_time(client: replicate.Client, cluster: Cluster) -> Non
     started = time.monotonic()
     body = {"version": MODEL, "input": {"prompt": "slow", "steps": 50}}
     status, _, text = cluster.request("POST", "/v1/predictions", body, {"Prefer": "wait=1"})
-    assert 0.9 < time.monotonic() - started < 10
+    assert 0.9 < time.monotonic() - started < 5
     assert (status, json.loads(text)["status"]) == (202, "starting")  # clients take any other status for the end
     client.predictions.cancel(json.loads(text)["id"])
 
@@ -568,11 +570,32 @@ def test_nothing_listens_beyond_this_machine(cluster: Cluster) -> None:
     listening = []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            _, address, _, state, *_, socket = line.split()[:10]
-            if state == "0A" and f"socket:[{socket}]" in own:
+            _, address, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in own:
                 listening.append(address.partition(":")[0])
     assert len(listening) > 5
     assert {address[-8:] for address in listening} == {"0100007F"}  # 127.0.0.1, as the kernel writes it
+
+
+def start_of_cluster(*options: str) -> str:
+    """What `script/cluster` says when it does not start."""
+    command = [sys.executable, str(ROOT / "local_cluster.py"), *options]
+    environment = {name: value for name, value in os.environ.items() if name != "API_TOKENS"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    return ended.stderr
+
+
+def test_others_than_this_machine_need_tokens() -> None:
+    assert start_of_cluster("--host", "0.0.0.0") == (
+        "--host is 0.0.0.0; API_TOKENS must be set before others than this machine may ask.\n"
+    )
+
+
+def test_a_port_that_is_taken_is_not_shared() -> None:
+    with socket.create_server((LOOPBACK, 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"--port is {port}; it must be one that is free" in start_of_cluster("--port", str(port))
 
 
 # ---- Nothing accepted is lost
