@@ -44,7 +44,6 @@ from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from sqlalchemy.exc import OperationalError
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -84,8 +83,8 @@ HEARD = ["start", "logs", "completed"]
 # Where Debian keeps the certificates of authorities, and all of them in one file.
 AUTHORITIES = Path("/etc/ssl/certs")
 AUTHORITIES_FILE = AUTHORITIES / "ca-certificates.crt"
-# Longer than a client holds an idle connection, or than a load balancer does: it must not close one that is being used.
-KEEP_ALIVE_SECONDS = 120
+# Longer than load balancers hold an idle connection, Google's 600 s: it must not be closed under a request.
+KEEP_ALIVE_SECONDS = 620
 # How many LoRAs a worker is taken to hold when requests are led to it.
 LORAS_HELD = 16
 
@@ -101,6 +100,8 @@ class Arguments(BaseModel):
     # Where fronts listen; those of one machine share the port.
     host: str = LOOPBACK
     port: int = 8000
+    # Seconds that a front which is to go says so to who probes it, and answers: load balancers hear of it late.
+    linger: float = 0
     # Unfinished predictions that one front takes; further ones are answered 503.
     queue: int = 1000
     # "router" leads a request to a worker that has its LoRAs, and waits for it a little.
@@ -374,7 +375,13 @@ class Run:
 
 
 @serve.deployment(
-    graceful_shutdown_timeout_s=DRAIN_SECONDS + 30, ray_actor_options={"num_cpus": 0.5}, logging_config=LOGGING
+    graceful_shutdown_timeout_s=DRAIN_SECONDS + 30,
+    # Nobody asks for a front that hangs, and the kernel gives it its share of connections.
+    health_check_period_s=5,
+    health_check_timeout_s=10,
+    max_surge_percent=100,  # an update: nothing queues for a front that has gone before the next has come
+    ray_actor_options={"num_cpus": 0.5},
+    logging_config=LOGGING,
 )
 class Front:
     """HTTP; who runs a prediction, and that it ends once."""
@@ -383,7 +390,7 @@ class Front:
         _listen_on_this_node_only()
         self.id = uuid.uuid4().hex[:12]
         self.workers = workers.options(stream=True)
-        self.address = (arguments.host, arguments.port)
+        self.address, self.linger = (arguments.host, arguments.port), arguments.linger
         self.limit, self.affinity = arguments.queue, arguments.affinity
         self.settings = ClusterSettings.from_environment()
         self.schema = cog_api.InputSchema(cog_schema.derive((Path(arguments.project) / "predict.py").read_text()))
@@ -393,6 +400,7 @@ class Front:
         self.tasks: set[asyncio.Task] = set()
         self.worker_health: dict[str, Any] | None = None
         self.started_at = now()
+        self.leaving = False
         self.metrics = Metrics()
 
         self.life = AsyncExitStack()
@@ -407,45 +415,52 @@ class Front:
     @asynccontextmanager
     async def _live(self) -> AsyncIterator[None]:
         """From the first beat to the last; what cannot be finished is left to the others."""
-        async with self.predictions, aiohttp.ClientSession() as self.client:
-            self.webhook_secret = await self.predictions.secret("webhooks")
-            asking = self._spawn(self._ask_health())
-            tidying = self._spawn(self._tidy())
-            self.beating = self._spawn(self._beat())
-            async with self._listen():
+        family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
+        # First of all, for who cannot listen must take nothing.
+        with socket.create_server(self.address, family=family, reuse_port=True) as listening:
+            async with self.predictions, aiohttp.ClientSession() as self.client:
+                self.webhook_secret = await self.predictions.secret("webhooks")
+                asking = self._spawn(self._ask_health())
+                tidying = self._spawn(self._tidy())
+                self.beating = self._spawn(self._beat())
+                server = self._server()
+                self.serving = self._spawn(server.serve([listening]))
                 yield
-            for task in (asking, tidying):
-                task.cancel()
-            await self._drain()
-            self.beating.cancel()
-            await asyncio.wait([self.beating])
-            await self.predictions.leave(self.id)
+                self.leaving = True
+                await asyncio.sleep(self.linger)
+                server.should_exit = True
+                await asyncio.wait([self.serving])
+                for task in (asking, tidying):
+                    task.cancel()
+                await self._drain()
+                self.beating.cancel()
+                await asyncio.wait([self.beating])
+                await self.predictions.leave(self.id)
 
-    @asynccontextmanager
-    async def _listen(self) -> AsyncIterator[None]:
-        """Answer HTTP; at the end nothing new is heard, and what was asked is answered."""
+    def _server(self) -> uvicorn.Server:
+        """Both APIs over HTTP; told to exit, it hears nothing new and answers what it was asked."""
         application = Starlette(
-            routes=[Route("/-/healthz", _healthy), *cog_api.routes(self), *replicate_api.routes(self)],
-            middleware=[Middleware(Counted, answers=self.metrics.answers), *replicate_api.middleware(self)],
+            routes=[Route("/-/healthz", self._probe), *cog_api.routes(self), *replicate_api.routes(self)],
+            middleware=replicate_api.middleware(self),
             exception_handlers=replicate_api.exception_handlers(),
         )
         application.router.redirect_slashes = False
         settings = uvicorn.Config(
-            application,
+            Counted(application, self.metrics.answers),
             lifespan="off",
             ws="none",
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            # Of a client that has vanished nobody hears.
+            timeout_graceful_shutdown=DRAIN_SECONDS // 2,
             log_config=None,
             access_log=False,
         )
-        server = uvicorn.Server(settings)
-        family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
-        with socket.create_server(self.address, family=family, reuse_port=True) as listening:
-            self.serving = self._spawn(server.serve([listening]))
-            yield
-            server.should_exit = True
-            await asyncio.wait([self.serving])
+        return uvicorn.Server(settings)
+
+    async def _probe(self, _: Request) -> PlainTextResponse:
+        """For load balancers: whether to send more."""
+        return PlainTextResponse("leaving", 503) if self.leaving else PlainTextResponse("success")
 
     async def _beat(self) -> None:
         """Show that this front lives, and take what belongs to none."""
@@ -461,7 +476,8 @@ class Front:
                 dead = [front for front in beats if front != self.id and missed[front] >= BEATS_MISSED]
                 for prediction_id in cancelled:
                     self._stop(prediction_id)
-                for orphan in await self.predictions.adopt(self.id, dead, list(self.runs), ADOPTED_AT_ONCE):
+                limit = 0 if self.leaving else ADOPTED_AT_ONCE
+                for orphan in await self.predictions.adopt(self.id, dead, list(self.runs), limit):
                     logger.info("Adopted prediction %s.", orphan.id)
                     self.metrics.adopted.inc()
                     if orphan.id not in self.runs:
@@ -489,9 +505,12 @@ class Front:
 
     async def _drain(self) -> None:
         """Let what is being drawn come to its end; what only waits is for another front."""
-        for run in list(self.runs.values()):
-            if run.prediction.status == "starting":
-                run.task.cancel()
+        waiting = [run.task for run in self.runs.values() if run.prediction.status == "starting"]
+        for task in waiting:
+            task.cancel()
+        if waiting:
+            await asyncio.wait(waiting)
+        await self.predictions.release(self.id, list(self.runs))
         while self.unfinished:
             await asyncio.sleep(0.05)
 
@@ -781,11 +800,6 @@ class Front:
         self.tasks.discard(task)
         if not task.cancelled() and task.exception():
             logger.error("A task of the front failed.", exc_info=task.exception())
-
-
-async def _healthy(_: Request) -> PlainTextResponse:
-    """What Serve's proxy says where it listens: KubeRay's probes look for it."""
-    return PlainTextResponse("success")
 
 
 def _cancel(prediction: Prediction) -> None:

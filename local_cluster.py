@@ -125,7 +125,8 @@ def _start(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     serve.start(proxy_location="Disabled")
     serve.run(application(arguments), name=APPLICATION, route_prefix=None)
     print(f"Metrics: http://{LOOPBACK}:{metrics_port}/metrics")
-    print(f"Ready: http://{options.host}:{options.port}", flush=True)
+    host = f"[{options.host}]" if options.host.version == 6 else options.host
+    print(f"Ready: http://{host}:{options.port}", flush=True)
 
 
 def _stop(nodes: Any) -> None:  # noqa: ANN401 (Ray's, which is not imported yet)

@@ -418,9 +418,18 @@ class Predictions:
         return list(session.scalars(taken))
 
     @_transaction
-    def leave(self, session: Session, front: str) -> None:
-        """A front ends in order: its predictions are free at once."""
-        session.execute(update(Prediction).where(Prediction.owner == front, _NOT_DONE).values(owner=None))
+    def release(self, session: Session, front: str, running: Collection[str]) -> None:
+        """What a front owns and does not run is free at once."""
+        ours = and_(Prediction.owner == front, Prediction.id.not_in(running), _NOT_DONE)
+        session.execute(update(Prediction).where(ours).values(owner=None))
+
+    async def leave(self, front: str) -> None:
+        """A front ends in order."""
+        await self.release(front, [])
+        await self._forget(front)
+
+    @_transaction
+    def _forget(self, session: Session, front: str) -> None:
         session.execute(delete(Front).where(Front.id == front))
 
     @_transaction

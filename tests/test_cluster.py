@@ -649,7 +649,12 @@ def test_an_update_finishes_what_is_being_drawn(cluster: Cluster, project: Path)
         body = {"input": {"prompt": "slow", "steps": 6}}
         answers = [pool.submit(cluster.request, "POST", "/predictions", body) for _ in range(12)]
         time.sleep(1)
-        cluster.update(project=str(project), workers=3, gpus_per_worker=0, queue=QUEUE)
+        with Hooks() as hooks:
+            for i in range(12):
+                cluster.predict({"prompt": "slow", "steps": 2}, f"updated-{i}", webhook=hooks.url)
+            cluster.update(project=str(project), workers=3, gpus_per_worker=0, queue=QUEUE)
+            for i in range(12):
+                assert hooks.until_ended(f"updated-{i}")[-1]["status"] == "succeeded"
         told = [(status, json.loads(text)["status"]) for status, _, text in (answer.result() for answer in answers)]
     assert told == [(200, "succeeded")] * 12
     give_up = time.monotonic() + 30
@@ -750,12 +755,14 @@ def test_prometheus_hears_what_the_dashboard_draws(cluster: Cluster) -> None:
 
 def test_the_manifests_hold_the_same_configuration() -> None:
     configuration = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
-    service, _ = yaml.safe_load_all((ROOT / "deploy" / "rayservice.yaml").read_text())
+    service, address, _ = yaml.safe_load_all((ROOT / "deploy" / "rayservice.yaml").read_text())
     assert yaml.safe_load(service["spec"]["serveConfigV2"]) == configuration
     deployments = {each["name"]: each for each in configuration["applications"][0]["deployments"]}
     assert deployments["CogWorker"]["max_ongoing_requests"] == 1
     nodes = service["spec"]["rayClusterConfig"]
     assert f"ray[serve]=={nodes['rayVersion']}\n" in (ROOT / "requirements-cluster.txt").read_text()
-    pod = nodes["workerGroupSpecs"][0]["template"]["spec"]
+    workers, fronts = (group["template"] for group in nodes["workerGroupSpecs"])
+    assert address["spec"]["selector"] == fronts["metadata"]["labels"]
+    pod = workers["spec"]
     patience = [deployments[name]["graceful_shutdown_timeout_s"] for name in ("CogWorker", "Front")]
     assert patience[0] < patience[1] < pod["terminationGracePeriodSeconds"]

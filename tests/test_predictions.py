@@ -118,6 +118,18 @@ def test_what_belongs_to_no_living_front_is_adopted_once(database: Database) -> 
     asyncio.run(story())
 
 
+def test_a_front_that_goes_keeps_what_it_draws_alone(database: Database) -> None:
+    async def story() -> None:
+        async with database() as known:
+            await known.beat("front-1")
+            for name in ("drawing", "waiting"):
+                await known.create(made(name, "front-1"))
+            await known.release("front-1", ["drawing"])
+            assert [p.id for p in await known.adopt("front-2", [], [], 20)] == ["waiting"]
+
+    asyncio.run(story())
+
+
 def test_what_a_front_has_left_goes_to_one_of_the_others(database: Database) -> None:
     async def story() -> None:
         async with database() as known, database() as elsewhere:
