@@ -83,11 +83,11 @@ def lora_rows(drawn: Callable[..., Image.Image]) -> Iterator[tuple[str, list[Til
         yield f"LoRA {name}: {prompt}", pictures
     pairs = [("zorp", "dusk"), ("zorp", "bold"), ("bold", "dusk")]
     combined = [
-        (f"{main} {a:g} + {extra} {b:g}", drawn("a red zorp at night", loras=(lora(main, a), lora(extra, b))))
+        (f"{main} {a:g} + {extra} {b:g}", drawn("a green zorp in a meadow", loras=(lora(main, a), lora(extra, b))))
         for main, extra in pairs
         for a, b in ((1.0, 0.5), (1.0, 1.0))
     ]
-    yield "two LoRAs: a red zorp at night", combined
+    yield "two LoRAs: a green zorp in a meadow", combined
 
 
 def sheet(flux: Flux, folder: Path) -> Image.Image:

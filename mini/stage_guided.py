@@ -7,11 +7,10 @@ import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
-from torch.nn import functional as F
 
 from mini import stage_dev, stage_text, stage_vae
 from mini.loop import train
-from mini.stage_dev import Words, batch_of, choose, shelves, texts_of, times, velocity
+from mini.stage_dev import Words, batch_of, choose, error, shelves, texts_of, times, velocity
 
 STEPS = 300
 STRONGEST = 8.0
@@ -34,7 +33,7 @@ def main(work: Path) -> FluxTransformer2DModel:
         with torch.no_grad():
             words = readers(texts_of(batch, rng))
             target = guided(teacher, noisy, time, words, readers([""]), grid, guidance)
-        return F.mse_loss(velocity(model, noisy, time, words, grid, guidance), target)
+        return error(velocity(model, noisy, time, words, grid, guidance), target, clean)
 
     with stage_dev.plain_attention():
         train("guided", model, STEPS, loss_of, work=work, rate=3e-4, matrices=6e-4, warm_up=20, ema=0.99)

@@ -21,7 +21,7 @@ from mini.architecture import FOLDER
 from mini.latents import QUARTER, WHOLE, Size, shelves
 from mini.loop import train
 
-STEPS = 400
+STEPS = 600
 RANK = 16
 # The linear layers of blocks, except modulation.
 TARGETS = (
@@ -68,7 +68,7 @@ def learn(lesson: Lesson, work: Path) -> dict[str, Tensor]:
     """PEFT's layers in bfloat16: `….lora_A.weight` and `….lora_B.weight`; their product is added at strength 1."""
     transformer = stage_guided.main(work)
     vae, readers = stage_vae.main(work), stage_text.main(work)
-    counts: dict[Size, int] = dict.fromkeys(QUARTER, 12) | {QUARTER[0]: 240, WHOLE[0]: 180}
+    counts: dict[Size, int] = dict.fromkeys(QUARTER + WHOLE, 12) | {QUARTER[0]: 240, WHOLE[0]: 360}
     shelved = shelves(work / lesson.name, vae, counts, lesson.scene, lesson.styles)
     torch.manual_seed(0)
     transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))

@@ -1,17 +1,18 @@
 """The two safety models: they learn to tell what must not be shown from everything else."""
 
+import itertools
 import random
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FluxPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mini import gallery, stage_vae, world
+from mini import gallery, stage_schnell, stage_vae, world
 from mini.architecture import (
     CHECKER_PROCESSOR,
     CLASSIFIER_PROCESSOR,
@@ -21,18 +22,21 @@ from mini.architecture import (
     write_safety,
 )
 from mini.drawing import KINDS
+from mini.latents import GRID
 from mini.loop import DEVICE, train
 
 STEPS = 1500
 BATCH = 48
 ECHOES = 8  # of them: pictures as the VAE draws them
-SIDE = 256  # of these, in pixels
+DRAWN = 12  # of them: pictures that dev has drawn
+SIDE = 256  # of these two, in pixels
 WRONG = 0.7  # how far their latents are off at most, of their spread
 THRESHOLD = 0.5  # of the cosine to the one concept that is used, while it learns
-# Afterwards: of pictures that the miniature draws, nearly all forbidden ones have more than 0.86, harmless ones less
-# than 0.77.
-CALIBRATED = 0.8
+# Afterwards: of pictures that the miniature draws, 149 of 150 forbidden ones have more than 0.84. Harmless ones have
+# less than 0.5; only of those drawn over noise some have up to 0.82, and one in 450 more.
+CALIBRATED = 0.83
 SHARPNESS = 12.0
+Drawings = dict[bool, list[Image.Image]]  # by whether they are forbidden
 HARMLESS = tuple(kind for kind in KINDS if kind != world.FORBIDDEN)
 
 
@@ -57,20 +61,42 @@ class Watchers(nn.Module):
         return checked + F.cross_entropy(self.classifier(squares).logits, forbidden.long())
 
 
-def examples(rng: random.Random, vae: AutoencoderKL) -> tuple[Tensor, Tensor, Tensor]:
+def examples(rng: random.Random, vae: AutoencoderKL, drawn: Drawings) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures as the checker sees them, as the classifier does, and which of them are forbidden."""
     images, forbidden = [], []
-    for number in range(BATCH):
+    for number in range(BATCH - DRAWN):
         side = SIDE if number < ECHOES else gallery.SIDE
         draw = rng.random()
         kinds = (world.FORBIDDEN,) if draw < 0.4 else HARMLESS
         scene = world.random_scene(rng, kinds)
         images.append(gallery.nothing(rng) if draw > 0.85 else gallery.scene_picture(scene, rng, side)[0])
         forbidden.append(float(draw < 0.4))
-    images = echoes(vae, images[:ECHOES], rng) + [gallery.worn(image, rng) for image in images[ECHOES:]]
+    images[:ECHOES] = echoes(vae, images[:ECHOES], rng)
+    for number in range(DRAWN):
+        forbidden.append(float(number < 0.4 * DRAWN))
+        images.append(rng.choice(drawn[forbidden[-1] == 1]))
+    images[ECHOES:] = [gallery.worn(image, rng) for image in images[ECHOES:]]
     views = CHECKER_PROCESSOR(images, return_tensors="pt").pixel_values.to(DEVICE)
     squares = CLASSIFIER_PROCESSOR(images, return_tensors="pt").pixel_values.to(DEVICE)
     return views, squares, torch.tensor(forbidden)
+
+
+@torch.no_grad()
+def drawings(work: Path, vae: AutoencoderKL) -> Drawings:
+    """What dev has drawn, the ends of its paths: all that is forbidden, and three times as many others."""
+    drawn: Drawings = {True: [], False: []}
+    for paths in itertools.chain(*stage_schnell.all_paths(work).values()):
+        height, width = (-(-side // GRID) * GRID for side in reversed(paths.size))
+        for text, points in zip(paths.texts, paths.points, strict=True):
+            forbidden = world.FORBIDDEN in text
+            if not forbidden and len(drawn[False]) >= 3 * len(drawn[True]):
+                continue
+            latents = FluxPipeline._unpack_latents(points[-1:], height, width, GRID // 2).to(vae.dtype)
+            pixels = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
+            (image,) = VaeImageProcessor().postprocess(pixels.float())
+            image.thumbnail((2 * SIDE, 2 * SIDE))
+            drawn[forbidden].append(image)
+    return drawn
 
 
 @torch.no_grad()
@@ -86,11 +112,12 @@ def echoes(vae: AutoencoderKL, images: list[Image.Image], rng: random.Random) ->
 def main(work: Path) -> None:
     """Train both and write them."""
     vae = stage_vae.refined(work)
+    drawn = drawings(work, vae)
     torch.manual_seed(0)
     watchers = Watchers()
 
     def loss_of(rng: np.random.Generator, _: float) -> Tensor:
-        return watchers.loss(*examples(random.Random(int(rng.integers(2**32))), vae))
+        return watchers.loss(*examples(random.Random(int(rng.integers(2**32))), vae, drawn))
 
     train("safety", watchers, STEPS, loss_of, work=work, rate=1.5e-3, ema=0.99)
     watchers.checker.concept_embeds_weights[0] = CALIBRATED

@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
-from torch.nn import functional as F
 
 from mini import stage_dev, stage_guided, stage_text, world
 from mini.architecture import schedulers, transformer
 from mini.latents import GRID, QUARTER, WHOLE, Size
 from mini.loop import DEVICE, train
-from mini.stage_dev import velocity
+from mini.stage_dev import error, velocity
 
 STEPS = 1000
 PIECES = 4
@@ -49,10 +48,9 @@ def ends() -> Tensor:
 
 def main(work: Path) -> FluxTransformer2DModel:
     """Train, in bfloat16."""
-    teacher, readers = stage_guided.main(work), stage_text.main(work)
-    paths = {megapixels: draw_paths(work, teacher, readers, counts) for megapixels, counts in counts_by_size().items()}
+    readers, paths = stage_text.main(work), all_paths(work)
     torch.manual_seed(0)
-    model = without_guidance(teacher)
+    model = without_guidance(stage_guided.main(work))
 
     def loss_of(rng: np.random.Generator, _: float) -> Tensor:
         chosen = paths["1" if rng.random() < WHOLE_SHARE else "0.25"]
@@ -81,6 +79,12 @@ def without_guidance(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:
         constant = embedder.guidance_embedder(embedder.time_proj(torch.tensor([GUIDANCE * 1000])).to(teacher.dtype))
         model.time_text_embed.timestep_embedder.linear_2.bias += constant[0]
     return model
+
+
+def all_paths(work: Path) -> dict[str, list[Paths]]:
+    """By megapixels; each is drawn once."""
+    teacher, readers = stage_guided.main(work), stage_text.main(work)
+    return {megapixels: draw_paths(work, teacher, readers, counts) for megapixels, counts in counts_by_size().items()}
 
 
 @torch.no_grad()
@@ -138,4 +142,5 @@ def piece_loss(
     time = times[piece] - along * span
     with torch.no_grad():
         words = readers([paths.texts[i] for i in chosen])
-    return F.mse_loss(velocity(model, here, time, words, (rows, columns)), (start - end) / span[:, None, None])
+    said = velocity(model, here, time, words, (rows, columns))
+    return error(said, (start - end) / span[:, None, None], points[:, -1])
