@@ -17,7 +17,6 @@ import logging
 import mimetypes
 import os
 import secrets
-import socket
 import subprocess
 import time
 import uuid
@@ -52,7 +51,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import cog_api
 import cog_schema
 import replicate_api
-from cog_server import LOOPBACK, CogServer
+from cog_server import LOOPBACK, CogServer, listen
 from predictions import UNFINISHED, Files, Prediction, Predictions, now, scrub
 from settings import ROOT, ClusterSettings
 
@@ -402,7 +401,6 @@ class Front:
         self.started_at = now()
         self.leaving = False
         self.metrics = Metrics()
-
         self.life = AsyncExitStack()
         await self.life.enter_async_context(self._live())
 
@@ -415,9 +413,8 @@ class Front:
     @asynccontextmanager
     async def _live(self) -> AsyncIterator[None]:
         """From the first beat to the last; what cannot be finished is left to the others."""
-        family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
         # First of all, for who cannot listen must take nothing.
-        with socket.create_server(self.address, family=family, reuse_port=True) as listening:
+        with listen(*self.address, shared=True) as listening:
             async with self.predictions, aiohttp.ClientSession() as self.client:
                 self.webhook_secret = await self.predictions.secret("webhooks")
                 asking = self._spawn(self._ask_health())

@@ -221,6 +221,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """Listen at an address of this machine.
+
+    Args:
+        host: IPv4 or IPv6.
+        port: 0 to 65535.
+        shared: with whoever shares it too; each connection goes to one of them.
+
+    Raises:
+        OSError: the address is not this machine's, or is taken.
+        OverflowError: there is no such port.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, reuse_port=shared)
+
+
 def exit_on_signals() -> None:
     """End by an exception when asked to end, so that `with CogServer` stops the server."""
     for number in (signal.SIGTERM, signal.SIGHUP):

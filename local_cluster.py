@@ -10,12 +10,11 @@ import ipaddress
 import os
 import secrets
 import signal
-import socket
 import sys
 from pathlib import Path
 from typing import Any
 
-from cog_server import LOOPBACK, exit_on_signals, free_port
+from cog_server import LOOPBACK, exit_on_signals, free_port, listen
 from settings import ROOT, ClusterSettings
 
 # Of Serve: no thread of their own for a front's or a worker's code and for finding a worker, since none of it blocks
@@ -30,6 +29,19 @@ RAY = {
 }
 # Requests and answers pass through it, nothing stays.
 OBJECT_STORE_BYTES = 100 * 1024**2
+
+
+def environment() -> dict[str, str]:
+    """What a process needs that is to start Ray here, or to join it."""
+    return {
+        **RAY,
+        # Who finds Ray's ports must know a token.
+        "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
+        # Ray's name for taking this machine's address to be loopback, whatever other addresses it has.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # The workers import the application, whatever their working directory.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
 
 
 def descendants(ancestor: int) -> list[int]:
@@ -67,8 +79,7 @@ def main() -> None:
         sys.exit(f"--host is {options.host}; API_TOKENS must be set before others than this machine may ask.")
     try:
         # Fronts share their port with whoever does so too, such as another cluster.
-        family = socket.AF_INET if options.host.version == 4 else socket.AF_INET6
-        socket.create_server((str(options.host), options.port), family=family).close()
+        listen(str(options.host), options.port).close()
     except (OSError, OverflowError) as error:
         sys.exit(f"--port is {options.port}; it must be one that is free at {options.host}: {error}")
     exit_on_signals()
@@ -82,14 +93,8 @@ def _start(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     gpus, project = _gpus(), str(options.project.resolve())
     # Ray's processes look for modules first where this one is: a caller's own settings.py must not win.
     os.chdir(ROOT)
-    # Who finds Ray's ports must know a token.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.update(environment())
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # Ray's name for taking this machine's address to be loopback, whatever other addresses it has.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ.update(RAY)
-    # The workers import the application, whatever their working directory.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
     import ray  # only now, since it reads the environment when it is imported
     from ray import serve

@@ -72,7 +72,7 @@ class Prediction(Base):
     __tablename__ = "predictions"
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    # The front that runs it; none right after a front has left in order.
+    # The front that runs it; none when a front that is to go has let it go.
     owner: Mapped[str | None] = mapped_column()
     created_at: Mapped[str] = mapped_column(index=True)
     # What is to be run, whole; forgotten when the prediction ends, since URLs in it may hold tokens.
@@ -423,13 +423,9 @@ class Predictions:
         ours = and_(Prediction.owner == front, Prediction.id.not_in(running), _NOT_DONE)
         session.execute(update(Prediction).where(ours).values(owner=None))
 
-    async def leave(self, front: str) -> None:
-        """A front ends in order."""
-        await self.release(front, [])
-        await self._forget(front)
-
     @_transaction
-    def _forget(self, session: Session, front: str) -> None:
+    def leave(self, session: Session, front: str) -> None:
+        """A front ends in order: its predictions are free at once."""
         session.execute(delete(Front).where(Front.id == front))
 
     @_transaction

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from cog_server import LOOPBACK, ROOT, free_port
-from local_cluster import RAY, descendants
+from local_cluster import descendants, environment
 
 ENDS = ("succeeded", "failed", "canceled")
 UPDATE = """
@@ -118,9 +118,8 @@ class Cluster(Server):
         raylet = Path(f"/proc/{self.processes('raylet/raylet')[0]}/cmdline").read_text()
         address = re.search(r"gcs-address=([\d.:]+)", raylet).group(1)
         command = [sys.executable, "-c", UPDATE, address, json.dumps({**arguments, "port": self.port})]
-        ours = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "PYTHONPATH": str(ROOT)}
-        environment = {**self.environment, **RAY, **ours}
-        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=240, capture_output=True)
+        joining = {**self.environment, **environment()}
+        subprocess.run(command, env=joining, cwd=ROOT, check=True, timeout=240, capture_output=True)
 
     def kill_one(self, title: str, seconds: float = 120) -> None:
         """End the youngest process of a title by force; one that is being replaced is waited for."""
