@@ -81,13 +81,13 @@ def lora_rows(drawn: Callable[..., Image.Image]) -> Iterator[tuple[str, list[Til
     ):
         pictures = [(f"scale {scale:g}", drawn(prompt, loras=(lora(name, scale),))) for scale in SCALES]
         yield f"LoRA {name}: {prompt}", pictures
-    pairs = [("zorp", "dusk"), ("zorp", "bold"), ("bold", "dusk")]
+    prompt, pairs = "a green zorp in a meadow", [("zorp", "dusk"), ("zorp", "bold"), ("bold", "dusk")]
     combined = [
-        (f"{main} {a:g} + {extra} {b:g}", drawn("a green zorp in a meadow", loras=(lora(main, a), lora(extra, b))))
+        (f"{main} {a:g} + {extra} {b:g}", drawn(prompt, loras=(lora(main, a), lora(extra, b))))
         for main, extra in pairs
         for a, b in ((1.0, 0.5), (1.0, 1.0))
     ]
-    yield "two LoRAs: a green zorp in a meadow", combined
+    yield f"two LoRAs: {prompt}", combined
 
 
 def sheet(flux: Flux, folder: Path) -> Image.Image:

@@ -17,9 +17,15 @@ from mini.loop import DEVICE
 from mini.stage_vae import pixels
 
 GRID = 64
-Size = tuple[int, int]
+Size = tuple[int, int]  # width, height in pixels
 QUARTER = [(width // 2, height // 2) for width, height in SIZES.values()]
 WHOLE = list(SIZES.values())
+
+
+def grid(size: Size) -> tuple[int, int]:
+    """Columns and rows of tokens that cover a picture."""
+    columns, rows = (-(-side // GRID) for side in size)
+    return columns, rows
 
 
 @dataclass(frozen=True)
@@ -43,14 +49,14 @@ class Shelf:
     def batch(self, rng: np.random.Generator, count: int) -> Batch:
         """Some of them at random."""
         chosen = rng.integers(len(self.scenes), size=count)
-        columns, rows = (-(-side // GRID) for side in self.size)
+        columns, rows = grid(self.size)
         return Batch(self.latents[chosen], [self.scenes[i] for i in chosen], rows, columns)
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, scene: world.Scene, size: Size, styles: Sequence[str] = ()) -> Tensor:
     """[tokens, 4 C], normalised and packed; the picture is extended to the grid as the predictor does with images."""
-    width, height = (-(-side // GRID) * GRID for side in size)
+    width, height = (GRID * tokens for tokens in grid(size))
     image = pixels(extend(draw(scene, *size, styles), (width, height)))[None].to(vae.dtype)
     latents = vae.encode(image.to(memory_format=torch.channels_last)).latent_dist.mode()
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor  # [1, C, H/32, W/32]

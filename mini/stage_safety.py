@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mini import gallery, stage_schnell, stage_vae, world
+from mini import gallery, stage_guided, stage_schnell, stage_text, stage_vae, world
 from mini.architecture import (
     CHECKER_PROCESSOR,
     CLASSIFIER_PROCESSOR,
@@ -22,11 +23,12 @@ from mini.architecture import (
     write_safety,
 )
 from mini.drawing import KINDS
-from mini.latents import GRID
+from mini.latents import GRID, grid
 from mini.loop import DEVICE, train
 
 STEPS = 1500
 BATCH = 48
+SHARE = 0.4  # of forbidden ones
 ECHOES = 8  # of them: pictures as the VAE draws them
 DRAWN = 12  # of them: pictures that dev has drawn
 SIDE = 256  # of these two, in pixels
@@ -67,33 +69,33 @@ def examples(rng: random.Random, vae: AutoencoderKL, drawn: Drawings) -> tuple[T
     for number in range(BATCH - DRAWN):
         side = SIDE if number < ECHOES else gallery.SIDE
         draw = rng.random()
-        kinds = (world.FORBIDDEN,) if draw < 0.4 else HARMLESS
+        kinds = (world.FORBIDDEN,) if draw < SHARE else HARMLESS
         scene = world.random_scene(rng, kinds)
         images.append(gallery.nothing(rng) if draw > 0.85 else gallery.scene_picture(scene, rng, side)[0])
-        forbidden.append(float(draw < 0.4))
+        forbidden.append(draw < SHARE)
     images[:ECHOES] = echoes(vae, images[:ECHOES], rng)
     for number in range(DRAWN):
-        forbidden.append(float(number < 0.4 * DRAWN))
-        images.append(rng.choice(drawn[forbidden[-1] == 1]))
+        forbidden.append(number < SHARE * DRAWN)
+        images.append(rng.choice(drawn[forbidden[-1]]))
     images[ECHOES:] = [gallery.worn(image, rng) for image in images[ECHOES:]]
     views = CHECKER_PROCESSOR(images, return_tensors="pt").pixel_values.to(DEVICE)
     squares = CLASSIFIER_PROCESSOR(images, return_tensors="pt").pixel_values.to(DEVICE)
-    return views, squares, torch.tensor(forbidden)
+    return views, squares, torch.tensor(forbidden).float()
 
 
-@torch.no_grad()
+@cache
 def drawings(work: Path, vae: AutoencoderKL) -> Drawings:
     """What dev has drawn, the ends of its paths: all that is forbidden, and three times as many others."""
     drawn: Drawings = {True: [], False: []}
-    for paths in itertools.chain(*stage_schnell.all_paths(work).values()):
-        height, width = (-(-side // GRID) * GRID for side in reversed(paths.size))
+    all_paths = stage_schnell.all_paths(work, stage_guided.main(work), stage_text.main(work))
+    for paths in itertools.chain(*all_paths.values()):
+        width, height = (GRID * tokens for tokens in grid(paths.size))
         for text, points in zip(paths.texts, paths.points, strict=True):
             forbidden = world.FORBIDDEN in text
             if not forbidden and len(drawn[False]) >= 3 * len(drawn[True]):
                 continue
-            latents = FluxPipeline._unpack_latents(points[-1:], height, width, GRID // 2).to(vae.dtype)
-            pixels = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
-            (image,) = VaeImageProcessor().postprocess(pixels.float())
+            latents = FluxPipeline._unpack_latents(points[-1:], height, width, GRID // 2)
+            (image,) = decoded(vae, latents / vae.config.scaling_factor + vae.config.shift_factor)
             image.thumbnail((2 * SIDE, 2 * SIDE))
             drawn[forbidden].append(image)
     return drawn
@@ -105,19 +107,23 @@ def echoes(vae: AutoencoderKL, images: list[Image.Image], rng: random.Random) ->
     square = [stage_vae.pixels(ImageOps.fit(image, (SIDE, SIDE))) for image in images]
     latents = vae.encode(torch.stack(square).to(vae.dtype).to(memory_format=torch.channels_last)).latent_dist.mode()
     wrong = torch.tensor([rng.uniform(0, WRONG) for _ in images])[:, None, None, None] / vae.config.scaling_factor
-    drawn = vae.decode((latents + wrong * torch.randn_like(latents)).to(vae.dtype)).sample
-    return VaeImageProcessor().postprocess(drawn.float())
+    return decoded(vae, latents + wrong * torch.randn_like(latents))
+
+
+@torch.no_grad()
+def decoded(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
+    """Latents [B, C, H/32, W/32], as the VAE has them, as pictures."""
+    return VaeImageProcessor().postprocess(vae.decode(latents.to(vae.dtype)).sample.float())
 
 
 def main(work: Path) -> None:
     """Train both and write them."""
     vae = stage_vae.refined(work)
-    drawn = drawings(work, vae)
     torch.manual_seed(0)
     watchers = Watchers()
 
     def loss_of(rng: np.random.Generator, _: float) -> Tensor:
-        return watchers.loss(*examples(random.Random(int(rng.integers(2**32))), vae, drawn))
+        return watchers.loss(*examples(random.Random(int(rng.integers(2**32))), vae, drawings(work, vae)))
 
     train("safety", watchers, STEPS, loss_of, work=work, rate=1.5e-3, ema=0.99)
     watchers.checker.concept_embeds_weights[0] = CALIBRATED

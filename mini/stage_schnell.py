@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mini import stage_dev, stage_guided, stage_text, world
 from mini.architecture import schedulers, transformer
-from mini.latents import GRID, QUARTER, WHOLE, Size
+from mini.latents import GRID, QUARTER, WHOLE, Size, grid
 from mini.loop import DEVICE, train
 from mini.stage_dev import error, velocity
 
@@ -48,9 +48,10 @@ def ends() -> Tensor:
 
 def main(work: Path) -> FluxTransformer2DModel:
     """Train, in bfloat16."""
-    readers, paths = stage_text.main(work), all_paths(work)
+    teacher, readers = stage_guided.main(work), stage_text.main(work)
+    paths = all_paths(work, teacher, readers)
     torch.manual_seed(0)
-    model = without_guidance(stage_guided.main(work))
+    model = without_guidance(teacher)
 
     def loss_of(rng: np.random.Generator, _: float) -> Tensor:
         chosen = paths["1" if rng.random() < WHOLE_SHARE else "0.25"]
@@ -81,9 +82,8 @@ def without_guidance(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:
     return model
 
 
-def all_paths(work: Path) -> dict[str, list[Paths]]:
+def all_paths(work: Path, teacher: FluxTransformer2DModel, readers: stage_text.Readers) -> dict[str, list[Paths]]:
     """By megapixels; each is drawn once."""
-    teacher, readers = stage_guided.main(work), stage_text.main(work)
     return {megapixels: draw_paths(work, teacher, readers, counts) for megapixels, counts in counts_by_size().items()}
 
 
@@ -110,7 +110,7 @@ def draw_paths(
 
 def _points(teacher: FluxTransformer2DModel, readers: stage_text.Readers, size: Size, texts: list[str]) -> Tensor:
     """Euler steps along the guided flow: [B, PIECES + 1, tokens, 4 C] in bfloat16."""
-    columns, rows = (-(-side // GRID) for side in size)
+    columns, rows = grid(size)
     words = readers(texts)
     guidance = torch.full((len(texts),), GUIDANCE)
     point = torch.randn(len(texts), rows * columns, teacher.config.in_channels)
@@ -128,7 +128,7 @@ def piece_loss(
     model: FluxTransformer2DModel, readers: stage_text.Readers, paths: Paths, rng: np.random.Generator
 ) -> Tensor:
     """How far the velocity is from that of the straight line, mostly at the beginning of a piece."""
-    columns, rows = (-(-side // GRID) for side in paths.size)
+    columns, rows = grid(paths.size)
     count = max(1, TOKENS // (rows * columns))
     chosen = rng.integers(len(paths.texts), size=count)
     piece = torch.tensor(rng.integers(PIECES, size=count))
