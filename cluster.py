@@ -49,9 +49,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import cog_api
-import cog_schema
 import replicate_api
-from cog_server import LOOPBACK, CogServer, listen
+from local_cog import schema
+from local_cog.server import LOOPBACK, CogServer, listen
 from predictions import UNFINISHED, Files, Prediction, Predictions, now, scrub
 from settings import ROOT, ClusterSettings
 
@@ -392,7 +392,7 @@ class Front:
         self.address, self.linger = (arguments.host, arguments.port), arguments.linger
         self.limit, self.affinity = arguments.queue, arguments.affinity
         self.settings = ClusterSettings.from_environment()
-        self.schema = cog_api.InputSchema(cog_schema.derive((Path(arguments.project) / "predict.py").read_text()))
+        self.schema = cog_api.InputSchema(schema.derive((Path(arguments.project) / "predict.py").read_text()))
         self.predictions = Predictions(self.settings.database_url)
         self.files = Files(self.settings.files_url)
         self.runs: dict[str, Run] = {}

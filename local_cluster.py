@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cog_server import LOOPBACK, exit_on_signals, free_port, listen
+from local_cog.server import LOOPBACK, exit_on_signals, free_port, listen
 from settings import ROOT, ClusterSettings
 
 # Of Serve: no thread of their own for a front's or a worker's code and for finding a worker, since none of it blocks

@@ -27,7 +27,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cog_api import EVENTS, InputSchema, Refused, read_body
-from cog_server import MAX_FILE_BYTES
+from local_cog.server import MAX_FILE_BYTES
 from predictions import File, Prediction, content_type, now, redact
 
 if TYPE_CHECKING:

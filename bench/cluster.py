@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from cluster_harness import ENDS, Cluster, Hooks, Server  # noqa: E402 (its place is known only now)
 from postgres import Postgres, find_programs  # noqa: E402
 
-from cog_server import CogServer  # noqa: E402
+from local_cog.server import CogServer  # noqa: E402
 
 PREDICTOR = """
 import time

@@ -14,14 +14,14 @@ from typing import Any
 
 import cog
 
-import cog_schema
+from local_cog import schema
 from predict import Predictor
 from settings import ROOT
 
 with contextlib.redirect_stdout(open(os.devnull, "w")):  # noqa: PTH123 (for as long as this process lives)
     PREDICTOR = Predictor()
     PREDICTOR.setup()
-INPUTS = cog_schema.derive((ROOT / "predict.py").read_text())["components"]["schemas"]["Input"]["properties"]
+INPUTS = schema.derive((ROOT / "predict.py").read_text())["components"]["schemas"]["Input"]["properties"]
 
 
 def draw(inputs: dict[str, Any]) -> list[str]:

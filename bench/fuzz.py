@@ -33,7 +33,7 @@ from hypothesis.strategies import SearchStrategy
 from PIL import Image
 
 from bench.soak import make_lora, worker_of, world
-from cog_server import LOOPBACK, CogServer, failure, uri
+from local_cog.server import LOOPBACK, CogServer, failure, uri
 from settings import ROOT
 
 SECRET = "t0ken-of-the-server"

@@ -20,8 +20,8 @@ import psutil
 import torch
 from PIL import Image
 
-from cog_server import CogServer
 from flux import Flux
+from local_cog.server import CogServer
 from mini import gallery, recogniser, world
 from mini.drawing import draw
 from request import LoraChoice, Request

@@ -15,8 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 
-from cog_server import LOOPBACK, ROOT, free_port
 from local_cluster import descendants, environment
+from local_cog.server import LOOPBACK, free_port
+from settings import ROOT
 
 ENDS = ("succeeded", "failed", "canceled")
 UPDATE = """

@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cog_server import CogServer
+from local_cog.server import CogServer
 
 
 @pytest.fixture(scope="session")

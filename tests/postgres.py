@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Self
 
-from cog_server import LOOPBACK, free_port
+from local_cog.server import LOOPBACK, free_port
 
 
 def find_programs() -> Path | None:

@@ -28,9 +28,10 @@ import yaml
 from cluster_harness import ENDS, Cluster, Hooks, Server
 from replicate.exceptions import ModelError, ReplicateError
 
-from cog_server import LOOPBACK, ROOT, CogServer
 from local_cluster import RAY, descendants
+from local_cog.server import LOOPBACK, CogServer
 from predictions import Prediction, Predictions, now
+from settings import ROOT
 
 TOKEN = "t0ken-of-the-tests"
 QUEUE = 60

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-import cog_schema
-from cog_server import ROOT, CogServer, failure
+from local_cog import schema
+from local_cog.server import CogServer, failure
+from settings import ROOT
 
 CONTRACT = Path(__file__).parent / "contract"
 SOURCE = (ROOT / "predict.py").read_text(encoding="utf-8")
@@ -35,7 +36,7 @@ def as_the_page_shows(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_schema_is_the_contract_whole() -> None:
-    derived, contract = cog_schema.derive(SOURCE), promised()
+    derived, contract = schema.derive(SOURCE), promised()
     # Cog's tool writes its own version there.
     derived["info"].pop("version")
     contract["info"].pop("version")
@@ -43,7 +44,7 @@ def test_the_schema_is_the_contract_whole() -> None:
 
 
 def test_the_schema_is_the_model_page() -> None:
-    assert as_the_page_shows(cog_schema.derive(SOURCE)) == json.loads((CONTRACT / "page_schema.json").read_text())
+    assert as_the_page_shows(schema.derive(SOURCE)) == json.loads((CONTRACT / "page_schema.json").read_text())
 
 
 def changed(value: ast.expr) -> ast.expr:
@@ -95,18 +96,18 @@ MUTANTS = dict(mutants())
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_every_change_of_an_input_breaks_the_contract(mutant: str) -> None:
-    assert cog_schema.derive(MUTANTS[mutant])["components"] != promised()["components"]
+    assert schema.derive(MUTANTS[mutant])["components"] != promised()["components"]
 
 
 def test_an_unchanged_copy_keeps_the_contract() -> None:
     """Else the mutants would differ for another reason than their mutation."""
-    assert cog_schema.derive(ast.unparse(ast.parse(SOURCE)))["components"] == promised()["components"]
+    assert schema.derive(ast.unparse(ast.parse(SOURCE)))["components"] == promised()["components"]
 
 
 def derive(parameter: str, before: str = "") -> dict[str, Any]:
     """The schemas of a predictor with one input x."""
     source = f"{before}\nclass Predictor:\n    def predict(self, {parameter}) -> Path: ...\n"
-    return cog_schema.derive(source)["components"]["schemas"]
+    return schema.derive(source)["components"]["schemas"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cog_server import CogServer, data_uri, failure, files
+from local_cog.server import CogServer, data_uri, failure, files
 from mini import recogniser, world
 from settings import ROOT
 

@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import save
 
 import images
-from cog_server import ROOT, CogServer, failure, files, uri
+from local_cog.server import CogServer, failure, files, uri
+from settings import ROOT
 from tests.lora_files import EXACT, changes, is_block
 
 SMALL = {"prompt": "a red fox", "megapixels": "0.25", "num_inference_steps": 2, "seed": 3, "output_format": "png"}

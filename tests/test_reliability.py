@@ -20,9 +20,10 @@ from safetensors.torch import save
 
 from bench.fuzz import fuzzing, run
 from bench.soak import Report, Soak, soaking, worker_of
-from cog_server import ROOT, CogServer, failure, files, serve, uri
 from leftovers import Leftovers, sweep
+from local_cog.server import CogServer, failure, files, serve, uri
 from memory import PeakMemory
+from settings import ROOT
 from tests.faulty import HUNGRY, PLANTED
 from tests.lora_files import EXACT, changes, is_block
 from tests.test_predict import encoded, photo
@@ -148,7 +149,7 @@ def test_a_start_with_unreadable_weights_fails_and_says_why(tmp_path: Path) -> N
 ON_A_SMALL_DISK = """
 import sys
 from pathlib import Path
-from cog_server import CogServer, failure, files
+from local_cog.server import CogServer, failure, files
 from tests.test_reliability import TINY, make_lora, uri
 
 disk, reserve = Path(sys.argv[1]), Path(sys.argv[1]) / "reserve"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cog_server import ROOT, CogServer, failure, files
+from local_cog.server import CogServer, failure, files
+from settings import ROOT
 
 # As much as the scripts need of a predictor: it succeeds, fails, takes long, or does not even start.
 PREDICTOR = """
@@ -50,7 +51,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of this project's scripts around the small predictor, with this environment's packages."""
     directory = tmp_path_factory.mktemp("project")
     shutil.copytree(ROOT / "script", directory / "script")
-    for path in [*ROOT.glob("cog_*.py"), *ROOT.glob("requirements*.txt")]:
+    shutil.copytree(ROOT / "local_cog", directory / "local_cog")
+    for path in [ROOT / "settings.py", *ROOT.glob("requirements*.txt")]:
         shutil.copy(path, directory)
     (directory / ".venv").symlink_to(Path(sys.prefix))
     (directory / "predict.py").write_text(PREDICTOR)

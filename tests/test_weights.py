@@ -30,8 +30,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from cog_server import CogServer, failure
 from downloads import Patience
+from local_cog.server import CogServer, failure
 from settings import MINIATURE, ROOT, Settings
 from tests.hosts import (
     File,

@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TextIO
 
-import cog_schema
-from cog_server import MAX_FILE_BYTES, ROOT, CogServer, data_uri, exit_on_signals, failure, files
+from local_cog import schema
+from local_cog.server import MAX_FILE_BYTES, CogServer, data_uri, exit_on_signals, failure, files
+from settings import ROOT
 
 # A progress bar as tqdm draws it; it is redrawn in place.
 BAR = re.compile(r"\d+%\|")
@@ -149,7 +150,7 @@ def main() -> None:
     arguments = parser.parse_args()
     exit_on_signals()
     try:
-        answer = predict(read_inputs(arguments.pairs, cog_schema.write(ROOT)))
+        answer = predict(read_inputs(arguments.pairs, schema.write(ROOT)))
         if problem := failure(answer):
             raise RuntimeError(problem)
         arguments.directory.mkdir(parents=True, exist_ok=True)

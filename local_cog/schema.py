@@ -20,6 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from settings import ROOT
+
 Literal = bool | int | float | str | list | dict | None
 PRIMITIVES = {
     "bool": {"type": "boolean"},
@@ -338,6 +340,6 @@ def _title(name: str) -> str:
 
 if __name__ == "__main__":
     try:
-        write(Path(__file__).parent)
+        write(ROOT)
     except (ValueError, SyntaxError) as error:
         sys.exit(f"predict.py: {error}")

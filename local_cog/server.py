@@ -23,9 +23,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import cog_schema
+from local_cog import schema
+from settings import ROOT
 
-ROOT = Path(__file__).parent
 LOOPBACK = "127.0.0.1"
 # Cog takes bodies up to 100 MiB, and base64 makes four bytes of three.
 MAX_FILE_BYTES = 70_000_000
@@ -71,7 +71,7 @@ class CogServer:
 
     def __enter__(self) -> Self:
         """Derive the schema that the server validates by, and start it; it is not ready yet."""
-        cog_schema.write(self.project)
+        schema.write(self.project)
         # Temporary files of predictions would outlive a worker that is killed.
         self.scratch = tempfile.TemporaryDirectory(prefix="flux-sprites-server-", ignore_cleanup_errors=True)
         with open(self.log, "wb") if self.log else contextlib.nullcontext() as log:  # noqa: PTH123 (or None)
