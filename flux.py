@@ -30,8 +30,8 @@ from loading import load
 from lora_loader import Lora, LoraCache
 from placement import Placement
 from request import LoraChoice, Request
+from service.measure import Stopwatch
 from settings import Settings
-from stopwatch import Stopwatch
 from weights import Weights, WeightsCache, snapshot
 
 # How many text tokens each model was trained with: dev as many as diffusers' pipeline takes by itself. A tokenizer that

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from faults import out_of_memory
+from service.faults import out_of_memory
 
 Format = Literal["webp", "jpg", "png"]
 Size = tuple[int, int]

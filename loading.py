@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, CLIPTextModel, T5Config, T5EncoderModel
 import fp8
 from live import Live
 from placement import Placement, Precisions, Sizes, plan
-from stopwatch import Stopwatch
+from service.measure import Stopwatch
 
 # The linear layers of blocks run in fp8, except modulation: it sees one token, and what it says multiplies all others.
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")

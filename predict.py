@@ -21,15 +21,14 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import torch
 from cog import BasePredictor, Input, Path
 
-import faults
 import images
 from flux import Drawing, Flux
-from leftovers import Leftovers
-from memory import PeakMemory
 from request import LoraChoice, Request
 from safety import SafetyChecker
+from service import faults
+from service.leftovers import Leftovers
+from service.measure import PeakMemory, Stopwatch
 from settings import Settings
-from stopwatch import Stopwatch
 from weights import snapshot, validate_reference
 
 # The logs of a prediction go to whoever asked for it: no warning shows where this machine keeps what warns.

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, PreTrainedModel, ViTForImageClassification, ViTImageProcessorPil
 
-from faults import out_of_memory
+from service.faults import out_of_memory
 
 logger = logging.getLogger(__name__)
 

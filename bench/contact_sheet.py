@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from flux import Flux
 from request import LoraChoice, Request
+from service.measure import Stopwatch
 from settings import MINIATURE, ROOT, Settings
-from stopwatch import Stopwatch
 
 FILE = ROOT / "docs" / "contact_sheet.png"
 LORAS = ROOT / "mini" / "loras"

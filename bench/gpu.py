@@ -52,8 +52,8 @@ from bench import random_flux
 from flux import Flux
 from request import LoraChoice, Request
 from safety import SafetyChecker
+from service.measure import Stopwatch
 from settings import ROOT, Models, Settings
-from stopwatch import Stopwatch
 
 PROMPT = "a red fox in the snow, a photograph"
 SEED = 7

@@ -26,8 +26,8 @@ from mini import gallery, recogniser, world
 from mini.drawing import draw
 from request import LoraChoice, Request
 from safety import SafetyChecker
+from service.measure import Stopwatch
 from settings import MINIATURE, ROOT, Settings
-from stopwatch import Stopwatch
 
 LORAS = ROOT / "mini" / "loras"
 CPU = torch.device("cpu")

@@ -32,8 +32,8 @@ from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import save
 
-from leftovers import SECONDS_KEPT
 from local_cog.server import LOOPBACK, CogServer, failure, files, free_port, uri
+from service.leftovers import SECONDS_KEPT
 from settings import GIB, ROOT
 
 # Added to a copy of predict.py: after a prediction with this prompt, tensors and Python's threads are counted.

@@ -13,7 +13,7 @@ import tempfile
 import threading
 from contextlib import contextmanager
 
-from stopwatch import Stopwatch
+from service.measure import Stopwatch
 
 _draw = Predictor._draw
 _leaked = []

@@ -17,8 +17,8 @@ from acceleration import keep_compiled_code
 from flux import Flux
 from fp8 import Fp8Linear
 from request import Request
+from service.measure import Stopwatch
 from settings import Settings
-from stopwatch import Stopwatch
 from tests.models import write_models
 
 CPU = torch.device("cpu")

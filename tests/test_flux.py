@@ -13,8 +13,8 @@ from torch import Tensor
 
 from flux import PROMPTS, Flux
 from request import LoraChoice, Request
+from service.measure import Stopwatch
 from settings import Settings
-from stopwatch import Stopwatch
 from tests.models import POOLED, write_models
 
 CPU = torch.device("cpu")

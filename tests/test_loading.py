@@ -12,8 +12,8 @@ from flux import Flux
 from loading import load
 from placement import Placement, Precisions
 from request import Request
+from service.measure import Stopwatch
 from settings import Models, Settings
-from stopwatch import Stopwatch
 from tests.models import write_models
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flux import Flux
 from request import LoraChoice, Request
+from service.measure import Stopwatch
 from settings import Settings
-from stopwatch import Stopwatch
 from tests import lora_files
 from tests.lora_files import Change, Tensors
 from tests.models import write_models

@@ -20,9 +20,9 @@ from safetensors.torch import save
 
 from bench.fuzz import fuzzing, run
 from bench.soak import Report, Soak, soaking, worker_of
-from leftovers import Leftovers, sweep
 from local_cog.server import CogServer, failure, files, serve, uri
-from memory import PeakMemory
+from service.leftovers import Leftovers, sweep
+from service.measure import PeakMemory
 from settings import ROOT
 from tests.faulty import HUNGRY, PLANTED
 from tests.lora_files import EXACT, changes, is_block
