@@ -27,9 +27,10 @@ from types import MappingProxyType
 from typing import BinaryIO, NamedTuple, TextIO, TypeVar
 from uuid import uuid4
 
-from contents import WEB_PAGE, Contents, UnfitError, choose, copy, gigabytes, unpack
-from downloads import MIB, Client, Download, Patience, Source, Stream, UnavailableError
-from references import (
+from settings import GIB, Settings
+from sources.client import MIB, Client, Download, Patience, Source, Stream, UnavailableError
+from sources.contents import WEB_PAGE, Contents, UnfitError, choose, copy, gigabytes, unpack
+from sources.references import (
     COMMIT,
     Civitai,
     Data,
@@ -44,7 +45,6 @@ from references import (
     resolve,
     validate_reference,
 )
-from settings import GIB, Settings
 
 __all__ = ["Weights", "WeightsCache", "snapshot", "validate_reference"]
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from references import Civitai, Data, HuggingFace, Reference, Replicate, Url, parse, validate_reference
 from settings import MINIATURE, Settings
+from sources.references import Civitai, Data, HuggingFace, Reference, Replicate, Url, parse, validate_reference
 
 VERSION = "0123456789abcdef" * 4
 COMMIT = "0123456789abcdef" * 2 + "01234567"

@@ -30,9 +30,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from downloads import Patience
 from local_cog.server import CogServer, failure
 from settings import MINIATURE, ROOT, Settings
+from sources.client import Patience
 from tests.hosts import (
     File,
     Host,
@@ -1110,7 +1110,7 @@ import socket, struct, subprocess, sys, threading
 from pathlib import Path
 from dataclasses import replace
 from tests.hosts import File, Host, redirect, _Handler, _Server
-from downloads import Patience
+from sources.client import Patience
 from settings import MINIATURE, Settings
 from weights import WeightsCache
 
@@ -1202,7 +1202,7 @@ CERTIFIED = """
 import ssl, sys
 from pathlib import Path
 from tests.hosts import File, Host
-from downloads import Patience
+from sources.client import Patience
 from settings import MINIATURE, Settings
 from weights import WeightsCache
 

@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple, TypeVar
 
-from downloads import CHUNK, MIB, Client, StoppedError, printable
 from settings import GIB
+from sources.client import CHUNK, MIB, Client, StoppedError, printable
 
 T = TypeVar("T")
 # The format allows 100 MB; a LoRA's header has some hundred kilobytes, and a parsed one takes ten times its size.

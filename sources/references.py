@@ -26,8 +26,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoSibling
 
-from downloads import Client, Source, UnavailableError, printable
 from settings import Settings
+from sources.client import Client, Source, UnavailableError, printable
 
 ACCEPTED = (
     "owner/name[/version] of Replicate, huggingface.co/owner/repo, civitai.com/models/id, "
