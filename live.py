@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fp8
-from deltas import Delta, gather
+from lora.deltas import Delta, gather
 
 # Elements of the float32 buffer in which a mix is summed: few enough to stay in the last-level cache (8 MiB on a CPU,
 # 32 MiB of an H100's 50), so that only the base and the live tensor travel through memory; and no fewer, since each run

@@ -22,8 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-import deltas
-from deltas import Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, Replacement
+from lora import deltas
+from lora.deltas import Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, Replacement
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Names of layers. Parts of a fused layer stand in the order of its rows.

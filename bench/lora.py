@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import fp8
-from deltas import LowRank
 from live import Live, Term
 from loading import BLOCKS, is_block_linear
+from lora.deltas import LowRank
 from lora_loader import LoraCache
 
 RANK = 16

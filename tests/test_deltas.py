@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import deltas
-from deltas import Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, LowRanks, Replacement
+from lora import deltas
+from lora.deltas import Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, LowRanks, Replacement
 
 OUT, IN, RANK = 12, 18, 3
 STRENGTH = 0.75

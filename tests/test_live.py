@@ -23,10 +23,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import deltas
 import fp8
 import live
 from live import Live, Term
+from lora import deltas
 from lora_loader import Lora, LoraCache, read_lora
 from settings import ROOT
 from tests import lora_files, models

@@ -17,8 +17,8 @@ from diffusers.loaders import FluxLoraLoaderMixin
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from deltas import LowRank
 from live import Live, Term
+from lora.deltas import LowRank
 from lora_loader import Lora, read_lora
 from tests import lora_files, models
 from tests.lora_files import ALPHA, RANK, Tensors
