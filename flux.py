@@ -24,11 +24,11 @@ from torch._dynamo.utils import counters
 from tqdm import tqdm
 
 import images
-from acceleration import choose_attention, compile_models, keep_compiled_code
-from live import Live, Term
-from loading import load
+from engine.acceleration import choose_attention, compile_models, keep_compiled_code
+from engine.live import Live, Term
+from engine.loading import load
+from engine.placement import Placement
 from lora_loader import Lora, LoraCache
-from placement import Placement
 from request import LoraChoice, Request
 from service.measure import Stopwatch
 from settings import Settings

@@ -45,10 +45,10 @@ from torch._dynamo.utils import counters
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
 import flux as drawing
-import fp8
 import images
-from acceleration import choose_attention
 from bench import random_flux
+from engine import fp8
+from engine.acceleration import choose_attention
 from flux import Flux
 from request import LoraChoice, Request
 from safety import SafetyChecker

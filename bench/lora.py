@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-import fp8
-from live import Live, Term
-from loading import BLOCKS, is_block_linear
+from engine import fp8
+from engine.live import Live, Term
+from engine.loading import BLOCKS, is_block_linear
 from lora.deltas import LowRank
 from lora_loader import LoraCache
 

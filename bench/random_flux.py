@@ -26,7 +26,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from loading import is_block_linear
+from engine.loading import is_block_linear
 from settings import ROOT, Models
 
 SHARD_BYTES = 5 * 10**9

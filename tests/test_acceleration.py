@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
-from acceleration import keep_compiled_code
+from engine.acceleration import keep_compiled_code
+from engine.fp8 import Fp8Linear
 from flux import Flux
-from fp8 import Fp8Linear
 from request import Request
 from service.measure import Stopwatch
 from settings import Settings

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-import fp8
+from engine import fp8
 
 EPS = 2.0**-4  # half a unit in the last of e4m3's three mantissa bits, relative to the number
 

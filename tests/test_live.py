@@ -23,9 +23,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fp8
-import live
-from live import Live, Term
+from engine import fp8, live
+from engine.live import Live, Term
 from lora import deltas
 from lora_loader import Lora, LoraCache, read_lora
 from settings import ROOT

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from engine.loading import load
+from engine.placement import Placement, Precisions
 from flux import Flux
-from loading import load
-from placement import Placement, Precisions
 from request import Request
 from service.measure import Stopwatch
 from settings import Models, Settings

@@ -17,7 +17,7 @@ from diffusers.loaders import FluxLoraLoaderMixin
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from live import Live, Term
+from engine.live import Live, Term
 from lora.deltas import LowRank
 from lora_loader import Lora, read_lora
 from tests import lora_files, models

@@ -1,6 +1,6 @@
 import pytest
 
-from placement import GB, WORK, Precisions, Sizes, plan
+from engine.placement import GB, WORK, Precisions, Sizes, plan
 
 # FLUX.1: 11.9 B parameters in bf16, 8.6 B of them in block linears; T5 XXL; CLIP twice and the VAE.
 FLUX = Sizes(

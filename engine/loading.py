@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, T5Config, T5EncoderModel
 
-import fp8
-from live import Live
-from placement import Placement, Precisions, Sizes, plan
+from engine import fp8
+from engine.live import Live
+from engine.placement import Placement, Precisions, Sizes, plan
 from service.measure import Stopwatch
 
 # The linear layers of blocks run in fp8, except modulation: it sees one token, and what it says multiplies all others.
