@@ -373,7 +373,7 @@ def measure_database() -> dict[str, Any]:
     """Accepted predictions a second that the database takes from one front, 32 at a time."""
     import asyncio
 
-    from predictions import Prediction, Predictions, now
+    from cluster.predictions import Prediction, Predictions, now
 
     async def rate(url: str) -> float:
         async with Predictions(url) as known:

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 
-from local_cluster import descendants, environment
+from cluster.local import descendants, environment
 from local_cog.server import LOOPBACK, free_port
 from settings import ROOT
 
@@ -24,7 +24,7 @@ UPDATE = """
 import json, sys
 import ray
 from ray import serve
-from cluster import APPLICATION, Arguments, application
+from cluster.front import APPLICATION, Arguments, application
 ray.init(sys.argv[1])
 serve.run(application(Arguments(**json.loads(sys.argv[2]))), name=APPLICATION, route_prefix=None)
 """
@@ -74,8 +74,8 @@ class Cluster(Server):
         self, *options: str, environment: Mapping[str, str], log: Path, token: str = "", port: int | None = None
     ) -> None:
         super().__init__(port or free_port(), {"Authorization": f"Bearer {token}"} if token else None)
-        self.command = [sys.executable, str(ROOT / "local_cluster.py"), "--port", str(self.port), *options]
-        self.environment, self.log = {**os.environ, **environment}, log
+        self.command = [sys.executable, "-P", "-m", "cluster.local", "--port", str(self.port), *options]
+        self.environment, self.log = {**os.environ, "PYTHONPATH": str(ROOT), **environment}, log
 
     def __enter__(self) -> Self:
         with self.log.open("ab") as log:

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("ray", reason="the cluster needs requirements-cluster.txt")
+pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 
 import httpx
 import replicate
@@ -28,9 +28,9 @@ import yaml
 from cluster_harness import ENDS, Cluster, Hooks, Server
 from replicate.exceptions import ModelError, ReplicateError
 
-from local_cluster import RAY, descendants
+from cluster.local import RAY, descendants
+from cluster.predictions import Prediction, Predictions, now
 from local_cog.server import LOOPBACK, CogServer
-from predictions import Prediction, Predictions, now
 from settings import ROOT
 
 TOKEN = "t0ken-of-the-tests"
@@ -471,7 +471,7 @@ def test_pictures_may_have_many_megabytes(cluster: Cluster) -> None:
 
 
 def test_the_image_has_the_settings_of_the_local_cluster() -> None:
-    dockerfile = (ROOT / "deploy" / "Dockerfile").read_text()
+    dockerfile = (ROOT / "cluster" / "deploy" / "Dockerfile").read_text()
     assert {name: dockerfile.partition(f"{name}=")[2].split()[0] for name in RAY} == RAY
 
 
@@ -580,9 +580,9 @@ def test_nothing_listens_beyond_this_machine(cluster: Cluster) -> None:
 
 def start_of_cluster(*options: str) -> str:
     """What `script/cluster` says when it does not start."""
-    command = [sys.executable, str(ROOT / "local_cluster.py"), *options]
+    command = [sys.executable, "-m", "cluster.local", *options]
     environment = {name: value for name, value in os.environ.items() if name != "API_TOKENS"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     return ended.stderr
 
@@ -739,7 +739,7 @@ def cog_output(body: dict[str, Any]) -> str:
 
 
 def test_prometheus_hears_what_the_dashboard_draws(cluster: Cluster) -> None:
-    dashboard = (ROOT / "deploy" / "grafana.json").read_text()
+    dashboard = (ROOT / "cluster" / "deploy" / "grafana.json").read_text()
     drawn = set(re.findall(r"ray_(flux_\w+?)(?:_bucket|_sum|_count|_total)?\b", dashboard))
     give_up = time.monotonic() + 30
     told: set[str] = set()
@@ -755,13 +755,13 @@ def test_prometheus_hears_what_the_dashboard_draws(cluster: Cluster) -> None:
 
 
 def test_the_manifests_hold_the_same_configuration() -> None:
-    configuration = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
-    service, address, _ = yaml.safe_load_all((ROOT / "deploy" / "rayservice.yaml").read_text())
+    configuration = yaml.safe_load((ROOT / "cluster" / "deploy" / "serve.yaml").read_text())
+    service, address, _ = yaml.safe_load_all((ROOT / "cluster" / "deploy" / "rayservice.yaml").read_text())
     assert yaml.safe_load(service["spec"]["serveConfigV2"]) == configuration
     deployments = {each["name"]: each for each in configuration["applications"][0]["deployments"]}
     assert deployments["CogWorker"]["max_ongoing_requests"] == 1
     nodes = service["spec"]["rayClusterConfig"]
-    assert f"ray[serve]=={nodes['rayVersion']}\n" in (ROOT / "requirements-cluster.txt").read_text()
+    assert f"ray[serve]=={nodes['rayVersion']}\n" in (ROOT / "cluster" / "requirements.txt").read_text()
     workers, fronts = (group["template"] for group in nodes["workerGroupSpecs"])
     assert address["spec"]["selector"] == fronts["metadata"]["labels"]
     pod = workers["spec"]

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("sqlalchemy", reason="the cluster needs requirements-cluster.txt")
+pytest.importorskip("sqlalchemy", reason="the cluster needs cluster/requirements.txt")
 
 from postgres import Postgres, find_programs
 from sqlalchemy import event
 
-import predictions
-from predictions import Files, Prediction, Predictions, now, redact, scrub
+from cluster import predictions
+from cluster.predictions import Files, Prediction, Predictions, now, redact, scrub
 
 
 @pytest.fixture(scope="module")

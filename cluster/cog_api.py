@@ -18,10 +18,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from predictions import Prediction, content_type, now, redact
+from cluster.predictions import Prediction, content_type, now, redact
 
 if TYPE_CHECKING:
-    from cluster import Front
+    from cluster.front import Front
 
 EVENTS = ("start", "output", "logs", "completed")
 MAX_BODY_BYTES = 100 * 1024**2

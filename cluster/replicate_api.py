@@ -26,12 +26,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cog_api import EVENTS, InputSchema, Refused, read_body
+from cluster.cog_api import EVENTS, InputSchema, Refused, read_body
+from cluster.predictions import File, Prediction, content_type, now, redact
 from local_cog.server import MAX_FILE_BYTES
-from predictions import File, Prediction, content_type, now, redact
 
 if TYPE_CHECKING:
-    from cluster import Front
+    from cluster.front import Front
 
 # The name of what runs here, where the client gave none.
 OWNER, NAME = "flux-sprites", "flux-sprites"

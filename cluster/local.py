@@ -100,7 +100,7 @@ def _start(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     from ray import serve
     from ray.cluster_utils import Cluster
 
-    from cluster import APPLICATION, Arguments, application
+    from cluster.front import APPLICATION, Arguments, application
 
     # Each node could hold all: where they are is Ray's choice, and what a dead node held must fit on another.
     node = {

@@ -48,11 +48,10 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-import cog_api
-import replicate_api
+from cluster import cog_api, replicate_api
+from cluster.predictions import UNFINISHED, Files, Prediction, Predictions, now, scrub
 from local_cog import schema
 from local_cog.server import LOOPBACK, CogServer, listen
-from predictions import UNFINISHED, Files, Prediction, Predictions, now, scrub
 from settings import ROOT, ClusterSettings
 
 logger = logging.getLogger("ray.serve")
@@ -299,7 +298,7 @@ class Lost(Exception):  # noqa: N818 (a state, not an accident)
 
 
 class Metrics:
-    """What Prometheus hears of a front, through Ray; `deploy/grafana.json` draws it."""
+    """What Prometheus hears of a front, through Ray; `cluster/deploy/grafana.json` draws it."""
 
     def __init__(self) -> None:
         seconds = [0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300]
@@ -825,10 +824,10 @@ def _status_of_start() -> str:
 
 
 def application(arguments: Arguments) -> serve.Application:
-    """What a Serve configuration names as `cluster:application`."""
+    """What a Serve configuration names as `cluster.front:application`."""
     router = {}
     if arguments.affinity == "router":
-        router["request_router_config"] = {"request_router_class": "affinity:AffinityRouter"}
+        router["request_router_config"] = {"request_router_class": "cluster.affinity:AffinityRouter"}
     workers = CogWorker.options(
         num_replicas=arguments.workers,
         ray_actor_options={"num_cpus": 1, "num_gpus": arguments.gpus_per_worker},
