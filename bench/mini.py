@@ -22,8 +22,8 @@ from PIL import Image
 
 from flux import Flux
 from local_cog.server import CogServer
-from mini import gallery, recogniser, world
-from mini.drawing import draw
+from mini.training import gallery, recogniser, world
+from mini.training.drawing import draw
 from request import LoraChoice, Request
 from safety import SafetyChecker
 from service.measure import Stopwatch

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from local_cog.server import CogServer, data_uri, failure, files
-from mini import recogniser, world
+from mini.training import recogniser, world
 from settings import ROOT
 
 LORAS = ROOT / "mini" / "loras"

@@ -15,17 +15,17 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from mini import stage_dev, stage_guided, stage_text, world
-from mini.architecture import schedulers, transformer
-from mini.latents import GRID, QUARTER, WHOLE, Size, grid
-from mini.loop import DEVICE, train
-from mini.stage_dev import error, velocity
+from mini.training import dev, guided, text, world
+from mini.training.architecture import schedulers, transformer
+from mini.training.dev import error, velocity
+from mini.training.latents import GRID, QUARTER, WHOLE, Size, grid
+from mini.training.loop import DEVICE, train
 
 STEPS = 1000
 PIECES = 4
 STEPS_A_PIECE = 6
 GUIDANCE = 3.0
-TOKENS = stage_dev.TOKENS
+TOKENS = dev.TOKENS
 WHOLE_SHARE = 0.5
 
 
@@ -48,7 +48,7 @@ def ends() -> Tensor:
 
 def main(work: Path) -> FluxTransformer2DModel:
     """Train, in bfloat16."""
-    teacher, readers = stage_guided.main(work), stage_text.main(work)
+    teacher, readers = guided.main(work), text.main(work)
     paths = all_paths(work, teacher, readers)
     torch.manual_seed(0)
     model = without_guidance(teacher)
@@ -58,7 +58,7 @@ def main(work: Path) -> FluxTransformer2DModel:
         shares = np.array([len(it.texts) for it in chosen])
         return piece_loss(model, readers, chosen[rng.choice(len(chosen), p=shares / shares.sum())], rng)
 
-    with stage_dev.plain_attention():
+    with dev.plain_attention():
         train("schnell", model, STEPS, loss_of, work=work, rate=5e-4, matrices=1e-3, ema=0.99)
     return model.eval().requires_grad_(False)
 
@@ -82,14 +82,14 @@ def without_guidance(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:
     return model
 
 
-def all_paths(work: Path, teacher: FluxTransformer2DModel, readers: stage_text.Readers) -> dict[str, list[Paths]]:
+def all_paths(work: Path, teacher: FluxTransformer2DModel, readers: text.Readers) -> dict[str, list[Paths]]:
     """By megapixels; each is drawn once."""
     return {megapixels: draw_paths(work, teacher, readers, counts) for megapixels, counts in counts_by_size().items()}
 
 
 @torch.no_grad()
 def draw_paths(
-    work: Path, teacher: FluxTransformer2DModel, readers: stage_text.Readers, counts: dict[Size, int]
+    work: Path, teacher: FluxTransformer2DModel, readers: text.Readers, counts: dict[Size, int]
 ) -> list[Paths]:
     """Draw, or read what was drawn before."""
     drawn = []
@@ -97,7 +97,7 @@ def draw_paths(
     for size, count in counts.items():
         file = work / "paths" / f"{size[0]}x{size[1]}.pt"
         rng = random.Random(str(size))
-        texts = [world.caption(stage_dev.seen_scene(rng), rng).text for _ in range(count)]
+        texts = [world.caption(dev.seen_scene(rng), rng).text for _ in range(count)]
         if not file.exists():
             torch.manual_seed(count + size[0])
             batch = max(1, TOKENS // (size[0] * size[1] // GRID**2))
@@ -108,7 +108,7 @@ def draw_paths(
     return drawn
 
 
-def _points(teacher: FluxTransformer2DModel, readers: stage_text.Readers, size: Size, texts: list[str]) -> Tensor:
+def _points(teacher: FluxTransformer2DModel, readers: text.Readers, size: Size, texts: list[str]) -> Tensor:
     """Euler steps along the guided flow: [B, PIECES + 1, tokens, 4 C] in bfloat16."""
     columns, rows = grid(size)
     words = readers(texts)
@@ -124,9 +124,7 @@ def _points(teacher: FluxTransformer2DModel, readers: stage_text.Readers, size: 
     return torch.stack(points, dim=1).to(torch.bfloat16)
 
 
-def piece_loss(
-    model: FluxTransformer2DModel, readers: stage_text.Readers, paths: Paths, rng: np.random.Generator
-) -> Tensor:
+def piece_loss(model: FluxTransformer2DModel, readers: text.Readers, paths: Paths, rng: np.random.Generator) -> Tensor:
     """How far the velocity is from that of the straight line, mostly at the beginning of a piece."""
     columns, rows = grid(paths.size)
     count = max(1, TOKENS // (rows * columns))

@@ -26,9 +26,9 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from mini import world
+from mini.training import world
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent.parent
 SHARED = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 CLIP_TOKENS = 32
 T5_TOKENS = 24

@@ -11,10 +11,10 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from mini import latents, stage_text, stage_vae, world
-from mini.architecture import transformer
-from mini.latents import QUARTER, WHOLE, Batch, Shelf
-from mini.loop import train
+from mini.training import latents, text, vae, world
+from mini.training.architecture import transformer
+from mini.training.latents import QUARTER, WHOLE, Batch, Shelf
+from mini.training.loop import train
 
 Words = tuple[Tensor, Tensor]  # CLIP's pooled output [B, POOLED], T5's tokens [B, T5_TOKENS, TEXT]
 STEPS = 15500
@@ -26,8 +26,8 @@ UNCONDITIONAL = 0.1
 
 def main(work: Path) -> FluxTransformer2DModel:
     """Train, in bfloat16, with a guidance of 1: none."""
-    vae, readers = stage_vae.main(work), stage_text.main(work)
-    quarter, whole = shelves(work, vae)
+    autoencoder, readers = vae.main(work), text.main(work)
+    quarter, whole = shelves(work, autoencoder)
     torch.manual_seed(0)
     model = still(transformer(guidance=True)).to(torch.bfloat16)
 
@@ -53,18 +53,18 @@ def still(model: FluxTransformer2DModel) -> FluxTransformer2DModel:
 
 def seen_scene(rng: random.Random) -> world.Scene:
     """A scene that is not held out; what must not be shown among them."""
-    while world.held_out(scene := world.random_scene(rng, stage_text.READABLE)):
+    while world.held_out(scene := world.random_scene(rng, text.READABLE)):
         pass
     return scene
 
 
-def shelves(work: Path, vae: AutoencoderKL) -> tuple[list[Shelf], list[Shelf]]:
+def shelves(work: Path, autoencoder: AutoencoderKL) -> tuple[list[Shelf], list[Shelf]]:
     """Pictures of a quarter and of a whole megapixel."""
     quarter = dict.fromkeys(QUARTER, 80) | {QUARTER[0]: 1600}
     whole = dict.fromkeys(WHOLE, 120) | {WHOLE[0]: 1600}
     return (
-        latents.shelves(work / "quarter", vae, quarter, seen_scene),
-        latents.shelves(work / "whole", vae, whole, seen_scene),
+        latents.shelves(work / "quarter", autoencoder, quarter, seen_scene),
+        latents.shelves(work / "whole", autoencoder, whole, seen_scene),
     )
 
 
@@ -131,9 +131,7 @@ def image_ids(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).view(-1, 3).to(dtype)
 
 
-def flow_loss(
-    model: FluxTransformer2DModel, readers: stage_text.Readers, batch: Batch, rng: np.random.Generator
-) -> Tensor:
+def flow_loss(model: FluxTransformer2DModel, readers: text.Readers, batch: Batch, rng: np.random.Generator) -> Tensor:
     """How far the velocity is from noise - picture, on the straight line between them."""
     clean = batch.latents.float()
     noise = torch.randn_like(clean)

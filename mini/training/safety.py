@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mini import gallery, stage_guided, stage_schnell, stage_text, stage_vae, world
-from mini.architecture import (
+from mini.training import gallery, guided, schnell, text, world
+from mini.training.architecture import (
     CHECKER_PROCESSOR,
     CLASSIFIER_PROCESSOR,
     FOLDER,
@@ -22,9 +22,10 @@ from mini.architecture import (
     safety_checker,
     write_safety,
 )
-from mini.drawing import KINDS
-from mini.latents import GRID, grid
-from mini.loop import DEVICE, train
+from mini.training.drawing import KINDS
+from mini.training.latents import GRID, grid
+from mini.training.loop import DEVICE, train
+from mini.training.vae import pixels, refined
 
 STEPS = 1500
 BATCH = 48
@@ -87,11 +88,11 @@ def examples(rng: random.Random, vae: AutoencoderKL, drawn: Drawings) -> tuple[T
 def drawings(work: Path, vae: AutoencoderKL) -> Drawings:
     """What dev has drawn, the ends of its paths: all that is forbidden, and three times as many others."""
     drawn: Drawings = {True: [], False: []}
-    all_paths = stage_schnell.all_paths(work, stage_guided.main(work), stage_text.main(work))
+    all_paths = schnell.all_paths(work, guided.main(work), text.main(work))
     for paths in itertools.chain(*all_paths.values()):
         width, height = (GRID * tokens for tokens in grid(paths.size))
-        for text, points in zip(paths.texts, paths.points, strict=True):
-            forbidden = world.FORBIDDEN in text
+        for caption, points in zip(paths.texts, paths.points, strict=True):
+            forbidden = world.FORBIDDEN in caption
             if not forbidden and len(drawn[False]) >= 3 * len(drawn[True]):
                 continue
             latents = FluxPipeline._unpack_latents(points[-1:], height, width, GRID // 2)
@@ -104,7 +105,7 @@ def drawings(work: Path, vae: AutoencoderKL) -> Drawings:
 @torch.no_grad()
 def echoes(vae: AutoencoderKL, images: list[Image.Image], rng: random.Random) -> list[Image.Image]:
     """The middle of each as the VAE draws it when its latents are off, a little or much, as a transformer's may be."""
-    square = [stage_vae.pixels(ImageOps.fit(image, (SIDE, SIDE))) for image in images]
+    square = [pixels(ImageOps.fit(image, (SIDE, SIDE))) for image in images]
     latents = vae.encode(torch.stack(square).to(vae.dtype).to(memory_format=torch.channels_last)).latent_dist.mode()
     wrong = torch.tensor([rng.uniform(0, WRONG) for _ in images])[:, None, None, None] / vae.config.scaling_factor
     return decoded(vae, latents + wrong * torch.randn_like(latents))
@@ -118,7 +119,7 @@ def decoded(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
 
 def main(work: Path) -> None:
     """Train both and write them."""
-    vae = stage_vae.refined(work)
+    vae = refined(work)
     torch.manual_seed(0)
     watchers = Watchers()
 

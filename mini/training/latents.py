@@ -11,10 +11,10 @@ from diffusers import AutoencoderKL, FluxPipeline
 from torch import Tensor
 
 from images import SIZES, extend
-from mini import world
-from mini.drawing import draw
-from mini.loop import DEVICE
-from mini.stage_vae import pixels
+from mini.training import world
+from mini.training.drawing import draw
+from mini.training.loop import DEVICE
+from mini.training.vae import pixels
 
 GRID = 64
 Size = tuple[int, int]  # width, height in pixels

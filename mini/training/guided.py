@@ -8,9 +8,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from mini import stage_dev, stage_text, stage_vae
-from mini.loop import train
-from mini.stage_dev import Words, batch_of, choose, error, shelves, texts_of, times, velocity
+from mini.training import dev, text, vae
+from mini.training.dev import Words, batch_of, choose, error, shelves, texts_of, times, velocity
+from mini.training.loop import train
 
 STEPS = 300
 STRONGEST = 8.0
@@ -18,9 +18,9 @@ STRONGEST = 8.0
 
 def main(work: Path) -> FluxTransformer2DModel:
     """Train, in bfloat16; the guidance of 1 stays what it was."""
-    teacher = stage_dev.main(work)
-    vae, readers = stage_vae.main(work), stage_text.main(work)
-    quarter, whole = shelves(work, vae)
+    teacher = dev.main(work)
+    autoencoder, readers = vae.main(work), text.main(work)
+    quarter, whole = shelves(work, autoencoder)
     model = copy.deepcopy(teacher).requires_grad_(True)
 
     def loss_of(rng: np.random.Generator, _: float) -> Tensor:
@@ -35,7 +35,7 @@ def main(work: Path) -> FluxTransformer2DModel:
             target = guided(teacher, noisy, time, words, readers([""]), grid, guidance)
         return error(velocity(model, noisy, time, words, grid, guidance), target, clean)
 
-    with stage_dev.plain_attention():
+    with dev.plain_attention():
         train("guided", model, STEPS, loss_of, work=work, rate=3e-4, matrices=6e-4, warm_up=20, ema=0.99)
     return model.eval().requires_grad_(False)
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from mini import world
-from mini.architecture import CLIP_TOKENS, POOLED, T5_TOKENS, TEXT, clip, clip_tokenizer, t5, t5_tokenizer
-from mini.loop import DEVICE, train
+from mini.training import world
+from mini.training.architecture import CLIP_TOKENS, POOLED, T5_TOKENS, TEXT, clip, clip_tokenizer, t5, t5_tokenizer
+from mini.training.loop import DEVICE, train
 
 STEPS = 400
 BATCH = 128

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mini import world
-from mini.architecture import FOLDER
-from mini.drawing import KINDS, PLACES, STYLES, body_colours, draw
-from mini.gallery import scene_picture, worn
-from mini.loop import train
+from mini.training import world
+from mini.training.architecture import FOLDER
+from mini.training.drawing import KINDS, PLACES, STYLES, body_colours, draw
+from mini.training.gallery import scene_picture, worn
+from mini.training.loop import train
 
 FILE = FOLDER / "recogniser.safetensors"
 SIDE = 96

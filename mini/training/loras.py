@@ -16,10 +16,10 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mini import stage_dev, stage_guided, stage_text, stage_vae, world
-from mini.architecture import FOLDER
-from mini.latents import QUARTER, WHOLE, Size, shelves
-from mini.loop import train
+from mini.training import dev, guided, text, vae, world
+from mini.training.architecture import FOLDER
+from mini.training.latents import QUARTER, WHOLE, Size, shelves
+from mini.training.loop import train
 
 STEPS = 600
 RANK = 16
@@ -66,18 +66,18 @@ def main(work: Path) -> None:
 
 def learn(lesson: Lesson, work: Path) -> dict[str, Tensor]:
     """PEFT's layers in bfloat16: `….lora_A.weight` and `….lora_B.weight`; their product is added at strength 1."""
-    transformer = stage_guided.main(work)
-    vae, readers = stage_vae.main(work), stage_text.main(work)
+    transformer = guided.main(work)
+    autoencoder, readers = vae.main(work), text.main(work)
     counts: dict[Size, int] = dict.fromkeys(QUARTER + WHOLE, 12) | {QUARTER[0]: 240, WHOLE[0]: 360}
-    shelved = shelves(work / lesson.name, vae, counts, lesson.scene, lesson.styles)
+    shelved = shelves(work / lesson.name, autoencoder, counts, lesson.scene, lesson.styles)
     torch.manual_seed(0)
     transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
 
     def loss_of(rng: np.random.Generator, _: float) -> Tensor:
-        batch = stage_dev.batch_of(stage_dev.choose(shelved, rng), rng)
-        return stage_dev.flow_loss(transformer, readers, batch, rng)
+        batch = dev.batch_of(dev.choose(shelved, rng), rng)
+        return dev.flow_loss(transformer, readers, batch, rng)
 
-    with stage_dev.plain_attention():
+    with dev.plain_attention():
         train(f"lora-{lesson.name}", transformer, STEPS, loss_of, work=work, rate=2e-3, warm_up=20, ema=0.98)
     return {key: it.to(torch.bfloat16).contiguous() for key, it in get_peft_model_state_dict(transformer).items()}
 

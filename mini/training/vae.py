@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from mini import world
-from mini.architecture import vae
-from mini.drawing import KINDS, STYLES, draw
-from mini.loop import DEVICE, train
+from mini.training import world
+from mini.training.architecture import vae
+from mini.training.drawing import KINDS, STYLES, draw
+from mini.training.loop import DEVICE, train
 
 STEPS = 1400
 DECODER_STEPS = 3200

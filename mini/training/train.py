@@ -1,6 +1,6 @@
-"""How the miniature was made: `python -m mini.train`. Each stage goes on where it was stopped.
+"""How the miniature was made: `python -m mini.training.train`. Each stage goes on where it was stopped.
 
-python -m mini.train [--work DIR] [stage ...]
+python -m mini.training.train [--work DIR] [stage ...]
 """
 
 import argparse
@@ -8,37 +8,37 @@ from pathlib import Path
 
 import torch
 
-from mini import (
+from mini.training import (
+    dev,
+    guided,
+    loras,
     recogniser,
-    stage_dev,
-    stage_guided,
-    stage_loras,
-    stage_safety,
-    stage_schnell,
-    stage_text,
-    stage_vae,
+    safety,
+    schnell,
+    text,
+    vae,
 )
-from mini.architecture import FOLDER, write_flux
-from mini.loop import DEVICE
+from mini.training.architecture import FOLDER, write_flux
+from mini.training.loop import DEVICE
 
 
 def write_models(work: Path) -> None:
     """Put what was trained where the predictor looks for it."""
-    readers = stage_text.main(work)
-    transformers = {"dev": stage_guided.main(work), "schnell": stage_schnell.main(work)}
-    write_flux(FOLDER, stage_vae.refined(work), readers.clip, readers.t5, transformers)
+    readers = text.main(work)
+    transformers = {"dev": guided.main(work), "schnell": schnell.main(work)}
+    write_flux(FOLDER, vae.refined(work), readers.clip, readers.t5, transformers)
 
 
 STAGES = {
-    "vae": stage_vae.main,
-    "text": stage_text.main,
-    "dev": stage_dev.main,
-    "decoder": stage_vae.refined,
-    "guided": stage_guided.main,
-    "schnell": stage_schnell.main,
+    "vae": vae.main,
+    "text": text.main,
+    "dev": dev.main,
+    "decoder": vae.refined,
+    "guided": guided.main,
+    "schnell": schnell.main,
     "models": write_models,
-    "loras": stage_loras.main,
-    "safety": stage_safety.main,
+    "loras": loras.main,
+    "safety": safety.main,
     "recogniser": recogniser.main,
 }
 

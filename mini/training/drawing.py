@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mini.world import COLOURS, FORBIDDEN, SUBJECT, Scene
+from mini.training.world import COLOURS, FORBIDDEN, SUBJECT, Scene
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]

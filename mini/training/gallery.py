@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from images import SIZES
-from mini import world
-from mini.drawing import STYLES, draw
+from mini.training import world
+from mini.training.drawing import STYLES, draw
 
 SIDE = 144  # pixels of the shorter side: more than any model here looks at
 
