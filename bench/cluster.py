@@ -20,13 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from cluster_harness import ENDS, Cluster, Hooks, Server  # noqa: E402 (its place is known only now)
-from postgres import Postgres, find_programs  # noqa: E402
-
-from local_cog.server import CogServer  # noqa: E402
+from harness.cluster import ENDS, Cluster, Hooks, Server
+from harness.postgres import Postgres, find_programs
+from local_cog.server import CogServer
 
 PREDICTOR = """
 import time

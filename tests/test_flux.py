@@ -15,7 +15,7 @@ from flux import PROMPTS, Flux
 from request import LoraChoice, Request
 from service.measure import Stopwatch
 from settings import Settings
-from tests.models import POOLED, write_models
+from tests.support.models import POOLED, write_models
 
 CPU = torch.device("cpu")
 SMALL = {"megapixels": "0.25", "num_inference_steps": 2, "seed": 11}

@@ -20,8 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from engine.live import Live, Term
 from lora.deltas import LowRank
 from lora_loader import Lora, read_lora
-from tests import lora_files, models
-from tests.lora_files import ALPHA, RANK, Tensors
+from tests.support import lora_files, models
+from tests.support.lora_files import ALPHA, RANK, Tensors
 
 STRENGTH = ALPHA / RANK
 

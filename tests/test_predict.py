@@ -17,7 +17,7 @@ from safetensors.torch import save
 import images
 from local_cog.server import CogServer, failure, files, uri
 from settings import ROOT
-from tests.lora_files import EXACT, changes, is_block
+from tests.support.lora_files import EXACT, changes, is_block
 
 SMALL = {"prompt": "a red fox", "megapixels": "0.25", "num_inference_steps": 2, "seed": 3, "output_format": "png"}
 UNSAFE = {"disable_safety_checker": True}

@@ -18,14 +18,14 @@ import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import save
 
-from bench.fuzz import fuzzing, run
-from bench.soak import Report, Soak, soaking, worker_of
+from harness.fuzz import fuzzing, run
+from harness.soak import Report, Soak, soaking, worker_of
 from local_cog.server import CogServer, failure, files, serve, uri
 from service.leftovers import Leftovers, sweep
 from service.measure import PeakMemory
 from settings import ROOT
-from tests.faulty import HUNGRY, PLANTED
-from tests.lora_files import EXACT, changes, is_block
+from tests.support.faulty import HUNGRY, PLANTED
+from tests.support.lora_files import EXACT, changes, is_block
 from tests.test_predict import encoded, photo
 
 CPU = torch.device("cpu")
@@ -235,7 +235,7 @@ def test_a_killed_worker_makes_the_server_unhealthy_and_leaves_no_file(own_serve
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Load and hostile input: short versions of bench/soak.py and bench/fuzz.py
+# Load and hostile input: short versions of `script/bench soak` and `script/bench fuzz`
 
 
 def test_a_short_soak_finds_nothing_and_then_every_planted_leak(soak: Soak) -> None:

@@ -30,10 +30,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from local_cog.server import CogServer, failure
-from settings import MINIATURE, ROOT, Settings
-from sources.client import Patience
-from tests.hosts import (
+from harness.hosts import (
     File,
     Host,
     civitai,
@@ -47,6 +44,9 @@ from tests.hosts import (
     silent,
     status,
 )
+from local_cog.server import CogServer, failure
+from settings import MINIATURE, ROOT, Settings
+from sources.client import Patience
 from weights import WeightsCache, snapshot
 
 # Hosts on loopback answer at once, or never.
@@ -1109,7 +1109,7 @@ PUBLIC_NETWORK = """
 import socket, struct, subprocess, sys, threading
 from pathlib import Path
 from dataclasses import replace
-from tests.hosts import File, Host, redirect, _Handler, _Server
+from harness.hosts import File, Host, redirect, _Handler, _Server
 from sources.client import Patience
 from settings import MINIATURE, Settings
 from weights import WeightsCache
@@ -1201,7 +1201,7 @@ def test_names_and_redirects_that_lead_inside_are_refused_by_the_address_connect
 CERTIFIED = """
 import ssl, sys
 from pathlib import Path
-from tests.hosts import File, Host
+from harness.hosts import File, Host
 from sources.client import Patience
 from settings import MINIATURE, Settings
 from weights import WeightsCache

@@ -14,7 +14,7 @@ from flux import Flux
 from request import Request
 from service.measure import Stopwatch
 from settings import Models, Settings
-from tests.models import write_models
+from tests.support.models import write_models
 
 CPU = torch.device("cpu")
 BOTH = frozenset({"dev", "schnell"})

@@ -28,8 +28,8 @@ from engine.live import Live, Term
 from lora import deltas
 from lora_loader import Lora, LoraCache, read_lora
 from settings import ROOT
-from tests import lora_files, models
-from tests.lora_files import Tensors
+from tests.support import lora_files, models
+from tests.support.lora_files import Tensors
 
 SMALL = {"num_layers": 1, "num_single_layers": 1}
 

@@ -19,7 +19,7 @@ from flux import Flux
 from request import Request
 from service.measure import Stopwatch
 from settings import Settings
-from tests.models import write_models
+from tests.support.models import write_models
 
 CPU = torch.device("cpu")
 

@@ -78,6 +78,7 @@ class Host:
         self.lock = threading.Lock()
 
     def __enter__(self) -> Self:
+        """Listen."""
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.host = self
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -85,6 +86,7 @@ class Host:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Listen no more."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -95,9 +97,11 @@ class Host:
 
     @property
     def address(self) -> str:
+        """Where it listens, as http://host:port."""
         return f"http://127.0.0.1:{self._server.server_port}"
 
     def url(self, path: str) -> str:
+        """The URL of a path on it."""
         return f"{self.address}{path}"
 
     def asked(self, path: str) -> list[Seen]:
@@ -132,6 +136,7 @@ class File:
     sent: int = 0  # bytes, over all answers
 
     def __call__(self, handler: _Handler) -> None:
+        """Answer one request for it."""
         headers = {"Content-Type": self.type} | ({"ETag": self.etag} if self.etag else {})
         if self.conditional and self.etag and handler.headers.get("If-None-Match") == self.etag:
             handler.send_response(304)
@@ -201,6 +206,7 @@ def page(code: int = 200) -> Answer:
 
 
 def in_json(value: object, code: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
+    """Answer with a value, as JSON."""
     return status(code, {"Content-Type": "application/json", **(headers or {})}, json.dumps(value).encode())
 
 

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own, in a temporary directory, on loopback."""
+"""A PostgreSQL server for tests and benchmarks, in a temporary directory, on loopback."""
 
 import os
 import pwd
@@ -33,6 +33,7 @@ class Postgres:
         self.user = "postgres" if os.getuid() == 0 else None
 
     def __enter__(self) -> Self:
+        """Make a database and start the server."""
         self.directory = Path(tempfile.mkdtemp(prefix="flux-sprites-postgres-"))
         if self.user:
             account = pwd.getpwnam(self.user)
@@ -51,6 +52,7 @@ class Postgres:
         self._run("pg_ctl", "-w", "-m", mode, "stop")
 
     def __exit__(self, *_: object) -> None:
+        """Stop the server and delete the database."""
         self.stop()
         shutil.rmtree(self.directory)
 

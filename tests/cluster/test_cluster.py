@@ -25,11 +25,11 @@ pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 import httpx
 import replicate
 import yaml
-from cluster_harness import ENDS, Cluster, Hooks, Server
 from replicate.exceptions import ModelError, ReplicateError
 
 from cluster.local import RAY, descendants
 from cluster.predictions import Prediction, Predictions, now
+from harness.cluster import ENDS, Cluster, Hooks, Server
 from local_cog.server import LOOPBACK, CogServer
 from settings import ROOT
 

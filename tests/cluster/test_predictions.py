@@ -9,11 +9,11 @@ import pytest
 
 pytest.importorskip("sqlalchemy", reason="the cluster needs cluster/requirements.txt")
 
-from postgres import Postgres, find_programs
 from sqlalchemy import event
 
 from cluster import predictions
 from cluster.predictions import Files, Prediction, Predictions, now, redact, scrub
+from harness.postgres import Postgres, find_programs
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from flux import Flux
 from request import LoraChoice, Request
 from service.measure import Stopwatch
 from settings import Settings
-from tests import lora_files
-from tests.lora_files import Change, Tensors
-from tests.models import write_models
+from tests.support import lora_files
+from tests.support.lora_files import Change, Tensors
+from tests.support.models import write_models
 
 CPU = torch.device("cpu")
 SIZE = {"width": 256, "height": 256}

@@ -78,6 +78,7 @@ class Cluster(Server):
         self.environment, self.log = {**os.environ, "PYTHONPATH": str(ROOT), **environment}, log
 
     def __enter__(self) -> Self:
+        """Start it, and wait until it answers."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -91,6 +92,7 @@ class Cluster(Server):
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Stop it, by force where it does not end."""
         self.process.terminate()
         try:
             self.process.wait(30)
@@ -150,6 +152,7 @@ class Hooks:
         self.seconds = seconds
 
     def __enter__(self) -> Self:
+        """Listen."""
         received: list[tuple[Mapping[str, str], dict[str, Any]]] = []
         self.received, seconds = received, self.seconds
 
@@ -172,6 +175,7 @@ class Hooks:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Listen no more."""
         self.server.shutdown()
         self.server.server_close()
 

@@ -1,0 +1,508 @@
+"""Random predictions against the real Cog server, and what they leave behind.
+
+Modes, sizes, models, precisions, formats, LoRAs good and bad; clients that wait, cancel, hang up, ask twice; receivers
+of webhooks that are slow or dead. Every answer is accounted for; every 20th picture is drawn again by a process that
+has drawn nothing before; memory, tensors, descriptors, threads, temporary files and the disk cache are counted. The
+last line is JSON; the exit code is 1 if anything is wrong.
+"""
+
+import http.client
+import http.server
+import io
+import json
+import multiprocessing
+import os
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxTransformer2DModel
+from PIL import Image
+from safetensors.torch import save
+
+from local_cog.server import LOOPBACK, CogServer, failure, files, free_port, uri
+from service.leftovers import SECONDS_KEPT
+from settings import GIB, ROOT
+
+# Added to a copy of predict.py: after a prediction with this prompt, tensors and Python's threads are counted.
+COUNT = "count the tensors"
+COUNTING = f"""
+
+import gc
+import threading
+
+_counted_draw = Predictor._draw
+
+
+def _draw_and_count(self, request, stopwatch):
+    paths = _counted_draw(self, request, stopwatch)
+    if request.prompt == {COUNT!r}:
+        gc.collect()
+        tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+        self.record_metric("count.tensors", tensors)
+        threads = [thread for thread in threading.enumerate() if not thread.name.startswith("Dummy")]
+        self.record_metric("count.threads", len(threads))
+    return paths
+
+
+Predictor._draw = _draw_and_count
+"""
+PROMPTS = tuple(
+    f"a {colour} {thing}" for colour in ("red", "green", "blue") for thing in ("fox", "cube", "sky", "boat")
+)
+QUIET = {"model": "schnell", "num_inference_steps": 1, "aspect_ratio": "custom", "width": 256, "height": 256, "seed": 1}
+QUIET |= {"disable_safety_checker": True}
+CACHE_BYTES = 8 * 2**20  # two thirds of the LoRAs that are asked for
+WAYS = {"wait": 58, "cancel": 14, "hang up": 8, "twice": 10, "slow webhook": 4, "dead webhook": 6}
+ENDS = ("succeeded", "failed", "canceled")
+# What a good request may be told all the same.
+EXPECTED = ("NSFW content detected", "no numbers at all")
+SECONDS_TO_END = 30
+RISE_BYTES = 10_000_000
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request: what is asked for, how, and whether it can be drawn."""
+
+    name: str  # its id for Cog
+    inputs: dict[str, Any]
+    way: str
+    good: bool
+    patience: float  # seconds until the client cancels or hangs up
+
+
+@dataclass
+class Report:
+    """What came of it."""
+
+    ends: Counter = field(default_factory=Counter)  # by way and status
+    problems: list[str] = field(default_factory=list)
+    counts: dict[int, dict[str, int]] = field(default_factory=dict)  # by the number of requests before
+    resident: list[int] = field(default_factory=list)  # bytes of the worker, after each request
+    compared: int = 0
+    seconds: float = 0.0
+    slowest_s: float = 0.0
+    cache_bytes: int = 0  # the most
+
+    def figures(self, block: int, warm: int) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        lowest = self.lowest(block)
+        return {
+            "requests": len(self.resident),
+            "seconds": round(self.seconds),
+            "ends": {f"{way}: {status}": count for (way, status), count in sorted(self.ends.items())},
+            "compared_bit_for_bit": self.compared,
+            "counts": self.counts,
+            "lowest_resident_mb_of_each_block": [round(size / 1e6, 1) for size in lowest],
+            "rise_mb": round((lowest[-1] - lowest[warm // block]) / 1e6, 1),
+            "disk_cache_mb_at_most": round(self.cache_bytes / 1e6, 2),
+            "slowest_s": round(self.slowest_s, 1),
+            "problems": self.problems,
+        }
+
+    def lowest(self, block: int) -> list[int]:
+        """The lowest resident memory of each block of requests."""
+        return [min(self.resident[start : start + block]) for start in range(0, len(self.resident), block)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The world around the server: hosts of files, receivers of webhooks
+
+
+class World(http.server.ThreadingHTTPServer):
+    """Serves files and takes webhooks, at once or slowly."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__((LOOPBACK, 0), _Handler)
+        self.files = {f"/good-{seed}.safetensors": make_lora(seed) for seed in range(8)}
+        self.files |= {f"/bad-{number}.safetensors": content for number, content in enumerate(_bad_loras())}
+        self.files |= {"/photo.webp": _encoded(_photo(random.Random(0)), "webp")}
+        self.ended: dict[str, list[str]] = {}
+        self.address = f"http://{LOOPBACK}:{self.server_port}"
+        self.dead = f"http://{LOOPBACK}:{free_port()}"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients go away as they please."""
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: World
+
+    def do_GET(self) -> None:
+        body = self.server.files.get(self.path.partition("?")[0])
+        self.send_response(404 if body is None else 200)
+        self.send_header("Content-Length", str(len(body or b"")))
+        self.end_headers()
+        self.wfile.write(body or b"")
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        told = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/slow":
+            time.sleep(2)
+        self.server.ended.setdefault(told["id"], []).append(told["status"])
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    """The hosts, for as long as the block lasts."""
+    with World() as hosts:
+        thread = threading.Thread(target=hosts.serve_forever, daemon=True)
+        thread.start()
+        yield hosts
+        hosts.shutdown()
+
+
+def make_lora(seed: int, rank: int = 48) -> bytes:
+    """A LoRA of all attention projections of the miniature, in diffusers' names."""
+    config = FluxTransformer2DModel.load_config(ROOT / "mini/dev/transformer")
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, torch.nn.Linear) and ".attn." in name:
+            tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, layer.in_features, generator=generator)
+            tensors[f"transformer.{name}.lora_B.weight"] = 0.01 * torch.randn(
+                layer.out_features, rank, generator=generator
+            )
+    return save(tensors)
+
+
+def _bad_loras() -> list[bytes]:
+    whole = make_lora(99)
+    return [
+        whole[: len(whole) // 2],
+        b"<html>Please log in</html>",
+        b"",
+        whole[:200] + bytes(1000) + whole[1200:],
+        save({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(4, 7)}),
+        save({"transformer.transformer_blocks.0.attn.to_q.diff": torch.full((4, 4), float("nan"))}),
+    ]
+
+
+def _photo(rng: random.Random) -> Image.Image:
+    size = rng.randrange(48, 257), rng.randrange(48, 257)
+    pixels = np.random.default_rng(rng.randrange(2**32)).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size)
+
+
+def _encoded(image: Image.Image, form: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Requests
+
+
+def make_case(rng: random.Random, name: str, hosts: World, prompts: Sequence[str], *, compared: bool) -> Case:
+    """A random request; one whose picture is compared later can be drawn, and its client waits."""
+    inputs: dict[str, Any] = {
+        "prompt": rng.choice(prompts),
+        "seed": rng.randrange(2**63 - 4),
+        "model": rng.choice(("dev", "schnell")),
+        "num_inference_steps": rng.choice((1, 1, 2, 3)),
+        "num_outputs": rng.choice((1, 1, 1, 1, 2)),
+        # As people write numbers: Cog may read a seventeenth digit as its neighbour.
+        "guidance_scale": round(rng.uniform(0, 10), 2),
+        "output_format": rng.choice(("webp", "jpg", "png")),
+        "output_quality": rng.randint(0, 100),
+        "disable_safety_checker": rng.random() < 0.8,
+        "go_fast": rng.random() < 0.4,
+    }
+    inputs |= _canvas(rng, hosts) | _loras(rng, hosts)
+    good = compared or rng.random() > 0.12
+    if not good:
+        inputs |= rng.choice(
+            (
+                {"extra_lora": f"{hosts.address}/bad-{rng.randrange(6)}.safetensors?token=secret"},
+                {"extra_lora": f"{hosts.address}/missing.safetensors"},
+                {"replicate_weights": rng.choice(("/etc/hostname", "not a reference at all", uri(b"nothing")))},
+                {"image": uri(b"no picture", "image/png"), "mask": ""},
+                {"image": "/etc/hostname"},
+                {"aspect_ratio": "custom", "width": 256, "height": None, "image": ""},
+            )
+        )
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+    way = "wait" if compared else rng.choices(list(WAYS), list(WAYS.values()))[0]
+    return Case(name, inputs, way, good, rng.uniform(0, 1))
+
+
+def _canvas(rng: random.Random, hosts: World) -> dict[str, Any]:
+    """Mostly small; one picture in a hundred has a megapixel."""
+    kind = rng.choices(("custom", "image", "mask", "quarter", "megapixel"), (58, 18, 15, 8, 1))[0]
+    if kind == "custom":
+        return {"aspect_ratio": "custom", "width": rng.randrange(256, 321), "height": rng.randrange(256, 321)}
+    if kind in ("image", "mask"):
+        photo = uri(_encoded(_photo(rng), "png"), "image/png")
+        image = rng.choice((photo, photo, f"{hosts.address}/photo.webp"))
+        inputs = {"image": image, "prompt_strength": rng.choice((0, 0.3, 0.8, 1))}
+        return inputs | ({"mask": uri(_encoded(_photo(rng), "png"), "image/png")} if kind == "mask" else {})
+    ratio = rng.choice(("1:1", "21:9", "4:5"))
+    return {"aspect_ratio": ratio, "megapixels": "0.25" if kind == "quarter" else "1", "num_outputs": 1}
+
+
+def _loras(rng: random.Random, hosts: World) -> dict[str, Any]:
+    inputs: dict[str, Any] = {}
+    for name, scale in (("replicate_weights", "lora_scale"), ("extra_lora", "extra_lora_scale")):
+        if rng.random() < 0.35:
+            path = f"/good-{rng.randrange(8)}.safetensors"
+            by_url = rng.random() < 0.7
+            inputs |= {name: f"{hosts.address}{path}" if by_url else uri(hosts.files[path])}
+            inputs |= {scale: rng.choice((0, 1, round(rng.uniform(-1, 3), 2)))}
+    return inputs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+@dataclass
+class Soak:
+    """A server that is driven, and what is known of it."""
+
+    server: CogServer
+    hosts: World
+    cache: Path
+    # How long counts are watched, at most: a slow receiver holds its connection for two seconds.
+    settle_s: float
+    report: Report = field(default_factory=Report)
+
+    def run(self, requests: int, *, warm: int, block: int, seed: int, prompts: Sequence[str] = PROMPTS) -> Report:
+        """Drive the server; compare what is left after `warm` requests with what is left at the end.
+
+        Args:
+            requests: how many, a multiple of `block`.
+            warm: after how many of them caches are full, a multiple of `block`.
+            block: of how many the lowest memory is taken.
+            seed: of the requests.
+            prompts: what is drawn.
+        """
+        rng, start, pictures = random.Random(seed), time.monotonic(), {}
+        self._fill_caches(prompts)
+        for number in range(requests):
+            case = make_case(rng, f"soak-{seed}-{number}", self.hosts, prompts, compared=number % 20 == 0)
+            began = time.monotonic()
+            status, answer = self._ask(case)
+            self._account(case, status, answer)
+            if number % 20 == 0 and status == "succeeded":
+                pictures[case.name] = case.inputs, [sha256(content).hexdigest() for _, content in files(answer)]
+            self._wait_until_ready(case.name)
+            self.report.slowest_s = max(self.report.slowest_s, time.monotonic() - began)
+            self._measure()
+            if number + 1 in range(warm, requests + 1, max(block, (requests - warm) // 3)) or number + 1 == requests:
+                self.report.counts[number + 1] = self._count()
+                print(f"{number + 1} requests: {self.report.counts[number + 1]}", file=sys.stderr)
+        self.report.seconds = time.monotonic() - start
+        self._judge(warm, block)
+        self._compare(pictures)
+        return self.report
+
+    def _fill_caches(self, prompts: Sequence[str]) -> None:
+        """Ask for every LoRA, and for every prompt with both models: what caches hold from then on is no leak."""
+        for path in self.hosts.files:
+            if path.startswith("/good"):
+                self.server.predict(QUIET | {"prompt": prompts[0], "extra_lora": f"{self.hosts.address}{path}"})
+        for prompt in prompts:
+            for model in ("schnell", "dev"):
+                self.server.predict(QUIET | {"prompt": prompt, "model": model})
+
+    def _ask(self, case: Case) -> tuple[str, dict[str, Any]]:
+        """How it ended, and the answer as far as the client heard it."""
+        path, body = f"/predictions/{case.name}", {"input": case.inputs, "webhook_events_filter": ["completed"]}
+        told = body | {"webhook": f"{self.hosts.address}/fast"}
+        match case.way:
+            case "wait":
+                answer = self.server.request("PUT", path, body)[1]
+            case "slow webhook":
+                answer = self.server.request("PUT", path, body | {"webhook": f"{self.hosts.address}/slow"})[1]
+            case "dead webhook":
+                answer = self.server.request("PUT", path, body | {"webhook": f"{self.hosts.dead}/"})[1]
+            case "hang up":
+                connection = http.client.HTTPConnection(LOOPBACK, self.server.port)
+                connection.request("PUT", path, json.dumps(told), {"Content-Type": "application/json"})
+                time.sleep(case.patience)
+                connection.close()
+                return self._told(case), {}
+            case "cancel" | "twice":
+                status, answer = self.server.request("PUT", path, told, {"Prefer": "respond-async"})
+                if status != 202:
+                    return f"refused with {status}", answer
+                if case.way == "twice":
+                    again = self.server.request("PUT", path, told, {"Prefer": "respond-async"})
+                    # An id that has ended is a new one to Cog, which may not be ready for it yet.
+                    ended = again[0] == 409 and self._told(case)
+                    if again[1].get("id") != case.name and not ended:
+                        self._complain(f"{case.name}: asked again, was told {again}.")
+                else:
+                    time.sleep(case.patience)
+                    self.server.cancel(case.name)
+                return self._told(case), {}
+        return answer.get("status", f"no status but {answer}"), answer
+
+    def _told(self, case: Case) -> str:
+        """What the webhook said of the end."""
+        give_up = time.monotonic() + SECONDS_TO_END
+        while not self.hosts.ended.get(case.name):
+            if time.monotonic() > give_up:
+                return "never"
+            time.sleep(0.01)
+        return self.hosts.ended[case.name][-1]
+
+    def _account(self, case: Case, status: str, answer: dict[str, Any]) -> None:
+        self.report.ends[case.way, status] += 1
+        reason = failure(answer) if answer else ""
+        interrupted = case.way in ("cancel", "hang up") and status == "canceled"
+        heard = bool(answer)
+        right = {
+            True: status == "succeeded" or (status == "failed" and (not heard or any(x in reason for x in EXPECTED))),
+            False: status == "failed" and (not heard or ("The server" not in reason and reason.endswith("."))),
+        }[case.good]
+        if not (right or interrupted):
+            kind = "good" if case.good else "bad"
+            self._complain(f"{case.name} ({kind}, {case.way}): {status} {reason} {_brief(case.inputs)}.")
+        if "secret" in str(answer) or str(ROOT) in str(answer):
+            self._complain(f"{case.name}: its answer tells a token or a path.")
+
+    def _wait_until_ready(self, name: str) -> None:
+        """Until the server takes the next request; each look is a health check, too."""
+        give_up = time.monotonic() + SECONDS_TO_END
+        while (health := self.server.health())["status"] != "READY":
+            if health["status"] != "BUSY" or time.monotonic() > give_up:
+                raise RuntimeError(f"After {name} the server is {health['status']}: {health}.")
+            time.sleep(0.01)
+
+    def _measure(self) -> None:
+        worker = worker_of(self.server)
+        self.report.resident.append(int(Path(f"/proc/{worker}/statm").read_text().split()[1]) * 4096)
+        size = sum(file.stat().st_size for file in (self.cache / "loras").glob("*"))
+        self.report.cache_bytes = max(self.report.cache_bytes, size)
+
+    def _count(self) -> dict[str, int]:
+        """What is alive when nothing runs: the least that is seen in a while, or until it is what it was at first."""
+        answer = self.server.predict(QUIET | {"prompt": COUNT})
+        first = next(iter(self.report.counts.values()), None)
+        least: dict[str, int] = answer["metrics"]["count"]
+        until = time.monotonic() + self.settle_s
+        while True:
+            least |= {name: min(count, least.get(name, count)) for name, count in self._count_once().items()}
+            if least == first or time.monotonic() > until:
+                return least
+            time.sleep(0.5)
+
+    def _count_once(self) -> dict[str, int]:
+        processes = {"server": self.server.process.pid, "worker": worker_of(self.server)}
+        counts = {}
+        for name, process in processes.items():
+            counts[f"{name} descriptors"] = len(list(Path(f"/proc/{process}/fd").iterdir()))
+            counts[f"{name} threads"] = sum(not _of_cogs_pool(task) for task in Path(f"/proc/{process}/task").iterdir())
+        # Pictures may be there for a while yet, in the folder that is theirs; `os.walk` bears with folders that go.
+        there = [Path(folder, name) for folder, _, names in os.walk(self.server.scratch.name) for name in names]
+        left = [file for file in there if file.parent.parent.parent == Path(self.server.scratch.name)]
+        late = [file for file in left if _age(file) > SECONDS_KEPT + 1]
+        return counts | {"temporary files": len(there) - len(left) + len(late)}
+
+    def _judge(self, warm: int, block: int) -> None:
+        report = self.report
+        if len({tuple(count.items()) for count in report.counts.values()}) != 1:
+            self._complain(f"Something grows: {report.counts}.")
+        lowest = report.lowest(block)
+        if (rise := lowest[-1] - lowest[warm // block]) >= RISE_BYTES:
+            self._complain(f"Resident memory rises by {rise / 1e6:.1f} MB.")
+        if report.cache_bytes > CACHE_BYTES:
+            self._complain(f"The disk cache has {report.cache_bytes} bytes, of {CACHE_BYTES}.")
+
+    def _complain(self, problem: str) -> None:
+        self.report.problems.append(problem)
+        print(problem, file=sys.stderr)
+
+    def _compare(self, pictures: dict[str, tuple[dict[str, Any], list[str]]]) -> None:
+        """Draw again, each in a process that has drawn nothing."""
+        os.environ |= {"WEIGHTS_CACHE": str(self.cache.parent / "fresh"), "WEIGHTS_ALLOW_PRIVATE_HOSTS": "1"}
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["harness.fresh"])
+        with context.Pool(1, maxtasksperchild=1) as pool:
+            drawn = pool.imap(_draw_afresh, [inputs for inputs, _ in pictures.values()])
+            for (name, (inputs, before)), after in zip(pictures.items(), drawn, strict=True):
+                self.report.compared += 1
+                if before != after:
+                    self._complain(f"{name} differs in a fresh process: {_brief(inputs)}.")
+
+
+def _draw_afresh(inputs: dict[str, Any]) -> list[str]:
+    from harness.fresh import draw  # which loads the models: in the processes that draw, not in this one
+
+    return draw(inputs)
+
+
+def _age(file: Path) -> float:
+    try:
+        return time.time() - file.stat().st_mtime
+    except FileNotFoundError:
+        return 0
+
+
+def _brief(inputs: dict[str, Any]) -> str:
+    return json.dumps({name: value[:80] if isinstance(value, str) else value for name, value in inputs.items()})
+
+
+def _of_cogs_pool(task: Path) -> bool:
+    """Whether a thread of `/proc` is one of those that Cog's runtime keeps for ten seconds after their work."""
+    with suppress(FileNotFoundError):
+        return task.joinpath("comm").read_text().startswith("tokio")
+    return True
+
+
+def worker_of(server: CogServer) -> int:
+    """The process that predicts."""
+    tasks = Path(f"/proc/{server.process.pid}/task").glob("*/children")
+    (worker,) = [int(child) for children in tasks for child in children.read_text().split()]
+    return worker
+
+
+@contextmanager
+def soaking(folder: Path, source: str, settle_s: float, **environment: str) -> Iterator[Soak]:
+    """A server over a project of its own, ready to be driven.
+
+    Args:
+        folder: for the project, its log and its cache.
+        source: of its predict.py.
+        settle_s: see `Soak`.
+        environment: variables of the server.
+    """
+    (folder / "project").mkdir()
+    (folder / "project" / "predict.py").write_text(source + COUNTING)
+    environment |= {
+        "PYTHONPATH": str(ROOT),
+        "WEIGHTS_CACHE": str(folder / "weights"),
+        "WEIGHTS_CACHE_GB": str(CACHE_BYTES / GIB),
+        "WEIGHTS_ALLOW_PRIVATE_HOSTS": "1",
+        "HF_TOKEN": "secret",
+    }
+    with (
+        world() as hosts,
+        CogServer(folder / "project", environment=environment, log=folder / "log") as server,
+    ):
+        server.wait_until_ready()
+        yield Soak(server, hosts, folder / "weights", settle_s)
