@@ -24,7 +24,7 @@ from torch._dynamo.utils import counters
 from tqdm import tqdm
 
 import images
-from engine.acceleration import choose_attention, compile_models, keep_compiled_code
+from engine.acceleration import choose_attention, compile_models, convolve_in_float32, keep_compiled_code
 from engine.live import Live, Term
 from engine.loading import load
 from engine.placement import Placement
@@ -131,6 +131,8 @@ class Flux:
             choose_attention(self._transformers, device)
         if device.type == "cuda":  # on a CPU it gains nothing
             self.components["vae"].to(memory_format=torch.channels_last)
+        else:
+            convolve_in_float32(self.components["vae"])
         if device.type == "cuda" if settings.compile is None else settings.compile:
             keep_compiled_code(settings.cache_dir / "compile")
             with stopwatch("compile"):

@@ -13,6 +13,7 @@ from statistics import median
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from torch import Tensor, nn
 
 # diffusers' names of exact attention: FlashAttention 3 where it is installed, and what torch has.
 ATTENTION = ("_flash_3", "_native_cudnn", "_native_flash", "native")
@@ -71,6 +72,27 @@ def compile_models(
     if device.type == "cuda":
         vae.encoder.compile(**options)
         vae.decoder.compile(**options)
+
+
+def convolve_in_float32(vae: AutoencoderKL) -> None:
+    """Let both halves of a VAE compute in float32, and take and give what they took and gave.
+
+    A CPU without AVX-512 has no fast kernel for convolutions in bfloat16: one takes a hundred times as long as in
+    float32. Nothing is changed where the CPU has one, or the VAE is float32 already.
+    """
+    if vae.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
+
+    def widen(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(tensor.float() for tensor in inputs)
+
+    def narrow(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output.to(torch.bfloat16)
+
+    for half in (vae.encoder, vae.decoder):
+        half.float()
+        half.register_forward_pre_hook(widen)
+        half.register_forward_hook(narrow)
 
 
 @torch.no_grad()

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
-from engine.acceleration import keep_compiled_code
+from engine.acceleration import convolve_in_float32, keep_compiled_code
 from engine.fp8 import Fp8Linear
 from flux import Flux
 from request import Request
@@ -126,3 +127,22 @@ def test_quantisation_is_fused_and_weights_are_read_where_they_lie(
     torch.compiler.reset()
     assert torch.equal(torch.compile(module, fullgraph=True, dynamic=True)(x, scale), fast)
     assert counters["inductor"]["fxgraph_cache_hit"] == 1
+
+
+def test_a_vae_keeps_its_dtype_where_its_convolutions_do_not(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    exact = AutoencoderKL.from_pretrained(tmp_path / "dev" / "vae").eval()
+    vae = AutoencoderKL.from_pretrained(tmp_path / "dev" / "vae", torch_dtype=torch.bfloat16).eval()
+    convolve_in_float32(vae)
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert vae.decoder.conv_in.weight.dtype == (torch.bfloat16 if fast else torch.float32)
+    torch.manual_seed(0)
+    latents, pixels = torch.randn(1, 4, 4, 6).bfloat16(), torch.randn(1, 3, 32, 48).clamp(-1, 1).bfloat16()
+    with torch.no_grad():
+        for given, encode in ((latents, False), (pixels, True)):
+            made, right = (
+                model.encode(x).latent_dist.mode() if encode else model.decode(x).sample
+                for model, x in ((vae, given), (exact, given.float()))
+            )
+            assert made.dtype == torch.bfloat16
+            assert (made - right).norm() < 0.02 * right.norm()
