@@ -1,0 +1,337 @@
+"""Every spelling of every layer of FLUX.1 and its CLIP, and what becomes of each name in a LoRA file.
+
+There is one table: spellings from the models' own modules, with the rows of each parameter where a file's layer is
+several of ours. A name that fits no layer is ignored for a reason, or the file is refused in one sentence. This module
+knows names and shapes; it reads no tensor.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+# Ours by theirs. The parts of a fused layer stand in the order of its rows.
+QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+DOUBLE_BLOCK = {
+    "img_attn.qkv": QKV,
+    "txt_attn.qkv": ADDED_QKV,
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    # XLabs names its factors by the attention processors that hold them.
+    "qkv_lora1": QKV,
+    "qkv_lora2": ADDED_QKV,
+    "proj_lora1": ("attn.to_out.0",),
+    "proj_lora2": ("attn.to_add_out",),
+}
+SINGLE_BLOCK = {
+    "linear1": (*QKV, "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation.lin": ("norm.linear",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+    "qkv": QKV,
+    "proj": ("proj_out",),
+    # DiffSynth-Studio keeps diffusers' names for the rest of a single block.
+    "to_qkv_mlp": (*QKV, "proj_mlp"),
+    "proj_out": ("proj_out",),
+    "norm.linear": ("norm.linear",),
+}
+DIFFSYNTH_BLOCK = {
+    "attn.a_to_qkv": QKV,
+    "attn.b_to_qkv": ADDED_QKV,
+    "attn.a_to_out": ("attn.to_out.0",),
+    "attn.b_to_out": ("attn.to_add_out",),
+    "ff_a.0": ("ff.net.0.proj",),
+    "ff_a.2": ("ff.net.2",),
+    "ff_b.0": ("ff_context.net.0.proj",),
+    "ff_b.2": ("ff_context.net.2",),
+    "norm1_a.linear": ("norm1.linear",),
+    "norm1_b.linear": ("norm1_context.linear",),
+}
+OUTSIDE_BLOCKS = {
+    "img_in": "x_embedder",
+    "img_in.proj": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+}
+# What diffusers' `fuse_qkv_projections` calls its layers, in every block that has the parts.
+FUSED = {"attn.to_qkv": QKV, "attn.to_added_qkv": ADDED_QKV}
+CLIP = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+
+# What may stand before a layer's name, with dots as underscores, and which format writes it so.
+PREFIXES = {
+    "base_model_model": "PEFT",
+    "lora_unet": "kohya",
+    "lora_transformer": "OneTrainer",
+    "lycoris": "LyCORIS",
+    "model_diffusion_model": "ComfyUI",
+    "diffusion_model": "ComfyUI",
+    "transformer": "diffusers",
+    "unet": "diffusers",
+    "text_encoders_clip_l_transformer": "ComfyUI",
+    "text_encoders_clip_l": "ComfyUI",
+    "clip_l_transformer": "ComfyUI",
+    "clip_l": "ComfyUI",
+    "text_encoder": "diffusers",
+    "lora_te1": "kohya",
+    "lora_te": "kohya",
+    "te1": "kohya",
+    "te": "kohya",
+}
+# Words within names that say nothing about the layer.
+NOISE = re.compile(r"(?:^|(?<=\.))(?:processor|_orig_mod)\.")
+
+# What may stand behind a layer's name; each group is one role that a tensor can have for its layer.
+TENSOR = re.compile(
+    r"(?P<stem>.+?)(?:"
+    r"(?P<up>\.lora_B(?:\.\w+)?\.weight|\.lora_B|\.lora_up\.weight|(?:_lora|\.lora|\.lora_linear_layer)?\.up\.weight)|"
+    r"(?P<down>\.lora_A(?:\.\w+)?\.weight|\.lora_A|\.lora_down\.weight"
+    r"|(?:_lora|\.lora|\.lora_linear_layer)?\.down\.weight)|"
+    r"(?P<up_bias>\.lora_B(?:\.\w+)?\.bias|\.lora_up\.bias)|"
+    r"(?P<mid>\.lora_mid\.weight)|"
+    r"(?P<alpha>(?:_lora|\.lora)?\.alpha)|"
+    r"(?P<magnitude>\.dora_scale|\.lora_magnitude_vector(?:\.(?!weight$)\w+)?(?:\.weight)?)|"
+    r"\.(?:"
+    r"(?P<lokr_w1>lokr_w1)|(?P<lokr_w1_a>lokr_w1_a)|(?P<lokr_w1_b>lokr_w1_b)|"
+    r"(?P<lokr_w2>lokr_w2)|(?P<lokr_w2_a>lokr_w2_a)|(?P<lokr_w2_b>lokr_w2_b)|(?P<lokr_t2>lokr_t2)|"
+    r"(?P<hada_w1_a>hada_w1_a)|(?P<hada_w1_b>hada_w1_b)|(?P<hada_t1>hada_t1)|"
+    r"(?P<hada_w2_a>hada_w2_a)|(?P<hada_w2_b>hada_w2_b)|(?P<hada_t2>hada_t2)|"
+    r"(?P<diff>diff|w_norm)|(?P<diff_b>diff_b|b_norm)|"
+    r"(?P<value>weight|scale|set_weight)|(?P<value_b>bias)"
+    r"))"
+)
+# Names of no layer here, and why the file can be applied all the same. Matched against names with dots as underscores.
+IGNORED = (
+    (r"lora_te3_|lora_te2_(encoder|shared|final)_|text_encoders_t5|(^|_)t5(xxl)?_", "the T5 part is ignored"),
+    (r"text_encoder_[23]_", "the T5 part is ignored"),
+    (r"(^|_)(text_projection|logit_scale)(_|$)", "FLUX.1 does not use CLIP's projection"),
+    (r"bundle_emb_|emb_params", "embeddings (textual inversions) are ignored"),
+    (r"guidance_(in|embedder)_", "this FLUX has no guidance embedder"),
+)
+# Words that give away files of other kinds, the surest ones first. Matched like the above, but only where a name fits
+# neither a layer nor what is ignored.
+OTHERS = (
+    (r"^(first_stage_model_|vae_)?(encoder|decoder)_(conv|down|up|mid)|^first_stage_model_|^quant_conv", "a VAE"),
+    (r"^clip_[lg]$|^string_to_param|^text_encoders_[01]$|^emb_params$", "an embedding"),
+    (r"distilled_guidance_layer", "made for Chroma"),
+    (r"(double|single)_stream_modulation|to_qkv_mlp_proj", "made for FLUX.2"),
+    (r"transformer_blocks_\d+_(img|txt)_(mlp|mod)_", "made for Qwen-Image"),
+    (r"individual_token_refiner|_(img|txt)_mlp_fc[12]|_mod_linear", "made for HunyuanVideo"),
+    (r"single_blocks_\d+_modulation_linear", "made for HunyuanVideo"),
+    (r"(double|single)_stream_blocks_", "made for HiDream"),
+    (r"joint_transformer_blocks_", "made for AuraFlow"),
+    (r"joint_blocks_|transformer_blocks_\d+_(attn2_|norm1_context_linear2)", "made for Stable Diffusion 3"),
+    (r"(^|_)blocks_\d+_(self_attn|cross_attn|ffn)_", "made for Wan"),
+    (r"(noise|context)_refiner_|(^|_)layers_\d+_(attention|feed_forward)_", "made for Lumina or Z-Image"),
+    (r"attentions_\d+_transformer_blocks_[1-9]|lora_te2_text_model_", "made for SDXL"),
+    (r"(input|output|middle)_blocks?(_\d+)?_1_transformer_blocks_[1-9]", "made for SDXL"),
+    (r"(down|up|input|output)_blocks_\d+_|mid_block_|middle_block_", "made for Stable Diffusion 1.5, 2 or XL"),
+    (r"transformer_blocks_\d+_attn[12]_", "made for LTX-Video, PixArt or Sana"),
+    (r"^(base_model_model_)?model_layers_\d+_", "made for a language model"),
+)
+# Blocks of a FLUX or a CLIP: a block index beyond ours means another architecture.
+BLOCK = re.compile(r"(?:^|_)(double_blocks|single_blocks|(?:single_)?transformer_blocks|encoder_layers)_\d+_")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a file's layer, and the parameter whose rows they are."""
+
+    name: str  # the module's, such as transformer_blocks.0.attn.to_q
+    start: int  # the first of the parameter's rows
+    source: int  # the first of the file's rows
+    height: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer as files name it: one of ours, or several in one."""
+
+    model: str  # "transformer" or "text_encoder"
+    shape: tuple[int, ...]  # of the weight: [out, in], or [size] for a norm
+    parts: tuple[Part, ...]
+    biased: bool
+
+    def __str__(self) -> str:
+        """As errors name it."""
+        return " + ".join(dict.fromkeys(part.name for part in self.parts))
+
+
+@dataclass
+class Content:
+    """What a file has for a layer."""
+
+    format: str  # whose way of writing names it is
+    stem: str  # the layer's name in the file
+    tensors: dict[str, str] = field(default_factory=dict)  # tensor names by role
+
+
+def layers_by_name(transformer: nn.Module, text_encoder: nn.Module) -> dict[str, Layer]:
+    """Every layer by every spelling, without prefix, with dots as underscores."""
+    own = _own_layers("transformer", transformer)
+    spelled = dict(own)
+    for ours, theirs, aliases in (
+        ("transformer_blocks", "double_blocks", DOUBLE_BLOCK),
+        ("single_transformer_blocks", "single_blocks", SINGLE_BLOCK),
+        ("transformer_blocks", "blocks", DIFFSYNTH_BLOCK),
+        ("transformer_blocks", "transformer_blocks", FUSED),
+        ("single_transformer_blocks", "single_transformer_blocks", FUSED),
+    ):
+        for index in range(len(getattr(transformer, ours))):
+            for alias, names in aliases.items():
+                parts = [own.get(f"{ours}.{index}.{name}") for name in names]
+                if None in parts:
+                    continue
+                spelled[f"{theirs}.{index}.{alias}"] = _fuse(parts)
+                if len(parts) > 1:  # OneTrainer numbers the parts of a fused layer
+                    spelled |= {f"{theirs}.{index}.{alias}.{number}": part for number, part in enumerate(parts)}
+    spelled |= {alias: own[name] for alias, name in OUTSIDE_BLOCKS.items() if name in own}
+    spelled["final_layer.adaLN_modulation.1"] = _swap_halves(own["norm_out.linear"])
+    for name, layer in _own_layers("text_encoder", text_encoder).items():
+        bare = name.removeprefix("text_model.")
+        for spelling in (bare, f"text_model.{bare}"):
+            spelled[spelling] = layer
+            head, _, last = spelling.rpartition(".")
+            if last in CLIP:
+                spelled[f"{head}.{CLIP[last]}"] = layer
+    return {name.replace(".", "_"): layer for name, layer in spelled.items()}
+
+
+def _own_layers(model: str, module: nn.Module) -> dict[str, Layer]:
+    layers = {}
+    for name, child in module.named_modules():
+        if (weight := getattr(child, "weight", None)) is not None:
+            biased = getattr(child, "bias", None) is not None
+            layers[name] = Layer(model, tuple(weight.shape), (Part(name, 0, 0, len(weight)),), biased)
+    return layers
+
+
+def _fuse(layers: list[Layer]) -> Layer:
+    """One layer whose rows are those of several."""
+    parts, source = [], 0
+    for layer in layers:
+        parts += [replace(part, source=source + part.source) for part in layer.parts]
+        source += layer.shape[0]
+    return replace(layers[0], shape=(source, *layers[0].shape[1:]), parts=tuple(parts))
+
+
+def _swap_halves(layer: Layer) -> Layer:
+    """Black Forest Labs' final modulation gives shift and scale, diffusers' scale and shift."""
+    [part] = layer.parts
+    half = part.height // 2
+    return replace(layer, parts=(Part(part.name, half, 0, half), Part(part.name, 0, half, half)))
+
+
+def _find(table: Mapping[str, Layer], name: str) -> tuple[Layer, str] | None:
+    """The layer of a name, with any prefixes, and the format that writes it so."""
+    key = NOISE.sub("", name).replace(".", "_").rstrip("_")  # some trainers leave a _ at the end of names
+    formats = []
+    while key not in table:
+        prefix = next((prefix for prefix in PREFIXES if key.startswith(f"{prefix}_")), None)
+        if prefix is None:
+            return None
+        formats.append(PREFIXES[prefix])
+        key = key[len(prefix) + 1 :]
+    if re.match(r"(double|single)_blocks_\d+_(qkv|proj)(_lora\d)?$", key):
+        return table[key], "XLabs"
+    if formats:
+        return table[key], formats[0]
+    own = re.match(r"double_|single_blocks|(img|txt|time|vector|guidance)_in|final_layer", key)
+    return table[key], "BFL" if own else "diffusers"
+
+
+def assign(names: Iterable[str], table: Mapping[str, Layer]) -> tuple[dict[Layer, Content], Counter[str]]:
+    """Give each tensor its layer and its role.
+
+    Returns:
+        what the file has for each layer, and how many tensors are ignored, by reason.
+
+    Raises:
+        ValueError: a sentence about a name that stands for something else than a change to FLUX.1 or its CLIP.
+    """
+    found: dict[Layer, Content] = {}
+    unknown = []
+    for name in names:
+        match = TENSOR.fullmatch(name)
+        layer_and_format = match and _find(table, match["stem"])
+        if not layer_and_format:
+            unknown.append(name)
+            continue
+        layer, written = layer_and_format
+        content = found.setdefault(layer, Content(written, match["stem"]))
+        other = content.tensors.setdefault(match.lastgroup, name)
+        if other != name:
+            raise ValueError(
+                f"The LoRA changes {layer} twice, as {other} and as {name}; which one counts cannot be told."
+            )
+    return found, Counter(_reason_to_ignore(name, table) for name in unknown)
+
+
+def _reason_to_ignore(name: str, table: Mapping[str, Layer]) -> str:
+    key = name.replace(".", "_")
+    for pattern, reason in IGNORED:
+        if re.search(pattern, key):
+            return reason
+    for pattern, what in OTHERS:
+        if re.search(pattern, key):
+            raise ValueError(f"The file is {what}; it must be a LoRA for FLUX.1 (it has {short(name)}).")
+    for dot in re.finditer(r"\.", name):
+        if layer := _find(table, name[: dot.start()]):
+            raise ValueError(f"The LoRA has {short(name)}, a kind of change to {layer[0]} that cannot be applied here.")
+    if block := BLOCK.search(key):
+        counts = Counter(m[1] for spelling in table if (m := re.match(rf"({block[1]}_\d+)_", spelling)))
+        raise ValueError(
+            f"The LoRA has {short(name)}, a layer that this FLUX lacks: of {block[1]} it has {len(counts)}, "
+            "counted from 0."
+        )
+    return "no layer of FLUX.1 has such a name"
+
+
+def refuse_what_is_no_lora(found: Mapping[Layer, Content], ignored: Iterable[str], names: list[str]) -> None:
+    """Refuse a file that has no tensors, none for FLUX.1, or whole weights alone."""
+    if not names:
+        raise ValueError("The file holds no tensors; it must be a LoRA for FLUX.1.")
+    if not found:
+        raise ValueError(
+            f"The file has nothing for FLUX.1 in it, only the like of {short(names[0])} ({'; '.join(ignored)})."
+        )
+    if all(role in ("value", "value_b") for content in found.values() for role in content.tensors):
+        raise ValueError("The file holds whole weights, a checkpoint; it must be a LoRA, which holds changes.")
+
+
+def claim(layer: Layer, claimed: dict[str, Layer]) -> None:
+    """Record whose parameters a layer changes.
+
+    Raises:
+        ValueError: another layer of the file changes one of them.
+    """
+    for part in layer.parts:
+        if claimed.setdefault(part.name, layer) is not layer:
+            raise ValueError(
+                f"The LoRA changes {part.name} twice, by itself and as a part of a fused layer; "
+                "which one counts cannot be told."
+            )
+
+
+def short(name: str) -> str:
+    """A name as errors show it: at most 120 characters."""
+    return name if len(name) <= 120 else f"{name[:117]}..."

@@ -1,0 +1,307 @@
+"""What a LoRA file holds for one layer → deltas by parameter.
+
+A layer's tensors have roles (`up`, `alpha`, `lokr_w1`, `diff_b` ...). What they say is applied exactly, or refused in
+one sentence. This module knows shapes, number types and strengths, the header's too; it knows no spelling of a layer.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora.deltas import Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, Replacement
+from lora.names import Content, Layer, Part, short
+
+# How numbers may be stored. Float4 is packed in pairs that torch cannot take apart.
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+FLOATS |= {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu}
+INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What PEFT calls an adapter's config, as diffusers writes it into the header."""
+
+    alpha: float | None = None
+    rank: float | None = None
+    alphas: Mapping[str, float] = field(default_factory=dict)  # by layer name, or the end of one
+    ranks: Mapping[str, float] = field(default_factory=dict)
+    rank_stabilized: bool = False
+
+    def strength(self, stem: str, rank: int | None, alpha: float | None) -> float:
+        """What the product of a layer's factors is multiplied by.
+
+        Args:
+            stem: the layer's name in the file.
+            rank: of its factors; None where they have none.
+            alpha: the layer's own; wins over the header's.
+        """
+        if alpha is None:
+            alpha = _by_ending(self.alphas, stem, self.alpha)
+            rank = rank or _by_ending(self.ranks, stem, self.rank)
+        if alpha is None or rank is None:
+            return 1.0
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+
+def read_adapters(metadata: Mapping[str, str]) -> dict[str, Adapter]:
+    """The header's strengths for "transformer" and "text_encoder"; where it says nothing, those of an empty config.
+
+    Raises:
+        ValueError: a sentence about a header that makes no sense.
+    """
+    try:
+        configs: dict[str, dict[str, object]] = {"transformer": {}, "text_encoder": {}}
+        for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
+            if key.startswith("text_encoder."):
+                configs["text_encoder"][key.removeprefix("text_encoder.")] = value
+            elif not key.startswith("text_encoder"):
+                configs["transformer"][key.removeprefix("transformer.")] = value
+        return {model: _adapter(config) for model, config in configs.items()}
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise ValueError("The LoRA's header has a lora_adapter_metadata that makes no sense.") from None
+
+
+def _adapter(config: Mapping[str, object]) -> Adapter:
+    alpha, rank = config.get("lora_alpha", config.get("alpha")), config.get("r")
+    return Adapter(
+        None if alpha is None else _number(alpha),
+        None if rank is None else _number(rank, above=0),
+        {name: _number(value) for name, value in (config.get("alpha_pattern") or {}).items()},
+        {name: _number(value, above=0) for name, value in (config.get("rank_pattern") or {}).items()},
+        bool(config.get("use_rslora")),
+    )
+
+
+def _number(value: object, above: float = -math.inf) -> float:
+    if not math.isfinite(float(value)) or float(value) <= above:
+        raise ValueError(value)
+    return float(value)
+
+
+def _by_ending(values: Mapping[str, float], stem: str, otherwise: float | None) -> float | None:
+    """PEFT's rule, for names: the first key that the layer's name ends with."""
+    for key, value in values.items():
+        if f".{stem}".endswith(f".{key.removeprefix('^')}"):
+            return value
+    return otherwise
+
+
+class LayerReader:
+    """Makes deltas of what a file has for one layer.
+
+    Args:
+        layer: whose parameters change.
+        content: the names of its tensors by role.
+        get: gives a tensor of the file by its name.
+        adapter: the header's strengths.
+    """
+
+    def __init__(self, layer: Layer, content: Content, get: Callable[[str], Tensor], adapter: Adapter) -> None:
+        self.kinds: set[str] = set()
+        self.ranks: set[int] = set()
+        self._used: set[str] = set()
+        self._layer, self._content, self._get, self._adapter = layer, content, get, adapter
+
+    def deltas(self) -> Iterator[tuple[str, Delta]]:
+        """Deltas with the names of their parameters.
+
+        Raises:
+            ValueError: a sentence about a tensor that does not fit or is no number.
+        """
+        roles = self._content.tensors.keys()
+        if product := self._product():
+            names = [f"{part.name}.weight" for part in self._layer.parts]
+            parts = list(zip(names, product(), strict=True))
+            yield from self._decomposed(parts) if "magnitude" in roles else parts
+        for role, make in (("diff", Full), ("value", Replacement), ("diff_b", Full), ("value_b", Replacement)):
+            if role in roles:
+                self.kinds.add("differences" if make is Full else "values")
+                yield from self._whole(role, make)
+        if "up_bias" in roles:
+            yield from self._whole("up_bias", self._up_bias)
+        # An alpha means nothing beside whole tensors, and trainers write it all the same.
+        if unused := roles - self._used - {"alpha"}:
+            names = ", ".join(self._name(role) for role in sorted(unused))
+            raise ValueError(f"The LoRA has {names}, which says nothing beside the rest that it has for {self._layer}.")
+
+    def _product(self) -> Callable[[], list[Delta]] | None:
+        """The reader of the layer's factors, None where it has none; refuses two kinds of change to one tensor."""
+        roles = self._content.tensors.keys()
+        products = [
+            product
+            for product, own in (
+                (self._lora, {"up", "down", "mid"}),
+                (self._loha, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"}),
+                (self._lokr, {f"lokr_{side}" for side in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}),
+            )
+            if roles & own
+        ]
+        if len(products) > 1 or {"value", "diff"} <= roles or {"value_b", "diff_b"} <= roles:
+            raise ValueError(f"The LoRA changes {self._layer} in two ways at once: {', '.join(sorted(roles))}.")
+        if not products and "magnitude" in roles:
+            raise self._incomplete("magnitude")
+        if roles == {"alpha"}:
+            raise self._incomplete("alpha")
+        return products[0] if products else None
+
+    def _lora(self) -> list[Delta]:
+        up, down = self._matrix("up"), self._matrix("down")
+        down = self._tucker("mid", down)
+        self._check_fit(up.shape[1] == down.shape[0], (up.shape[0], down.shape[1]), "up", "down")
+        self.kinds.add("DoRA" if "magnitude" in self._content.tensors else "LoRA")
+        strength, down = self._strength(down.shape[0]), _own(down)
+        return [LowRank(part.start, part.height, _own(_rows(up, part)), down, strength) for part in self._layer.parts]
+
+    def _loha(self) -> list[Delta]:
+        (a, b), (c, d) = self._pair("hada_w1", "hada_t1"), self._pair("hada_w2", "hada_t2")
+        fits = a.shape[1] == b.shape[0] and c.shape[1] == d.shape[0] and (len(a), b.shape[1]) == (len(c), d.shape[1])
+        self._check_fit(fits, (a.shape[0], b.shape[1]), "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+        self.kinds.add("LoHa")
+        strength, b, d = self._strength(b.shape[0]), _own(b), _own(d)
+        return [
+            Hadamard(part.start, part.height, _own(_rows(a, part)), b, _own(_rows(c, part)), d, strength)
+            for part in self._layer.parts
+        ]
+
+    def _lokr(self) -> list[Delta]:
+        sides, shapes, ranks = [], [], []
+        for side, core in (("lokr_w1", "lokr_t1"), ("lokr_w2", "lokr_t2")):
+            if side in self._content.tensors:
+                factors = (self._matrix(side),)
+            else:
+                factors = self._pair(side, core)
+                ranks.append(factors[1].shape[0])
+                self._check_fit(factors[0].shape[1] == ranks[-1], self._layer.shape, f"{side}_a", f"{side}_b")
+            sides.append(tuple(_own(factor) for factor in factors))
+            shapes.append((factors[0].shape[0], factors[-1].shape[1]))
+        (o1, i1), (o2, i2) = shapes
+        present = [role for role in self._content.tensors if role.startswith("lokr_")]
+        self._check_fit(True, (o1 * o2, i1 * i2), *present)
+        self.kinds.add("LoKr")
+        # Where both sides are whole, the file's alpha means nothing: LyCORIS writes it and does not use it.
+        strength = self._strength(ranks[-1]) if ranks else self._adapter.strength(self._content.stem, None, None)
+        return [Kronecker(part.start, part.height, *sides, part.source, strength) for part in self._layer.parts]
+
+    def _decomposed(self, parts: list[tuple[str, Delta]]) -> Iterator[tuple[str, Delta]]:
+        magnitude = self._read("magnitude")
+        out, columns = self._layer.shape
+        if magnitude.ndim > 1 and magnitude.flatten(1).shape == (1, columns):
+            magnitude = _own(magnitude.flatten(1))
+            for name, delta in parts:
+                yield name, Decomposed(delta.start, delta.height, delta, magnitude, tuple(parts))
+        else:
+            self._check_fit(magnitude.numel() == len(magnitude), (len(magnitude), columns), "magnitude")
+            magnitude = magnitude.reshape(out, 1)
+            for part, (name, delta) in zip(self._layer.parts, parts, strict=True):
+                yield name, Decomposed(delta.start, delta.height, delta, _own(_rows(magnitude, part)))
+
+    def _whole(self, role: str, make: Callable[..., Delta]) -> Iterator[tuple[str, Delta]]:
+        """A tensor of the weight's or the bias's own shape."""
+        bias = role in ("diff_b", "value_b", "up_bias")
+        if bias and not self._layer.biased:
+            raise ValueError(f"The LoRA has {self._name(role)}, but {self._layer} has no bias.")
+        tensor = self._read(role)
+        if not bias and tensor.ndim > 2:
+            tensor = self._matrix(role)
+        expected = self._layer.shape[:1] if bias else self._layer.shape
+        if tuple(tensor.shape) != expected:
+            raise self._misfit(expected, role)
+        for part in self._layer.parts:
+            yield (
+                f"{part.name}.{'bias' if bias else 'weight'}",
+                make(part.start, part.height, _own(_rows(tensor, part))),
+            )
+
+    def _up_bias(self, start: int, height: int, bias: Tensor) -> Delta:
+        return Full(start, height, bias, self._strength(self._matrix("down").shape[0]))
+
+    def _pair(self, side: str, core: str) -> tuple[Tensor, Tensor]:
+        """[out, rank] and [rank, in]; with a core, LyCORIS stores the first transposed."""
+        a, b = self._matrix(f"{side}_a"), self._matrix(f"{side}_b")
+        return (a.T, self._tucker(core, b)) if core in self._content.tensors else (a, b)
+
+    def _tucker(self, core: str, down: Tensor) -> Tensor:
+        """Multiply a core [rank, rank] into the factor behind it."""
+        if core not in self._content.tensors:
+            return down
+        matrix = self._matrix(core)
+        self._check_fit(matrix.shape[1] == down.shape[0], self._layer.shape, core)
+        return matrix.float() @ down.float()
+
+    def _strength(self, rank: int) -> float:
+        if rank == 0:
+            raise ValueError(f"The LoRA's factors for {self._layer} have rank 0.")
+        self.ranks.add(rank)
+        alpha = None
+        if "alpha" in self._content.tensors:
+            tensor = self._read("alpha")
+            if tensor.numel() != 1:
+                raise ValueError(f"{self._name('alpha')} is {_size(tensor.shape)}; it must be one number.")
+            alpha = tensor.item()
+        return self._adapter.strength(self._content.stem, rank, alpha)
+
+    def _matrix(self, role: str) -> Tensor:
+        """A matrix, which some tools store as the kernel of a 1x1 convolution."""
+        tensor = self._read(role)
+        if tensor.ndim < 2 or len(self._layer.shape) != 2:
+            raise self._misfit(self._layer.shape, role)
+        return tensor.flatten(1)
+
+    def _read(self, role: str) -> Tensor:
+        if role not in self._content.tensors:
+            raise self._incomplete(role)
+        self._used.add(role)
+        name = self._content.tensors[role]
+        tensor = self._get(name)
+        if tensor.dtype not in FLOATS and not (role == "alpha" and tensor.dtype in INTEGERS):
+            raise ValueError(
+                f"{short(name)} is stored as {str(tensor.dtype).removeprefix('torch.')}; it must be a float type."
+            )
+        if tensor.dtype in FLOATS and tensor.itemsize == 1:
+            tensor = tensor.to(torch.bfloat16)  # exact: bfloat16 has more bits of each kind
+        elif tensor.dtype == torch.float64:
+            tensor = tensor.float()
+        if not tensor.isfinite().all():
+            raise ValueError(f"{short(name)} has values that are not finite numbers; the file is damaged.")
+        return tensor
+
+    def _name(self, role: str) -> str:
+        return short(self._content.tensors[role])
+
+    def _incomplete(self, role: str) -> ValueError:
+        return ValueError(f"The LoRA is incomplete: {short(self._content.stem)} lacks its counterpart of {role}.")
+
+    def _check_fit(self, agree: bool, shape: tuple[int, ...], *roles: str) -> None:
+        """Refuse factors that do not agree with each other, or whose product has another shape than the layer."""
+        if not agree or tuple(shape) != self._layer.shape:
+            raise self._misfit(self._layer.shape, *roles)
+
+    def _misfit(self, expected: tuple[int, ...], *roles: str) -> ValueError:
+        shapes = {role: tuple(self._get(self._content.tensors[role]).shape) for role in roles}
+        columns = shapes.get("down", (0, 0))[1:]
+        if any(part.name == "x_embedder" for part in self._layer.parts) and columns and columns[0] > expected[-1]:
+            return ValueError(
+                f"This is a control LoRA: it widens the image input from {expected[-1]} to {columns[0]} channels; "
+                "a control LoRA needs a control image, which cannot be given here."
+            )
+        given = " and ".join(f"{self._name(role)} is {_size(shape)}" for role, shape in shapes.items())
+        return ValueError(f"The LoRA does not fit: {given}, but {self._layer} is {_size(expected)}.")
+
+
+def _rows(tensor: Tensor, part: Part) -> Tensor:
+    return tensor[part.source : part.source + part.height]
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy: results must not depend on how a file's bytes are aligned, and the file must not stay mapped."""
+    if torch.cuda.is_available():
+        return tensor.contiguous().pin_memory()
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _size(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape)) or "a single number"
