@@ -5,8 +5,7 @@ tool reads it: statically, never imported, and with the same blind spots, so tha
 
 - a default that is neither a literal nor a module-level name of one makes its input required;
 - a `ge` or `le` that is not a number literal is dropped;
-- what is left unsaid by Cog's tool, or comes out of it garbled (descriptions with escapes or in several strings), is
-  refused with a sentence instead.
+- what Cog's tool leaves out or garbles (a description with escapes or in several strings) is refused with a sentence.
 
 This module knows the form of Cog's document; it does not know which inputs this project has.
 """
@@ -16,12 +15,15 @@ import json
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from settings import ROOT
 
+# The document without what belongs to one predictor: the same for every Cog model.
+TEMPLATE = Path(__file__).parent / "openapi_template.json"
 Literal = bool | int | float | str | list | dict | None
 PRIMITIVES = {
     "bool": {"type": "boolean"},
@@ -57,24 +59,18 @@ def derive(source: str, predictor: str = "Predictor") -> dict[str, Any]:
         primitive, nullable = _input_type(parameter)
         settings = _input_settings(name, default, scope)
         if "choices" in settings:
-            enums[name] = {"title": name, "description": "An enumeration.", "enum": settings["choices"]}
-            enums[name]["type"] = PRIMITIVES[primitive]["type"]
-            field = {"allOf": [_ref(name)]}
-        else:
-            field = {"title": _title(name), **PRIMITIVES[primitive]}
-        # A None on a type without None is no default: Cog takes such an input for required.
-        if settings.get("default") is not None or (nullable and "default" in settings):
-            field["default"] = settings["default"]
-        elif not nullable:
+            kind = PRIMITIVES[primitive]["type"]
+            enums[name] = {"title": name, "description": "An enumeration.", "enum": settings["choices"], "type": kind}
+        inputs[name] = {**_field(name, primitive, nullable, settings), "x-order": order}
+        if not nullable and "default" not in inputs[name]:
             required.append(name)
-        if nullable:
-            field["nullable"] = True
-        field |= {key: settings[key] for key in ("description", "minimum", "maximum") if key in settings}
-        inputs[name] = {**field, "x-order": order}
-    input_schema = {"title": "Input", "type": "object", "properties": inputs}
+    schemas = {"Input": {"title": "Input", "type": "object", "properties": inputs}, "Output": _output(predict), **enums}
     if required:
-        input_schema["required"] = required
-    return _document({"Input": input_schema, "Output": _output(predict), **enums})
+        schemas["Input"]["required"] = required
+    document = json.loads(TEMPLATE.read_text(encoding="utf-8"))
+    document["info"]["version"] = version("cog")
+    document["components"]["schemas"] = schemas | document["components"]["schemas"]
+    return document
 
 
 def write(project: Path) -> dict[str, Any]:
@@ -105,14 +101,9 @@ def _literals_of_module(module: ast.Module) -> dict[str, Literal]:
     scope = {}
     for node in module.body:
         match node:
-            case (
-                ast.Assign(targets=[ast.Name(id=name)], value=value)
-                | ast.AnnAssign(target=ast.Name(id=name), value=value)
-            ):
-                try:
+            case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), value=value):
+                with suppress(NotLiteral):
                     scope[name] = _literal(value)
-                except NotLiteral:
-                    continue
     return scope
 
 
@@ -146,39 +137,48 @@ def _input_settings(name: str, default: ast.expr | None, scope: dict[str, Litera
         case ast.Call(func=ast.Name(id="Input"), args=[], keywords=keywords):
             pass
         case _:
-            try:
+            with suppress(NotLiteral):
                 return {"default": _resolve(default, scope)}
-            except NotLiteral:
-                raise ValueError(f"The default of {name} must be a literal or Input(…) with keywords.") from None
+            raise ValueError(f"The default of {name} must be a literal or Input(…) with keywords.")
     settings: dict[str, Any] = {}
     for keyword in keywords:
-        value = keyword.value
-        # Cog's tool sees parentheses, which the tree shows only by where they end, as no literal.
-        bare = (keyword.end_lineno, keyword.end_col_offset) == (value.end_lineno, value.end_col_offset)
+        # Cog's tool takes a value in parentheses for no literal; the tree shows them only by where they end.
+        end = (keyword.value.end_lineno, keyword.value.end_col_offset)
+        value = keyword.value if end == (keyword.end_lineno, keyword.end_col_offset) else None
         match keyword.arg:
             case "default":
-                try:
-                    settings["default"] = _resolve(value, scope) if bare else None
-                except NotLiteral:
-                    settings["default"] = None
+                settings["default"] = None
+                with suppress(NotLiteral):
+                    settings["default"] = _resolve(value, scope)
             case "description":
-                if not bare or (description := _description(value, scope)) is None:
-                    raise ValueError(f"The description of {name} must be one plain string literal without escapes.")
-                settings["description"] = description
+                settings["description"] = _description(name, value, scope)
             case "ge" | "le" as bound:
-                number = _number(value) if bare else None
-                if number is not None:
-                    settings["minimum" if bound == "ge" else "maximum"] = number
+                with suppress(NotLiteral):
+                    if type(number := _literal(value)) in (int, float):
+                        settings["minimum" if bound == "ge" else "maximum"] = number
             case "choices":
                 try:
-                    settings["choices"] = _choices(value, scope)
+                    settings["choices"] = _choices(keyword.value, scope)
                 except NotLiteral:
                     raise ValueError(
-                        f"The choices of {name} must be literals of this file; they are `{ast.unparse(value)}`."
+                        f"The choices of {name} must be literals of this file; they are `{ast.unparse(keyword.value)}`."
                     ) from None
             case other:
                 raise ValueError(f"{name} uses {other}=, which is not derived here; Cog's own tool may know it.")
     return settings
+
+
+def _field(name: str, primitive: str, nullable: bool, settings: dict[str, Any]) -> dict[str, Any]:
+    if "choices" in settings:
+        field = {"allOf": [{"$ref": f"#/components/schemas/{name}"}]}
+    else:
+        field = {"title": name.replace("_", " ").title(), **PRIMITIVES[primitive]}
+    # A None on a type without None is no default: Cog takes such an input for required.
+    if settings.get("default") is not None or (nullable and "default" in settings):
+        field["default"] = settings["default"]
+    if nullable:
+        field["nullable"] = True
+    return field | {key: settings[key] for key in ("description", "minimum", "maximum") if key in settings}
 
 
 def _literal(node: ast.expr | None) -> Literal:
@@ -194,7 +194,7 @@ def _literal(node: ast.expr | None) -> Literal:
     raise NotLiteral
 
 
-def _resolve(node: ast.expr, scope: dict[str, Literal]) -> Literal:
+def _resolve(node: ast.expr | None, scope: dict[str, Literal]) -> Literal:
     """The value of a literal or of a module-level name of one."""
     if isinstance(node, ast.Name) and node.id in scope:
         return scope[node.id]
@@ -218,22 +218,14 @@ def _choices(node: ast.expr, scope: dict[str, Literal]) -> list[Literal]:
     raise NotLiteral
 
 
-def _description(node: ast.expr, scope: dict[str, Literal]) -> str | None:
-    """A string as Cog's tool shows it; None where it would show something else, or nothing."""
+def _description(name: str, node: ast.expr | None, scope: dict[str, Literal]) -> str:
+    """A string as Cog's tool shows it; refused where the tool would show something else, or nothing."""
     match node:
-        case ast.Name(id=name) if isinstance(scope.get(name), str):
-            return scope[name]
+        case ast.Name(id=constant) if isinstance(scope.get(constant), str):
+            return scope[constant]
         case ast.Constant(value=str() as text) if node.end_col_offset - node.col_offset == len(text.encode()) + 2:
             return text  # two quotes and the text itself: no escapes, no prefix, no second string
-    return None
-
-
-def _number(node: ast.expr) -> int | float | None:
-    try:
-        value = _literal(node)
-    except NotLiteral:
-        return None
-    return value if type(value) in (int, float) else None
+    raise ValueError(f"The description of {name} must be one plain string literal without escapes.")
 
 
 def _output(predict: ast.FunctionDef) -> dict[str, Any]:
@@ -243,99 +235,6 @@ def _output(predict: ast.FunctionDef) -> dict[str, Any]:
         case ast.Subscript(value=ast.Name(id="list" | "List"), slice=ast.Name(id=name)) if name in PRIMITIVES:
             return {"title": "Output", "type": "array", "items": PRIMITIVES[name]}
     raise ValueError(f"predict must return one of {', '.join(PRIMITIVES)}, or a list of one.")
-
-
-def _document(schemas: dict[str, Any]) -> dict[str, Any]:
-    """The whole document around the predictor's own schemas; the rest is the same for every Cog model."""
-    return {
-        "openapi": "3.0.2",
-        "info": {"title": "Cog", "version": version("cog")},
-        "paths": {
-            "/": {"get": _operation("Root", "root__get")},
-            "/health-check": {"get": _operation("Healthcheck", "healthcheck_health_check_get")},
-            "/predictions": {
-                "post": {
-                    **_operation("Predict", "predict_predictions_post", answer="PredictionResponse", validated=True),
-                    "description": "Run a single prediction on the model",
-                    "requestBody": {"content": {"application/json": {"schema": _ref("PredictionRequest")}}},
-                }
-            },
-            "/predictions/{prediction_id}/cancel": {
-                "post": {
-                    **_operation("Cancel", "cancel_predictions__prediction_id__cancel_post", validated=True),
-                    "parameters": [
-                        {"in": "path", "name": "prediction_id", "required": True, "schema": _string("Prediction Id")}
-                    ],
-                }
-            },
-        },
-        "components": {
-            "schemas": {
-                **schemas,
-                "PredictionRequest": _object("PredictionRequest", id=_string("Id"), input=_ref("Input")),
-                "PredictionResponse": _object(
-                    "PredictionResponse",
-                    **{name: _string(_title(name)) for name in ("id", "version", "status", "error", "logs")},
-                    **{
-                        name: {**_string(_title(name)), "format": "date-time"}
-                        for name in ("created_at", "started_at", "completed_at")
-                    },
-                    input=_ref("Input"),
-                    output=_ref("Output"),
-                    metrics={"title": "Metrics", "type": "object"},
-                ),
-                "Status": {
-                    "title": "Status",
-                    "description": "An enumeration.",
-                    "enum": ["starting", "processing", "succeeded", "canceled", "failed"],
-                    "type": "string",
-                },
-                "HTTPValidationError": _object(
-                    "HTTPValidationError",
-                    detail={"title": "Detail", "type": "array", "items": _ref("ValidationError")},
-                ),
-                "ValidationError": {
-                    **_object(
-                        "ValidationError",
-                        loc={
-                            "title": "Location",
-                            "type": "array",
-                            "items": {"anyOf": [{"type": "string"}, {"type": "integer"}]},
-                        },
-                        msg=_string("Message"),
-                        type=_string("Error Type"),
-                    ),
-                    "required": ["loc", "msg", "type"],
-                },
-            }
-        },
-    }
-
-
-def _operation(summary: str, name: str, *, answer: str | None = None, validated: bool = False) -> dict[str, Any]:
-    def response(description: str, schema: dict[str, Any]) -> dict[str, Any]:
-        return {"description": description, "content": {"application/json": {"schema": schema}}}
-
-    responses = {"200": response("Successful Response", _ref(answer) if answer else {})}
-    if validated:
-        responses["422"] = response("Validation Error", _ref("HTTPValidationError"))
-    return {"summary": summary, "operationId": name, "responses": responses}
-
-
-def _object(title: str, **properties: dict[str, Any]) -> dict[str, Any]:
-    return {"title": title, "type": "object", "properties": properties}
-
-
-def _string(title: str) -> dict[str, str]:
-    return {"title": title, "type": "string"}
-
-
-def _ref(name: str) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def _title(name: str) -> str:
-    return name.replace("_", " ").title()
 
 
 if __name__ == "__main__":
