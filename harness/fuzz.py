@@ -31,7 +31,8 @@ from hypothesis.strategies import SearchStrategy
 from PIL import Image
 
 from harness.soak import make_lora, worker_of, world
-from local_cog.server import LOOPBACK, CogServer, failure, uri
+from local_cog.data_uri import uri
+from local_cog.server import LOOPBACK, CogServer, failure
 from settings import ROOT
 
 SECRET = "t0ken-of-the-server"

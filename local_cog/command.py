@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from local_cog import schema
-from local_cog.server import MAX_FILE_BYTES, CogServer, data_uri, exit_on_signals, failure, files
+from local_cog.data_uri import file_uri
+from local_cog.server import MAX_FILE_BYTES, CogServer, exit_on_signals, failure, files
 from settings import ROOT
 
 # A progress bar as tqdm draws it; it is redrawn in place.
@@ -56,7 +57,7 @@ def read_inputs(pairs: list[str], document: dict[str, Any]) -> dict[str, Any]:
                     f"{key}: a request carries at most {MAX_FILE_BYTES // 10**6} MB of files, and with {path.name} it "
                     f"would be {sent / 1e6:.1f} MB; set COG_WEIGHTS=path for a large LoRA, or give its URL."
                 )
-            inputs[key] = data_uri(path)
+            inputs[key] = file_uri(path)
         else:
             inputs[key] = _typed(key, value, kind)
     if missing := [key for key in schemas["Input"].get("required", []) if key not in inputs]:

@@ -5,11 +5,9 @@ it knows nothing of what the predictor does.
 """
 
 import argparse
-import base64
 import contextlib
 import http.client
 import json
-import mimetypes
 import os
 import re
 import signal
@@ -24,6 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from local_cog import schema
+from local_cog.data_uri import decode
 from settings import ROOT
 
 LOOPBACK = "127.0.0.1"
@@ -33,7 +32,7 @@ MAX_FILE_BYTES = 70_000_000
 QUIET = "ignore:BasePredictor is deprecated:DeprecationWarning,ignore:Predictor.predict():DeprecationWarning"
 # How often `script/serve` asks for the server's health.
 SECONDS_BETWEEN_CHECKS = 5
-# Longer than a cancelled prediction needs; a worker deep in native code hears no signal but the last.
+# Longer than a cancelled prediction needs; a worker inside native code reacts to SIGKILL alone.
 SECONDS_TO_STOP = 5
 
 
@@ -137,8 +136,8 @@ class CogServer:
         """
         method, path = ("PUT", f"/predictions/{prediction_id}") if prediction_id else ("POST", "/predictions")
         answer = self.request(method, path, {"input": inputs})[1]
-        # Cog answers just before its slot is free, and would refuse the next request; half a second, because the slot
-        # may be another prediction's.
+        # Cog answers just before it frees its slot, and would refuse the next request: wait for the slot, but not for
+        # long, because another prediction may have taken it.
         settled = time.monotonic() + 0.5
         while self.health()["status"] == "BUSY" and time.monotonic() < settled:
             time.sleep(0.01)
@@ -177,7 +176,7 @@ class CogServer:
             return answer.status, {"detail": text}
 
     def _signal(self, number: int) -> None:
-        """To the server and its worker; the group outlives its leader while the worker lives."""
+        """Signal the server and its worker: their process group lasts as long as one of them lives."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
@@ -194,28 +193,13 @@ def failure(answer: Mapping[str, Any]) -> str | None:
     return re.sub(r"^(Prediction failed: )*(\w+Error: )?", "", detail)
 
 
-def data_uri(path: Path) -> str:
-    """A file as Cog takes it within JSON."""
-    return uri(path.read_bytes(), mimetypes.guess_type(path)[0] or "application/octet-stream")
-
-
-def uri(content: bytes, kind: str = "application/octet-stream") -> str:
-    """The same for what is in no file."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
 def files(answer: Mapping[str, Any]) -> list[tuple[str, bytes]]:
     """The files of a prediction's output, each with its suffix, such as `.webp`."""
-    outputs = []
-    for uri in answer["output"]:
-        header, _, content = uri.partition(",")
-        kind = header.removeprefix("data:").removesuffix(";base64")
-        outputs.append((mimetypes.guess_extension(kind) or "", base64.b64decode(content)))
-    return outputs
+    return [decode(uri) for uri in answer["output"]]
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A port of this machine on which nothing listens."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return probe.getsockname()[1]
@@ -227,7 +211,7 @@ def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
     Args:
         host: IPv4 or IPv6.
         port: 0 to 65535.
-        shared: with whoever shares it too; each connection goes to one of them.
+        shared: let other sockets listen at the same address too; the kernel gives each connection to one of them.
 
     Raises:
         OSError: the address is not this machine's, or is taken.
@@ -248,8 +232,8 @@ def serve(server: CogServer) -> int:
     """Wait until a server ends, and give its exit code.
 
     Raises:
-        SystemExit: its predictor has died, or its weights are not what they were: left alone, it would refuse every
-            request, or draw wrong pictures. Whoever supervises this process starts it again.
+        SystemExit: its predictor has died, or its weights have changed; it would refuse every request or draw wrong
+            pictures. What supervises this process should start it again.
     """
     while (code := server.process.poll()) is None:
         with contextlib.suppress(OSError):

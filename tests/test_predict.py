@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import save
 
 import images
-from local_cog.server import CogServer, failure, files, uri
+from local_cog.data_uri import uri
+from local_cog.server import CogServer, failure, files
 from settings import ROOT
 from tests.support.lora_files import EXACT, changes, is_block
 

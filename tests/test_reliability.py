@@ -20,7 +20,8 @@ from safetensors.torch import save
 
 from harness.fuzz import fuzzing, run
 from harness.soak import Report, Soak, soaking, worker_of
-from local_cog.server import CogServer, failure, files, serve, uri
+from local_cog.data_uri import uri
+from local_cog.server import CogServer, failure, files, serve
 from service.leftovers import Leftovers, sweep
 from service.measure import PeakMemory
 from settings import ROOT

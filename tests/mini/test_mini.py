@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from local_cog.server import CogServer, data_uri, failure, files
+from local_cog.data_uri import file_uri
+from local_cog.server import CogServer, failure, files
 from mini.training import recogniser, world
 from settings import ROOT
 
@@ -34,7 +35,7 @@ def draw(server: CogServer) -> Callable[..., Image.Image]:
 
 
 def lora(name: str) -> str:
-    return data_uri(LORAS / f"{name}.safetensors")
+    return file_uri(LORAS / f"{name}.safetensors")
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -76,7 +77,7 @@ def test_painting_anew_keeps_what_the_mask_keeps(draw: Callable, eye: recogniser
     mask.paste(255, (0, 0, before.width, before.height // 2))
     before.save(tmp_path / "image.png")
     mask.save(tmp_path / "mask.png")
-    inputs = {"image": data_uri(tmp_path / "image.png"), "mask": data_uri(tmp_path / "mask.png")}
+    inputs = {"image": file_uri(tmp_path / "image.png"), "mask": file_uri(tmp_path / "mask.png")}
     after = np.asarray(draw("a grey cat at night", **inputs, prompt_strength=1))
     kept = np.asarray(mask) == 0
     assert np.array_equal(after[kept], np.asarray(before)[kept])

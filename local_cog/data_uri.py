@@ -1,0 +1,24 @@
+"""Data URIs, as which files travel within Cog's JSON; knows nothing of what the files are for."""
+
+import base64
+import mimetypes
+from pathlib import Path
+
+OCTETS = "application/octet-stream"
+
+
+def uri(content: bytes, kind: str = OCTETS) -> str:
+    """Bytes and their media type as a data URI."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def file_uri(path: Path) -> str:
+    """A file as a data URI; its media type follows from its suffix."""
+    return uri(path.read_bytes(), mimetypes.guess_type(path)[0] or OCTETS)
+
+
+def decode(text: str) -> tuple[str, bytes]:
+    """The suffix of a base64 data URI's media type, such as `.webp` (empty if there is none), and its bytes."""
+    header, _, content = text.partition(",")
+    kind = header.removeprefix("data:").removesuffix(";base64")
+    return mimetypes.guess_extension(kind) or "", base64.b64decode(content)
