@@ -99,6 +99,21 @@ def test_a_file_is_sent_whole_and_taken_from_the_callers_directory(project: Path
     assert (tmp_path / "new" / "folder" / "output.0.webp").read_bytes() == bytes(range(256))
 
 
+@pytest.mark.parametrize("command", [["predict", "-i", "prompt=a", "-i", "steps=2"], ["serve", "--help"]])
+def test_a_script_imports_nothing_from_where_it_is_called_and_finds_its_project(
+    project: Path, tmp_path: Path, command: list[str]
+) -> None:
+    for module in ("settings", "request", "json", "local_cog", "predict"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('This is the module of the caller.')")
+    (tmp_path / "project").symlink_to(project)
+    (tmp_path / "elsewhere" / "project" / "script").mkdir(parents=True)
+    # With CDPATH, `cd project/script` goes to the other project.
+    done = script(Path("project"), *command, cwd=tmp_path, CDPATH=str(tmp_path / "elsewhere"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith({"predict": "output.0.webp\n", "serve": "usage: script/serve"}[command[0]])
+    assert not (tmp_path / "elsewhere" / "project" / ".venv").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "sentence"),
     [
