@@ -1,4 +1,4 @@
-"""What makes loaded models fast and changes nothing that they compute: attention, memory format, compiled code.
+"""What makes loaded models fast on this machine: attention, convolutions, compiled code.
 
 Everything here happens once, at set-up. Graphs are made under `torch.no_grad`, as diffusers' pipelines run: a call
 under `torch.inference_mode` would compile them all again. They take every size of picture and every length of text,
@@ -22,10 +22,9 @@ TOKENS = 4096 + 512
 
 
 def keep_compiled_code(folder: Path) -> None:
-    """Let compiled code be read from and written to a folder; the next start then compiles nothing.
+    """Keep compiled code in a folder, so that the next start compiles nothing; call it before anything is compiled.
 
-    It is valid for one version of torch and one kind of GPU: the compiler's own keys see to that. To be called before
-    anything is compiled.
+    The compiler's own keys keep versions of torch and kinds of GPU apart.
     """
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.absolute())
     os.environ["TRITON_CACHE_DIR"] = str(folder.absolute() / "triton")
@@ -62,7 +61,7 @@ def compile_models(
 
     Args:
         transformers: those that denoise.
-        vae: left as it is on a CPU, where torch chooses a convolution by its size: each range would be a graph.
+        vae: not compiled on a CPU, where torch picks a convolution by its size: each range of sizes would be a graph.
         device: where they compute.
         backend: of `torch.compile`.
     """

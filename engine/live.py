@@ -4,8 +4,8 @@
 
 Bases are never written. The live tensors never move, so compiled graphs stay valid. Each live tensor remembers the mix
 that it holds and forgets it before it is written: whatever interrupts a write, the next request repairs it. It also
-remembers what it was written from, so that it can be told at any time whether it still is that. This module knows where
-weights lie; it knows neither LoRA files nor pipelines.
+remembers what it was written from, so that its bits can be checked at any time. This module knows where weights lie; it
+knows neither LoRA files nor pipelines.
 """
 
 import copy
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from engine import fp8
 from lora.deltas import Delta, gather
 
-# Elements of the float32 buffer in which a mix is summed: few enough to stay in the last-level cache (8 MiB on a CPU,
-# 32 MiB of an H100's 50), so that only the base and the live tensor travel through memory; and no fewer, since each run
-# of rows has its price: threads that wait for each other, kernels that are launched.
+# Elements of the float32 buffer in which a mix is summed. It stays in the last-level cache (8 MiB on a CPU, 32 MiB of
+# an H100's 50), so that only the base and the live tensor travel through memory; it fills that cache, because each run
+# of rows costs a synchronisation of threads on a CPU and a few kernel launches on a GPU.
 BUFFER_ELEMENTS = {"cpu": 2**21, "cuda": 2**23}
 
 
@@ -48,7 +48,7 @@ class Recipe:
         The same recipe gives the same runs and the same bits, however often it is asked.
 
         Args:
-            buffer: float32, of at least one row's elements: sums are made in it, and are gone when the next run comes.
+            buffer: float32, of at least one row's elements; each run lies in it, and is overwritten by the next one.
         """
         base = self.base.to(buffer.device, non_blocking=True)
         if not self.deltas:

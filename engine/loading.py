@@ -1,4 +1,4 @@
-"""From model directories in diffusers layout to modules that are ready to draw, each where the placement wants it.
+"""From model directories in diffusers layout to modules that are ready to draw, each where the placement says.
 
 Files are mapped, not read: what goes to the GPU goes there straight from the page cache, several tensors at a time, and
 on a CPU the mapped pages are the weights. This module knows files, modules and devices; it knows no requests.
@@ -26,10 +26,11 @@ from engine.live import Live
 from engine.placement import Placement, Precisions, Sizes, plan
 from service.measure import Stopwatch
 
-# The linear layers of blocks run in fp8, except modulation: it sees one token, and what it says multiplies all others.
+# The linear layers of blocks run in fp8, except modulation: it multiplies one vector, which is cheap, and its result
+# scales every token, with its rounding errors.
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 MODULATION = (".norm.linear", ".norm1.linear", ".norm1_context.linear")
-# Tensors on their way from the page cache to the GPU at a time: one thread alone would wait for page faults.
+# Threads that move tensors from the page cache to the GPU: one alone would mostly wait for page faults.
 READERS = 8
 # Of host memory, what may be pinned: the rest is for LoRAs, the page cache and the server.
 PINNED_SHARE = 0.6
@@ -39,7 +40,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Models:
-    """Everything that draws, loaded."""
+    """All loaded models of both FLUX.1."""
 
     components: Mapping[str, object]  # what all pipelines share, by diffusers' names
     schedulers: Mapping[str, Mapping[str, object]]  # configs, by model
@@ -75,38 +76,31 @@ def load(
         skeletons = _skeletons(folders, bases, dtype)
         placement = placement or _plan(folders, bases, skeletons, t5, device)
     with stopwatch("read"), ThreadPoolExecutor(READERS) as readers:
-        # The large files in other threads, while this one makes the rest: transformers is not made for two.
+        # The readers move the large tensors, while this thread alone loads the rest: transformers is not thread-safe.
         moving = {name: _move(base, name in placement.on_gpu, device, readers) for name, base in bases.items()}
         moving_t5 = {
             name: readers.submit(tensor.to, device if placement.t5_on_gpu else "cpu", dtype)
             for name, tensor in t5.items()
         }
-        text_encoder = CLIPTextModel.from_pretrained(dev / "text_encoder", dtype=dtype).to(device).eval()
-        components = {
-            "vae": AutoencoderKL.from_pretrained(dev / "vae", torch_dtype=dtype).to(device).eval(),
-            "text_encoder": text_encoder,
-            "tokenizer": AutoTokenizer.from_pretrained(dev / "tokenizer"),
-            "tokenizer_2": AutoTokenizer.from_pretrained(dev / "tokenizer_2"),
-        }
+        components = _small_components(dev, device, dtype)
     bases = {name: _arrived(tensors) for name, tensors in moving.items()}
     components["text_encoder_2"] = _t5(dev / "text_encoder_2", _arrived(moving_t5))
     if not placement.t5_on_gpu:
         _move_when_used(components["text_encoder_2"], device)
-    pristine = {name: parameter.detach().clone() for name, parameter in text_encoder.named_parameters()}
-    live: dict[str, Live | None] = {}
-    live_fp8: dict[str, Live | None] = {}
+    clip = components["text_encoder"]
+    pristine_clip = {name: parameter.detach().clone() for name, parameter in clip.named_parameters()}
+    pairs: dict[str, tuple[Live | None, Live | None]] = {}
     for names, skeleton in skeletons.items():
-        pair = _live_pair(skeleton, {name: bases[name] for name in names}, placement.precisions, device)
-        live |= dict.fromkeys(names, pair[0])
-        live_fp8 |= dict.fromkeys(names, pair[1])
+        own = {name: bases[name] for name in names}
+        pairs |= dict.fromkeys(names, _live_pair(skeleton, own, placement.precisions, device))
     return Models(
         components=components,
         schedulers={
             name: FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler") for name, folder in folders.items()
         },
-        text_encoder=Live(text_encoder, {"shared": pristine}),
-        live=live,
-        live_fp8=live_fp8,
+        text_encoder=Live(clip, {"shared": pristine_clip}),
+        live={name: live for name, (live, _) in pairs.items()},
+        live_fp8={name: live_fp8 for name, (_, live_fp8) in pairs.items()},
         skeleton=next(skeleton for names, skeleton in skeletons.items() if "dev" in names),
     )
 
@@ -169,16 +163,13 @@ def _plan(
     t5: Tensors,
     device: torch.device,
 ) -> Placement:
+    """What fits this machine; on a CPU everything lies in the one memory that there is."""
     dev = folders["dev"]
     parameters = [item for skeleton in skeletons.values() for item in skeleton.named_parameters()]
     sizes = Sizes(
         bases={name: _nbytes(base.values()) for name, base in bases.items()},
-        live=_nbytes(parameter for _, parameter in parameters),
-        linears=_nbytes(
-            parameter
-            for name, parameter in parameters
-            if is_block_linear(name.removesuffix(".weight")) and parameter.ndim == 2
-        ),
+        live=_nbytes(p for _, p in parameters),
+        linears=_nbytes(p for name, p in parameters if p.ndim == 2 and is_block_linear(name.removesuffix(".weight"))),
         t5=_nbytes(t5.values()),
         t5_block=_nbytes(t5.values()) // T5Config.from_pretrained(dev / "text_encoder_2").num_layers,
         rest=2 * _file_bytes(dev / "text_encoder") + _file_bytes(dev / "vae"),
@@ -199,8 +190,18 @@ def _file_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+def _small_components(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+    """What pipelines need beside the transformer and T5, by diffusers' names."""
+    return {
+        "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype).to(device).eval(),
+        "vae": AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).to(device).eval(),
+        "tokenizer": AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        "tokenizer_2": AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
+    }
+
+
 def _move(base: Tensors, on_gpu: bool, device: torch.device, readers: ThreadPoolExecutor) -> dict[str, Future[Tensor]]:
-    """Start moving a base to where it will lie: the device, or host memory that the device can read by itself."""
+    """Start moving a base to where it will lie: the device, or pinned host memory, which the device reads by itself."""
 
     def move(tensor: Tensor) -> Tensor:
         if on_gpu or device.type != "cuda":
@@ -215,7 +216,7 @@ def _arrived(moving: Mapping[str, Future[Tensor]]) -> Tensors:
 
 
 def _t5(folder: Path, tensors: Tensors) -> T5EncoderModel:
-    """The text encoder around tensors that lie where they should, none of them copied."""
+    """The text encoder with these tensors as its parameters, none of them copied or moved."""
     with torch.device("meta"):
         t5 = T5EncoderModel(T5Config.from_pretrained(folder))
     t5.load_state_dict(tensors, strict=False, assign=True)
@@ -226,20 +227,19 @@ def _t5(folder: Path, tensors: Tensors) -> T5EncoderModel:
 
 
 def _move_when_used(t5: T5EncoderModel, device: torch.device) -> None:
-    """Layers come to the device one after another, the next one while this one computes."""
+    """Keep T5's layers in host memory; each is copied to the device for its call, while the one before computes."""
     apply_group_offloading(t5, onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
 
 
 def _live_pair(
     skeleton: FluxTransformer2DModel, bases: Mapping[str, Tensors], precisions: Precisions, device: torch.device
 ) -> tuple[Live | None, Live | None]:
-    """A live transformer in the base's precision and one in fp8."""
+    """A live transformer in the base's dtype and one in fp8, each None where it has no room."""
     module = copy.deepcopy(skeleton)
     if precisions is Precisions.FP8:
         fp8.replace_linears(module, is_block_linear)
+        return None, Live(module.to_empty(device=device), bases)
     live = Live(module.to_empty(device=device), bases)
-    if precisions is Precisions.FP8:
-        return None, live
     if precisions is Precisions.BF16:
         return live, None
     return live, live.quantized(is_block_linear, in_turn=precisions is Precisions.IN_TURN)

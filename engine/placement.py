@@ -11,10 +11,10 @@ from enum import StrEnum
 from itertools import product
 
 GB = 1e9
-# What a picture at work takes: decoding 1440x1440 pixels holds a few layers of 256 channels, 1 GB each, at a time. The
-# transformer's activations, a mix being summed, the safety models and the allocator's slack are less than that again.
+# Working memory: decoding 1440x1440 pixels holds a few layers of 256 channels, 1 GB each, at a time. The transformer's
+# activations, a mix being summed, the safety models and the allocator's slack take less than that again.
 WORK = int(7 * GB)
-# T5's blocks on their way: the one that computes and the one that arrives.
+# T5's blocks on the GPU while T5 lies in host memory: the one that computes and the one that is copied.
 T5_BLOCKS = 2
 
 
@@ -60,9 +60,9 @@ class Placement:
 def plan(sizes: Sizes, gpu: int, host: int, *, fp8: bool) -> Placement:
     """The best placement that fits.
 
-    What costs most, most often, is kept on the GPU first. Without bf16 a picture is not what was asked for. T5 away
-    costs every new prompt 0.4 s over PCIe; a base away costs every new LoRA of that model up to 1 s; live weights in
-    turn make a change of precision as dear as a new LoRA.
+    What costs most, most often, is kept on the GPU first. Without bf16 live weights a request for bf16 is drawn in fp8.
+    Keeping T5 off the GPU costs 0.4 s for each new prompt; keeping a base off it costs up to 1 s for each new LoRA of
+    that model; live weights in turn cost a swap at each change of precision.
 
     Args:
         sizes: what is loaded.

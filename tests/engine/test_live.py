@@ -452,7 +452,7 @@ def test_another_process_gives_the_same_bits(loras: dict[str, Lora], tmp_path: P
         hold(lives, other, loras)
     script = f"""if True:
         import torch
-        from tests.test_live import digest
+        from tests.engine.test_live import digest
         torch.set_num_threads(1)
         print(digest({mix!r}, {str(tmp_path)!r}))
     """
