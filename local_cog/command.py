@@ -84,7 +84,7 @@ def _typed(key: str, value: str, kind: str) -> str | int | float | bool:
 
 
 class Progress:
-    """What the predictor prints, passed on to a person: Cog's log in, plain lines and one moving bar out."""
+    """Shows a person what the predictor prints: reads Cog's log, writes plain lines and one moving progress bar."""
 
     def __init__(self, log: TextIO, screen: TextIO) -> None:
         self.log, self.screen = log, screen
@@ -131,7 +131,7 @@ def predict(inputs: dict[str, Any]) -> dict[str, Any]:
                 print("Starting the Cog server.", file=sys.stderr)
                 server.wait_until_ready(seconds=float("inf"), meanwhile=progress.show)  # it may have to download FLUX
                 answer = pool.submit(server.predict, inputs)
-                # Waiting here, in short bits, lets Ctrl-C end the server, and with it the prediction.
+                # The request waits in another thread, so that Ctrl-C reaches this one and ends the server.
                 while not wait([answer], timeout=0.1).done:
                     progress.show()
             finally:

@@ -88,7 +88,7 @@ class CogServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop the server and its worker, in the middle of a prediction too (left alone, Cog would finish it)."""
+        """Stop the server and its worker, in the middle of a prediction too, which Cog would otherwise finish."""
         self._signal(signal.SIGTERM)
         try:
             self.process.wait(SECONDS_TO_STOP)
@@ -149,7 +149,7 @@ class CogServer:
         return self.request("PUT", f"/predictions/{prediction_id}", body, {"Prefer": "respond-async"})[1]
 
     def cancel(self, prediction_id: str) -> int:
-        """Ask for the end of a prediction; the HTTP status, which is 404 where there is no such prediction."""
+        """Cancel a prediction; returns the HTTP status, 404 if there is no such prediction."""
         return self.request("POST", f"/predictions/{prediction_id}/cancel")[0]
 
     def request(

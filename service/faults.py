@@ -1,6 +1,6 @@
-"""What goes wrong that is not the request's fault: no memory, no disk, a bug. As one sentence for whoever waits.
+"""Errors that are not the request's fault (no memory, no disk, a bug), as one sentence for the client.
 
-Knows the errors of libraries and of the system; imports none of them. No sentence has a path of the machine.
+Knows the errors of the system and of libraries, none of which it imports. No sentence has a path of the machine.
 """
 
 import errno
@@ -8,10 +8,10 @@ import re
 import traceback
 from pathlib import Path
 
-# A quota or a limit on the size of files is a full disk to whoever writes.
+# To a writer, a quota and a limit on file sizes mean the same as a full disk.
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# torch and Pillow have no type of their own for a full host, and torch's for a full GPU is a RuntimeError. Pillow calls
-# it a configuration error when zlib finds no memory to start with.
+# torch and Pillow raise no type of their own when the host's memory is full, and torch's for a full GPU is a
+# RuntimeError. Pillow reports a configuration error when zlib cannot allocate what it starts with.
 FULL = re.compile(
     r"out of memory|(can't|cannot) allocate memory|not enough memory|std::bad_alloc|new thread|codec configuration",
     re.IGNORECASE,
@@ -28,7 +28,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def sentence(error: Exception, phase: str | None) -> str:
-    """What to tell of an error in a phase of a request, such as "denoise"."""
+    """What to tell the client of an error in a phase of a request, such as "denoise"."""
     where = f" in the phase {phase}" if phase else ""
     if out_of_memory(error):
         return f"Out of memory{where}; nothing is lost: try a smaller picture, a smaller LoRA or fewer outputs."

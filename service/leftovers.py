@@ -1,4 +1,4 @@
-"""What a prediction leaves on the disk, and when it goes. Knows what Cog leaves too; knows nothing of pictures."""
+"""Folders for the files of predictions, and their deletion; knows what Cog leaves too, and nothing of pictures."""
 
 import shutil
 import tempfile
@@ -12,23 +12,23 @@ from uuid import uuid4
 
 # Cog reads the files of a prediction as soon as `predict` has returned, and does not say when it has.
 SECONDS_KEPT = 10
-# Cog leaves three empty folders for each prediction, for ever. One as old as this is of no prediction that still runs.
+# Cog leaves three empty folders for each prediction, for ever. When they are this old, the prediction has ended.
 COG_FOLDERS = Path("/tmp/coglet/predictions")
 SECONDS_RUNNING = 3600
 SECONDS_BETWEEN_SWEEPS = 600
 
 
 class Leftovers:
-    """Folders for the files of predictions, each deleted some seconds after it was done with.
+    """Folders for the files of predictions, each deleted some seconds after its prediction.
 
     Args:
-        kept: how many.
+        kept: how many seconds.
     """
 
     def __init__(self, kept: float = SECONDS_KEPT) -> None:
         self._kept = kept
         self._root = tempfile.TemporaryDirectory(prefix="flux-sprites-", ignore_cleanup_errors=True)
-        # For Cog's own temporary files: it forgets the inputs of a request that is cancelled while they come.
+        # For Cog's own temporary files: it leaves the inputs of a request that is cancelled while they are downloaded.
         self.inputs = Path(self._root.name) / "inputs"
         self.inputs.mkdir()
         self._left: SimpleQueue[tuple[Path, float]] = SimpleQueue()
@@ -36,7 +36,7 @@ class Leftovers:
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
-        """A folder for the files of one prediction, to be filled inside, whatever interrupts that."""
+        """A folder for the files of one prediction; deleted some seconds after the block ends, by an error too."""
         folder = Path(self._root.name) / uuid4().hex
         try:
             folder.mkdir()
@@ -45,7 +45,7 @@ class Leftovers:
             self._left.put((folder, time.monotonic()))
 
     def forget_inputs(self, *but: Path | None) -> None:
-        """Delete the inputs of all requests before the one that has these."""
+        """Delete the inputs of earlier requests: all files but these."""
         for file in self.inputs.iterdir():
             if file.is_file() and str(file) not in map(str, but):
                 file.unlink(missing_ok=True)

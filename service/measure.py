@@ -1,4 +1,4 @@
-"""What a stretch of work took: seconds by phase, and the most memory held at once. Knows nothing of the work."""
+"""What work took: seconds by phase, and the most memory that was held at once. Knows nothing of the work itself."""
 
 import resource
 import time
@@ -36,7 +36,7 @@ class Stopwatch:
 
 
 class PeakMemory:
-    """Counts from when it is made.
+    """The most memory that was held at once since this was made.
 
     Args:
         device: whose memory is counted beside that of the process, where it has its own.
