@@ -1,0 +1,156 @@
+"""Every spelling of a layer is the same layer, and names of other things are ignored or refused."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support import lora_files, models
+from tests.support.lora_files import RANK, Tensors
+from tests.support.lora_reader import STRENGTH, Q, Reader, changed, of, pair, same
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    return Reader(tmp_path_factory.mktemp("loras"), models.transformer(), models.text_encoder())
+
+
+@pytest.mark.parametrize("form", lora_files.EXACT)
+def test_every_format_gives_the_same_bits(reader: Reader, form: str) -> None:
+    made = lora_files.changes(reader.transformer)
+    tensors = lora_files.EXACT[form](made)
+    assert same(reader.live(tensors), reader.live(lora_files.EXACT["diffusers"](made)))
+    report = reader.read(tensors).report
+    assert report.applied == report.total == len(tensors)
+    assert not report.ignored
+
+
+@pytest.mark.parametrize("form", lora_files.EXACT_IN_BLOCKS)
+def test_formats_of_blocks_alone_give_the_same_bits(reader: Reader, form: str) -> None:
+    made = lora_files.changes(reader.transformer, only=lora_files.is_block)
+    tensors = lora_files.EXACT_IN_BLOCKS[form](made)
+    assert same(reader.live(tensors), reader.live(lora_files.EXACT["diffusers"](made)))
+
+
+@pytest.mark.parametrize("form", lora_files.ROUNDED)
+def test_formats_that_multiply_in_another_order_differ_by_roundings_alone(reader: Reader, form: str) -> None:
+    made = lora_files.changes(reader.transformer)
+    tensors = lora_files.ROUNDED[form](made)
+    live, reference = reader.live(tensors), reader.live(lora_files.EXACT["diffusers"](made))
+    for name in live:
+        # Two roundings of the product (at most about 4 here) and one of the sum, in units of float32's 2^-24.
+        torch.testing.assert_close(live[name], reference[name], rtol=0, atol=4 * 3 * 2**-24)
+    assert reader.read(tensors).report.applied == len(tensors)
+
+
+def test_xlabs_names(reader: Reader) -> None:
+    made = lora_files.changes(reader.transformer, only=lora_files.is_xlabs)
+    assert same(reader.live(lora_files.xlabs(made)), reader.live(lora_files.EXACT["diffusers"](made)))
+
+
+def test_xlabs_qkv_of_a_single_block(reader: Reader) -> None:
+    up, down = torch.randn(96, RANK), torch.randn(RANK, 32)
+    stem = "single_blocks.1.processor.qkv_lora"
+    live = reader.live({f"{stem}.down.weight": down, f"{stem}.up.weight": up})
+    parts = {f"single_transformer_blocks.1.attn.{name}.weight": rows for name, rows in _qkv(up).items()}
+    assert changed(reader, live) == parts.keys()
+    for name, rows in parts.items():
+        torch.testing.assert_close(live[name], reader.base[name] + rows @ down)
+
+
+def _qkv(up: Tensor) -> dict[str, Tensor]:
+    return dict(zip(("to_q", "to_k", "to_v"), up.chunk(3), strict=True))
+
+
+@pytest.mark.parametrize("form", lora_files.CLIP)
+def test_the_text_encoder_in_every_format(reader: Reader, form: str) -> None:
+    made = lora_files.clip_changes(reader.text_encoder)
+    tensors = lora_files.CLIP[form](made)
+    live = reader.live_clip(tensors)
+    assert same(live, reader.live_clip(lora_files.CLIP["diffusers"](made)))
+    for name, base in reader.clip_base.items():
+        layer = f"text_model.{name.removeprefix('text_model.').removesuffix('.weight')}"
+        up, down = made.get(layer, (torch.zeros(len(base), 1), torch.zeros(1, base[0].numel())))
+        torch.testing.assert_close(live[name], base + (STRENGTH * up @ down).view_as(base))
+    assert reader.read(tensors).report.applied == len(tensors)
+
+
+@pytest.mark.parametrize("form", lora_files.EXACT)
+def test_a_subset_of_blocks_changes_those_alone(reader: Reader, form: str) -> None:
+    some = ("double_blocks.1.img_attn.qkv", "single_blocks.2.linear1", "single_blocks.0.linear2")
+    made = lora_files.changes(reader.transformer, only=lambda bfl: bfl in some)
+    live = reader.live(lora_files.EXACT[form](made))
+    assert changed(reader, live) == {f"{part}.weight" for change in made for part in change.parts}
+    assert same(live, reader.live(lora_files.EXACT["diffusers"](made)))
+
+
+def test_halves_of_the_final_modulation_change_places(reader: Reader) -> None:
+    weight = reader.base["norm_out.linear.weight"]  # [scale; shift]
+    shift, scale = torch.full_like(weight[:32], 1.0), torch.full_like(weight[32:], 2.0)
+    stem = "lora_unet_final_layer_adaLN_modulation_1"
+    live = reader.live({f"{stem}.diff": torch.cat([shift, scale]), f"{stem}.diff_b": torch.arange(64.0)})
+    assert torch.equal(live["norm_out.linear.weight"] - weight > 1.5, torch.cat([scale, shift]) > 1.5)
+    bias = live["norm_out.linear.bias"] - reader.base["norm_out.linear.bias"]
+    torch.testing.assert_close(bias, torch.cat([torch.arange(32.0, 64.0), torch.arange(32.0)]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names of nothing here
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight", "T5"),
+        ("lora_te2_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight", "T5"),
+        ("text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.lora_down.weight", "T5"),
+        ("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight", "T5"),
+        ("t5.encoder.block.0.layer.0.SelfAttention.q.lora_down.weight", "T5"),
+        ("lora_te1_text_projection.lora_down.weight", "projection"),
+        ("bundle_emb.cat.t5_out", "T5"),
+        ("bundle_emb.cat.clip_l", "embeddings"),
+    ],
+)
+def test_what_belongs_to_nothing_here_is_ignored_with_its_reason(reader: Reader, name: str, reason: str) -> None:
+    report = reader.read(pair() | {name: torch.randn(4, 8)}).report
+    [(said, count)] = report.ignored.items()
+    assert reason in said
+    assert (count, report.applied, report.total) == (1, 2, 3)
+
+
+SD1 = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight"
+OTHERS: dict[str, tuple[Tensors, str]] = {
+    "SD 1.5, kohya": (of(SD1), "Stable Diffusion 1.5"),
+    "SD 1.5, with a CLIP like ours": (of("lora_te_text_model_encoder_layers_0_mlp_fc1.alpha", SD1), "Diffusion 1.5"),
+    "SDXL, kohya": (of("lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q.lora_down.weight"), "SDXL"),
+    "SDXL, diffusers": (of("unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q.lora_A.weight"), "SDXL"),
+    "SD 3": (of("transformer.transformer_blocks.0.attn2.to_q.lora_A.weight"), "Stable Diffusion 3"),
+    "SD 3, kohya": (of("lora_unet_joint_blocks_0_context_block_attn_qkv.lora_down.weight"), "Stable Diffusion 3"),
+    "FLUX.2": (of("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj.lora_A.weight"), "FLUX.2"),
+    "Chroma": (of("lora_unet_distilled_guidance_layer_layers_0_in_layer.lora_down.weight"), "Chroma"),
+    "Wan": (of("diffusion_model.blocks.0.self_attn.q.lora_A.weight"), "Wan"),
+    "Qwen-Image": (of("transformer.transformer_blocks.0.img_mlp.net.0.proj.lora_A.weight"), "Qwen-Image"),
+    "HunyuanVideo": (of("diffusion_model.double_blocks.0.img_mlp_fc1.lora_A.weight"), "Hunyuan"),
+    "HiDream": (of("diffusion_model.double_stream_blocks.0.block.attn1.to_q.lora_A.weight"), "HiDream"),
+    "Lumina, Z-Image": (of("diffusion_model.layers.0.attention.to_q.lora_A.weight"), "Z-Image"),
+    "LTX": (of("diffusion_model.transformer_blocks.0.attn1.to_q.lora_A.weight"), "LTX"),
+    "a language model": (of("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"), "language model"),
+    "a VAE": (of("decoder.conv_in.weight", "encoder.conv_in.weight"), "VAE"),
+    "a VAE of a checkpoint": (of("first_stage_model.decoder.conv_in.weight"), "VAE"),
+    "an embedding": (of("emb_params"), "embeddings"),
+    "an embedding for CLIP": (of("clip_l", "clip_g"), "embedding"),
+    "a checkpoint": (of("transformer_blocks.0.attn.to_q.weight", "proj_out.bias"), "checkpoint"),
+    "a checkpoint, ComfyUI": (of("model.diffusion_model.double_blocks.0.img_attn.qkv.weight"), "checkpoint"),
+    "a checkpoint of SD": (of("model.diffusion_model.input_blocks.0.0.weight"), "Stable Diffusion"),
+    "nothing": ({}, "no tensors"),
+    "nothing that we know": (of("a.b.c"), "nothing for FLUX.1"),
+    "T5 alone": (of("lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight"), "T5 part is ignored"),
+    "one block too many": (of("lora_unet_double_blocks_2_img_attn_qkv.lora_down.weight"), "double_blocks it has 2"),
+    "an IP-Adapter": (of("double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight"), "ip_adapter"),
+    "a kind of change that we lack": (pair() | of(f"{Q}.oft_blocks"), "oft_blocks"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_other_files_are_refused_by_name(reader: Reader, what: str) -> None:
+    tensors, word = OTHERS[what]
+    assert word in reader.refusal(tensors)
