@@ -29,10 +29,10 @@ from engine.live import Live, Term
 from engine.loading import load
 from engine.placement import Placement
 from lora_loader import Lora, LoraCache
-from request import LoraChoice, Request
+from request import LoraChoice, LoraFile, Request
 from service.measure import Stopwatch
 from settings import Settings
-from weights import Weights, WeightsCache, snapshot
+from weights import WeightsCache, snapshot
 
 # How many text tokens each model was trained with: dev as many as diffusers' pipeline takes by itself. A tokenizer that
 # ends earlier wins.
@@ -55,7 +55,7 @@ class AppliedLora:
     """A LoRA as a request applies it."""
 
     choice: LoraChoice
-    weights: Weights  # the file: its name as it may be shown, the SHA-256 of its content, its trigger words
+    weights: LoraFile  # the file: its name as it may be shown, the SHA-256 of its content, its trigger words
     lora: Lora
     scale: float  # what was asked for, times fp8's factor where fp8 runs
     left_out: tuple[str, ...]  # parameters that this request's model does not have
@@ -232,7 +232,7 @@ class Flux:
         with stopwatch("decode"):
             return _decode(job, latents)
 
-    def read_lora(self, choice: LoraChoice) -> tuple[Weights, Lora]:
+    def read_lora(self, choice: LoraChoice) -> tuple[LoraFile, Lora]:
         """Fetch and parse a LoRA, or take it from the caches.
 
         Raises:

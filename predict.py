@@ -29,7 +29,7 @@ from service import faults
 from service.leftovers import Leftovers
 from service.measure import PeakMemory, Stopwatch
 from settings import Settings
-from weights import snapshot, validate_reference
+from weights import parse, snapshot
 
 # The logs of a prediction go to whoever asked for it: no warning shows where this machine keeps what warns.
 warnings.formatwarning = lambda message, category, *_, **__: f"{category.__name__}: {message}\n"
@@ -225,7 +225,7 @@ class Predictor(BasePredictor):
         self, main: Optional[str], main_scale: float, extra: Optional[str], extra_scale: float
     ) -> tuple[LoraChoice, ...]:
         for reference in filter(None, (main, extra)):
-            validate_reference(reference)
+            parse(reference)
         choices = (
             LoraChoice(main, main_scale) if main else LoraChoice(self.default_lora, main_scale, trusted=True),
             LoraChoice(extra, extra_scale),

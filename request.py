@@ -26,6 +26,23 @@ class LoraChoice:
         object.__setattr__(self, "scale", float(self.scale))
 
 
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA on the disk, fetched and checked; whoever hands it on keeps it there while it is read.
+
+    Attributes:
+        path: a complete .safetensors file.
+        sha256: of its content, in hex.
+        name: what it was called, as it may be shown.
+        trigger_words: what wakes it in a prompt, where its source says so.
+    """
+
+    path: Path
+    sha256: str
+    name: str
+    trigger_words: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """A prediction whose every field is right. The fields are the model page's inputs, with its defaults.

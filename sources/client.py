@@ -1,53 +1,46 @@
-"""HTTP downloads to checked addresses: streamed, in parallel where the host really honours ranges, resumed, verified.
+"""HTTP connections to checked addresses: asked again where a host is busy, and stopped from another thread.
 
-This module knows HTTP, sockets and one open file. It knows neither what is downloaded nor where it is kept, and it
-reads no environment: no proxy, which would connect where it likes, and no netrc.
+This module knows HTTP and sockets. It knows neither what is asked for nor where it is kept, and it reads no
+environment: no proxy, which would connect where it likes, and no netrc.
 """
 
 import contextlib
+import contextvars
 import functools
 import ipaddress
 import json
-import os
 import random
 import re
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Self, TypeVar
+from typing import TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
 
 import certifi
 import urllib3
-from tqdm import tqdm
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
-# tqdm's own lock is shared with forked processes: one that is killed while it draws would stop the bars of all others.
-tqdm.set_lock(threading.RLock())
+from sources.shown import redact
 
 T = TypeVar("T")
 MIB = 1024**2
 # As many as a host that slows each connection down deserves, and fewer than one takes for an attack.
 CONNECTIONS = 12
-# Large enough for a request's round trip not to matter, small enough for all connections to end together.
-SMALLEST_PIECE, LARGEST_PIECE = 8 * MIB, 64 * MIB
 # Read at once. Larger ones are mapped and unmapped each time, which costs more than the calls that they save.
 CHUNK = 128 * 1024
-# Compared once, before a second connection is trusted to have sent what it was asked for.
-PROBE = slice(1024, 2048)
-# Compared where a broken connection is taken up again.
-OVERLAP = 1024
 MAX_REDIRECTS = 10
 MAX_JSON_BYTES = 32 * MIB
 SLOWEST = 1024  # bytes a second, of one connection
 # Azure's host for its machines, which hands out secrets from what looks like a public address.
 METADATA = {ipaddress.ip_address("168.63.129.16")}
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+WEB_PAGE = "it needs a login, the link has expired, or it leads to a page about the file instead of to the file"
 
 
 @dataclass(frozen=True)
@@ -73,13 +66,9 @@ class Source:
     sha256: str | None = None
     size: int | None = None
     trigger_words: tuple[str, ...] = ()
-    # What to do about a status (0: about a web page instead of the file), as the end of a sentence.
+    # What to do about a status, and about a web page instead of the file, as the end of a sentence.
     advice: Mapping[int, str] = field(default_factory=dict)
-
-
-def printable(text: str) -> str:
-    """What others have named, fit for a log: without line ends, colours, and halves of characters."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+    web_page: str = WEB_PAGE
 
 
 class UnavailableError(ValueError):
@@ -92,10 +81,6 @@ class UnavailableError(ValueError):
 
 class StoppedError(Exception):
     """Whoever wanted the download does not want it any more."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Connections
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
@@ -150,7 +135,7 @@ def _tls() -> ssl.SSLContext:
 
 
 class Client:
-    """The connections of one download; another thread can stop it.
+    """The connections of one piece of work, done by `run`; another thread can stop it.
 
     Args:
         allow_private: whether private and loopback addresses may be connected to.
@@ -172,19 +157,39 @@ class Client:
             scheme: functools.partial(pool, client=self) for scheme, pool in pools.items()
         }
 
-    def __enter__(self) -> Self:
-        """Nothing is connected to before something is asked for."""
-        return self
+    def run(self, work: Callable[[], T]) -> T:
+        """Do work that waits for hosts and disks in a thread of its own, and stop it should the caller be interrupted.
 
-    def __exit__(self, *_: object) -> None:
-        """Stop what is under way, and close all connections."""
-        self.stop()
-        self._pool.clear()
+        Cog cancels a prediction by raising in the main thread; a blocking call would delay that for as long as the host
+        likes. And bookkeeping on the disk is never interrupted halfway.
 
-    def stop(self) -> None:
-        """End everything under way: threads that wait for a host get `StoppedError`."""
-        self._stopped.set()
-        self.disconnect()
+        Raises:
+            ValueError: the disk fails. What the work raises is raised here too.
+        """
+        # Cog tells whose log a line belongs to by a context variable.
+        context, outcome = contextvars.copy_context(), Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(context.run(work))
+            except BaseException as error:  # it belongs to whoever waits
+                outcome.set_exception(error)
+
+        thread = threading.Thread(target=run, name="weights", daemon=True)
+        try:
+            thread.start()
+            while thread.is_alive():
+                thread.join(0.05)
+            return outcome.result()
+        except OSError as error:  # of the disk: hosts' were told already
+            raise ValueError(f"The cache of weights cannot be used: {error.strerror or 'its disk fails'}.") from error
+        finally:
+            self._stopped.set()
+            self.disconnect()
+            self._pool.clear()
+            if thread.is_alive():
+                # It ends at once, unless it waits for a name server; then it ends later, having nothing to do any more.
+                thread.join(0.5)
 
     def disconnect(self) -> None:
         """Wake every thread that waits for a host; to be called from any thread."""
@@ -194,7 +199,7 @@ class Client:
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def check(self) -> None:
-        """Raise `StoppedError` after `stop`."""
+        """Raise `StoppedError` once `run` was left."""
         if self._stopped.is_set():
             raise StoppedError
 
@@ -362,11 +367,13 @@ def _refusal(source: Source, url: str, response: urllib3.BaseHTTPResponse) -> Va
     return ValueError(f"{sentence}; {advice}.")
 
 
-class Stream:
+class Stream(contextlib.AbstractContextManager):
     """The body of one response, as it arrives.
 
     Attributes:
+        client, source: what asked, and for what.
         url: where the redirects led.
+        place: the same without what changes from one signed address to the next, and is secret.
         status: 200, 206 or 304.
         position: of the next byte, within the file.
         end: the position behind the last byte, where the host states it.
@@ -375,7 +382,8 @@ class Stream:
 
     def __init__(self, client: Client, source: Source, url: str, response: urllib3.BaseHTTPResponse) -> None:
         self.url, self.status, self.headers = url, response.status, response.headers
-        self._client, self._source, self._response = client, source, response
+        self.place = redact(url)
+        self.client, self.source, self._response = client, source, response
         self.position, self.end = 0, response.length_remaining
         self.size = self.end
         if self.status == HTTPStatus.PARTIAL_CONTENT:
@@ -384,10 +392,6 @@ class Stream:
             self.end = last + 1
         self._ahead = b""
         self._since, self._counted = time.monotonic(), 0
-
-    def __enter__(self) -> Self:
-        """Read it inside."""
-        return self
 
     def __exit__(self, *_: object) -> None:
         """See `close`."""
@@ -426,233 +430,23 @@ class Stream:
         return self._ahead[:count]
 
     def _receive(self, limit: int) -> bytes:
-        self._client.check()
+        self.client.check()
         try:
             data = self._response.read1(limit, decode_content=False)
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            self._client.check()
-            raise _broken(self._source, self.url, error) from error
+            self.client.check()
+            raise _broken(self.source, self.url, error) from error
         self._counted += len(data)
         if not data:
-            self._client.check()
+            self.client.check()
             if self._response.length_remaining:
-                raise _broken(self._source, self.url, ConnectionError())
+                raise _broken(self.source, self.url, ConnectionError())
         elapsed = time.monotonic() - self._since
-        if elapsed > self._client.patience.stall:
+        if elapsed > self.client.patience.stall:
             if self._counted < SLOWEST * elapsed:
                 raise UnavailableError(
-                    f"{self._source.name} cannot be fetched: {urlsplit(self.url).hostname} sends less than "
+                    f"{self.source.name} cannot be fetched: {urlsplit(self.url).hostname} sends less than "
                     f"{SLOWEST} bytes a second."
                 )
             self._since, self._counted = time.monotonic(), 0
         return data
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Downloads
-
-
-@dataclass
-class _Piece:
-    """A part of the file that one connection fetches."""
-
-    start: int
-    end: int | None  # None: as far as the host sends
-    position: int  # what lies before it is on disk
-    done: bool = False
-
-
-class Download:
-    """One file on its way to the disk.
-
-    Args:
-        client: the connections.
-        source: the file.
-        first: the open answer to a request for the whole of it.
-        file: the descriptor of the file to be written.
-        reserve: called with a number of bytes before the file grows to it; may refuse.
-        kept: the starts of pieces that the file holds already, from an earlier attempt.
-        keep: called with the start of each piece that has come to the disk.
-    """
-
-    def __init__(
-        self,
-        client: Client,
-        source: Source,
-        first: Stream,
-        file: int,
-        reserve: Callable[[int], None],
-        kept: Collection[int] = (),
-        keep: Callable[[int], None] = lambda start: None,
-    ) -> None:
-        self._client, self._source, self._first, self._file = client, source, first, file
-        self._reserve, self._kept, self._keep = reserve, kept, keep
-        self._url = first.url
-        etag = first.headers.get("ETag", "W/")
-        self._unless_changed = {} if etag.startswith("W/") else {"If-Range": etag}
-        self._parallel = False
-        self._pieces: list[_Piece] = []
-        self._received = 0
-        self._error: BaseException | None = None
-        self._changed = threading.Condition()
-
-    def run(self, on_bytes: Callable[[bytes], None]) -> int:
-        """Fetch the file.
-
-        Args:
-            on_bytes: gets the content in order while the rest arrives; an error that it raises ends the download.
-
-        Returns:
-            The size in bytes.
-
-        Raises:
-            UnavailableError: the host broke off, and does so again and again.
-            ValueError: the host refuses, or the file changed meanwhile.
-            OSError: the disk is full.
-        """
-        if self._first.size is not None:
-            self._reserve(self._first.size)
-        self._parallel = self._honours_ranges()
-        self._pieces = self._cut()
-        waiting = iter([piece for piece in self._pieces if not piece.done])
-        self._received = sum(piece.position - piece.start for piece in self._pieces)
-        options = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "delay": 1, "mininterval": 1, "leave": False}
-        with (
-            tqdm(desc=self._source.name, total=self._first.size, **options) as bar,
-            ThreadPoolExecutor(CONNECTIONS if self._parallel else 1, "download") as pool,
-        ):
-            for index in range(min(CONNECTIONS, len(self._pieces))):
-                pool.submit(self._work, waiting, self._first if index == 0 else None)
-            try:
-                return self._follow(on_bytes, bar)
-            except BaseException as error:
-                self._fail(error)
-                raise
-
-    def _honours_ranges(self) -> bool:
-        """Asked for bytes that are known already: some hosts say 206 and send the file from its beginning."""
-        if (self._first.size or 0) < 2 * SMALLEST_PIECE or self._first.headers.get("Accept-Ranges") == "none":
-            return False
-        known = self._first.peek(PROBE.stop)[PROBE]
-        try:
-            with self._open_range(PROBE.start, PROBE.stop) as stream:
-                return self._is_range(stream, PROBE.start, PROBE.stop) and stream.peek(len(known)) == known
-        except ValueError:
-            return False
-
-    def _cut(self) -> list[_Piece]:
-        size = self._first.size
-        if size is None or not self._parallel:
-            return [_Piece(0, size, 0)]
-        length = min(max(SMALLEST_PIECE, size // (4 * CONNECTIONS)), LARGEST_PIECE)
-        pieces = [_Piece(start, min(start + length, size), start) for start in range(0, size, length)]
-        for piece in pieces:
-            if piece.start in self._kept:
-                piece.position, piece.done = piece.end, True
-        return pieces
-
-    def _work(self, waiting: Iterator[_Piece], stream: Stream | None) -> None:
-        """Fetch pieces until none is waiting; a stream goes on to the next piece where that follows."""
-        try:
-            while self._error is None:
-                with self._changed:
-                    piece = next(waiting, None)
-                if piece is None:
-                    break
-                stream = self._fetch(piece, stream)
-                if piece.done:
-                    self._keep(piece.start)
-        except Exception as error:
-            self._fail(error)
-        finally:
-            if stream is not None:
-                stream.close()
-
-    def _fetch(self, piece: _Piece, stream: Stream | None) -> Stream:
-        current = stream
-
-        def attempt() -> None:
-            nonlocal current
-            if current is None or current.position != piece.position:
-                if current is not None:
-                    current.close()
-                current = None
-                current = self._open_at(piece)
-            try:
-                self._copy(current, piece)
-            except UnavailableError:
-                current.close()
-                current = None
-                raise
-
-        self._client.persist(attempt)
-        return current
-
-    def _copy(self, stream: Stream, piece: _Piece) -> None:
-        while not piece.done and self._error is None:
-            data = stream.read(CHUNK if piece.end is None else min(CHUNK, piece.end - piece.position))
-            if piece.end is None and data:
-                self._reserve(piece.position + len(data))
-            os.pwrite(self._file, data, piece.position)
-            with self._changed:
-                piece.position += len(data)
-                piece.done = piece.position == piece.end or not data
-                self._received += len(data)
-                self._changed.notify_all()
-
-    def _open_at(self, piece: _Piece) -> Stream:
-        """Go on where a piece was broken off, with a part of what is known already, which must be the same."""
-        start = max(piece.start, piece.position - OVERLAP)
-        stream = self._open_range(start, piece.end) if start > 0 else self._client.open(self._source)
-        whole = stream.status == HTTPStatus.OK and stream.size == self._first.size and not self._parallel
-        if not whole and not self._is_range(stream, start, piece.end):
-            stream.close()
-            raise self._different()
-        while stream.position < piece.position:
-            data = stream.read(min(CHUNK, piece.position - stream.position))
-            if not data or data != os.pread(self._file, len(data), stream.position - len(data)):
-                stream.close()
-                raise self._different()
-        return stream
-
-    def _open_range(self, start: int, end: int | None) -> Stream:
-        wanted = {"Range": f"bytes={start}-{'' if end is None else end - 1}", **self._unless_changed}
-        try:
-            return self._client.open(self._source, wanted, self._url)
-        except UnavailableError:
-            raise
-        except ValueError:
-            # The addresses that hosts redirect to expire, in the course of a long download too.
-            stream = self._client.open(self._source, wanted)
-            self._url = stream.url
-            return stream
-
-    def _is_range(self, stream: Stream, start: int, end: int | None) -> bool:
-        stated = (stream.status, stream.position, stream.size)
-        return stated == (206, start, self._first.size or stream.size) and end in (None, stream.end)
-
-    def _different(self) -> ValueError:
-        return ValueError(f"{self._source.name} changed while it was being downloaded; try again.")
-
-    def _follow(self, on_bytes: Callable[[bytes], None], bar: tqdm) -> int:
-        """Hand the content on in order, as far as it is there, and show how much is."""
-        position = 0
-        for piece in self._pieces:
-            while not (piece.done and position == piece.position):
-                with self._changed:
-                    self._changed.wait_for(lambda: self._error or piece.done or self._received > bar.n)  # noqa: B023
-                    reached, received = piece.position, self._received
-                if self._error is not None:
-                    raise self._error
-                bar.update(received - bar.n)
-                while position < reached:
-                    data = os.pread(self._file, min(CHUNK, reached - position), position)
-                    on_bytes(data)
-                    position += len(data)
-        return position
-
-    def _fail(self, error: BaseException) -> None:
-        with self._changed:
-            self._error = self._error or error
-            self._changed.notify_all()
-        self._client.disconnect()

@@ -1,43 +1,25 @@
-"""What people paste to name a LoRA → a Reference; what that is at its host now → a Source.
+"""What people type to name a LoRA → a Reference.
 
-Parsing is pure: no file is opened, no host is asked. Resolving asks the hosts' interfaces which file is meant and what
-it is called by its content; fetching the file is left to downloads.
+Parsing is pure: no file is opened, no host is asked. What a reference is at its host now, hosts.py asks.
 """
 
 import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import PurePosixPath
-from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode, urlsplit
 
-from httpx2 import HTTPError
-from huggingface_hub import HfApi, ModelInfo, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.hf_api import RepoSibling
-
 from settings import Settings
-from sources.client import Client, Source, UnavailableError, printable
+from sources.shown import redact, redact_typed
 
 ACCEPTED = (
     "owner/name[/version] of Replicate, huggingface.co/owner/repo, civitai.com/models/id, "
     "urn:air:flux1:lora:civitai:model@version, an http(s) URL or a data: URI"
 )
-SHA256 = re.compile(r"[0-9a-f]{64}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NUMBER = "[0-9]{1,18}"
-# How trainers name what they save on the way: name_000001500, name-step00002000, checkpoint-500.
-CHECKPOINT = re.compile(r"[_-]0\d{4,}$|[_-](?:steps?|epoch|checkpoint)[_-]?\d+$|^checkpoint-\d+$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -123,19 +105,11 @@ class Data:
 Reference = Replicate | HuggingFace | Civitai | Url | Data
 
 
-def redact(url: str) -> str:
-    """A URL without what may be secret: user, password, query and fragment."""
-    parts = urlsplit(url)
-    return printable(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl())
-
-
-def validate_reference(reference: str) -> None:
-    """Say what is wrong with a reference before anything is asked of anyone.
-
-    Raises:
-        ValueError: a sentence that lists the accepted forms.
-    """
-    parse(reference)
+def is_pinned(reference: Reference) -> bool:
+    """Whether it can only ever mean the same file."""
+    if isinstance(reference, HuggingFace):
+        return COMMIT.fullmatch(reference.revision) is not None
+    return isinstance(reference, Data) or (isinstance(reference, Replicate) and reference.version is not None)
 
 
 def parse(text: str, settings: Settings | None = None) -> Reference:
@@ -157,7 +131,7 @@ def parse(text: str, settings: Settings | None = None) -> Reference:
         return _parse_url(text, text, settings)
     if text.lower().removeprefix("www.").partition("/")[0] in READERS:
         return _parse_url(text, f"https://{text}", settings)
-    if (reference := _read_replicate(text, text)) is not None:
+    if (reference := _read_replicate(text)) is not None:
         return reference
     raise _unknown(text)
 
@@ -180,7 +154,7 @@ def _parse_url(text: str, url: str, settings: Settings | None) -> Reference:
     return Url(url.partition("#")[0]) if reader is None else reader(text, url)
 
 
-def _read_replicate(text: str, path: str) -> Replicate | None:
+def _read_replicate(path: str) -> Replicate | None:
     found = re.fullmatch(
         r"(?P<owner>[A-Za-z0-9_-]+)/(?P<model>[A-Za-z0-9_.-]*[A-Za-z0-9_-])"
         r"(?:(?:/versions/|/|:)(?P<version>[0-9a-f]{8,64}))?(?:/_weights)?/?",
@@ -192,10 +166,10 @@ def _read_replicate(text: str, path: str) -> Replicate | None:
 
 
 def _read_replicate_page(text: str, url: str) -> Replicate:
-    reference = _read_replicate(text, unquote(urlsplit(url).path).strip("/"))
+    reference = _read_replicate(unquote(urlsplit(url).path).strip("/"))
     if reference is None:
         raise ValueError(
-            f"{_shown(text)!r} names no model of Replicate; it must be replicate.com/owner/name[/version]."
+            f"{redact_typed(text)!r} names no model of Replicate; it must be replicate.com/owner/name[/version]."
         )
     return reference
 
@@ -207,7 +181,7 @@ def _read_hugging_face(text: str, url: str) -> HuggingFace:
         segments = []
     if not segments or not all(re.fullmatch(name, part) for part in segments[:2]) or ".." in segments:
         raise ValueError(
-            f"{_shown(text)!r} names no model on Hugging Face; it must be huggingface.co/owner/repo, "
+            f"{redact_typed(text)!r} names no model on Hugging Face; it must be huggingface.co/owner/repo, "
             "with /resolve/revision/file or /tree/revision/folder where one is meant."
         )
     repo, rest = "/".join(segments[:2]), segments[2:]
@@ -234,7 +208,7 @@ def _read_civitai(text: str, url: str) -> Civitai:
     version = query.get("modelVersionId", "")
     if found is None or not re.fullmatch(f"({NUMBER})?", version):
         raise ValueError(
-            f"{_shown(text)!r} names no model on CivitAI; it must be civitai.com/models/id, "
+            f"{redact_typed(text)!r} names no model on CivitAI; it must be civitai.com/models/id, "
             "with ?modelVersionId=id where one version is meant."
         )
     return Civitai(int(found[1]), int(version) if version else None, "", host, token)
@@ -263,10 +237,11 @@ def _parse_air(text: str) -> Civitai:
     )
     if found is None or found["source"].lower() != "civitai":
         raise ValueError(
-            f"{_shown(text)!r} is no AIR of CivitAI; it must be urn:air:flux1:lora:civitai:model@version, with numbers."
+            f"{redact_typed(text)!r} is no AIR of CivitAI; "
+            "it must be urn:air:flux1:lora:civitai:model@version, with numbers."
         )
     if found["base"].lower() != "flux1":
-        raise ValueError(f"{_shown(text)!r} is for {found['base']}; it must be for flux1.")
+        raise ValueError(f"{redact_typed(text)!r} is for {found['base']}; it must be for flux1.")
     return Civitai(int(found["model"]), int(found["version"]) if found["version"] else None)
 
 
@@ -280,255 +255,4 @@ READERS = {
 
 
 def _unknown(text: str) -> ValueError:
-    return ValueError(f"{_shown(text)!r} names no LoRA that can be fetched; it must be {ACCEPTED}.")
-
-
-def _shown(text: str) -> str:
-    """What somebody typed, without what may be secret in it."""
-    return re.sub(r"//[^/@]*@", "//", text.partition("?")[0].partition("#")[0])[:120]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a reference is at its host now
-
-
-def resolve(
-    reference: Replicate | HuggingFace | Civitai | Url, settings: Settings, client: Client, hasty: bool = False
-) -> Source:
-    """Ask the host which file is meant.
-
-    Args:
-        reference: what somebody named.
-        settings: tokens and mirrors.
-        client: asks.
-        hasty: ask once, since there is something to fall back on.
-
-    Raises:
-        UnavailableError: the host is down.
-        ValueError: a sentence about why it names no file, or none that we may have.
-    """
-    match reference:
-        case Replicate():
-            return _resolve_replicate(reference, settings)
-        case HuggingFace():
-            return _resolve_hugging_face(reference, settings, client, hasty)
-        case Civitai():
-            return _resolve_civitai(reference, settings, client, hasty)
-        case Url(url):
-            return Source(reference.name, url)
-
-
-def _resolve_replicate(reference: Replicate, settings: Settings) -> Source:
-    versions = f"/versions/{reference.version}" if reference.version else ""
-    refused = (
-        "it has no weights, or is private and needs REPLICATE_API_TOKEN "
-        f"(on Hugging Face it would be huggingface.co/{reference.owner}/{reference.model})"
-    )
-    return Source(
-        reference.name,
-        f"{settings.replicate_endpoint}/{reference.owner}/{reference.model}{versions}/_weights",
-        token=settings.replicate_token,
-        advice=dict.fromkeys((401, 403, 404), refused) | {0: refused},
-    )
-
-
-def _resolve_hugging_face(reference: HuggingFace, settings: Settings, client: Client, hasty: bool) -> Source:
-    repo = list_repo(reference, settings, client, hasty)
-    path = reference.file if reference.file is not None else _choose_in_repo(reference, repo, settings)
-    if path not in repo.files:
-        raise ValueError(f"{reference.name} does not exist; the repo has {_some(_weights_in(repo, ''))}.")
-    print(f"{reference.name}: {printable(path)} of commit {repo.commit[:8]}.")
-    return repo.files[path]
-
-
-@dataclass(frozen=True)
-class Repo:
-    """A repo on Hugging Face at one commit, and its files by path."""
-
-    id: str
-    commit: str
-    files: Mapping[str, Source]
-
-
-def list_repo(reference: HuggingFace, settings: Settings, client: Client, hasty: bool = False) -> Repo:
-    """Ask Hugging Face for a repo's files, with their hashes.
-
-    Raises:
-        UnavailableError: the host is down.
-        ValueError: a sentence about why it cannot be had: missing, private, gated.
-    """
-
-    def attempt() -> ModelInfo:
-        try:
-            return HfApi(settings.hf_endpoint, token=settings.hf_token or False).model_info(
-                reference.repo, revision=reference.revision, files_metadata=True, timeout=client.patience.connect
-            )
-        except (OSError, HTTPError, ValueError, TypeError, KeyError) as error:  # the last three: no answer of its kind
-            raise _explain_hugging_face(error, reference, settings) from error
-
-    info = client.persist(attempt, hasty)
-    if not COMMIT.fullmatch(info.sha or ""):
-        raise UnavailableError(f"{reference.name} cannot be looked up: its host names no commit.")
-    trigger_words = _words(info.card_data.get("instance_prompt") if info.card_data else None)
-    refused = f"it is {_gate(info.id, settings)}" if info.gated else _needs_token(settings)
-
-    def source(file: RepoSibling) -> Source:
-        sha256 = file.lfs.sha256 if file.lfs and SHA256.fullmatch(file.lfs.sha256) else None
-        return Source(
-            printable(f"huggingface.co/{info.id}/resolve/{reference.revision}/{file.rfilename}"),
-            hf_hub_url(info.id, file.rfilename, revision=info.sha, endpoint=settings.hf_endpoint),
-            token=settings.hf_token,
-            key=f"{info.id}/{file.rfilename} {sha256 or file.blob_id or info.sha}",
-            sha256=sha256,
-            size=file.size,
-            trigger_words=trigger_words,
-            advice={401: refused, 403: refused},
-        )
-
-    return Repo(info.id, info.sha, {file.rfilename: source(file) for file in info.siblings or ()})
-
-
-def _gate(repo: str, settings: Settings) -> str:
-    account = "the account of HF_TOKEN" if settings.hf_token else "an account, and set HF_TOKEN to a token of it"
-    return f"gated: accept its conditions at https://huggingface.co/{repo} with {account}"
-
-
-def _needs_token(settings: Settings) -> str:
-    if settings.hf_token:
-        return "it does not exist, or is private and the account of HF_TOKEN may not read it"
-    return "it does not exist, or is private and needs HF_TOKEN"
-
-
-def _explain_hugging_face(error: Exception, reference: HuggingFace, settings: Settings) -> ValueError:
-    name, host = reference.name, urlsplit(settings.hf_endpoint).hostname
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
-    if isinstance(error, GatedRepoError):
-        return ValueError(f"{name} is {_gate(reference.repo, settings)}.")
-    if isinstance(error, RevisionNotFoundError):
-        return ValueError(f"{name} has no revision {reference.revision!r}; it must be a branch, a tag or a commit.")
-    if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
-        return ValueError(f"{name} cannot be fetched: {host} answered {status}; {_needs_token(settings)}.")
-    if isinstance(error, HFValidationError):
-        return ValueError(f"{name} names no model on Hugging Face; it must be huggingface.co/owner/repo.")
-    if status is not None and status != 429 and status < 500:
-        return ValueError(f"{name} cannot be fetched: {host} answered {status}.")
-    answered = f"answered {status}" if status else "does not answer"
-    pause = error.response.headers.get("Retry-After", "") if status else ""
-    return UnavailableError(
-        f"{name} cannot be looked up: {host} {answered}; try again later.", float(pause) if pause.isdecimal() else None
-    )
-
-
-def _weights_in(repo: Repo, folder: str) -> list[str]:
-    """The .safetensors files in a folder, or in its folders where it has none itself."""
-    prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
-    paths = [path for path in repo.files if path.startswith(prefix) and path.endswith(".safetensors")]
-    highest = min((path.count("/") for path in paths), default=0)
-    return [path for path in paths if path.count("/") == highest]
-
-
-def _choose_in_repo(reference: HuggingFace, repo: Repo, settings: Settings) -> str:
-    """The file that a repo, or a folder of it, is about: by its usual name, else the only one, else the newest."""
-    paths = _weights_in(repo, reference.folder)
-    for stem in ("pytorch_lora_weights", "lora", "adapter_model"):
-        named = [path for path in paths if PurePosixPath(path).stem == stem]
-        if len(named) == 1:
-            return named[0]
-    finished = [path for path in paths if not CHECKPOINT.search(PurePosixPath(path).stem)] or paths
-    if len(finished) > 1:
-        finished = _newest(finished, repo, settings)
-    if len(finished) != 1:
-        raise ValueError(
-            f"{reference.name} has {_some(paths)}; "
-            f"name one file, as huggingface.co/{repo.id}/resolve/{reference.revision}/file.safetensors."
-        )
-    return finished[0]
-
-
-def _newest(paths: list[str], repo: Repo, settings: Settings) -> list[str]:
-    """Those of the last commit."""
-    api = HfApi(settings.hf_endpoint, token=settings.hf_token or False)
-    try:
-        infos = api.get_paths_info(repo.id, paths, expand=True, revision=repo.commit)
-    except (OSError, HTTPError):
-        return paths
-    dates = {info.path: info.last_commit.date for info in infos if info.last_commit is not None}
-    return [path for path in paths if dates.get(path) == max(dates.values(), default=None)]
-
-
-def _some(paths: list[str]) -> str:
-    """Names in a sentence."""
-    if not paths:
-        return "no .safetensors file"
-    more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
-    return printable(f"{len(paths)} .safetensors file(s): {', '.join(paths[:8])}{more}")
-
-
-def _resolve_civitai(reference: Civitai, settings: Settings, client: Client, hasty: bool) -> Source:
-    official = settings.civitai_endpoint == Settings.civitai_endpoint
-    endpoint = f"https://{reference.host}" if official else settings.civitai_endpoint
-    token = reference.token or settings.civitai_token
-    refused = "the token is not accepted, or may not have this file" if token else "it needs CIVITAI_API_TOKEN"
-    missing = f"there is no such {'model' if reference.version is None else 'version'}"
-    asked = f"models/{reference.model}" if reference.version is None else f"model-versions/{reference.version}"
-    advice = {0: refused, 401: refused, 403: refused, 404: missing}
-    answer = client.json(Source(reference.name, f"{endpoint}/api/v1/{asked}", token, advice=advice), hasty)
-    try:
-        version = _newest_for_flux(answer["modelVersions"], reference) if reference.version is None else answer
-        file = _choose_file(version["files"], reference)
-        download = urlsplit(file.get("downloadUrl") or f"/api/download/models/{version['id']}")
-        print(
-            printable(f"{reference.name}: {file['name']} of version {version['id']}, for {version.get('baseModel')}.")
-        )
-        sha256 = str((file.get("hashes") or {}).get("SHA256", "")).lower()
-        return Source(
-            reference.name,
-            f"{endpoint}{download.path}{'?' if download.query else ''}{download.query}",
-            token=token,
-            key=f"civitai {version['id']} {file.get('id')} {sha256}",
-            sha256=sha256 if SHA256.fullmatch(sha256) else None,
-            trigger_words=_words(version.get("trainedWords")),
-            advice=advice,
-        )
-    except (KeyError, TypeError, AttributeError):
-        host = urlsplit(endpoint).hostname
-        raise UnavailableError(
-            f"{reference.name} cannot be looked up: {host} sent something else than an answer."
-        ) from None
-
-
-def _newest_for_flux(versions: list[dict[str, Any]], reference: Civitai) -> dict[str, Any]:
-    fitting = [
-        version
-        for version in versions
-        if str(version.get("baseModel", "")).startswith("Flux.1") and any(map(_is_weights, version.get("files", ())))
-    ]
-    if not fitting:
-        bases = printable(", ".join(sorted({str(version.get("baseModel")) for version in versions}))) or "nothing"
-        raise ValueError(f"{reference.name} has no version for FLUX.1 with a .safetensors file; it is for {bases}.")
-
-    def age(version: dict[str, Any]) -> tuple[str, int]:
-        return str(version.get("publishedAt") or version.get("createdAt") or ""), version["id"]
-
-    return max(fitting, key=age)
-
-
-def _is_weights(file: dict[str, Any]) -> bool:
-    kind = (file.get("metadata") or {}).get("format")
-    return kind == "SafeTensor" or (kind is None and file["name"].endswith(".safetensors"))
-
-
-def _choose_file(files: list[dict[str, Any]], reference: Civitai) -> dict[str, Any]:
-    """The one that a download link asks for, else the one that CivitAI calls primary, else the first."""
-    fitting = [file for file in files if _is_weights(file) and file.get("type", "Model") in ("Model", "Pruned Model")]
-    if not fitting:
-        raise ValueError(f"{reference.name} has no .safetensors file.")
-    wanted = dict(parse_qsl(reference.query)).items()
-    asked = [file for file in fitting if wanted <= dict(parse_qsl(urlsplit(file.get("downloadUrl", "")).query)).items()]
-    return max(asked if wanted and asked else fitting, key=lambda file: bool(file.get("primary")))
-
-
-def _words(value: object) -> tuple[str, ...]:
-    """Trigger words, from whatever somebody put where they belong."""
-    words = value if isinstance(value, list) else [value]
-    return tuple(printable(word.strip()) for word in words if isinstance(word, str) and word.strip())
+    return ValueError(f"{redact_typed(text)!r} names no LoRA that can be fetched; it must be {ACCEPTED}.")

@@ -1,0 +1,209 @@
+"""A store on a disk: files by their content, within a budget, shared by any number of processes.
+
+Locks are the kernel's (flock), so that a killed process leaves none behind: whoever writes or uses a file holds a
+shared one, whoever writes a note an exclusive one, and only what nobody holds is deleted. This module knows bytes,
+names and the disk; it knows neither what is in a file nor where it comes from.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TextIO
+from uuid import uuid4
+
+from settings import GIB
+from sources.client import MIB
+from sources.contents import Reserve, UnfitError
+from sources.shown import gigabytes
+
+# Seconds that a note is kept after its last use; signed URLs leave one each.
+NOTES_KEPT = 30 * 24 * 3600
+
+
+class Store:
+    """Files named by the SHA-256 of their content: whole, and on the disk, before they got that name.
+
+    `loras` has them; `incoming` what is being written; `references` notes, each of a name.
+
+    Args:
+        folder: where all three lie.
+        budget: bytes that the files together may take.
+        largest: bytes that one of them may take.
+    """
+
+    def __init__(self, folder: Path, budget: int, largest: int) -> None:
+        self._budget, self._largest, self._lock = budget, largest, folder / "lock"
+        self._files, self._incoming, self._notes = (folder / name for name in ("loras", "incoming", "references"))
+        for made in (self._files, self._incoming, self._notes):
+            made.mkdir(parents=True, exist_ok=True)
+
+    def path(self, sha256: str) -> Path:
+        """Where a file of that content lies, or would lie."""
+        return self._files / f"{sha256}.safetensors"
+
+    def open(self, sha256: str | None) -> BinaryIO | None:
+        """A file, not evicted as long as it is open; None where it is not there."""
+        if sha256 is None:
+            return None
+        try:
+            file = self.path(sha256).open("rb")
+        except FileNotFoundError:
+            return None
+        fcntl.flock(file, fcntl.LOCK_SH)
+        if not os.fstat(file.fileno()).st_nlink:  # evicted meanwhile
+            file.close()
+            return None
+        os.utime(file.fileno())
+        return file
+
+    @contextmanager
+    def incoming(self, name: str) -> Iterator[tuple[BinaryIO, Reserve]]:
+        """A new file, held, that is gone afterwards unless it was kept; and what reserves space for it."""
+        with self._alone():
+            self._sweep()
+            file = (self._incoming / uuid4().hex).open("xb+", buffering=0)
+            fcntl.flock(file, fcntl.LOCK_SH)
+        try:
+            with file:
+                yield file, self._reserving(file, name)
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+
+    def keep(self, file: BinaryIO, sha256: str) -> BinaryIO:
+        """Give an incoming file its name, unless its content is there already; the file of that name, held."""
+        kept = self.open(sha256)
+        if kept is None:
+            os.fsync(file.fileno())
+            Path(file.name).rename(self.path(sha256))
+            _sync_folder(self._files)
+            # Cannot have been evicted: `file` holds it.
+            kept = self.open(sha256)
+        return kept
+
+    @contextmanager
+    def note(self, name: str, pause: Callable[[float], None]) -> Iterator[TextIO]:
+        """What was noted under a name, empty at first, to be read and written; `pause`: see `locked`."""
+        path = self._notes / hashlib.sha256(name.encode()).hexdigest()
+        with locked(path, pause) as file:
+            yield file
+            os.utime(path)
+
+    def admit(self, size: int, name: str) -> None:
+        """Raise `UnfitError`, a sentence with `name`, about what is larger than a file may be."""
+        if size > self._largest:
+            raise UnfitError(
+                f"{name} has {gigabytes(size)} or more; a LoRA may have {gigabytes(self._largest)} (LORA_MAX_GB)."
+            )
+
+    def _reserving(self, file: BinaryIO, name: str) -> Reserve:
+        reserved = 0
+
+        def reserve(size: int) -> None:
+            nonlocal reserved
+            self.admit(size, name)
+            if size > reserved:
+                with self._alone():
+                    # Of a size that nobody states, a few megabytes at a time.
+                    size = size if reserved == 0 else max(size, reserved + 4 * MIB)
+                    self._make_room(size - reserved, name)
+                    try:
+                        os.posix_fallocate(file.fileno(), 0, size)
+                    except OSError as error:
+                        raise UnfitError(f"{name} finds no room in the cache: {error.strerror}.") from error
+                    reserved = size
+
+        return reserve
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process at a time creates and deletes files; only ever for a moment."""
+        with self._lock.open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _sweep(self) -> None:
+        """Delete what killed processes have left, and notes that nobody has used for long."""
+        for file in self._incoming.iterdir():
+            _delete_unless_held(file)
+        for note in self._notes.iterdir():
+            if _last_use(note)[0] < time.time() - NOTES_KEPT:
+                _delete_unless_held(note)
+
+    def _make_room(self, needed: int, name: str) -> None:
+        """Delete the least recently used files until `needed` bytes fit."""
+        budget, spare = self._budget, min(GIB, shutil.disk_usage(self._files).total // 20)
+        files = sorted((*_last_use(file), file) for file in self._files.iterdir())
+        used = sum(size for _, size, _ in files) + sum(_last_use(file)[1] for file in self._incoming.iterdir())
+        while files and (used + needed > budget or shutil.disk_usage(self._files).free - needed < spare):
+            _, size, file = files.pop(0)
+            if _delete_unless_held(file):
+                used -= size
+        if used + needed > budget:
+            raise UnfitError(
+                f"{name} needs {gigabytes(needed)}, but the cache may have {gigabytes(budget)} (WEIGHTS_CACHE_GB), "
+                f"of which {gigabytes(used)} are in use."
+            )
+        free = shutil.disk_usage(self._files).free
+        if free - needed < spare:
+            raise UnfitError(
+                f"{name} needs {gigabytes(needed)}, but the disk of the cache has {gigabytes(free)} left, "
+                f"of which {gigabytes(spare)} stay free."
+            )
+
+
+@contextmanager
+def locked(path: Path, pause: Callable[[float], None]) -> Iterator[TextIO]:
+    """A file that one thread of one process has at a time, created where it is missing.
+
+    While another has it, `pause` is called with seconds to wait; it raises where the caller has given up.
+    """
+    while True:
+        with path.open("a+") as file:
+            while not _lock(file):
+                pause(0.02)
+            if os.fstat(file.fileno()).st_nlink:  # else somebody deleted it while we waited
+                file.seek(0)
+                yield file
+                return
+
+
+def _lock(file: TextIO | BinaryIO) -> bool:
+    """Take the exclusive lock on a file if nobody holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _delete_unless_held(path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        if not _lock(file):
+            return False
+        path.unlink()
+    return True
+
+
+def _last_use(path: Path) -> tuple[float, int]:
+    """When a file was last used, in seconds since the epoch, and its size."""
+    try:
+        state = path.stat()
+    except FileNotFoundError:  # whoever wrote it was faster
+        return math.inf, 0
+    return state.st_mtime, state.st_size
+
+
+def _sync_folder(path: Path) -> None:
+    """A new name is on the disk once its folder is."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
