@@ -1,8 +1,8 @@
 """FLUX.1 [dev] and [schnell]: load them once, draw what a request asks for.
 
 `Flux.generate` tells the story of one request. Its pipeline is made anew from the shared components: that costs
-nothing, and nothing that one request leaves in it can reach the next. This module knows diffusers; it knows neither Cog
-nor the files that go out.
+nothing, and nothing that one request leaves in it can reach the next. This module knows diffusers, folders and files;
+it knows neither where they come from, nor Cog, nor the files that go out.
 """
 
 import inspect
@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import cycle, product
@@ -32,7 +32,6 @@ from lora_loader import Lora, LoraCache
 from request import LoraChoice, LoraFile, Request
 from service.measure import Stopwatch
 from settings import Settings
-from weights import WeightsCache, snapshot
 
 # How many text tokens each model was trained with: dev as many as diffusers' pipeline takes by itself. A tokenizer that
 # ends earlier wins.
@@ -40,7 +39,7 @@ TEXT_TOKENS = {
     "dev": inspect.signature(FluxPipeline.encode_prompt).parameters["max_sequence_length"].default,
     "schnell": 256,
 }
-# The thread that this starts would look after bars that stand still; clients do not wait for that.
+# Turn off tqdm's monitor thread, which only watches stalled bars.
 tqdm.monitor_interval = 0
 # LoRAs are made this much stronger under fp8: the model page says so, and users choose their scales by it.
 FP8_LORA_FACTOR = 1.5
@@ -55,14 +54,14 @@ class AppliedLora:
     """A LoRA as a request applies it."""
 
     choice: LoraChoice
-    weights: LoraFile  # the file: its name as it may be shown, the SHA-256 of its content, its trigger words
+    file: LoraFile
     lora: Lora
     scale: float  # what was asked for, times fp8's factor where fp8 runs
     left_out: tuple[str, ...]  # parameters that this request's model does not have
 
     def metric(self) -> dict[str, object]:
         """What is recorded of it."""
-        metric = {"name": self.weights.name, "scale": self.choice.scale, **self.lora.report.metric()}
+        metric = {"name": self.file.name, "scale": self.choice.scale, **self.lora.report.metric()}
         return metric | ({"left_out": list(self.left_out)} if self.left_out else {})
 
 
@@ -102,29 +101,27 @@ class Flux:
     """Both models with everything that they share.
 
     Args:
-        settings: where the weights come from.
+        settings: the folders of dev and schnell; whether to compile, and where compiled code is kept.
         device: where the models compute.
         placement: where the weights lie; planned from the memory of the machine unless given.
 
     Raises:
-        ValueError: a sentence about model weights that cannot be had or do not fit, or a machine that is too small.
+        ValueError: a sentence about model weights that are missing or do not fit, or a machine that is too small.
     """
 
     def __init__(self, settings: Settings, device: torch.device, placement: Placement | None = None) -> None:
         self.device = device
-        self._weights = WeightsCache(settings)
         stopwatch = Stopwatch(device)
-        with stopwatch("fetch"):
-            folders = {name: snapshot(getattr(settings.models, name), settings) for name in ("dev", "schnell")}
+        folders = {"dev": Path(settings.models.dev), "schnell": Path(settings.models.schnell)}
         models = load(folders, device, stopwatch, placement)
         self.components = models.components
         self._schedulers = models.schedulers
         self._live_text_encoder = models.text_encoder
         self._live, self._live_fp8 = models.live, models.live_fp8
         self._transformers = [live.module for live in models.lives()]
-        self._loras = LoraCache(models.skeleton, models.text_encoder.module)
+        self.loras = LoraCache(models.skeleton, models.text_encoder.module)
         self._embeddings: OrderedDict[bytes, dict[str, Tensor]] = OrderedDict()
-        self._drawing = threading.Lock()  # held while a request writes and uses the live weights
+        self._lock = threading.Lock()  # held while a request writes and uses the live weights
         held = [(live, name) for live in (*models.lives(), models.text_encoder) for name in live.names]
         self._tensors, self._round = len(held), cycle(held)
         with stopwatch("attention"):
@@ -157,17 +154,17 @@ class Flux:
             sizes = ({"image": image, "prompt_strength": 1}, {"aspect_ratio": "3:2", "megapixels": "0.25"})
             for model, go_fast, size in product(("schnell", "dev"), (True, False), sizes):
                 request = Request(prompt="", model=model, go_fast=go_fast, num_inference_steps=1, seed=0, **size)
-                self.draw(self.prepare(request, silent), 0, silent, lambda: None)
+                self.draw(self.prepare(request, (), silent), 0, silent, lambda: None)
         print(f"Compiled {counters['stats']['unique_graphs']} graphs.")
 
-    def generate(self, request: Request, stopwatch: Stopwatch) -> Drawing:
-        """Draw the pictures of a request.
+    def generate(self, request: Request, loras: Sequence[LoraFile], stopwatch: Stopwatch) -> Drawing:
+        """Draw the pictures of a request; `loras` are the files of `request.loras`, in the same order.
 
         Raises:
             ValueError: a sentence about an image, a mask or a LoRA that cannot be used; nothing was changed then.
         """
-        with self._drawing:
-            job = self.prepare(request, stopwatch)
+        with self._lock:
+            job = self.prepare(request, loras, stopwatch)
             pictures = self._draw_all(job, stopwatch)
         return Drawing(pictures, job.loras, job.fp8, str(job.embeddings["prompt_embeds"].dtype).removeprefix("torch."))
 
@@ -188,7 +185,7 @@ class Flux:
         Raises:
             RuntimeError: a sentence about what is wrong.
         """
-        if not self._drawing.acquire(blocking=False):
+        if not self._lock.acquire(blocking=False):
             return
         try:
             until = time.perf_counter() + seconds
@@ -200,25 +197,26 @@ class Flux:
                 if time.perf_counter() > until:
                     return
         finally:
-            self._drawing.release()
+            self._lock.release()
 
     @torch.no_grad()
-    def prepare(self, request: Request, stopwatch: Stopwatch) -> Job:
-        """Read what the request names, make the live weights equal its mix, encode its prompt."""
+    def prepare(self, request: Request, loras: Sequence[LoraFile], stopwatch: Stopwatch) -> Job:
+        """Read LoRAs and images, make the live weights equal the request's mix, encode its prompt."""
         live, runs_fp8 = self._choose_live(request)
-        with stopwatch("input"):
-            canvas = _canvas(request)
         with stopwatch("loras"):
             factor = FP8_LORA_FACTOR if runs_fp8 else 1.0
-            loras = tuple(self._apply(choice, request.model, live, factor) for choice in request.loras)
+            pairs = zip(request.loras, loras, strict=True)
+            applied = tuple(self._apply(choice, file, request.model, live, factor) for choice, file in pairs)
+        with stopwatch("input"):
+            canvas = _canvas(request)
         with stopwatch("swap"):
-            live.hold(request.model, [Term(it.weights.sha256, it.scale, it.lora.transformer) for it in loras])
-            words = [Term(it.weights.sha256, it.scale, it.lora.text_encoder) for it in loras if it.lora.text_encoder]
+            live.hold(request.model, [Term(it.file.sha256, it.scale, it.lora.transformer) for it in applied])
+            words = [Term(it.file.sha256, it.scale, it.lora.text_encoder) for it in applied if it.lora.text_encoder]
             self._live_text_encoder.hold("shared", words)
         pipeline = self._pipeline(request, live)
         with stopwatch("prompt"):
             embeddings = self._embed(pipeline, request, words)
-        return Job(request, canvas, loras, runs_fp8, pipeline, embeddings)
+        return Job(request, canvas, applied, runs_fp8, pipeline, embeddings)
 
     @torch.no_grad()
     def draw(self, job: Job, seed: int, stopwatch: Stopwatch, on_step: Callable[[], object]) -> Tensor:
@@ -232,37 +230,25 @@ class Flux:
         with stopwatch("decode"):
             return _decode(job, latents)
 
-    def read_lora(self, choice: LoraChoice) -> tuple[LoraFile, Lora]:
-        """Fetch and parse a LoRA, or take it from the caches.
-
-        Raises:
-            ValueError: a sentence about why it cannot be had or used.
-        """
-        opened = self._weights.open_local if choice.trusted else self._weights.open
-        with opened(choice.reference) as weights:
-            return weights, self._loras.read(weights)
-
     def _choose_live(self, request: Request) -> tuple[Live, bool]:
         """The transformer that draws a request, and whether it is the fp8 one."""
         live, live_fp8 = self._live[request.model], self._live_fp8[request.model]
         runs_fp8 = live is None or (request.fp8 and live_fp8 is not None)
         return (live_fp8 if runs_fp8 else live), runs_fp8
 
-    def _apply(self, choice: LoraChoice, model: str, live: Live, factor: float) -> AppliedLora:
-        weights, lora = self.read_lora(choice)
+    def _apply(self, choice: LoraChoice, file: LoraFile, model: str, live: Live, factor: float) -> AppliedLora:
+        lora = self.loras.read(file)
         left_out = live.lacking(model, lora.transformer)
-        print(f"LoRA {weights.name} at {choice.scale:g}: {lora.report}")
+        print(f"LoRA {file.name} at {choice.scale:g}: {lora.report}")
         if left_out:
             print(f"{model} has no guidance embedder: left {len(left_out)} of its parameters out.")
-        if weights.trigger_words:
-            print(f"Trigger words: {', '.join(weights.trigger_words)}")
-        return AppliedLora(choice, weights, lora, choice.scale * factor, left_out)
+        if file.trigger_words:
+            print(f"Trigger words: {', '.join(file.trigger_words)}")
+        return AppliedLora(choice, file, lora, choice.scale * factor, left_out)
 
     def _pipeline(self, request: Request, live: Live) -> FluxPipeline | FluxImg2ImgPipeline | FluxInpaintPipeline:
-        if request.image is None:
-            kind = FluxPipeline
-        else:
-            kind = FluxImg2ImgPipeline if request.mask is None else FluxInpaintPipeline
+        with_image = FluxImg2ImgPipeline if request.mask is None else FluxInpaintPipeline
+        kind = FluxPipeline if request.image is None else with_image
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._schedulers[request.model])
         pipeline = kind(scheduler=scheduler, transformer=live.module, **self.components)
         # One bar spans all pictures of a request, and clients read it.
@@ -312,10 +298,8 @@ def _strength(request: Request) -> float:
 
 def _steps(request: Request) -> int:
     """How many steps a pipeline will draw: with an image it skips the first ones (its `get_timesteps`)."""
-    if request.image is None:
-        return request.num_inference_steps
     steps = request.num_inference_steps
-    return steps - int(steps - min(steps * _strength(request), steps))
+    return steps if request.image is None else steps - int(steps - min(steps * _strength(request), steps))
 
 
 def _grid_size(job: Job) -> tuple[int, int]:

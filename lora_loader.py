@@ -11,7 +11,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -20,6 +19,7 @@ from lora import deltas
 from lora.deltas import Delta
 from lora.names import Content, Layer, assign, claim, layers_by_name, refuse_what_is_no_lora
 from lora.reader import LayerReader, read_adapters
+from request import LoraFile
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,6 @@ def _report(found: Mapping[Layer, Content], readers: Iterable[LayerReader], igno
         total=applied + ignored.total(),
         ignored=dict(ignored),
     )
-
-
-class LoraFile(Protocol):
-    """What the cache needs to know of a file."""
-
-    path: Path
-    sha256: str  # of its content
 
 
 class LoraCache:

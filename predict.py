@@ -9,6 +9,8 @@ import os
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, replace
 from itertools import repeat
 from threading import Barrier
 from typing import Optional
@@ -23,13 +25,13 @@ from cog import BasePredictor, Input, Path
 
 import images
 from flux import Drawing, Flux
-from request import LoraChoice, Request
+from request import LoraChoice, LoraFile, Request
 from safety import SafetyChecker
 from service import faults
 from service.leftovers import Leftovers
 from service.measure import PeakMemory, Stopwatch
-from settings import Settings
-from weights import parse, snapshot
+from settings import Models, Settings
+from weights import WeightsCache, parse, snapshot
 
 # The logs of a prediction go to whoever asked for it: no warning shows where this machine keeps what warns.
 warnings.formatwarning = lambda message, category, *_, **__: f"{category.__name__}: {message}\n"
@@ -49,22 +51,24 @@ class Predictor(BasePredictor):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         settings = Settings.from_environment(cuda=device.type == "cuda")
         print(settings)
-        self.flux = Flux(settings, device)
-        self.safety = SafetyChecker(
-            snapshot(settings.models.safety_checker, settings),
-            snapshot(settings.models.nsfw_classifier, settings),
-            device,
-        )
+        stopwatch = Stopwatch(device)
+        with stopwatch("fetch"):
+            models = Models(**{name: str(snapshot(it, settings)) for name, it in asdict(settings.models).items()})
+        print(f"Models fetched in {stopwatch.seconds['fetch']:.1f} s.")
+        self.flux = Flux(replace(settings, models=models), device)
+        self.safety = SafetyChecker(Path(models.safety_checker), Path(models.nsfw_classifier), device)
+        self.weights = WeightsCache(settings)
         self.default_lora = weights or None
         self.leftovers = Leftovers()
         tempfile.tempdir = str(self.leftovers.inputs)
-        # Encoders release Python's lock. Their threads start now, all of them: one that found no memory to start in,
-        # during a request, would be waited for without end.
+        # Encoders release Python's lock. All their threads start now: if one failed to start during a request, that
+        # would wait for it for ever.
         self.encoders = ThreadPoolExecutor(OUTPUTS)
         list(self.encoders.map(Barrier(OUTPUTS).wait, repeat(None, OUTPUTS)))
         if self.default_lora:
             # Said now rather than to the first request, should it be unusable.
-            self.flux.read_lora(LoraChoice(self.default_lora, trusted=True))
+            with self.weights.open_local(self.default_lora) as file:
+                self.flux.loras.read(file)
 
     def predict(
         self,
@@ -214,7 +218,10 @@ class Predictor(BasePredictor):
         return True
 
     def _draw(self, request: Request, stopwatch: Stopwatch) -> list[Path]:
-        drawing = self.flux.generate(request, stopwatch)
+        with ExitStack() as opened:
+            with stopwatch("loras"):
+                loras = [opened.enter_context(self._open(choice)) for choice in request.loras]
+            drawing = self.flux.generate(request, loras, stopwatch)
         self._report(request, drawing)
         with stopwatch("safety"):
             kept = self._keep(request, drawing)
@@ -231,6 +238,9 @@ class Predictor(BasePredictor):
             LoraChoice(extra, extra_scale),
         )
         return tuple(choice for choice in choices if choice.reference)
+
+    def _open(self, choice: LoraChoice) -> AbstractContextManager[LoraFile]:
+        return (self.weights.open_local if choice.trusted else self.weights.open)(choice.reference)
 
     def _report(self, request: Request, drawing: Drawing) -> None:
         """Say how the pictures were drawn, in the log and in the metrics."""
@@ -304,5 +314,5 @@ def _metadata(request: Request, drawing: Drawing, seed: int) -> dict[str, object
         inputs |= {"aspect_ratio": request.aspect_ratio, "megapixels": request.megapixels}
     names = (("replicate_weights", "lora_scale"), ("extra_lora", "extra_lora_scale"))
     for (name, scale_name), applied in zip(names, drawing.loras, strict=False):
-        inputs |= {name: applied.weights.name, scale_name: applied.choice.scale}
+        inputs |= {name: applied.file.name, scale_name: applied.choice.scale}
     return inputs

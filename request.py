@@ -28,19 +28,12 @@ class LoraChoice:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA on the disk, fetched and checked; whoever hands it on keeps it there while it is read.
+    """A LoRA on the disk, fetched and checked; whoever hands it on keeps it there while it is read."""
 
-    Attributes:
-        path: a complete .safetensors file.
-        sha256: of its content, in hex.
-        name: what it was called, as it may be shown.
-        trigger_words: what wakes it in a prompt, where its source says so.
-    """
-
-    path: Path
-    sha256: str
-    name: str
-    trigger_words: tuple[str, ...] = ()
+    path: Path  # a complete .safetensors file
+    sha256: str  # of its content, in hex
+    name: str  # what it was called, as it may be shown
+    trigger_words: tuple[str, ...] = ()  # what wakes it in a prompt, where its source says so
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from flux import Flux
+from harness.loras import files
 from request import LoraChoice, Request
 from service.measure import Stopwatch
 from settings import MINIATURE, ROOT, Settings
@@ -36,14 +37,15 @@ Tile = tuple[str, Image.Image]
 
 def lora(name: str, scale: float = 1.0) -> LoraChoice:
     """One of the miniature's own."""
-    return LoraChoice(str(LORAS / f"{name}.safetensors"), scale, trusted=True)
+    return LoraChoice(str(LORAS / f"{name}.safetensors"), scale)
 
 
 def rows(flux: Flux, folder: Path) -> Iterator[tuple[str, list[Tile]]]:
     """The rows of the sheet, each with a heading."""
 
     def drawn(prompt: str, **inputs: object) -> Image.Image:
-        return flux.generate(Request(prompt=prompt, **{"seed": SEED} | inputs), Stopwatch(CPU)).images[0]
+        request = Request(prompt=prompt, **{"seed": SEED} | inputs)
+        return flux.generate(request, files(request), Stopwatch(CPU)).images[0]
 
     yield "dev, 28 steps", [(prompt, drawn(prompt)) for prompt in PROMPTS]
     yield (

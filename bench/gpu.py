@@ -50,6 +50,7 @@ from bench import random_flux
 from engine import fp8
 from engine.acceleration import choose_attention
 from flux import Flux
+from harness.loras import files
 from request import LoraChoice, Request
 from safety import SafetyChecker
 from service.measure import Stopwatch
@@ -307,7 +308,7 @@ def request(run: Run, workload: Workload, variant: Variant, seed: int, **changes
         size = {"image": run.photo, "prompt_strength": workload.strength}
     # 1.5: what fp8 multiplies scales by, so that both precisions hold the same mix.
     scale = 1.0 / drawing.FP8_LORA_FACTOR if variant.go_fast else 1.0
-    loras = tuple(LoraChoice(str(path), scale, trusted=True) for path in run.loras) if variant.loras else ()
+    loras = tuple(LoraChoice(str(path), scale) for path in run.loras) if variant.loras else ()
     return Request(
         **{
             "prompt": f"{PROMPT} {seed} {variant.name}",
@@ -338,10 +339,12 @@ def measure_ours(run: Run) -> dict[str, object]:
         watches = {variant.name: Stopwatch(run.device) for variant in VARIANTS}
         for number in range(run.repeats + 1):
             for variant in VARIANTS:
-                flux.prepare(request(run, workload, variant, 0), Stopwatch(run.device))  # the swap is timed apart
-                watch = watches[variant.name] if number else Stopwatch(run.device)
                 wanted = request(run, workload, variant, number + 1)
-                times[variant.name].append(seconds(lambda: flux.generate(wanted, watch), run.device))  # noqa: B023
+                loras = files(wanted)
+                # The swap is timed apart.
+                flux.prepare(request(run, workload, variant, 0), loras, Stopwatch(run.device))
+                watch = watches[variant.name] if number else Stopwatch(run.device)
+                times[variant.name].append(seconds(lambda: flux.generate(wanted, loras, watch), run.device))  # noqa: B023
         for variant in VARIANTS:
             first, *rest = times[variant.name]
             phases = {phase: value / run.repeats for phase, value in watches[variant.name].seconds.items()}
@@ -361,7 +364,8 @@ def measure_ours(run: Run) -> dict[str, object]:
 def check_latents(run: Run, flux: Flux, variant: Variant) -> Tensor:
     """The latents of the picture that every system draws."""
     # The prompt is diffusers': it has no variant's name in it.
-    job = flux.prepare(request(run, CHECK, variant, SEED, prompt=f"{PROMPT} {SEED}"), Stopwatch(run.device))
+    wanted = request(run, CHECK, variant, SEED, prompt=f"{PROMPT} {SEED}")
+    job = flux.prepare(wanted, files(wanted), Stopwatch(run.device))
     return drawing._denoise(job, SEED, lambda: None).cpu()
 
 
@@ -369,10 +373,12 @@ def measure_to_file(run: Run, flux: Flux, variant: Variant) -> dict[str, object]
     """schnell from the request to files, safety check included."""
     workload = run.workloads[1]
     safety = SafetyChecker(Path(run.models.safety_checker), Path(run.models.nsfw_classifier), run.device)
-    flux.prepare(request(run, workload, variant, 0), Stopwatch(run.device))
+    first = request(run, workload, variant, 0)
+    loras = files(first)
+    flux.prepare(first, loras, Stopwatch(run.device))
 
     def work(seed: int) -> None:
-        drawn = flux.generate(request(run, workload, variant, seed), Stopwatch(run.device)).images
+        drawn = flux.generate(request(run, workload, variant, seed), loras, Stopwatch(run.device)).images
         safety.check(drawn)
         with ThreadPoolExecutor() as threads:
             list(threads.map(lambda picture: images.save(picture, run.folder / "out.webp", "webp", 80, {}), drawn))
@@ -387,12 +393,12 @@ def measure_loras(run: Run, flux: Flux, variant: Variant) -> dict[str, object]:
     wanted = request(run, workload, variant, 0)
 
     def swap(loras: Iterable[LoraChoice]) -> float:
-        watch = Stopwatch(run.device)
-        flux.prepare(request(run, workload, variant, 0, loras=tuple(loras)), watch)
+        watch, changed = Stopwatch(run.device), request(run, workload, variant, 0, loras=tuple(loras))
+        flux.prepare(changed, files(changed), watch)
         return watch.seconds["loras"] + watch.seconds["swap"]
 
     first, second = wanted.loras
-    other = LoraChoice(first.reference, first.scale / 2, trusted=True)
+    other = LoraChoice(first.reference, first.scale / 2)
     swap(())
     warm, scale = [], []
     for _ in range(run.repeats):
@@ -400,7 +406,7 @@ def measure_loras(run: Run, flux: Flux, variant: Variant) -> dict[str, object]:
         warm.append(swap([second]))
         swap([first])
         scale.append(swap([other]))
-    flux._loras._loras.clear()
+    flux.loras._loras.clear()
     cold = swap([first])
     return {"cold_s": cold, "warm": summary(warm), "scale": summary(scale)}
 
@@ -409,9 +415,10 @@ def measure_kernels(run: Run, flux: Flux, variant: Variant) -> list[dict[str, ob
     """Where two steps of dev spend their time, by kernel."""
     workload = Workload("profile", "dev", 2, run.workloads[0].side)
     wanted = request(run, workload, variant, 1)
-    flux.prepare(wanted, Stopwatch(run.device))
+    loras = files(wanted)
+    flux.prepare(wanted, loras, Stopwatch(run.device))
     with torch.profiler.profile() as profile:
-        flux.generate(wanted, Stopwatch(run.device))
+        flux.generate(wanted, loras, Stopwatch(run.device))
     cuda = run.device.type == "cuda"
 
     def own(event: object) -> float:
@@ -439,7 +446,7 @@ def count_graphs(run: Run, flux: Flux, requests: int = 200) -> dict[str, int]:
             num_inference_steps=1,
             seed=number,
         )
-        flux.generate(wanted, Stopwatch(run.device))
+        flux.generate(wanted, (), Stopwatch(run.device))
     return {
         "requests": requests,
         "compiled": counters["stats"]["unique_graphs"] - before,

@@ -18,7 +18,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -34,20 +33,13 @@ from engine.live import Live, Term
 from engine.loading import BLOCKS, is_block_linear
 from lora.deltas import LowRank
 from lora_loader import LoraCache
+from request import LoraFile
 
 RANK = 16
 # A trained LoRA changes a weight by some percent of it: by this much at rank 16, more with the root of the rank.
 RELATIVE_SIZE = 0.05
 # Quantiles of Student's t for a 95 % interval, by pairs.
 T95 = {4: 3.18, 10: 2.26, 20: 2.09, 30: 2.05}
-
-
-@dataclass(frozen=True)
-class File:
-    """A file as the cache of parsed LoRAs takes it."""
-
-    path: Path
-    sha256: str
 
 
 class Stage:
@@ -75,7 +67,7 @@ class Stage:
         ]
         paths = [_write_lora(folder / f"{seed}.safetensors", self.base, self.touched, seed) for seed in (1, 2)]
         cache = LoraCache(live, text_encoder)
-        self.loras = [(path.name, cache.read(File(path, path.name))) for path in paths]
+        self.loras = [(path.name, cache.read(LoraFile(path, path.name, path.name))) for path in paths]
         self.states = [load_file(path) for path in paths]  # in memory for both: neither reads a disk
 
     def swap_in(self, live: Live, scales: Iterable[float]) -> int:

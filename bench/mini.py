@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from flux import Flux
+from harness.loras import files
 from local_cog.server import CogServer
 from mini.training import gallery, recogniser, world
 from mini.training.drawing import draw
@@ -72,7 +73,7 @@ class Easel:
         model = inputs.get("model", "dev")
         steps = {"num_inference_steps": 28 if model == "dev" else 4}
         request = Request(prompt=prompt, seed=seed, **{"megapixels": self.megapixels} | steps | inputs)
-        return self.flux.generate(request, Stopwatch(CPU)).images[0]
+        return self.flux.generate(request, files(request), Stopwatch(CPU)).images[0]
 
     def drop(self, image: Image.Image) -> bool:
         """Whether the safety check drops a picture."""
@@ -131,7 +132,7 @@ def loras(easel: Easel, count: int) -> Iterator[Figure]:
         asked = subject if name == "zorp" else prompts
         shares = []
         for scale in SCALES:
-            choice = (LoraChoice(str(LORAS / f"{name}.safetensors"), scale, trusted=True),)
+            choice = (LoraChoice(str(LORAS / f"{name}.safetensors"), scale),)
             seen = [easel.eye.see(easel.draw(prompt, seed, loras=choice)) for seed, prompt in enumerate(asked)]
             shares.append(sum(map(is_shown, seen)) / len(seen))
         print(f"     {name} by scale: {dict(zip(SCALES, shares, strict=True))}", flush=True)
@@ -140,7 +141,7 @@ def loras(easel: Easel, count: int) -> Iterator[Figure]:
         rises = all(b >= a - 0.02 for a, b in pairwise(shares))
         yield at_least(f"{name}: more with more scale", float(rises), 1)
     for main, extra in (("zorp", "dusk"), ("zorp", "bold"), ("bold", "dusk")):
-        choice = tuple(LoraChoice(str(LORAS / f"{name}.safetensors"), 1.0, trusted=True) for name in (main, extra))
+        choice = tuple(LoraChoice(str(LORAS / f"{name}.safetensors"), 1.0) for name in (main, extra))
         asked = subject if main == "zorp" else prompts
         seen = [easel.eye.see(easel.draw(prompt, seed, loras=choice)) for seed, prompt in enumerate(asked)]
         both = sum(shown[main](it) and shown[extra](it) for it in seen) / len(seen)

@@ -1,5 +1,7 @@
 """The semantics of a request, on small real models in float32."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flux import PROMPTS, Flux
+from harness.loras import files
 from request import LoraChoice, Request
 from service.measure import Stopwatch
-from settings import Settings
+from settings import ROOT, Settings
 from tests.support.models import POOLED, write_models
 
 CPU = torch.device("cpu")
@@ -71,14 +74,14 @@ def inputs(photo: Path, mask: Path) -> dict[str, dict]:
 
 
 def generate(flux: Flux, **changes: object) -> list[Image.Image]:
-    return flux.generate(Request(**{"prompt": "a red fox"} | SMALL | changes), Stopwatch(CPU)).images
+    return flux.generate(Request(**{"prompt": "a red fox"} | SMALL | changes), (), Stopwatch(CPU)).images
 
 
 def pixels(flux: Flux, **changes: object) -> Tensor:
     """[3, H, W] in [0, 1], before anything is rounded to bytes."""
     request = Request(**{"prompt": "a red fox"} | SMALL | changes)
     stopwatch = Stopwatch(CPU)
-    return flux.draw(flux.prepare(request, stopwatch), request.seed, stopwatch, lambda: None)
+    return flux.draw(flux.prepare(request, (), stopwatch), request.seed, stopwatch, lambda: None)
 
 
 def same(a: list[Image.Image], b: list[Image.Image]) -> bool:
@@ -161,7 +164,7 @@ def test_no_strength_gives_back_the_resized_image(flux: Flux, inputs: dict, phot
 def test_a_little_strength_draws_at_least_one_step(flux: Flux, photo: Path, strength: float, steps: int) -> None:
     request = Request(prompt="a", image=photo, prompt_strength=strength, num_inference_steps=steps)
     stopwatch, drawn = Stopwatch(CPU), []
-    flux.draw(flux.prepare(request, stopwatch), 0, stopwatch, lambda: drawn.append(1))
+    flux.draw(flux.prepare(request, (), stopwatch), 0, stopwatch, lambda: drawn.append(1))
     assert len(drawn) == max(1, steps - int(steps - steps * strength))
 
 
@@ -204,7 +207,7 @@ def test_a_cancelled_drawing_leaves_no_trace(flux: Flux) -> None:
         if next(steps) == 2:
             raise CancelationException
 
-    job = flux.prepare(request, stopwatch)
+    job = flux.prepare(request, (), stopwatch)
     with pytest.raises(CancelationException):
         flux.draw(job, 1, stopwatch, cancel_at_the_third)
     assert same(generate(flux), before)
@@ -215,11 +218,11 @@ def test_a_prompt_is_encoded_once_and_not_kept(flux: Flux, photo: Path) -> None:
     hook = flux.components["text_encoder_2"].register_forward_hook(lambda *_: encoded.append(1))
     try:
         for prompt in ("a grey heron", "a grey heron", "a white heron", "a grey heron"):
-            flux.prepare(Request(prompt=prompt, image=photo), Stopwatch(CPU))
+            flux.prepare(Request(prompt=prompt, image=photo), (), Stopwatch(CPU))
         assert len(encoded) == 2
         for number in range(PROMPTS):
-            flux.prepare(Request(prompt=f"heron {number}", image=photo), Stopwatch(CPU))
-        flux.prepare(Request(prompt="a grey heron", image=photo), Stopwatch(CPU))
+            flux.prepare(Request(prompt=f"heron {number}", image=photo), (), Stopwatch(CPU))
+        flux.prepare(Request(prompt="a grey heron", image=photo), (), Stopwatch(CPU))
         assert len(encoded) == 2 + PROMPTS + 1
         assert len(flux._embeddings) == PROMPTS
         assert "heron" not in repr(list(flux._embeddings))
@@ -233,12 +236,18 @@ def test_embeddings_follow_the_lora_of_the_text_encoder(flux: Flux, photo: Path,
     save_file(tensors, tmp_path / "clip.safetensors")
 
     def pooled(*scales: float) -> Tensor:
-        loras = tuple(LoraChoice(str(tmp_path / "clip.safetensors"), scale, trusted=True) for scale in scales)
+        loras = tuple(LoraChoice(str(tmp_path / "clip.safetensors"), scale) for scale in scales)
         request = Request(prompt="a grey heron", image=photo, loras=loras)
-        return flux.prepare(request, Stopwatch(CPU)).embeddings["pooled_prompt_embeds"]
+        return flux.prepare(request, files(request), Stopwatch(CPU)).embeddings["pooled_prompt_embeds"]
 
     without, half, whole = pooled(), pooled(0.5), pooled(1)
     assert not torch.equal(half, without)
     assert not torch.equal(whole, half)
     assert torch.equal(pooled(), without)
     assert torch.equal(pooled(1), whole)
+
+
+def test_flux_knows_files_and_imports_nothing_that_fetches_them() -> None:
+    asked = "import sys, flux; print(*(name for name in sys.modules if name.split('.')[0] in ('weights', 'sources')))"
+    done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

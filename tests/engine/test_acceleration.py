@@ -68,7 +68,7 @@ def random_request(rng: random.Random, folder: Path) -> Request:
 def test_after_set_up_no_request_compiles_anything(image: Path, tmp_path: Path) -> None:
     flux = Flux(Settings(models=write_models(tmp_path), cache_dir=tmp_path), CPU)
     fixed = Request(prompt="a red fox", image=image, num_inference_steps=2, seed=3)
-    plain = flux.generate(fixed, Stopwatch(CPU)).images
+    plain = flux.generate(fixed, (), Stopwatch(CPU)).images
     # Graphs, breaks and guards are the business of torch's front end; the back end that costs nothing shows them.
     flux.compile(backend="eager")
     graphs = counters["stats"]["unique_graphs"]
@@ -76,11 +76,11 @@ def test_after_set_up_no_request_compiles_anything(image: Path, tmp_path: Path) 
     assert 4 <= graphs <= 8
     rng = random.Random(1)
     for _ in range(200):
-        flux.generate(random_request(rng, tmp_path), Stopwatch(CPU))
+        flux.generate(random_request(rng, tmp_path), (), Stopwatch(CPU))
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
     # After all those mixes the compiled graphs read what the live weights hold now.
-    assert np.array_equal(np.asarray(flux.generate(fixed, Stopwatch(CPU)).images[0]), np.asarray(plain[0]))
+    assert np.array_equal(np.asarray(flux.generate(fixed, (), Stopwatch(CPU)).images[0]), np.asarray(plain[0]))
 
 
 class Attention(nn.Module):

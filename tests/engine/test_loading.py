@@ -40,7 +40,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def draw(flux: Flux, image: Path, model: str, go_fast: bool) -> tuple[bool, list]:
     request = Request(prompt="a red fox", image=image, model=model, go_fast=go_fast, num_inference_steps=2, seed=1)
-    drawing = flux.generate(request, Stopwatch(CPU))
+    drawing = flux.generate(request, (), Stopwatch(CPU))
     return drawing.fp8, np.asarray(drawing.images[0]).tolist()
 
 

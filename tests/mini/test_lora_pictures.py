@@ -9,6 +9,7 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from flux import Flux
+from harness.loras import files
 from request import LoraChoice, Request
 from service.measure import Stopwatch
 from settings import Settings
@@ -55,7 +56,7 @@ def theirs(pipeline: FluxPipeline, loras: list[tuple[Path, float]]) -> Tensor:
 
 
 def ours(flux: Flux, loras: list[tuple[Path, float]]) -> Tensor:
-    choices = tuple(LoraChoice(str(file), scale, trusted=True) for file, scale in loras)
+    choices = tuple(LoraChoice(str(file), scale) for file, scale in loras)
     request = Request(
         prompt="a red fox",
         seed=11,
@@ -66,7 +67,7 @@ def ours(flux: Flux, loras: list[tuple[Path, float]]) -> Tensor:
         **SIZE,
     )
     stopwatch = Stopwatch(CPU)
-    return flux.draw(flux.prepare(request, stopwatch), request.seed, stopwatch, lambda: None)
+    return flux.draw(flux.prepare(request, files(request), stopwatch), request.seed, stopwatch, lambda: None)
 
 
 # `linear1` is left out where diffusers knows its rows at FLUX.1's own width only.
