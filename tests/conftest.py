@@ -1,8 +1,15 @@
+import subprocess
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from harness.hosts import Host
 from local_cog.server import CogServer
+from settings import MINIATURE, Settings
+from tests.support.caches import DISK, SECRET, check_cache
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +20,54 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
     with CogServer(environment=environment, log=directory / "log") as running:
         running.wait_until_ready()
         yield running
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    with Host() as running:
+        yield running
+
+
+@pytest.fixture
+def storage() -> Iterator[Host]:
+    with Host() as running:
+        yield running
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Settings:
+    return Settings(MINIATURE, cache_dir=tmp_path / "cache", allow_private_hosts=True)
+
+
+@pytest.fixture
+def places(environment: Settings, host: Host) -> Settings:
+    """Hugging Face, CivitAI and Replicate are the one host."""
+    address = host.address
+    return replace(environment, hf_endpoint=address, civitai_endpoint=address, replicate_endpoint=address)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of a few megabytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no disk can be mounted: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture
+def nothing_is_left_behind(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """After a test: only whole files under the names of their contents, no thread, no secret."""
+    yield
+    printed = "".join(capfd.readouterr())
+    assert SECRET not in printed
+    check_cache(tmp_path / "cache")
+    for thread in threading.enumerate():
+        if thread.name.startswith(("weights", "download")):
+            thread.join(3)
+            assert not thread.is_alive(), thread

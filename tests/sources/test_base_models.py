@@ -1,0 +1,141 @@
+"""Base models: what is needed of a repo, once, and going on where it broke."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from harness.hosts import File, Host, hugging_face
+from settings import Settings
+from tests.support.caches import MIB, SECRET
+from tests.support.fetching import LARGE, LORA, OTHER, QUICK, make_lora, start, wait_until
+from weights import snapshot
+
+PIPELINE = {
+    "model_index.json": b"{}",
+    "README.md": b"hello",
+    "flux1-dev.safetensors": b"the whole of it again",
+    "ae.safetensors": b"again",
+    "scheduler/scheduler_config.json": b"{}",
+    "transformer/config.json": b"{}",
+    "transformer/diffusion_pytorch_model-00001-of-00002.safetensors": LARGE,
+    "transformer/diffusion_pytorch_model-00002-of-00002.safetensors": LORA,
+    "transformer/diffusion_pytorch_model.safetensors.index.json": b"{}",
+    "transformer/diffusion_pytorch_model.fp16.safetensors": b"half",
+    "text_encoder/model.safetensors": OTHER,
+    "text_encoder/pytorch_model.bin": b"pickled",
+    "tokenizer/merges.txt": b"a b",
+    "tokenizer_2/spiece.model": b"pieces",
+    "images/example.png": b"png",
+    "../outside.json": b"{}",
+}
+
+
+NEEDED = set(PIPELINE) - {
+    "README.md",
+    "flux1-dev.safetensors",
+    "ae.safetensors",
+    "transformer/diffusion_pytorch_model.fp16.safetensors",
+    "text_encoder/pytorch_model.bin",
+    "images/example.png",
+    "../outside.json",
+}
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_folder_is_a_snapshot_as_it_is(environment: Settings, tmp_path: Path) -> None:
+    assert snapshot(str(tmp_path), environment) == tmp_path
+    for model in (str(tmp_path / "missing"), "./missing/model", "name", "https://huggingface.co/o/r"):
+        with pytest.raises(ValueError, match="is no folder"):
+            snapshot(model, environment)
+
+
+def test_of_a_base_model_comes_what_is_needed_once(places: Settings, host: Host, storage: Host) -> None:
+    hugging_face(host, storage, "o/r", PIPELINE, revisions=("main", "v2"))
+    folder = snapshot("o/r", places, QUICK)
+    assert files_in(folder) == {path: PIPELINE[path] for path in NEEDED}
+    sent = len(storage.seen)
+    assert snapshot("o/r@v2", places, QUICK) == folder
+    hugging_face(host, storage, "o/r", PIPELINE | {"tokenizer/merges.txt": b"c d"}, commit="d" * 40)
+    newer = snapshot("o/r", places, QUICK)
+    assert files_in(newer)["tokenizer/merges.txt"] == b"c d"
+    assert len(storage.seen) == sent + 1
+    host.stop()
+    assert snapshot("o/r", places, QUICK) == newer
+
+
+def test_a_base_model_in_transformers_layout(places: Settings, host: Host, storage: Host) -> None:
+    files = {
+        "config.json": b"{}",
+        "preprocessor_config.json": b"{}",
+        "pytorch_model.bin": b"pickled",
+        "flax_model.msgpack": b"flax",
+        "onnx/model.onnx": b"onnx",
+        "quantized.pt": b"pt",
+    }
+    hugging_face(host, storage, "o/r", files)
+    assert set(files_in(snapshot("o/r", places, QUICK))) == {
+        "config.json",
+        "preprocessor_config.json",
+        "pytorch_model.bin",
+    }
+    hugging_face(host, storage, "o/r", files | {"model.safetensors": LORA}, commit="d" * 40)
+    assert set(files_in(snapshot("o/r", places, QUICK))) == {
+        "config.json",
+        "preprocessor_config.json",
+        "model.safetensors",
+    }
+
+
+def test_a_killed_download_of_a_base_model_goes_on_where_it_was(places: Settings, host: Host, storage: Host) -> None:
+    content = make_lora(40 * MIB, seed=11)
+    hugging_face(host, storage, "o/r", {"config.json": b"{}", "model.safetensors": content})
+    file = storage.routes[f"/{hashlib.sha256(content).hexdigest()}"] = File(content, delay=0.01, etag='"x"')
+    process = start("o/r", places, QUICK, target=snapshot)
+    wait_until(lambda: any(path.stat().st_size for path in places.cache_dir.glob("models/*/blobs/*.pieces")), 20)
+    process.kill()
+    process.join()
+    (journal,) = places.cache_dir.glob("models/*/blobs/*.pieces")
+    kept = {f"bytes={start}" for start in journal.read_text().split()}
+    file.delay = 0
+    storage.seen.clear()
+    assert files_in(snapshot("o/r", places, QUICK))["model.safetensors"] == content
+    asked = {request.headers.get("Range", "").partition("-")[0] for request in storage.seen}
+    assert kept
+    assert not asked & kept
+
+
+def test_a_damaged_base_model_is_not_kept(places: Settings, host: Host, storage: Host) -> None:
+    hugging_face(host, storage, "o/r", {"config.json": b"{}", "model.safetensors": LORA})
+    path = f"/{hashlib.sha256(LORA).hexdigest()}"
+    storage.routes[path] = File(OTHER)
+    with pytest.raises(ValueError, match="arrived damaged"):
+        snapshot("o/r", places, QUICK)
+    storage.routes[path] = File(LORA)
+    assert files_in(snapshot("o/r", places, QUICK))["model.safetensors"] == LORA
+
+
+def test_a_gated_base_model_says_what_to_accept_and_what_to_set(places: Settings, host: Host, storage: Host) -> None:
+    hugging_face(host, storage, "black-forest-labs/FLUX.1-dev", PIPELINE, token=SECRET, gated=True)
+    with pytest.raises(
+        ValueError, match=r"accept its conditions at https://huggingface.co/black-forest-labs/FLUX.1-dev"
+    ):
+        snapshot("black-forest-labs/FLUX.1-dev", places, QUICK)
+    with pytest.raises(ValueError, match="the account of HF_TOKEN"):
+        snapshot("black-forest-labs/FLUX.1-dev", replace(places, hf_token=f"not-{SECRET}"), QUICK)
+    folder = snapshot("black-forest-labs/FLUX.1-dev", replace(places, hf_token=SECRET), QUICK)
+    assert set(files_in(folder)) == NEEDED
+    with pytest.raises(ValueError, match="does not exist, or is private and"):
+        snapshot("o/nothing", places, QUICK)
+
+
+def test_a_base_model_that_does_not_fit_on_the_disk(
+    places: Settings, host: Host, storage: Host, small_disk: Path
+) -> None:
+    hugging_face(host, storage, "o/r", {"config.json": b"{}", "model.safetensors": make_lora(25 * MIB)})
+    with pytest.raises(ValueError, match="but the disk has"):
+        snapshot("o/r", replace(places, cache_dir=small_disk / "cache"), QUICK)

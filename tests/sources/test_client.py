@@ -1,0 +1,345 @@
+"""Connections: where they may lead, how often they are tried, what they tell others, how fast they stop."""
+
+import base64
+import ctypes
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import cog
+import pytest
+
+from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, status
+from settings import ROOT, Settings
+from tests.support.caches import SECRET, check_cache
+from tests.support.fetching import LARGE, LORA, QUICK, fetch, refusal, wait_until
+from weights import WeightsCache
+
+
+def test_a_token_stays_with_its_host(places: Settings, host: Host, storage: Host) -> None:
+    """Neither where a place redirects to, nor any other place, nor a stranger's URL gets to see it."""
+    tokens = replace(places, hf_token=SECRET, civitai_token=SECRET, replicate_token=SECRET)
+    storage.routes["/a"] = File(LORA)
+    host.routes["/owner/name/_weights"] = redirect(storage.url("/a"))
+    assert fetch(tokens, "owner/name") == LORA
+    assert host.seen[0].headers["Authorization"] == f"Bearer {SECRET}"
+    assert fetch(tokens, storage.url("/a?x=1")) == LORA
+    assert all("Authorization" not in request.headers for request in storage.seen)
+
+
+def test_a_signed_url_keeps_its_signature_and_nobody_else_sees_it(
+    environment: Settings, host: Host, capfd: pytest.CaptureFixture
+) -> None:
+    host.routes["/a"] = File(LORA)
+    with WeightsCache(environment, QUICK).open(host.url(f"/a?X-Amz-Signature={SECRET}&b=%2F")) as weights:
+        assert weights.name == host.url("/a")
+    assert host.seen[0].query == {"X-Amz-Signature": SECRET, "b": "/"}
+    login = host.address.replace("//", f"//user%40x:{SECRET}@")
+    assert fetch(environment, f"{login}/a") == LORA
+    assert host.seen[-1].headers["Authorization"] == "Basic " + base64.b64encode(f"user@x:{SECRET}".encode()).decode()
+
+
+def test_slow_and_silent_hosts_are_given_up(environment: Settings, host: Host) -> None:
+    host.routes |= {"/drip": File(LORA, delay=0.01, slice=1, ranges="none"), "/silent": silent}
+    impatient = replace(QUICK, pauses=())
+    assert "bytes a second" in refusal(environment, host.url("/drip"), impatient)
+    assert "does not answer" in refusal(environment, host.url("/silent"), impatient)
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_redirects_lead_to_other_hosts(environment: Settings, host: Host, storage: Host, code: int) -> None:
+    host.routes["/a"] = redirect("/b?x=%20", code)
+    host.routes["/b"] = redirect(storage.url("/c"), code)
+    storage.routes["/c"] = File(LORA)
+    assert fetch(environment, host.url("/a")) == LORA
+
+
+def test_redirects_that_lead_nowhere(environment: Settings, host: Host) -> None:
+    host.routes |= {"/a": redirect("/b"), "/b": redirect("/a"), "/file": redirect("file:///etc/passwd")}
+    assert "in a circle" in refusal(environment, host.url("/a"))
+    assert len(host.seen) < 12
+    assert "instead of http(s)" in refusal(environment, host.url("/file"))
+    for nowhere in ("http://[::1", "http://", "http://a:b/", "//"):
+        host.routes["/nowhere"] = redirect(nowhere)
+        assert refusal(environment, host.url("/nowhere"))
+
+
+@pytest.mark.parametrize("code", [429, 500, 502, 503])
+def test_what_passes_is_tried_again_and_what_does_not_is_not(environment: Settings, host: Host, code: int) -> None:
+    host.routes["/a"] = in_turn(status(code), status(code), File(LORA))
+    assert fetch(environment, host.url("/a")) == LORA
+    host.routes["/b"] = status(code)
+    assert f"answered {code}" in (said := refusal(environment, host.url("/b")))
+    assert "try again later" in said
+    assert len(host.asked("/b")) == 1 + len(QUICK.pauses)
+
+
+@pytest.mark.parametrize("code", [400, 401, 403, 404, 410, 451])
+def test_a_refusal_is_final(environment: Settings, host: Host, code: int) -> None:
+    host.routes["/a"] = status(code)
+    assert f"answered {code}" in refusal(environment, host.url(f"/a?token={SECRET}"))
+    assert len(host.seen) == 1
+
+
+def test_a_host_says_when_to_come_back(environment: Settings, host: Host) -> None:
+    host.routes["/a"] = in_turn(status(429, {"Retry-After": "1"}), File(LORA))
+    began = time.monotonic()
+    assert fetch(environment, host.url("/a")) == LORA
+    assert time.monotonic() - began >= 1
+    host.routes["/b"] = status(503, {"Retry-After": "3600"})
+    assert "try again later" in refusal(environment, host.url("/b"))
+    assert len(host.asked("/b")) == 1
+
+
+def test_hosts_that_are_not_there(environment: Settings) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        assert "failed or broke off" in refusal(environment, f"http://127.0.0.1:{closed.getsockname()[1]}/a")
+    assert "no host" in refusal(environment, "https://nobody.invalid/a")
+
+
+def cancel_when(condition: Callable[[], bool], work: Callable[[], object]) -> float:
+    """Have Cog's exception raised in the thread that works, as Cog does it; the seconds until the thread was free."""
+    caught: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    wait_until(condition)
+    kind = ctypes.py_object(cog.CancelationException)
+    assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), kind) == 1
+    began = time.monotonic()
+    thread.join(10)
+    seconds = time.monotonic() - began
+    assert [type(error) for error in caught] == [cog.CancelationException]
+    return seconds
+
+
+STALLING = {
+    "in the middle": lambda: File(LARGE, delay=0.01, slice=4096),
+    "one stream": lambda: File(LARGE, delay=0.01, slice=4096, ranges="none"),
+    "before an answer": lambda: silent,
+    "waiting to try again": lambda: status(503, {"Retry-After": "20"}),
+    "in the header": lambda: File(LORA, delay=5, slice=16),
+}
+
+
+@pytest.mark.parametrize("where", STALLING)
+def test_a_cancelled_prediction_stops_its_download_at_once(environment: Settings, host: Host, where: str) -> None:
+    host.routes["/a"] = STALLING[where]()
+    patient = replace(QUICK, stall=20, longest_pause=20)
+    seconds = cancel_when(
+        lambda: len(host.seen) >= (3 if where == "in the middle" else 1),
+        lambda: fetch(environment, host.url("/a"), patient),
+    )
+    assert seconds < 0.7
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith(("weights", "download"))], 1)
+    check_cache(environment.cache_dir)
+    assert list(environment.cache_dir.glob("loras/*")) == []
+    host.routes["/a"] = File(LORA, etag='"2"')
+    assert fetch(environment, host.url("/a")) == LORA
+
+
+def test_looking_a_repo_up_can_be_cancelled_too(places: Settings, host: Host, storage: Host) -> None:
+    host.routes["/api/models/o/r/revision/main"] = File(b"{}", delay=1.5)
+    assert cancel_when(lambda: len(host.seen) > 0, lambda: fetch(places, "huggingface.co/o/r")) < 0.9
+    hugging_face(host, storage, "o/r", {"a.safetensors": LORA})
+    assert fetch(places, "huggingface.co/o/r") == LORA
+
+
+def test_waiting_for_another_request_can_be_cancelled_too(environment: Settings, host: Host) -> None:
+    file = host.routes["/a"] = File(LARGE, delay=0.02, ranges="none")
+    first = threading.Thread(target=fetch, args=(environment, host.url("/a")))
+    first.start()
+    wait_until(lambda: file.sent > 0)
+
+    def both_run() -> bool:
+        return sum(thread.name == "weights" and thread.is_alive() for thread in threading.enumerate()) == 2
+
+    assert cancel_when(both_run, lambda: fetch(environment, host.url("/a"))) < 0.7
+    file.delay = 0
+    first.join()
+    assert len(host.seen) == 2  # the download, and its question about ranges
+
+
+PRIVATE = [
+    *("127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "0.0.0.0", "[::1]", "[::]", "[::ffff:127.0.0.1]"),
+    *("10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.100.100.200", "168.63.129.16"),
+    *("[fd00:ec2::254]", "[fe80::1]", "[64:ff9b::a00:1]", "[2002:7f00:1::]", "224.0.0.1", "255.255.255.255"),
+    *("user@127.0.0.1", "127.0.0.1."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", PRIVATE)
+def test_private_addresses_are_refused_without_being_connected_to(
+    environment: Settings, host: Host, address: str
+) -> None:
+    host.routes["/a"] = File(LORA)
+    port = host.address.rpartition(":")[2]
+    began = time.monotonic()
+    said = refusal(replace(environment, allow_private_hosts=False), f"http://{address}:{port}/a?token={SECRET}")
+    assert "address of the server's own network" in said or "no host" in said
+    assert time.monotonic() - began < 1
+    assert host.seen == []
+
+
+# In a network of its own: public addresses that are nobody else's, and a name server that changes its mind.
+PUBLIC_NETWORK = """
+import socket, struct, subprocess, sys, threading
+from pathlib import Path
+from dataclasses import replace
+from harness.hosts import File, Host, redirect, _Handler, _Server
+from sources.client import Patience
+from settings import MINIATURE, Settings
+from weights import WeightsCache
+
+LORA = (Path(sys.argv[1]) / "lora").read_bytes()
+
+def fetch(settings, reference):
+    with WeightsCache(settings, Patience(connect=2, stall=1, pauses=())).open(reference) as weights:
+        return weights.path.read_bytes()
+
+for address in ("93.184.216.34", "93.184.216.35"):
+    subprocess.run(["ip", "address", "add", address + "/32", "dev", "lo"], check=True)
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+folder = Path(sys.argv[1])
+(folder / "resolv.conf").write_text("nameserver 127.0.0.1\\n")
+subprocess.run(["mount", "--bind", str(folder / "resolv.conf"), "/etc/resolv.conf"], check=True)
+
+answers = {"rebinding": ["93.184.216.34", "127.0.0.1"], "fixed": ["93.184.216.34"], "both": ["93.184.216.34 127.0.0.1"]}
+asked = []
+
+def serve_names():
+    server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    server.bind(("127.0.0.1", 53))
+    while True:
+        query, client = server.recvfrom(512)
+        length = query[12]
+        name = query[13 : 13 + length].decode()
+        end = query.index(b"\\0", 12) + 1
+        kind = struct.unpack(">H", query[end : end + 2])[0]
+        addresses = []
+        if kind == 1:
+            asked.append(name)
+            turns = answers[name]
+            addresses = (turns.pop(0) if len(turns) > 1 else turns[0]).split()
+        records = b"".join(b"\\xc0\\x0c" + struct.pack(">HHIH", 1, 1, 0, 4) + socket.inet_aton(a) for a in addresses)
+        header = query[:2] + struct.pack(">HHHHH", 0x8180, 1, len(addresses), 0, 0)
+        server.sendto(header + query[12 : end + 4] + records, client)
+
+threading.Thread(target=serve_names, daemon=True).start()
+
+class Public(Host):
+    def __enter__(self):
+        self._server = _Server(("0.0.0.0", 8000), _Handler)
+        self._server.host = self
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+        return self
+
+settings = Settings(MINIATURE, cache_dir=folder / "cache")
+with Public({"/a": File(LORA), "/inside": redirect("http://127.0.0.1:8000/a"), "/name": redirect("http://both.test:8000/a"),
+             "/metadata": redirect("http://169.254.169.254/latest/meta-data")}) as host:
+    assert fetch(settings, "http://fixed.test:8000/a") == LORA
+    # Looked up once: what was checked is what is connected to, whatever the name says a moment later.
+    asked.clear()
+    assert fetch(settings, "http://rebinding.test:8000/a") == LORA
+    assert asked == ["rebinding"], asked
+    for path in ("rebinding.test:8000/a?again", "both.test:8000/a", "fixed.test:8000/inside", "fixed.test:8000/name",
+                 "fixed.test:8000/metadata"):
+        host.seen.clear()
+        try:
+            fetch(settings, "http://" + path)
+        except ValueError as error:
+            print(error)
+            assert "address of the server's own network" in str(error), error
+        else:
+            raise AssertionError(path)
+        assert [request.path for request in host.seen] == (["/" + path.split("/")[1]] if "fixed" in path else []), path
+    replaced = replace(settings, allow_private_hosts=True)
+    assert fetch(replaced, "http://fixed.test:8000/inside") == LORA
+"""
+
+
+def test_names_and_redirects_that_lead_inside_are_refused_by_the_address_connected_to(tmp_path: Path) -> None:
+    alone = ["unshare", "--net", "--mount"]
+    if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no network of its own can be had")
+    (tmp_path / "lora").write_bytes(LORA)
+    done = subprocess.run(
+        [*alone, sys.executable, "-c", PUBLIC_NETWORK, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+CERTIFIED = """
+import ssl, sys
+from pathlib import Path
+from harness.hosts import File, Host
+from sources.client import Patience
+from settings import MINIATURE, Settings
+from weights import WeightsCache
+
+folder = Path(sys.argv[1])
+settings = Settings(MINIATURE, cache_dir=folder / sys.argv[2], allow_private_hosts=True)
+weights = WeightsCache(settings, Patience(pauses=()))
+
+def refusal(reference):
+    try:
+        with weights.open(reference):
+            raise AssertionError(reference)
+    except ValueError as error:
+        return error
+
+with Host({"/a": File((folder / "lora").read_bytes())}) as host:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "certificate", folder / "key")
+    host._server.socket = context.wrap_socket(host._server.socket, server_side=True)
+    port = host.address.rpartition(":")[2]
+    if sys.argv[2] == "trusted":
+        with weights.open(f"https://localhost:{port}/a") as opened:
+            assert opened.path.read_bytes() == (folder / "lora").read_bytes()
+    print(refusal(f"https://{'127.0.0.1' if sys.argv[2] == 'trusted' else 'localhost'}:{port}/a"))
+"""
+
+
+def test_the_certificate_must_be_the_hosts_own(environment: Settings, tmp_path: Path) -> None:
+    """Connected to by address, and still checked by name."""
+    key, certificate = tmp_path / "key", tmp_path / "certificate"
+    made = subprocess.run(
+        f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -keyout {key} "
+        f"-out {certificate} -subj /CN=localhost -addext subjectAltName=DNS:localhost".split(),
+        capture_output=True,
+        check=False,
+    )  # fmt: skip
+    if made.returncode:
+        pytest.skip("no openssl to make a certificate with")
+    (tmp_path / "lora").write_bytes(LORA)
+    for trust, authorities in (("trusted", {"SSL_CERT_FILE": str(certificate)}), ("unknown", {})):
+        done = subprocess.run(
+            [sys.executable, "-c", CERTIFIED, str(tmp_path), trust],
+            cwd=ROOT,
+            env={**os.environ, **authorities},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "the certificate of" in done.stdout

@@ -1,0 +1,252 @@
+"""Replicate, Hugging Face and CivitAI, played on loopback: which file they mean, and what they refuse."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from harness.hosts import File, Host, civitai, hugging_face, in_json, in_turn, page, redirect, replicate, status
+from settings import Settings
+from tests.support.caches import SECRET
+from tests.support.fetching import LORA, OTHER, PACKED, QUICK, VERSION, fetch, make_lora, make_tar, nested, refusal
+from weights import WeightsCache
+
+
+def test_replicate_gives_its_newest_weights_until_there_are_newer(places: Settings, host: Host, storage: Host) -> None:
+    replicate(host, storage, "owner/name", PACKED["tar"])
+    assert fetch(places, "owner/name") == LORA
+    assert fetch(places, "https://replicate.com/owner/name") == LORA
+    replicate(host, storage, "owner/name", make_tar({"a/lora.safetensors": OTHER}), etag='"2"')
+    assert fetch(places, "owner/name") == OTHER
+
+
+def test_a_version_of_replicate_is_looked_up_once(places: Settings, host: Host, storage: Host) -> None:
+    file = replicate(host, storage, "owner/name", PACKED["tar"], version=VERSION)
+    for reference in (f"owner/name/{VERSION}", f"owner/name:{VERSION}", f"https://replicate.com/owner/name/{VERSION}"):
+        assert fetch(places, reference) == LORA
+    assert len(host.seen) == 1
+    assert file.sent == len(PACKED["tar"])
+
+
+def test_what_replicate_moves_elsewhere_is_fetched_anew_though_its_etag_is_the_same(
+    places: Settings, host: Host, storage: Host
+) -> None:
+    storage.routes |= {"/1": File(PACKED["tar"]), "/2": File(nested(OTHER))}
+    host.routes["/owner/name/_weights"] = in_turn(redirect(storage.url("/1")), redirect(storage.url("/2")))
+    assert fetch(places, "owner/name") == LORA
+    assert fetch(places, "owner/name") == OTHER
+
+
+def test_private_models_of_replicate(places: Settings, host: Host, storage: Host) -> None:
+    replicate(host, storage, "owner/name", PACKED["tar"], token=SECRET)
+    assert "REPLICATE_API_TOKEN" in (said := refusal(places, "owner/name"))
+    assert "huggingface.co/owner/name" in said
+    assert fetch(replace(places, replicate_token=SECRET), "owner/name") == LORA
+    assert all("Authorization" not in request.headers for request in storage.seen)
+
+
+def test_a_repo_with_one_file_and_every_way_to_name_it(places: Settings, host: Host, storage: Host) -> None:
+    hugging_face(host, storage, "o/r", {"README.md": b"hi", "my lora.safetensors": LORA})
+    for reference in (
+        "huggingface.co/o/r",
+        "https://hf.co/o/r/tree/main",
+        "https://huggingface.co/o/r/blob/main/my%20lora.safetensors",
+        "https://huggingface.co/o/r/resolve/main/my%20lora.safetensors?download=true",
+        f"https://huggingface.co/o/r/tree/{'c' * 40}",
+    ):
+        assert fetch(places, reference) == LORA
+    assert len(storage.seen) == 1
+    assert host.asked("/api/models/o/r/revision/main")[0].query == {"blobs": "true"}
+
+
+CHOICES = [
+    ({"a.safetensors": OTHER, "pytorch_lora_weights.safetensors": LORA}, ""),
+    ({"a.safetensors": OTHER, "lora.safetensors": LORA}, ""),
+    ({"a.safetensors": OTHER, "adapter_model.safetensors": LORA}, ""),
+    ({"lora.safetensors": LORA, "checkpoint-500/pytorch_lora_weights.safetensors": OTHER}, ""),
+    ({"me.safetensors": LORA, "me_000000500.safetensors": OTHER, "me_000001000.safetensors": OTHER}, ""),
+    ({"me.safetensors": LORA, "me-step00000500.safetensors": OTHER}, ""),
+    ({"me_000001000.safetensors": OTHER, "me_000002000.safetensors": LORA}, ""),
+    ({"v1.safetensors": OTHER, "v2.safetensors": LORA}, ""),
+    ({"a.safetensors": OTHER, "sub/b.safetensors": LORA}, "/tree/main/sub"),
+    ({"model.tar": PACKED["tar"]}, "/blob/main/model.tar"),
+]
+
+
+@pytest.mark.parametrize(("files", "tail"), CHOICES, ids=[" ".join(files) for files, _ in CHOICES])
+def test_the_right_one_of_several_files(
+    places: Settings, host: Host, storage: Host, files: dict[str, bytes], tail: str, capfd: pytest.CaptureFixture
+) -> None:
+    dates = {path: "2026-02-02T00:00:00.000Z" for path, content in files.items() if content == LORA}
+    hugging_face(host, storage, "o/r", files, dates=dates)
+    assert fetch(places, f"https://huggingface.co/o/r{tail}") == LORA
+    (chosen,) = (path for path, content in files.items() if content != OTHER)
+    assert chosen in capfd.readouterr().out
+
+
+def test_several_files_of_one_day_are_listed(places: Settings, host: Host, storage: Host) -> None:
+    hugging_face(host, storage, "o/r", {"v1.safetensors": LORA, "v2.safetensors": OTHER, "x/lora.safetensors": LORA})
+    said = refusal(places, "huggingface.co/o/r")
+    assert "v1.safetensors, v2.safetensors" in said
+    assert "huggingface.co/o/r/resolve/main/" in said
+    assert "no .safetensors file" in refusal(places, "huggingface.co/o/r/tree/main/empty")
+    assert "v1.safetensors, v2.safetensors" in refusal(places, "huggingface.co/o/r/blob/main/v3.safetensors")
+
+
+def test_private_repos(places: Settings, host: Host, storage: Host) -> None:
+    hugging_face(host, storage, "o/r", {"a.safetensors": LORA}, token=SECRET)
+    assert "is private and needs HF_TOKEN" in refusal(places, "huggingface.co/o/r")
+    wrong = replace(places, hf_token=f"not-{SECRET}")
+    assert "the account of HF_TOKEN may not read it" in refusal(wrong, "huggingface.co/o/r")
+    assert fetch(replace(places, hf_token=SECRET), "huggingface.co/o/r") == LORA
+    assert all("Authorization" not in request.headers for request in storage.seen)
+
+
+def test_gated_repos(places: Settings, host: Host, storage: Host) -> None:
+    hugging_face(host, storage, "o/r", {"a.safetensors": LORA}, token=SECRET, gated=True)
+    said = refusal(places, "huggingface.co/o/r")
+    assert "accept its conditions at https://huggingface.co/o/r" in said
+    assert "HF_TOKEN" in said
+    assert fetch(replace(places, hf_token=SECRET), "huggingface.co/o/r") == LORA
+
+
+def test_a_revision_that_is_not_there(places: Settings, host: Host, storage: Host) -> None:
+    hugging_face(host, storage, "o/r", {"a.safetensors": LORA})
+    assert "no revision 'missing'" in refusal(places, "https://huggingface.co/o/r/tree/missing")
+
+
+def test_a_commit_is_looked_up_once_and_a_branch_each_time(places: Settings, host: Host, storage: Host) -> None:
+    hugging_face(host, storage, "o/r", {"a.safetensors": LORA}, commit="a" * 40)
+    for _ in range(2):
+        assert fetch(places, "huggingface.co/o/r") == LORA
+        assert fetch(places, f"https://huggingface.co/o/r/tree/{'a' * 40}") == LORA
+    assert len(host.asked(f"/api/models/o/r/revision/{'a' * 40}")) == 1
+    hugging_face(host, storage, "o/r", {"a.safetensors": OTHER}, commit="b" * 40)
+    assert fetch(places, "huggingface.co/o/r") == OTHER
+    assert fetch(places, f"https://huggingface.co/o/r/tree/{'a' * 40}") == LORA
+    assert len(host.asked("/api/models/o/r/revision/main")) == 3
+
+
+def test_a_file_that_is_not_what_its_host_states(places: Settings, host: Host, storage: Host) -> None:
+    hugging_face(host, storage, "o/r", {"a.safetensors": LORA})
+    storage.routes = dict.fromkeys(storage.routes, File(OTHER))
+    assert "arrived damaged" in refusal(places, "huggingface.co/o/r")
+    civitai(host, storage, 1, [{"id": 2, "baseModel": "Flux.1 D"}], {2: LORA}, "", page())
+    storage.routes = dict.fromkeys(storage.routes, File(OTHER))
+    assert "arrived damaged" in refusal(replace(places, civitai_token=""), "civitai.com/models/1")
+    hugging_face(host, storage, "o/r", {"a.safetensors": LORA})
+    assert fetch(places, "huggingface.co/o/r") == LORA
+
+
+def test_trigger_words_come_along(places: Settings, host: Host, storage: Host) -> None:
+    hugging_face(host, storage, "o/r", {"a.safetensors": LORA}, card={"instance_prompt": "a photo of TOK"})
+    civitai(
+        host,
+        storage,
+        1,
+        [{"id": 2, "baseModel": "Flux.1 D", "trainedWords": ["ohwx", " sks "]}],
+        {2: OTHER},
+        "",
+        page(),
+    )
+    labelled = make_lora(seed=5, **{"modelspec.trigger_phrase": "pixar style"})
+    replicate(host, storage, "owner/name", PACKED["tar"])
+    storage.routes["/a"] = File(labelled)
+    expected = {
+        "huggingface.co/o/r": ("a photo of TOK",),
+        "civitai.com/models/1": ("ohwx", "sks"),
+        storage.url("/a"): ("pixar style",),
+        "owner/name": ("TOK",),
+    }
+    for reference, words in expected.items():
+        for _ in range(2):
+            with WeightsCache(replace(places, civitai_token=""), QUICK).open(reference) as weights:
+                assert weights.trigger_words == words
+
+
+VERSIONS = [
+    {"id": 40, "baseModel": "SDXL 1.0", "publishedAt": "2026-05-01T00:00:00Z"},
+    {"id": 30, "baseModel": "Flux.1 D", "publishedAt": "2026-03-01T00:00:00Z"},
+    {"id": 35, "baseModel": "Flux.1 S", "publishedAt": "2026-04-01T00:00:00Z"},
+    {"id": 50, "baseModel": "Flux.1 D", "publishedAt": "2026-06-01T00:00:00Z", "files": []},
+]
+
+
+CONTENTS = {number: make_lora(seed=number) for number in (30, 35, 40, 50)}
+
+
+@pytest.mark.parametrize(
+    ("reference", "version"),
+    [
+        ("civitai.com/models/7", 35),
+        ("https://civitai.red/models/7/some-name", 35),
+        ("https://civitai.com/models/7?modelVersionId=30", 30),
+        ("https://civitai.com/api/download/models/30", 30),
+        ("https://civitai.com/api/download/models/40?type=Model&format=SafeTensor", 40),
+        ("urn:air:flux1:lora:civitai:7", 35),
+        ("urn:air:flux1:lora:civitai:7@30", 30),
+    ],
+)
+def test_civitai_in_all_its_forms(
+    places: Settings, host: Host, storage: Host, reference: str, version: int, capfd: pytest.CaptureFixture
+) -> None:
+    civitai(host, storage, 7, VERSIONS, CONTENTS, SECRET, status(401))
+    for _ in range(2):
+        assert fetch(replace(places, civitai_token=SECRET), reference) == CONTENTS[version]
+    assert len(storage.seen) == 1
+    assert (
+        f"version {version}, for {next(v['baseModel'] for v in VERSIONS if v['id'] == version)}"
+        in capfd.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("denied", [status(401), status(403), redirect("/login"), page()])
+def test_civitai_without_a_token(places: Settings, host: Host, storage: Host, denied: Callable) -> None:
+    host.routes["/login"] = page()
+    civitai(host, storage, 7, VERSIONS, CONTENTS, SECRET, denied)
+    assert "it needs CIVITAI_API_TOKEN" in refusal(places, "civitai.com/models/7")
+    wrong = replace(places, civitai_token=f"not-{SECRET}")
+    assert "the token is not accepted" in refusal(wrong, "civitai.com/models/7")
+    assert fetch(places, f"https://civitai.com/api/download/models/30?token={SECRET}") == CONTENTS[30]
+
+
+def test_what_civitai_does_not_have(places: Settings, host: Host, storage: Host) -> None:
+    civitai(host, storage, 7, VERSIONS[:1], CONTENTS, "", page())
+    assert "it is for SDXL 1.0" in refusal(places, "civitai.com/models/7")
+    assert "no such model" in refusal(places, "civitai.com/models/8")
+    assert "no such version" in refusal(places, "civitai.com/models/8?modelVersionId=9")
+    host.routes["/api/v1/models/9"] = page()
+    assert "something else than an answer" in refusal(places, "civitai.com/models/9")
+    for answer in ([], {}, {"modelVersions": None}, {"modelVersions": [{}]}, {"modelVersions": [{"files": 3}]}):
+        host.routes["/api/v1/models/9"] = in_json(answer)
+        assert "civitai.com/models/9" in refusal(places, "civitai.com/models/9")
+
+
+def test_what_others_named_cannot_pretend_to_be_something_else_in_the_log(
+    places: Settings, host: Host, storage: Host, capfd: pytest.CaptureFixture
+) -> None:
+    """Clients take the last line that looks like a progress bar for one."""
+    bar = "x\n100%|####| 28/28 \x1b[2J\u202e"
+    versions = [{"id": 2, "baseModel": f"Flux.1 {bar}", "trainedWords": [bar, "\ud800"]}]
+    civitai(host, storage, 1, versions, {2: LORA}, "", page())
+    hugging_face(host, storage, "o/r", {f"{bar}.safetensors": OTHER}, card={"instance_prompt": bar})
+    storage.routes["/tar"] = File(make_tar({f"{bar}/a.safetensors": make_lora(seed=5), f"{bar}/config.yaml": b""}))
+    storage.routes["/two"] = File(make_tar({f"{bar}/a.safetensors": LORA, f"{bar}/b.safetensors": OTHER}))
+    for reference in ("civitai.com/models/1", "huggingface.co/o/r", storage.url("/tar")):
+        with WeightsCache(replace(places, civitai_token=""), QUICK).open(reference) as weights:
+            print(*weights.trigger_words, weights.name)
+    print(refusal(places, storage.url("/two")))
+    printed = "".join(capfd.readouterr())
+    assert "28/28" in printed
+    assert all(line.isprintable() and not line.startswith("100%") for line in printed.split("\n"))
+
+
+def test_hugging_face_and_civitai_are_asked_again_too(places: Settings, host: Host, storage: Host) -> None:
+    hugging_face(host, storage, "o/r", {"a.safetensors": LORA})
+    civitai(host, storage, 1, [{"id": 2, "baseModel": "Flux.1 D"}], {2: OTHER}, "", page())
+    for path in ("/api/models/o/r/revision/main", "/api/v1/models/1"):
+        host.routes[path] = in_turn(status(503), status(429, {"Retry-After": "0"}), host.routes[path])
+    assert fetch(places, "huggingface.co/o/r") == LORA
+    assert fetch(replace(places, civitai_token=""), "civitai.com/models/1") == OTHER
+    host.routes["/api/models/o/x/revision/main"] = status(500)
+    assert "answered 500; try again later" in refusal(places, "huggingface.co/o/x")

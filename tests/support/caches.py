@@ -1,0 +1,17 @@
+"""A cache of LoRAs after a test: what may be in it, and what may not."""
+
+import hashlib
+from pathlib import Path
+
+SECRET = "s3cr3t"
+MIB = 1024**2
+DISK = 24 * MIB
+
+
+def check_cache(cache: Path, *, after_kill: bool = False) -> None:
+    for file in cache.glob("loras/*"):
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem
+    if not after_kill:
+        assert list(cache.glob("incoming/*")) == []
+    for record in cache.glob("references/*"):
+        assert SECRET.encode() not in record.read_bytes()

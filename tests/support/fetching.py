@@ -1,0 +1,105 @@
+"""LoRAs in every packing, and what comes of fetching them: the content, or the sentence of a refusal."""
+
+import gzip
+import hashlib
+import io
+import multiprocessing
+import tarfile
+import time
+import zipfile
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from settings import Settings
+from sources.client import Patience
+from tests.support.caches import MIB, SECRET
+from weights import WeightsCache
+
+# Hosts on loopback answer at once, or never.
+QUICK = Patience(connect=2, stall=0.6, pauses=(0.02, 0.04), longest_pause=1.5)
+VERSION = "0123456789abcdef" * 4
+
+
+def make_lora(size: int = 20_000, seed: int = 0, **metadata: str) -> bytes:
+    """A .safetensors file of about that many bytes."""
+    values = np.random.default_rng(seed).integers(0, 256, max(size, 64), dtype=np.uint8)
+    return save({"lora.down": values[: size // 2], "lora.up": values[size // 2 :]}, metadata or None)
+
+
+LORA, OTHER = make_lora(seed=1), make_lora(seed=2)
+LARGE = make_lora(20 * MIB, seed=3)
+
+
+def fetch(settings: Settings, reference: str, patience: Patience = QUICK) -> bytes:
+    with WeightsCache(settings, patience).open(reference) as weights:
+        content = weights.path.read_bytes()
+        assert hashlib.sha256(content).hexdigest() == weights.sha256
+        assert SECRET not in f"{weights.name} {weights.path}"
+        return content
+
+
+def refusal(settings: Settings, reference: str, patience: Patience = QUICK) -> str:
+    """The sentence that a reference gets."""
+    with pytest.raises(ValueError, match=r"\.$") as caught, WeightsCache(settings, patience).open(reference):
+        pass
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert SECRET not in sentence
+    assert str(settings.cache_dir) not in sentence
+    return sentence
+
+
+def make_tar(members: dict[str, bytes], mode: str = "w") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def make_zip(members: dict[str, bytes], packing: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", packing) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def nested(content: bytes) -> bytes:
+    return make_tar({"lora.safetensors": content})
+
+
+TRAINED = {
+    "output/flux_train_replicate/config.yaml": b"config:\n  process:\n  - type: sd_trainer\n    trigger_word: 'TOK'\n",
+    "output/flux_train_replicate/captions/a.txt": b"a photo of TOK",
+    "output/flux_train_replicate/lora.safetensors": LORA,
+    "output/flux_train_replicate/optimizer.safetensors": OTHER,
+}
+
+
+PACKED = {
+    "tar": make_tar(TRAINED),
+    "the other layout": make_tar({"flux-lora/flux-lora.safetensors": LORA}),
+    "tar.gz": make_tar(TRAINED, "w:gz"),
+    "zip": make_zip(TRAINED),
+    "gz": gzip.compress(LORA),
+    "raw": LORA,
+}
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.005)
+
+
+def start(*arguments: object, target: Callable = fetch) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    process.start()
+    return process
