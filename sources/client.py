@@ -80,7 +80,7 @@ class UnavailableError(ValueError):
 
 
 class StoppedError(Exception):
-    """Whoever wanted the download does not want it any more."""
+    """The caller has given up and waits for nothing any more."""
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
@@ -152,9 +152,9 @@ class Client:
             ssl_context=_tls(),
             timeout=urllib3.Timeout(connect=patience.connect, read=patience.stall),
         )
-        pools = {"http": _HTTPPool, "https": _HTTPSPool}
         self._pool.pool_classes_by_scheme = {
-            scheme: functools.partial(pool, client=self) for scheme, pool in pools.items()
+            "http": functools.partial(_HTTPPool, client=self),
+            "https": functools.partial(_HTTPSPool, client=self),
         }
 
     def run(self, work: Callable[[], T]) -> T:

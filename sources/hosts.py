@@ -211,9 +211,8 @@ def _resolve_civitai(reference: Civitai, settings: Settings, client: Client, has
         version = _newest_for_flux(answer["modelVersions"], reference) if reference.version is None else answer
         file = _choose_file(version["files"], reference)
         download = urlsplit(file.get("downloadUrl") or f"/api/download/models/{version['id']}")
-        print(
-            printable(f"{reference.name}: {file['name']} of version {version['id']}, for {version.get('baseModel')}.")
-        )
+        base = version.get("baseModel")
+        print(printable(f"{reference.name}: {file['name']} of version {version['id']}, for {base}."))
         sha256 = str((file.get("hashes") or {}).get("SHA256", "")).lower()
         return Source(
             reference.name,
