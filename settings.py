@@ -1,4 +1,4 @@
-"""Every environment variable that flux-sprites reads, its default and its reason.
+"""Every environment variable that the predictor reads, its default and its reason; the cluster's are in its settings.
 
 COG_WEIGHTS, the main LoRA of requests that name none, is not here: Cog hands it to `Predictor.setup` as `weights`.
 This module knows names and defaults; it opens no file and imports no torch.
@@ -6,7 +6,7 @@ This module knows names and defaults; it opens no file and imports no torch.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 ROOT = Path(__file__).parent
@@ -121,25 +121,3 @@ class Settings:
         shown = {name: "set" if name.endswith("_token") and value else value for name, value in shown.items()}
         text = f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
         return text.replace(f"{ROOT}{os.sep}", "")
-
-
-@dataclass(frozen=True)
-class ClusterSettings:
-    """What the cluster's fronts read of the environment; as above, the comment gives the variable and its reason."""
-
-    # DATABASE_URL: predictions; SQLite for the fronts of one machine, postgresql://… for those of several.
-    database_url: str = field(repr=False)
-    # FILES_URL: uploads and outputs; a directory, or what fsspec opens, such as s3://…, that all fronts see alike.
-    files_url: str
-    # API_TOKENS: who may ask, with commas between; without any, the cluster answers on loopback alone.
-    api_tokens: frozenset[str] = field(repr=False)
-
-    @classmethod
-    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "ClusterSettings":
-        """Read the variables; an empty one counts as unset."""
-        data = ROOT / "cluster-data"
-        return cls(
-            database_url=environ.get("DATABASE_URL", "").strip() or f"sqlite:///{data / 'predictions.db'}",
-            files_url=environ.get("FILES_URL", "").strip() or str(data / "files"),
-            api_tokens=frozenset(filter(None, map(str.strip, environ.get("API_TOKENS", "").split(",")))),
-        )

@@ -375,7 +375,7 @@ def measure_database() -> dict[str, Any]:
         async with Predictions(url) as known:
 
             async def one(i: int) -> None:
-                made = Prediction(id=f"rate-{i}", owner="front", created_at=now(), request={}, input={}, api="cog")
+                made = Prediction(f"rate-{i}", "front", now(), secret_input={}, shown_input={}, api="cog")
                 await known.create(made)
                 await known.record(made, status="processing", logs="1%")
                 await known.finish(made, [], status="succeeded", completed_at=now())

@@ -1,203 +1,131 @@
-"""Cog's HTTP contract at the front of the cluster: what one coglet answers, the cluster answers.
+"""Cog's HTTP contract: what one coglet answers, the cluster answers.
 
 It differs where a cluster must: a request waits where a busy coglet refuses it with 409, an id is remembered after its
-prediction has ended, `/shutdown` is nobody's to call, and nothing shows a token. This module knows Cog's HTTP and its
-validation; how a prediction comes to run, it asks of the front.
+prediction has ended, there is no `/shutdown`, and no answer shows a token. The dispatcher runs predictions.
 """
 
-import base64
-import copy
+import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote
 
-import jsonschema_rs
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from cluster.predictions import Prediction, content_type, now, redact
+from cluster.api_common import InputSchema, Refused, answer, new_prediction, read_body
+from cluster.dispatcher import Dispatcher
+from cluster.forms import Forms
+from cluster.predictions import Prediction
+from cluster.webhooks import EVENTS
 
-if TYPE_CHECKING:
-    from cluster.front import Front
-
-EVENTS = ("start", "output", "logs", "completed")
-MAX_BODY_BYTES = 100 * 1024**2
 UNREADABLE = "Failed to deserialize the JSON body into the target type: "
+DISCOVERY = {
+    "cog_version": version("cog"),
+    "docs_url": "/docs",
+    "healthcheck_url": "/health-check",
+    "openapi_url": "/openapi.json",
+    "predictions_cancel_url": "/predictions/{prediction_id}/cancel",
+    "predictions_idempotent_url": "/predictions/{prediction_id}",
+    "predictions_url": "/predictions",
+}
 
 
-class Refused(Exception):  # noqa: N818 (an answer, not an accident)
-    """A request that is answered at once.
+@dataclass(frozen=True)
+class CogApi:
+    """Cog's endpoints."""
 
-    Args:
-        status: of HTTP.
-        body: text, or what becomes JSON.
-    """
+    dispatcher: Dispatcher
+    forms: Forms
+    schema: InputSchema
+    # What `GET /health-check` says.
+    health: Callable[[], Awaitable[dict[str, Any]]]
 
-    def __init__(self, status: int, body: object, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(body)
-        self.status, self.body, self.headers = status, body, dict(headers or {})
+    def routes(self) -> list[BaseRoute]:
+        """Which endpoint answers where."""
+        return [
+            Route("/", self._discover),
+            Route("/health-check", self._health),
+            Route("/openapi.json", self._schema),
+            Route("/predictions", self._create, methods=["POST"]),
+            Route("/predictions/{prediction_id}", self._create_idempotent, methods=["PUT"]),
+            Route("/predictions/{prediction_id}/cancel", self._cancel, methods=["POST"]),
+        ]
 
-    def response(self) -> Response:
-        """As HTTP."""
-        if isinstance(self.body, str):
-            return PlainTextResponse(self.body, self.status, self.headers)
-        return answer(self.body, self.status, self.headers)
+    async def _discover(self, _: Request) -> Response:
+        return answer(DISCOVERY)
 
+    async def _health(self, _: Request) -> Response:
+        return answer(await self.health(), sort=False)
 
-class InputSchema:
-    """What Cog validates inputs by: the `Input` of its OpenAPI document, through the library that coglet has inside."""
+    async def _schema(self, _: Request) -> Response:
+        return answer(self.schema.document)
 
-    def __init__(self, document: dict[str, Any]) -> None:
-        self.document = document
-        schemas = document["components"]["schemas"]
-        self.required = schemas["Input"].get("required", [])
-        self.validator = jsonschema_rs.validator_for(_inlined(schemas["Input"], schemas))
-
-    def problems(self, value: Any) -> list[dict[str, Any]]:  # noqa: ANN401 (JSON)
-        """What is wrong with an input, in pydantic's form; empty where nothing is."""
-        problems: list[dict[str, Any]] = []
-        absent = [name for name in self.required if isinstance(value, dict) and name not in value]
-        for error in self.validator.iter_errors(value):
-            if "is a required property" in error.message:
-                while absent:
-                    problems.append(_problem(absent.pop(0), "Field required", "value_error.missing"))
-                continue
-            place = "/".join(map(str, error.instance_path)) or "__root__"
-            problems.append(_problem(place, error.message, "value_error"))
-        return problems
-
-
-def routes(front: "Front") -> list[BaseRoute]:
-    """Cog's endpoints over a front."""
-
-    async def discover(_: Request) -> Response:
-        return answer(
-            {
-                "cog_version": version("cog"),
-                "docs_url": "/docs",
-                "healthcheck_url": "/health-check",
-                "openapi_url": "/openapi.json",
-                "predictions_cancel_url": "/predictions/{prediction_id}/cancel",
-                "predictions_idempotent_url": "/predictions/{prediction_id}",
-                "predictions_url": "/predictions",
-            }
-        )
-
-    async def health(_: Request) -> Response:
-        return answer(await front.health(), ordered=False)
-
-    async def schema(_: Request) -> Response:
-        return answer(front.schema.document)
-
-    async def create(request: Request) -> Response:
+    async def _create(self, request: Request) -> Response:
         body = await _read(request)
-        return await _run(front, request, body, body.get("id") or front.new_id())
+        return await self._run(request, body, body.get("id"))
 
-    async def create_idempotent(request: Request) -> Response:
+    async def _create_idempotent(self, request: Request) -> Response:
         body = await _read(request)
         prediction_id = unquote(request.path_params["prediction_id"])
         if body.get("id") not in (None, prediction_id):
             message = "prediction ID must match the ID supplied in the URL"
             raise Refused(422, {"detail": [{"loc": ["body", "id"], "msg": message, "type": "value_error"}]})
         # A known id is answered before its input is looked at, as by coglet.
-        if known := await front.predictions.get(prediction_id):
-            return await _show_known(front, known)
-        return await _run(front, request, body, prediction_id)
+        if known := await self.dispatcher.predictions.get(prediction_id):
+            return await self._show_known(known)
+        return await self._run(request, body, prediction_id)
 
-    async def cancel(request: Request) -> Response:
-        found = await front.cancel(unquote(request.path_params["prediction_id"]))
+    async def _cancel(self, request: Request) -> Response:
+        found = await self.dispatcher.cancel(unquote(request.path_params["prediction_id"]))
         return answer({}, 200 if found else 404)
 
-    return [
-        Route("/", discover),
-        Route("/health-check", health),
-        Route("/openapi.json", schema),
-        Route("/predictions", create, methods=["POST"]),
-        Route("/predictions/{prediction_id}", create_idempotent, methods=["PUT"]),
-        Route("/predictions/{prediction_id}/cancel", cancel, methods=["POST"]),
-    ]
+    async def _run(self, request: Request, body: dict[str, Any], prediction_id: str | None) -> Response:
+        if "text/event-stream" in request.headers.get("accept", ""):
+            message = "This model does not support streaming responses. Add @cog.streaming to predict() to enable SSE."
+            raise Refused(406, {"error": message})
+        inputs = {} if body.get("input") is None else body["input"]
+        if problems := self.schema.problems(inputs):
+            raise Refused(422, {"detail": problems})
+        hook = {"webhook": body.get("webhook"), "webhook_events": body.get("webhook_events_filter", list(EVENTS))}
+        prediction = new_prediction(self.dispatcher.front, inputs, "cog", prediction_id, **hook)
+        known, created = await self.dispatcher.accept(prediction)
+        if not created:
+            return await self._show_known(known)
+        if request.headers.get("prefer") == "respond-async":
+            return answer({"id": prediction.id, "status": "starting"}, 202)
+        return answer(await self._final(await self._ended_or_left(prediction, request)))
 
+    async def _ended_or_left(self, prediction: Prediction, request: Request) -> Prediction:
+        """Wait for the end of a prediction; it is cancelled when the client goes, as by coglet."""
 
-def answer(
-    body: object, status: int = 200, headers: Mapping[str, str] | None = None, *, ordered: bool = True
-) -> Response:
-    """JSON as coglet writes it: compact, keys in order."""
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), sort_keys=ordered)
-    return Response(text, status, {"content-type": "application/json", **(headers or {})})
+        async def watch() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            await self.dispatcher.cancel(prediction.id)
 
+        watching = asyncio.create_task(watch())
+        try:
+            return await self.dispatcher.ended(prediction)
+        finally:
+            watching.cancel()
 
-async def show(front: "Front", prediction: Prediction) -> dict[str, Any]:
-    """A prediction as Cog's webhooks and answers show it: files inside, as data URIs."""
-    body = {"id": prediction.id, "logs": prediction.logs, "metrics": prediction.metrics, "status": prediction.status}
-    if prediction.output is not None:
-        body["output"] = await _inside(front, prediction.output)
-    if prediction.error is not None:
-        body["error"] = prediction.error
-    return body
+    async def _show_known(self, prediction: Prediction) -> Response:
+        if prediction.finished:
+            return answer(await self._final(prediction))
+        return answer({**await self.forms.cog(prediction), "input": prediction.shown_input}, 202)
 
-
-async def _run(front: "Front", request: Request, body: dict[str, Any], prediction_id: str) -> Response:
-    if "text/event-stream" in request.headers.get("accept", ""):
-        message = "This model does not support streaming responses. Add @cog.streaming to predict() to enable SSE."
-        raise Refused(406, {"error": message})
-    value = {} if body.get("input") is None else body["input"]
-    if problems := front.schema.problems(value):
-        raise Refused(422, {"detail": problems})
-    prediction = Prediction(
-        id=prediction_id,
-        owner=front.id,
-        created_at=now(),
-        request=value,
-        input=redact(value),
-        api="cog",
-        webhook=body.get("webhook"),
-        webhook_events=body.get("webhook_events_filter", list(EVENTS)),
-    )
-    known, created = await front.accept(prediction)
-    if not created:
-        return await _show_known(front, known)
-    if request.headers.get("prefer") == "respond-async":
-        return answer({"id": prediction_id, "status": "starting"}, 202)
-    ended = await front.ended_or_left(prediction, request)
-    return answer(await _final(front, ended))
-
-
-async def _show_known(front: "Front", prediction: Prediction) -> Response:
-    if prediction.finished:
-        return answer(await _final(front, prediction))
-    return answer({**await show(front, prediction), "input": prediction.input}, 202)
-
-
-async def _final(front: "Front", prediction: Prediction) -> dict[str, Any]:
-    """The answer to a synchronous request; coglet leaves the logs out of it where there is no output."""
-    body = await show(front, prediction)
-    return body if prediction.status == "succeeded" else {**body, "logs": ""}
-
-
-async def _inside(front: "Front", output: Any) -> Any:  # noqa: ANN401 (JSON)
-    if isinstance(output, list):
-        return [await _inside(front, item) for item in output]
-    if isinstance(output, dict):
-        return {key: await _inside(front, item) for key, item in output.items()}
-    if not (isinstance(output, str) and output.startswith("/files/")):
-        return output
-    _, _, file_id, name = output.split("/")
-    try:
-        content = base64.b64encode(await front.files.read(file_id)).decode()
-    except FileNotFoundError:
-        return None  # it has expired
-    return f"data:{content_type(name)};base64,{content}"
+    async def _final(self, prediction: Prediction) -> dict[str, Any]:
+        """The answer to a synchronous request; coglet leaves the logs out of it where there is no output."""
+        body = await self.forms.cog(prediction)
+        return body if prediction.status == "succeeded" else {**body, "logs": ""}
 
 
 async def _read(request: Request) -> dict[str, Any]:
-    """The body as coglet reads it.
-
-    Raises:
-        Refused: it is too large, is no JSON, or has fields of other types.
-    """
+    """The body as coglet reads it; Refused where it is too large, is no JSON, or has fields of other types."""
     content = await read_body(request)
     kind = request.headers.get("content-type")
     if kind is None and not content:
@@ -224,48 +152,8 @@ async def _read(request: Request) -> dict[str, Any]:
     return body
 
 
-async def read_body(request: Request) -> bytes:
-    """The body, up to what Cog takes.
-
-    Raises:
-        Refused: it is larger.
-    """
-    content = bytearray()
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > MAX_BODY_BYTES:
-            raise Refused(413, "Failed to buffer the request body: length limit exceeded")
-    return bytes(content)
-
-
 def _kind(value: object) -> str:
     """A JSON value as Rust's serde names it."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return f"boolean `{str(value).lower()}`"
-        case int():
-            return f"integer `{value}`"
-        case float():
-            return f"floating point `{value}`"
-        case str():
-            return f"string {json.dumps(value)}"
-        case list():
-            return "sequence"
-    return "map"
-
-
-def _problem(field: str, message: str, kind: str) -> dict[str, Any]:
-    return {"loc": ["body", "input", field], "msg": message, "type": kind}
-
-
-def _inlined(schema: Any, schemas: dict[str, Any]) -> Any:  # noqa: ANN401 (JSON)
-    """A schema that stands alone, without references into its document."""
-    if isinstance(schema, list):
-        return [_inlined(item, schemas) for item in schema]
-    if not isinstance(schema, dict):
-        return copy.copy(schema)
-    if reference := schema.get("$ref"):
-        return _inlined(schemas[reference.removeprefix("#/components/schemas/")], schemas)
-    return {key: _inlined(value, schemas) for key, value in schema.items()}
+    text = json.dumps(value)
+    names = {bool: f"boolean `{text}`", int: f"integer `{text}`", float: f"floating point `{value}`"}
+    return {**names, str: f"string {text}", list: "sequence", dict: "map", type(None): "null"}[type(value)]

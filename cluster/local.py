@@ -1,7 +1,7 @@
 """The cluster on this machine: Ray's nodes as processes here, bound to loopback, stopped with all that they started.
 
-`script/cluster`, the tests and the benchmark run it. This module knows how Ray starts; the application that runs on it
-is in `cluster`.
+`script/cluster`, the tests and the benchmark run it. This module knows how Ray starts; what runs on it is in
+`cluster.application`.
 """
 
 import argparse
@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cluster.settings import ClusterSettings
 from local_cog.server import LOOPBACK, exit_on_signals, free_port, listen
-from settings import ROOT, ClusterSettings
+from settings import ROOT
 
 # Of Serve: no thread of their own for a front's or a worker's code and for finding a worker, since none of it blocks
 # (milliseconds for each request); and a short pause before a busy worker is asked again (idle GPUs otherwise). Serve's
@@ -32,10 +33,10 @@ OBJECT_STORE_BYTES = 100 * 1024**2
 
 
 def environment() -> dict[str, str]:
-    """What a process needs that is to start Ray here, or to join it."""
+    """The variables of a process that starts Ray here, or joins it."""
     return {
         **RAY,
-        # Who finds Ray's ports must know a token.
+        # Ray's ports require a token.
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
         # Ray's name for taking this machine's address to be loopback, whatever other addresses it has.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -45,7 +46,7 @@ def environment() -> dict[str, str]:
 
 
 def descendants(ancestor: int) -> list[int]:
-    """The processes that it started, and those that these started."""
+    """The processes that one has started, and those that these have started."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -90,7 +91,9 @@ def main() -> None:
 
 def _start(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     """Start the nodes and the application on them."""
-    gpus, project = _gpus(), str(options.project.resolve())
+    import torch  # heavy, and nothing else here needs it
+
+    gpus, project = torch.cuda.device_count(), str(options.project.resolve())
     # Ray's processes look for modules first where this one is: a caller's own settings.py must not win.
     os.chdir(ROOT)
     os.environ.update(environment())
@@ -100,9 +103,9 @@ def _start(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     from ray import serve
     from ray.cluster_utils import Cluster
 
-    from cluster.front import APPLICATION, Arguments, application
+    from cluster.application import APPLICATION, Arguments, application
 
-    # Each node could hold all: where they are is Ray's choice, and what a dead node held must fit on another.
+    # Each node has room for all: what a dead node held must fit on another.
     node = {
         "node_ip_address": LOOPBACK,
         "num_cpus": options.workers + options.fronts,
@@ -117,16 +120,8 @@ def _start(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
         nodes.add_node(**node | {"num_gpus": 0})
     ray.init(nodes.address, logging_level="WARNING")
     stack.callback(ray.shutdown)
-    arguments = Arguments(
-        project=project,
-        workers=options.workers,
-        gpus_per_worker=1 if gpus else 0,
-        fronts=options.fronts,
-        host=str(options.host),
-        port=options.port,
-        queue=options.queue,
-        affinity=options.affinity,
-    )
+    named = {"project": project, "host": str(options.host), "gpus_per_worker": 1 if gpus else 0}
+    arguments = Arguments(**vars(options) | named)
     serve.start(proxy_location="Disabled")
     serve.run(application(arguments), name=APPLICATION, route_prefix=None)
     print(f"Metrics: http://{LOOPBACK}:{metrics_port}/metrics")
@@ -141,12 +136,6 @@ def _stop(nodes: Any) -> None:  # noqa: ANN401 (Ray's, which is not imported yet
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-
-
-def _gpus() -> int:
-    import torch  # heavy, and nothing else here needs it
-
-    return torch.cuda.device_count()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ UPDATE = """
 import json, sys
 import ray
 from ray import serve
-from cluster.front import APPLICATION, Arguments, application
+from cluster.application import APPLICATION, Arguments, application
 ray.init(sys.argv[1])
 serve.run(application(Arguments(**json.loads(sys.argv[2]))), name=APPLICATION, route_prefix=None)
 """

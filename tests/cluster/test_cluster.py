@@ -101,7 +101,7 @@ async def leave_predictions(database: str) -> None:
         await known.beat("dead")
         for name in ("waiting", "running", "unwanted"):
             inputs = {"prompt": name}
-            made = Prediction(f"left-{name}", "dead", now(), request=inputs, input=inputs, api="cog")
+            made = Prediction(f"left-{name}", "dead", now(), secret_input=inputs, shown_input=inputs, api="cog")
             await known.create(made)
         await known.record(Prediction("left-running", "dead", now(), {}, {}, "cog"), status="processing", logs="a half")
         await known.cancel("left-unwanted")

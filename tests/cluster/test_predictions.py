@@ -12,7 +12,9 @@ pytest.importorskip("sqlalchemy", reason="the cluster needs cluster/requirements
 from sqlalchemy import event
 
 from cluster import predictions
-from cluster.predictions import Files, Prediction, Predictions, now, redact, scrub
+from cluster.files import Files
+from cluster.predictions import Prediction, Predictions, now
+from cluster.privacy import redact_input, redact_text
 from harness.postgres import Postgres, find_programs
 
 
@@ -50,20 +52,18 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Database:
 
 def made(name: str, owner: str = "front-1", **fields: object) -> Prediction:
     inputs = {"prompt": name}
-    return Prediction(
-        **{"id": name, "owner": owner, "created_at": now(), "request": inputs, "input": inputs, "api": "replicate"}
-        | fields
-    )
+    given = {"id": name, "owner": owner, "created_at": now(), "secret_input": inputs, "shown_input": inputs}
+    return Prediction(**given | {"api": "replicate"} | fields)
 
 
 def test_an_id_is_taken_once(database: Database) -> None:
     async def story() -> None:
         async with database() as known:
-            first, other = made("one"), made("one", request={"prompt": "other"})
+            first, other = made("one"), made("one", secret_input={"prompt": "other"})
             assert await known.create(first) == (first, True)
             assert (await known.create(first))[1]  # the same one again, as after a broken connection
             found, created = await known.create(other)
-            assert (created, found.request) == (False, first.request)
+            assert (created, found.secret_input) == (False, first.secret_input)
 
     asyncio.run(story())
 
@@ -82,7 +82,7 @@ def test_a_prediction_ends_once_whoever_tries(database: Database) -> None:
             assert won.count(True) == 1
             (_, end) = ends[won.index(True)]
             kept = await known.get("one")
-            assert (kept.status, kept.completed_at, kept.request) == (end["status"], end["completed_at"], None)
+            assert (kept.status, kept.completed_at, kept.secret_input) == (end["status"], end["completed_at"], None)
             assert await known.finish(prediction, [], **end)  # the same one again, as after a broken connection
             assert not await known.record(prediction, logs="too late")
             assert not await known.cancel("one")
@@ -271,11 +271,11 @@ def test_a_file_outside_of_the_folder_is_not_read(tmp_path: Path) -> None:
     ],
 )
 def test_an_input_is_shown_without_what_gives_access(value: object, shown: object) -> None:
-    assert redact(value) == shown
+    assert redact_input(value) == shown
 
 
 def test_a_file_is_shown_by_its_hash() -> None:
-    first, second = redact("data:image/png;base64,aGVsbG8="), redact("data:image/png;base64,aGVsbG9=")
+    first, second = redact_input("data:image/png;base64,aGVsbG8="), redact_input("data:image/png;base64,aGVsbG9=")
     assert first.startswith("data:image/png;base64,sha256-")
     assert "aGVsbG8" not in first
     assert first != second
@@ -283,4 +283,7 @@ def test_a_file_is_shown_by_its_hash() -> None:
 
 def test_a_log_does_not_repeat_the_query_of_an_input() -> None:
     request = {"image": "https://host/a.png?token=s3cret", "prompt": "a"}
-    assert scrub("Max retries with url: /a.png?token=s3cret (host)", request) == "Max retries with url: /a.png (host)"
+    assert (
+        redact_text("Max retries with url: /a.png?token=s3cret (host)", request)
+        == "Max retries with url: /a.png (host)"
+    )

@@ -1,0 +1,77 @@
+"""The two forms in which clients see a prediction: Cog's and Replicate's.
+
+This module knows JSON; it knows nothing of HTTP and of how a prediction runs.
+"""
+
+import hmac
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.files import Files
+from cluster.predictions import Prediction
+
+
+@dataclass(frozen=True)
+class Forms:
+    """Shows predictions."""
+
+    files: Files
+    # All fronts share it; the address of a stream is derived from it, so that nobody can guess one.
+    secret: str
+
+    async def show(self, prediction: Prediction) -> dict[str, Any]:
+        """In the form of the API through which it came."""
+        return self.replicate(prediction) if prediction.api == "replicate" else await self.cog(prediction)
+
+    async def cog(self, prediction: Prediction) -> dict[str, Any]:
+        """As Cog's webhooks and answers show it: files inside, as data URIs."""
+        body = {key: getattr(prediction, key) for key in ("id", "logs", "metrics", "status")}
+        if prediction.output is not None:
+            body["output"] = await self.files.inline_output(prediction.output)
+        if prediction.error is not None:
+            body["error"] = prediction.error
+        return body
+
+    def replicate(self, prediction: Prediction) -> dict[str, Any]:
+        """As Replicate shows it: the output points to files of the front."""
+        base = prediction.base_url
+        address = f"{base}/v1/predictions/{prediction.id}"
+        return {
+            "id": prediction.id,
+            "model": prediction.model,
+            "version": prediction.version,
+            "input": prediction.shown_input,
+            "logs": lines(prediction.logs),
+            "output": absolute(prediction.output, base),
+            "error": prediction.error,
+            "status": prediction.status,
+            "created_at": prediction.created_at,
+            "started_at": prediction.started_at,
+            "completed_at": prediction.completed_at,
+            "data_removed": False,
+            "metrics": prediction.metrics,
+            "source": "api",
+            "urls": {
+                "get": address,
+                "cancel": f"{address}/cancel",
+                "stream": f"{base}/v1/files/{prediction.id}/stream/{self.stream_key(prediction.id)}",
+            },
+        }
+
+    def stream_key(self, prediction_id: str) -> str:
+        """The part of a stream's address that cannot be guessed."""
+        return hmac.digest(self.secret.encode(), f"stream {prediction_id}".encode(), "sha256").hex()[:32]
+
+
+def lines(logs: str) -> str:
+    """Logs with every state of a progress bar on a line of its own: clients look for the last line that is one."""
+    return logs.replace("\r", "\n")
+
+
+def absolute(output: Any, base: str) -> Any:  # noqa: ANN401 (JSON)
+    """An output whose paths of the front have become URLs."""
+    if isinstance(output, list):
+        return [absolute(item, base) for item in output]
+    if isinstance(output, dict):
+        return {key: absolute(item, base) for key, item in output.items()}
+    return base + output if isinstance(output, str) and output.startswith("/files/") else output

@@ -1,0 +1,198 @@
+"""A worker: the unchanged predictor in a Cog server of its own, on one GPU.
+
+It hands Cog one prediction at a time and passes on what Cog tells of it. When its Cog server cannot go on, the worker
+ends, and Serve starts another. This module knows Cog's HTTP and weaknesses; it knows nothing of clients.
+"""
+
+import asyncio
+import itertools
+import logging
+import os
+import secrets
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+from aiohttp import web
+from ray import serve
+from ray.serve import metrics
+
+from cluster.predictions import UNFINISHED
+from cluster.replica import DRAIN_SECONDS, LOGGING, listen_on_this_node_only
+from local_cog.server import LOOPBACK, CogServer
+
+logger = logging.getLogger("ray.serve")
+
+# coglet 0.23 can hang when a prediction is cancelled in its first milliseconds: wait before cancelling.
+CANCEL_SECONDS = 0.05
+# The webhooks that a worker gets from Cog. The output comes with the end: its own event would send pictures twice.
+HEARD = ["start", "logs", "completed"]
+# Where Debian keeps the certificates of authorities, and all of them in one file.
+AUTHORITIES = Path("/etc/ssl/certs")
+AUTHORITIES_FILE = AUTHORITIES / "ca-certificates.crt"
+# How many LoRAs a worker is taken to hold when requests are led to it.
+LORAS_HELD = 16
+
+
+@serve.deployment(
+    max_ongoing_requests=1,  # as the predictor has it
+    max_queued_requests=-1,  # the fronts bound what they accept, and what was accepted may wait
+    graceful_shutdown_timeout_s=DRAIN_SECONDS,
+    health_check_period_s=5,
+    logging_config=LOGGING,
+)
+class CogWorker:
+    """One GPU: the predictor in a Cog server of its own, reached over loopback."""
+
+    async def __init__(self, project: str) -> None:
+        listen_on_this_node_only()
+        self.server = CogServer(Path(project), environment=_authorities()).__enter__()
+        self.keeper = _kill_with_this_process(self.server.process.pid)
+        try:
+            await asyncio.to_thread(self.server.wait_until_ready)
+            await self._listen()
+        except BaseException:
+            self.stop()
+            raise
+
+    async def _listen(self) -> None:
+        """Listen for Cog's webhooks, which tell how a prediction goes."""
+        self.client = aiohttp.ClientSession(f"http://{LOOPBACK}:{self.server.port}")
+        self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.run = ""
+        self.one_at_a_time = asyncio.Lock()
+        self.settling = asyncio.create_task(self._settle())
+        self.lora_hits = metrics.Counter("flux_lora_hits", "Predictions whose LoRAs their worker had.")
+        self.lora_loads = metrics.Counter("flux_lora_loads", "Predictions whose LoRAs were new to their worker.")
+        application = web.Application(client_max_size=2**30)
+        application.router.add_post("/{run}", self._hear)
+        runner = web.AppRunner(application, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, LOOPBACK, 0).start()
+        self.address = f"http://{LOOPBACK}:{runner.addresses[0][1]}"
+
+    async def _hear(self, request: web.Request) -> web.Response:
+        if request.match_info["run"] == self.run:  # else it is late, and of the prediction before
+            self.events.put_nowait(await request.json())
+        return web.Response()
+
+    async def health(self) -> dict[str, Any]:
+        """What Cog's `GET /health-check` says here."""
+        async with self.client.get("/health-check") as answered:
+            return await answered.json()
+
+    async def predict(
+        self, prediction_id: str, inputs: dict[str, Any], loras: str
+    ) -> AsyncIterator[list[dict[str, Any]]]:
+        """Run a prediction of validated inputs; closing the iterator cancels it. `loras` names its LoRAs, if any.
+
+        Yields:
+            Cog's descriptions of the prediction since the last time, the very last with a status that is an end.
+        """
+        # Serve frees the place of a cancelled call before the call has cleaned up: wait for that here.
+        async with self.one_at_a_time:
+            await asyncio.wait([self.settling])
+            if loras:
+                (self.lora_hits if next(await self._hold(loras)) else self.lora_loads).inc()
+            self.run, self.events = secrets.token_urlsafe(), asyncio.Queue()
+            body = {"input": inputs, "webhook": f"{self.address}/{self.run}", "webhook_events_filter": HEARD}
+            url = f"/predictions/{quote(prediction_id, safe='')}"
+            ended = False
+            try:
+                async with self.client.put(url, json=body, headers={"Prefer": "respond-async"}) as answered:
+                    if answered.status != 202:
+                        raise RuntimeError(f"Cog refused the prediction: {(await answered.text())[:500]}")
+                while not ended:
+                    states = await self._next_states()
+                    ended = states[-1]["status"] not in UNFINISHED
+                    if states[-1]["status"] == "failed":
+                        # The predictor may have died of it: then this worker ends, and another one tries.
+                        await self._settle()
+                    yield states
+            finally:
+                # Free Cog's slot in the background: the caller already has its result.
+                self.settling = asyncio.create_task(self._settle(None if ended else url))
+
+    async def _next_states(self) -> list[dict[str, Any]]:
+        """What Cog has said since the last time."""
+        while True:
+            try:
+                states = [await asyncio.wait_for(self.events.get(), 1)]
+            except TimeoutError:
+                self._end_if(self.server.process.poll() is not None)
+                continue
+            # Cog does not wait until a log has arrived before it sends the end: ignore what comes after the end.
+            while states[-1]["status"] in UNFINISHED and not self.events.empty():
+                states.append(self.events.get_nowait())
+            return states
+
+    async def _settle(self, cancelling: str | None = None) -> None:
+        """Wait until Cog can take the next prediction: it tells the end of one before its slot is free.
+
+        The URL of a prediction to cancel may be given. If Cog never can, being defunct or busy with nothing, this
+        process ends.
+        """
+        if cancelling:
+            await asyncio.sleep(CANCEL_SECONDS)
+        forgotten = 0
+        while True:
+            try:
+                status = (await self.health())["status"]
+                if status == "READY":
+                    return
+                if cancelling and status == "BUSY":
+                    async with self.client.post(f"{cancelling}/cancel") as answered:
+                        forgotten += answered.status == 404
+            except aiohttp.ClientError:
+                status = "DEFUNCT"
+            self._end_if(status != "BUSY" or forgotten > 20)
+            await asyncio.sleep(CANCEL_SECONDS if cancelling else 0.005)
+
+    def _end_if(self, defunct: bool) -> None:
+        """End this process if Cog is defunct: it would refuse everything for ever, and Serve replaces the worker."""
+        if defunct:
+            logger.error("The Cog server cannot go on; its worker ends.")
+            os._exit(1)
+
+    @serve.multiplexed(max_num_models_per_replica=LORAS_HELD)
+    async def _hold(self, loras: str) -> Iterator[int]:
+        """Let Serve know that these LoRAs are here from now on: how often they were asked for since, as a counter."""
+        return itertools.count()
+
+    def check_health(self) -> None:
+        """Called by Serve; RuntimeError where the Cog server has ended."""
+        if self.server.process.poll() is not None:
+            raise RuntimeError("The Cog server has ended.")
+
+    def stop(self) -> None:
+        """End the Cog server."""
+        self.server.__exit__(None, None, None)
+        self.keeper.kill()
+        self.keeper.wait()
+
+    def __del__(self) -> None:
+        """Called by Serve when the worker is to go."""
+        if hasattr(self, "keeper"):
+            self.stop()
+
+
+def _authorities() -> dict[str, str]:
+    """Variables that lead Cog's server to trusted certificates in one file, unless the operator keeps them elsewhere.
+
+    It reads them for each prediction that has a webhook: 0.8 ms from one file, 5 ms from Debian's folder of the same.
+    """
+    places = {"SSL_CERT_FILE": str(AUTHORITIES_FILE), "SSL_CERT_DIR": str(AUTHORITIES)}
+    usual = AUTHORITIES_FILE.exists() and all(os.environ.get(name, place) == place for name, place in places.items())
+    return {**places, "SSL_CERT_DIR": os.devnull} if usual else {}
+
+
+def _kill_with_this_process(group: int) -> subprocess.Popen[bytes]:
+    """Start a keeper that kills a process group when this process ends, however it ends: it would hold the GPU.
+
+    The keeper reads from a pipe that is never written to; the end of this process closes it.
+    """
+    command = ["sh", "-c", 'read -r _; kill -s KILL -- "-$0"', str(group)]  # the one form that every shell knows
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
