@@ -324,12 +324,6 @@ class Predictions:
         """Forget a front that ends in order, which frees its predictions."""
         session.execute(sa.delete(Heartbeat).where(Heartbeat.id == front))
 
-    @_transaction
-    def waiting(self, session: Session) -> int:
-        """How many predictions have not ended, on all fronts."""
-        query = sa.select(sa.func.count()).select_from(Prediction).where(Prediction.status.in_(UNFINISHED))
-        return session.scalar(query) or 0
-
     async def secret(self, name: str) -> str:
         """What all fronts share under a name; drawn by the first that asks."""
         while (known := await self._secret(name)) is None:
