@@ -1,0 +1,70 @@
+import asyncio
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness.cluster import Cluster, Server
+from local_cog.server import CogServer
+from tests.cluster.small_cluster import PREDICTOR, QUEUE, TOKEN
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The cluster's tests come last, since it runs until the session ends; those that kill parts of it end them."""
+    here, killers = Path(__file__).parent, ("test_dispatcher", "test_metrics")
+    items.sort(key=lambda item: (here in item.path.parents, item.path.stem in killers))
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("project")
+    (directory / "predict.py").write_text(PREDICTOR)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def cog_server(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
+    with CogServer(project, log=tmp_path_factory.mktemp("coglet") / "log") as running:
+        yield running
+
+
+@pytest.fixture
+def coglet(cog_server: CogServer) -> Server:
+    """One Cog server, as it is, ready for a prediction."""
+    give_up = time.monotonic() + 60
+    while (status := cog_server.health()["status"]) != "READY":
+        assert time.monotonic() < give_up, status
+        time.sleep(0.01)
+    return Server(cog_server.port)
+
+
+async def leave_predictions(database: str) -> None:
+    """What a front leaves that dies with all others: one that waits, one that runs, one that was to be cancelled."""
+    from cluster.predictions import Prediction, Predictions, now  # here: they need cluster/requirements.txt
+
+    async with Predictions(database) as known:
+        await known.beat("dead")
+        for name in ("waiting", "running", "unwanted"):
+            inputs = {"prompt": name}
+            made = Prediction(f"left-{name}", "dead", now(), secret_input=inputs, shown_input=inputs, api="cog")
+            await known.create(made)
+        await known.record(Prediction("left-running", "dead", now(), {}, {}, "cog"), status="processing", logs="a half")
+        await known.cancel("left-unwanted")
+
+
+@pytest.fixture(scope="session")
+def cluster(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three workers and two fronts on two nodes, over SQLite; a cluster that died has left predictions there."""
+    data = tmp_path_factory.mktemp("cluster")
+    asyncio.run(leave_predictions(f"sqlite:///{data / 'predictions.db'}"))
+    environment = {
+        "DATABASE_URL": f"sqlite:///{data / 'predictions.db'}",
+        "FILES_URL": str(data / "files"),
+        "API_TOKENS": f"another,{TOKEN}",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+    options = ("--project", str(project), "--workers", "3", "--nodes", "2", "--queue", str(QUEUE))
+    with Cluster(*options, environment=environment, log=data / "log", token=TOKEN) as running:
+        yield running

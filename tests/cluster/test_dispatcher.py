@@ -1,0 +1,155 @@
+"""Nothing accepted is lost, and everything ends once: whatever is cancelled, replaced or killed."""
+
+import base64
+import contextlib
+import http.client
+import json
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
+
+from cluster.local import descendants
+from harness.cluster import ENDS, Cluster, Hooks
+from tests.cluster.small_cluster import QUEUE
+
+ASYNC = {"Prefer": "respond-async"}
+
+
+def test_what_a_dead_cluster_has_left_is_taken_up(cluster: Cluster) -> None:
+    ends = {}
+    give_up = time.monotonic() + 30
+    while len(ends) < 3:
+        assert time.monotonic() < give_up, ends
+        for name in ("waiting", "running", "unwanted"):
+            state = json.loads(cluster.request("PUT", f"/predictions/left-{name}", {})[2])
+            if state["status"] in ENDS:
+                ends[name] = (state["status"], "output" in state and cog_output(state))
+    assert ends == {
+        "waiting": ("succeeded", "waiting 4 dev"),
+        "running": ("succeeded", "running 4 dev"),
+        "unwanted": ("canceled", False),
+    }
+
+
+def test_a_full_queue_is_told_when_to_ask_again(cluster: Cluster) -> None:
+    accepted, answer = [], (202, {}, "")
+    while answer[0] == 202:
+        assert len(accepted) <= 2 * QUEUE
+        name = f"queued-{len(accepted)}"
+        answer = cluster.request("PUT", f"/predictions/{name}", {"input": {"prompt": "slow", "steps": 50}}, ASYNC)
+        accepted += [name] if answer[0] == 202 else []
+    assert (answer[0], answer[1]["retry-after"]) == (503, "5")
+    assert len(accepted) > QUEUE // 2  # some places may be those of predictions before
+    with ThreadPoolExecutor(8) as pool:
+        cancelled = pool.map(lambda name: cluster.request("POST", f"/predictions/{name}/cancel")[0], accepted)
+    assert set(cancelled) <= {200, 404}  # on a slow machine some have ended by now
+
+
+def test_what_waits_for_a_worker_is_cancelled_at_once(cluster: Cluster) -> None:
+    with Hooks() as hooks:
+        for i in range(5):
+            cluster.predict({"prompt": "slow", "steps": 50}, f"crowd-{i}", webhook=hooks.url)
+        waiting = "crowd-4"
+        assert cluster.request("POST", f"/predictions/{waiting}/cancel")[0] == 200
+        assert hooks.until_ended(waiting, 10)[-1]["status"] == "canceled"
+        for i in range(5):
+            cluster.request("POST", f"/predictions/crowd-{i}/cancel")
+            hooks.until_ended(f"crowd-{i}")
+
+
+def test_an_update_finishes_what_is_being_drawn(cluster: Cluster, project: Path) -> None:
+    before = {title: cluster.processes(title) for title in ("CogWorker", "Front")}
+    with ThreadPoolExecutor(12) as pool:
+        body = {"input": {"prompt": "slow", "steps": 6}}
+        answers = [pool.submit(cluster.request, "POST", "/predictions", body) for _ in range(12)]
+        time.sleep(1)
+        with Hooks() as hooks:
+            for i in range(12):
+                cluster.predict({"prompt": "slow", "steps": 2}, f"updated-{i}", webhook=hooks.url)
+            cluster.update(project=str(project), workers=3, gpus_per_worker=0, queue=QUEUE)
+            for i in range(12):
+                assert hooks.until_ended(f"updated-{i}")[-1]["status"] == "succeeded"
+        told = [(status, json.loads(text)["status"]) for status, _, text in (answer.result() for answer in answers)]
+    assert told == [(200, "succeeded")] * 12
+    give_up = time.monotonic() + 30
+    for title, old in before.items():
+        while left := set(old).intersection(cluster.processes(title)):
+            assert time.monotonic() < give_up, (title, left)
+            time.sleep(0.1)
+    assert cluster.request("POST", "/predictions", {"input": {"prompt": "a"}})[0] == 200
+
+
+def test_a_worker_that_is_killed_takes_its_cog_server_and_its_predictor_along(cluster: Cluster) -> None:
+    worker = cluster.processes("CogWorker")[-1]
+    own = descendants(worker)
+    commands = [Path(f"/proc/{process}/cmdline").read_text() for process in own]
+    assert any("cog.server.http" in command for command in commands)
+    assert any("import coglet" in command for command in commands)
+    os.kill(worker, signal.SIGKILL)
+    give_up = time.monotonic() + 10
+    while left := [process for process in own if _runs(process)]:
+        assert time.monotonic() < give_up, left
+        time.sleep(0.1)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process has not ended; one that nobody has waited for has."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_predictor_that_always_crashes_is_given_up(cluster: Cluster) -> None:
+    with Hooks() as hooks:
+        cluster.predict({"prompt": "crash"}, "crashing", webhook=hooks.url, webhook_events_filter=["completed"])
+        end = hooks.until_ended("crashing", 120)[-1]
+    assert (end["status"], end["error"]) == (
+        "failed",
+        "The prediction was given up: 3 workers ended while they ran it.",
+    )
+
+
+def test_every_accepted_prediction_ends_once_whatever_is_killed(cluster: Cluster) -> None:
+    """Workers, their Cog servers, a front and a node end by force while 60 predictions are made."""
+    names = [f"survivor-{i}" for i in range(60)]
+    with Hooks() as hooks, ThreadPoolExecutor(6) as pool:
+
+        def accepted(name: str) -> None:
+            give_up = time.monotonic() + 60
+            while time.monotonic() < give_up:
+                # A front may die before it has answered: then the client does not know, and asks again.
+                with contextlib.suppress(OSError, http.client.HTTPException, AssertionError):
+                    cluster.predict({"prompt": name, "steps": 20}, name, webhook=hooks.url)
+                    return
+                time.sleep(0.2)
+            raise TimeoutError(name)
+
+        asked = [pool.submit(accepted, name) for name in names]
+        for title in ("CogWorker", "cog.server.http", "Front", "raylet/raylet"):
+            time.sleep(1.5)
+            cluster.kill_one(title)
+        for done in asked:
+            done.result()
+        for name in names:
+            hooks.until_ended(name, 120)
+        time.sleep(1)
+        deliveries = {headers["webhook-id"]: body for headers, body in hooks.received if body["status"] in ENDS}
+    ends = [body["id"] for body in deliveries.values()]
+    assert sorted(ends) == sorted(names)  # each has one end, though its news may have come twice
+    for body in deliveries.values():
+        assert (body["status"], cog_output(body)) == ("succeeded", f"{body['id']} 20 dev")
+        again = json.loads(cluster.request("PUT", f"/predictions/{body['id']}", {})[2])
+        assert again["output"] == body["output"]
+
+
+def cog_output(body: dict[str, Any]) -> str:
+    (uri,) = body["output"]
+    return base64.b64decode(uri.partition(",")[2]).decode()

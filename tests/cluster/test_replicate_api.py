@@ -1,0 +1,228 @@
+"""Replicate's API, as its own clients see it."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
+
+import httpx
+import replicate
+from replicate.exceptions import ModelError, ReplicateError
+
+from harness.cluster import Cluster, Server
+from tests.cluster.small_cluster import TOKEN
+
+MODEL = "someone/some-model"
+
+
+@contextlib.contextmanager
+def replicate_client(cluster: Cluster, token: str = TOKEN) -> Iterator[replicate.Client]:
+    """The official client, whose connections are closed, which it leaves to the garbage collector."""
+    client = replicate.Client(api_token=token, base_url=cluster.url)
+    with client._client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(cluster: Cluster) -> Iterator[replicate.Client]:
+    with replicate_client(cluster) as client:
+        yield client
+
+
+def test_run_gives_files_that_the_front_keeps(client: replicate.Client) -> None:
+    (url,) = client.run(MODEL, input={"prompt": "a", "steps": 2})
+    assert url.endswith("/output.webp")
+    answered = httpx.get(url)  # without a token: whoever knows the address may see the file
+    assert (answered.text, answered.headers["content-type"]) == ("a 2 dev", "image/webp")
+    assert httpx.get(url.replace("/files/", "/files/x")).status_code == 404
+
+
+def test_a_version_may_be_named_in_every_form(client: replicate.Client, cluster: Cluster) -> None:
+    assert len(client.run(f"{MODEL}:{'0' * 64}", input={"prompt": "a"})) == 1
+    made = client.predictions.create(version="0" * 64, input={"prompt": "a"})
+    assert (made.status, made.version) == ("starting", "0" * 64)
+    status, _, text = cluster.request("POST", "/v1/predictions", {"input": {"prompt": "a"}})
+    assert (status, json.loads(text)["detail"]) == (422, "- version is required\n")
+
+
+def test_a_failure_is_the_models(client: replicate.Client) -> None:
+    with pytest.raises(ModelError, match=r"A mask needs an image\."):
+        client.run(MODEL, input={"prompt": "fail"})
+
+
+def test_wrong_input_is_told_in_replicates_form(client: replicate.Client) -> None:
+    with pytest.raises(ReplicateError) as refused:
+        client.run(MODEL, input={"prompt": "a", "steps": 1000})
+    assert (refused.value.status, refused.value.title) == (422, "Input validation failed")
+    assert refused.value.detail == "- input.steps: 1000 is greater than the maximum of 50\n"
+
+
+def test_the_status_and_the_progress_can_be_watched(client: replicate.Client) -> None:
+    prediction = client.models.predictions.create(MODEL, input={"prompt": "slow", "steps": 6})
+    seen = []
+    while prediction.status in ("starting", "processing"):
+        seen.append((prediction.status, prediction.progress and prediction.progress.current))
+        time.sleep(0.1)
+        prediction.reload()
+    assert prediction.status == "succeeded"
+    assert ("starting", None) in seen
+    watched = [current for status, current in seen if status == "processing" and current]
+    assert watched == sorted(watched)
+    assert len(set(watched)) > 1
+    assert prediction.created_at < prediction.started_at < prediction.completed_at
+    assert prediction.metrics["predict_time"] > 2
+
+
+def test_a_prediction_streams_its_events(client: replicate.Client) -> None:
+    prediction = client.models.predictions.create(MODEL, input={"prompt": "slow", "steps": 2})
+    events = [(event.event.value, event.data) for event in prediction.stream()]
+    kinds = [kind for kind, _ in events]
+    assert set(kinds[:-2]) == {"logs"}
+    assert kinds[-2:] == ["output", "done"]
+    assert "Asked for slow" in "".join(data for _, data in events)
+
+
+def test_cancelling_is_seen_by_every_front(client: replicate.Client) -> None:
+    prediction = client.models.predictions.create(MODEL, input={"prompt": "slow", "steps": 50})
+    time.sleep(0.7)
+    prediction.cancel()
+    prediction.wait()
+    assert prediction.status == "canceled"
+    assert client.predictions.get(prediction.id).output is None
+
+
+def test_waiting_ends_in_time(client: replicate.Client, cluster: Cluster) -> None:
+    started = time.monotonic()
+    body = {"version": MODEL, "input": {"prompt": "slow", "steps": 50}}
+    status, _, text = cluster.request("POST", "/v1/predictions", body, {"Prefer": "wait=1"})
+    assert 0.9 < time.monotonic() - started < 5
+    assert (status, json.loads(text)["status"]) == (202, "starting")  # clients take any other status for the end
+    client.predictions.cancel(json.loads(text)["id"])
+
+
+def test_the_list_has_pages_without_gaps(client: replicate.Client, cluster: Cluster) -> None:
+    quick = {"prompt": "a", "steps": 1}
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: client.models.predictions.create(MODEL, input=quick, wait=True).id, range(110)))
+    first = client.predictions.list()
+    second = client.predictions.list(first.next)
+    assert len(first) == 100
+    listed = [prediction.id for prediction in [*first, *second]]
+    assert set(made) <= set(listed)
+    assert len(set(listed)) == len(listed)
+    assert [p.id for p in client.predictions.list(second.previous)] == [p.id for p in first]
+    assert cluster.request("GET", "/v1/predictions?cursor=nonsense")[0] == 400
+
+
+def test_a_file_is_uploaded_and_drawn_with(client: replicate.Client, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(bytes(range(256)))
+    with photo.open("rb") as opened:
+        (url,) = client.run(MODEL, input={"prompt": "a", "image": opened})
+    assert httpx.get(url).content == bytes(range(256))
+    file = client.files.create(photo)
+    assert (file.name, file.size, file.content_type) == ("photo.png", 256, "image/png")
+    assert file.id in [known.id for known in client.files.list()]
+    assert client.files.get(file.id).checksums == file.checksums
+    assert client.files.delete(file.id)
+    with pytest.raises(ReplicateError, match="no such file"):
+        client.files.get(file.id)
+
+
+def test_the_asynchronous_client_runs(cluster: Cluster) -> None:
+    async def run_twice() -> list[list[str]]:
+        client = replicate.Client(api_token=TOKEN, base_url=cluster.url)
+        async with client._async_client:
+            return await asyncio.gather(*(client.async_run(MODEL, input={"prompt": name}) for name in "ab"))
+
+    urls = asyncio.run(run_twice())
+    assert [httpx.get(url).text for (url,) in urls] == ["a 4 dev", "b 4 dev"]
+
+
+def test_models_versions_and_deployments_are_described(client: replicate.Client) -> None:
+    model = client.models.get(MODEL)
+    assert (model.owner, model.name) == ("someone", "some-model")
+    assert "prompt" in model.latest_version.openapi_schema["components"]["schemas"]["Input"]["properties"]
+    assert [version.id for version in model.versions.list()] == [model.latest_version.id]
+    prediction = client.deployments.get("someone/deployed").predictions.create(input={"prompt": "a"})
+    prediction.wait()
+    assert prediction.status == "succeeded"
+    assert client.accounts.current().username == "flux-sprites"
+
+
+def test_only_who_has_a_token_may_ask(cluster: Cluster) -> None:
+    stranger = Server(cluster.port)
+    for method, path in [("POST", "/predictions"), ("GET", "/v1/predictions"), ("GET", "/openapi.json"), ("GET", "/")]:
+        assert stranger.request(method, path)[0] == 401
+        assert stranger.request(method, path, headers={"Authorization": "Bearer wrong"})[0] == 401
+    assert stranger.request("GET", "/health-check")[0] == 200
+    assert Server(cluster.port, {"Authorization": "Token another"}).request("GET", "/v1/account")[0] == 200
+    with replicate_client(cluster, "wrong") as client, pytest.raises(ReplicateError) as refused:
+        client.run(MODEL, input={"prompt": "a"})
+    assert (refused.value.status, refused.value.title) == (401, "Unauthenticated")
+
+
+def test_no_token_is_shown_or_kept(cluster: Cluster, client: replicate.Client) -> None:
+    secret = "http://user:pass@127.0.0.1:9/a.png?token=s3cret"
+    inputs = {"prompt": "hf_abcdefghijklmnopqrstuvwxyz0123", "image": secret, "replicate_weights": secret}
+    status, _, text = cluster.request("POST", "/predictions", {"id": "tokens", "input": inputs})
+    assert status == 200
+    made = client.models.predictions.create(MODEL, input=inputs)
+    made.wait()
+    database = cluster.environment["DATABASE_URL"].removeprefix("sqlite:///")
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        kept = repr(connection.execute("SELECT * FROM predictions WHERE id IN ('tokens', ?)", [made.id]).fetchall())
+    for shown in (text, kept, repr(made.dict())):
+        assert "127.0.0.1" in shown
+        assert not re.search("s3cret|user:pass|hf_abc", shown)
+
+
+@pytest.fixture(scope="module")
+def javascript() -> Path:
+    """Replicate's client for JavaScript, as its registry has it."""
+    directory = Path(__file__).parent / "replicate_client"
+    if not shutil.which("npm"):
+        pytest.skip("npm is not installed")
+    # Without a network it gives up in seconds, not in minutes.
+    install = ["npm", "ci", "--no-audit", "--no-fund", "--fetch-retries=0", "--fetch-timeout=20000"]
+    done = subprocess.run(install, cwd=directory, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"npm could not install replicate: {done.stderr[-200:]}")
+    return directory / "client.mjs"
+
+
+def test_the_javascript_client_works_unchanged(javascript: Path, cluster: Cluster) -> None:
+    environment = {**os.environ, "TOKEN": TOKEN, "BASE_URL": f"{cluster.url}/v1"}
+    done = subprocess.run(["node", javascript], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    progress = seen.pop("progress")
+    assert (progress[0], progress[-1]) == ("starting", "succeeded")
+    assert seen.pop("pages") >= 1
+    assert seen.pop("webhooks") == [["processing", True, False], ["succeeded", True, False]]
+    assert seen == {
+        "run": "a 3 dev",
+        "versioned": 1,
+        "failure": "Prediction failed: Prediction failed: Prediction failed: ValueError: A mask needs an image.",
+        "refused": [422, True],
+        "canceled": "canceled",
+        "file": 6,
+        "picture": "picture",
+        "deleted": True,
+        "stream": ["logs", "output", "done"],
+        "account": "flux-sprites",
+        "model": "3.0.2",
+        "deployment": "succeeded",
+    }
