@@ -1,0 +1,88 @@
+"""Who may import whom, and how large a function or a class may get."""
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from settings import ROOT
+
+WINGS = ("engine", "lora", "sources", "service", "local_cog", "cluster")
+FURTHER = ("mini", "tests", "bench", "harness")
+# Cog reads the inputs from the signature of `predict`, each with its description.
+CONTRACT = {"predict.py": {"predict", "Predictor"}}
+
+
+def files(*folders: str) -> list[Path]:
+    return [*ROOT.glob("*.py"), *(file for folder in folders for file in (ROOT / folder).rglob("*.py"))]
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    """A copy of the code, with its rules."""
+    for file in [ROOT / "tach.toml", *files(*WINGS, *FURTHER)]:
+        copied = tmp_path / file.relative_to(ROOT)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copied)
+    return tmp_path
+
+
+def check(house: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [Path(sys.prefix) / "bin" / "tach", "check"], cwd=house, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("cluster/front.py", "from flux import Flux"),
+        ("cluster/dispatcher.py", "from cluster.front import Front"),
+        ("cluster/webhooks.py", "from cluster import dispatcher"),
+        ("cluster/worker.py", "from engine import live"),
+        ("engine/loading.py", "from sources import client"),
+        ("flux.py", "from weights import WeightsCache"),
+        ("flux.py", "from sources import store"),
+        ("images.py", "import flux"),
+        ("lora/reader.py", "from engine.live import Live"),
+        ("lora_loader.py", "import weights"),
+        ("local_cog/server.py", "from cluster import local"),
+        ("predict.py", "from sources.client import Client"),
+        ("safety.py", "from mini.training import gallery"),
+        ("service/faults.py", "import images"),
+        ("sources/store.py", "from sources import references"),
+        ("sources/references.py", "if True:\n    from cluster import privacy"),
+        ("weights.py", "def later():\n    import flux"),
+        ("weights.py", "from tests.support import models"),
+        ("flux.py", "from harness import soak"),
+        ("tests/test_flux.py", "from bench import gpu"),
+        ("bench/gpu.py", "from tests.support import models"),
+        ("harness/soak.py", "from tests.support import models"),
+    ],
+)
+def test_what_the_house_forbids_is_found(house: Path, file: str, line: str) -> None:
+    with (house / file).open("a") as opened:
+        opened.write(f"\n{line}\n")
+    checked = check(house)
+    assert checked.returncode != 0
+    assert f"{file}:" in checked.stdout + checked.stderr
+
+
+def test_the_house_keeps_its_rules(house: Path) -> None:
+    checked = check(house)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_every_part_fits_its_room() -> None:
+    too_large = [
+        f"{file.relative_to(ROOT)}: {node.name} has {size} lines"
+        for file in files(*WINGS)
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and (size := node.end_lineno - node.lineno + 1) > (250 if isinstance(node, ast.ClassDef) else 60)
+        and node.name not in CONTRACT.get(str(file.relative_to(ROOT)), ())
+    ]
+    assert too_large == []
