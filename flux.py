@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import cycle, product
@@ -119,7 +119,7 @@ class Flux:
         self._live_text_encoder = models.text_encoder
         self._live, self._live_fp8 = models.live, models.live_fp8
         self._transformers = [live.module for live in models.lives()]
-        self.loras = LoraCache(models.skeleton, models.text_encoder.module)
+        self.lora_cache = LoraCache(models.skeleton, models.text_encoder.module)
         self._embeddings: OrderedDict[bytes, dict[str, Tensor]] = OrderedDict()
         self._lock = threading.Lock()  # held while a request writes and uses the live weights
         held = [(live, name) for live in (*models.lives(), models.text_encoder) for name in live.names]
@@ -157,8 +157,13 @@ class Flux:
                 self.draw(self.prepare(request, (), silent), 0, silent, lambda: None)
         print(f"Compiled {counters['stats']['unique_graphs']} graphs.")
 
-    def generate(self, request: Request, loras: Sequence[LoraFile], stopwatch: Stopwatch) -> Drawing:
-        """Draw the pictures of a request; `loras` are the files of `request.loras`, in the same order.
+    def generate(self, request: Request, loras: Iterable[LoraFile], stopwatch: Stopwatch) -> Drawing:
+        """Draw the pictures of a request.
+
+        Args:
+            request: what to draw.
+            loras: the files of `request.loras`, in the same order; each is read before the next one is asked for.
+            stopwatch: is told what took how long.
 
         Raises:
             ValueError: a sentence about an image, a mask or a LoRA that cannot be used; nothing was changed then.
@@ -200,15 +205,15 @@ class Flux:
             self._lock.release()
 
     @torch.no_grad()
-    def prepare(self, request: Request, loras: Sequence[LoraFile], stopwatch: Stopwatch) -> Job:
-        """Read LoRAs and images, make the live weights equal the request's mix, encode its prompt."""
+    def prepare(self, request: Request, loras: Iterable[LoraFile], stopwatch: Stopwatch) -> Job:
+        """Read images and LoRAs, make the live weights equal the request's mix, encode its prompt."""
         live, runs_fp8 = self._choose_live(request)
+        with stopwatch("input"):
+            canvas = _canvas(request)
         with stopwatch("loras"):
             factor = FP8_LORA_FACTOR if runs_fp8 else 1.0
             pairs = zip(request.loras, loras, strict=True)
             applied = tuple(self._apply(choice, file, request.model, live, factor) for choice, file in pairs)
-        with stopwatch("input"):
-            canvas = _canvas(request)
         with stopwatch("swap"):
             live.hold(request.model, [Term(it.file.sha256, it.scale, it.lora.transformer) for it in applied])
             words = [Term(it.file.sha256, it.scale, it.lora.text_encoder) for it in applied if it.lora.text_encoder]
@@ -237,7 +242,7 @@ class Flux:
         return (live_fp8 if runs_fp8 else live), runs_fp8
 
     def _apply(self, choice: LoraChoice, file: LoraFile, model: str, live: Live, factor: float) -> AppliedLora:
-        lora = self.loras.read(file)
+        lora = self.lora_cache.read(file)
         left_out = live.lacking(model, lora.transformer)
         print(f"LoRA {file.name} at {choice.scale:g}: {lora.report}")
         if left_out:

@@ -8,8 +8,9 @@ description is one string literal, and the position of a parameter is its x-orde
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import closing
 from dataclasses import asdict, replace
 from itertools import repeat
 from threading import Barrier
@@ -57,7 +58,7 @@ class Predictor(BasePredictor):
         print(f"Models fetched in {stopwatch.seconds['fetch']:.1f} s.")
         self.flux = Flux(replace(settings, models=models), device)
         self.safety = SafetyChecker(Path(models.safety_checker), Path(models.nsfw_classifier), device)
-        self.weights = WeightsCache(settings)
+        self.cache = WeightsCache(settings)
         self.default_lora = weights or None
         self.leftovers = Leftovers()
         tempfile.tempdir = str(self.leftovers.inputs)
@@ -67,8 +68,8 @@ class Predictor(BasePredictor):
         list(self.encoders.map(Barrier(OUTPUTS).wait, repeat(None, OUTPUTS)))
         if self.default_lora:
             # Said now rather than to the first request, should it be unusable.
-            with self.weights.open_local(self.default_lora) as file:
-                self.flux.loras.read(file)
+            with self.cache.open_local(self.default_lora) as file:
+                self.flux.lora_cache.read(file)
 
     def predict(
         self,
@@ -218,9 +219,7 @@ class Predictor(BasePredictor):
         return True
 
     def _draw(self, request: Request, stopwatch: Stopwatch) -> list[Path]:
-        with ExitStack() as opened:
-            with stopwatch("loras"):
-                loras = [opened.enter_context(self._open(choice)) for choice in request.loras]
+        with closing(self._open(request.loras)) as loras:
             drawing = self.flux.generate(request, loras, stopwatch)
         self._report(request, drawing)
         with stopwatch("safety"):
@@ -239,8 +238,11 @@ class Predictor(BasePredictor):
         )
         return tuple(choice for choice in choices if choice.reference)
 
-    def _open(self, choice: LoraChoice) -> AbstractContextManager[LoraFile]:
-        return (self.weights.open_local if choice.trusted else self.weights.open)(choice.reference)
+    def _open(self, choices: tuple[LoraChoice, ...]) -> Iterator[LoraFile]:
+        """The file of each LoRA, fetched when it is asked for, and not evicted until the next one is."""
+        for choice in choices:
+            with (self.cache.open_local if choice.trusted else self.cache.open)(choice.reference) as file:
+                yield file
 
     def _report(self, request: Request, drawing: Drawing) -> None:
         """Say how the pictures were drawn, in the log and in the metrics."""

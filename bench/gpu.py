@@ -406,7 +406,7 @@ def measure_loras(run: Run, flux: Flux, variant: Variant) -> dict[str, object]:
         warm.append(swap([second]))
         swap([first])
         scale.append(swap([other]))
-    flux.loras._loras.clear()
+    flux.lora_cache._loras.clear()
     cold = swap([first])
     return {"cold_s": cold, "warm": summary(warm), "scale": summary(scale)}
 

@@ -15,9 +15,11 @@ from PIL import Image
 from safetensors.torch import save
 
 import images
+from harness import soak
+from harness.hosts import Host
 from local_cog.data_uri import uri
 from local_cog.server import CogServer, failure, files
-from settings import ROOT
+from settings import GIB, ROOT
 from tests.support.lora_files import EXACT, changes, is_block
 
 SMALL = {"prompt": "a red fox", "megapixels": "0.25", "num_inference_steps": 2, "seed": 3, "output_format": "png"}
@@ -248,3 +250,22 @@ def _wait(condition: Callable[[], bool], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < give_up
         time.sleep(0.02)
+
+
+def test_loras_that_fit_the_cache_one_by_one_are_used_together(tmp_path: Path) -> None:
+    first, second = (soak.make_lora(seed, rank=240) for seed in (1, 2))
+    budget = 1.5 * len(first) / GIB
+    environment = {"WEIGHTS_CACHE": str(tmp_path / "weights"), "WEIGHTS_CACHE_GB": str(budget)}
+    with CogServer(environment=environment, log=tmp_path / "log") as server:
+        server.wait_until_ready()
+        loras = {"replicate_weights": uri(first), "extra_lora": uri(second)}
+        nothing_drawn = {"image": uri(encoded(photo())), "prompt_strength": 0}
+        answer = server.predict(SMALL | UNSAFE | loras | nothing_drawn)
+    assert failure(answer) is None
+    assert len(answer["metrics"]["loras"]) == 2
+
+
+def test_a_bad_image_is_refused_before_a_lora_is_fetched(server: CogServer, host: Host) -> None:
+    inputs = {"image": uri(b"no picture", "image/png"), "extra_lora": host.url("/lora.safetensors")}
+    assert "image is not a picture" in failure(server.predict(SMALL | inputs))
+    assert host.seen == []

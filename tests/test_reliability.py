@@ -43,7 +43,7 @@ TINY = {
 }
 # Pictures that take long enough to be interrupted.
 LONG = TINY | {"num_inference_steps": 50, "num_outputs": 4}
-PHASES = ("loras", "input", "swap", "prompt", "denoise", "decode", "safety", "encode")
+PHASES = ("input", "loras", "swap", "prompt", "denoise", "decode", "safety", "encode")
 
 
 def make_lora(seed: int, rank: int = 4) -> bytes:
