@@ -107,8 +107,12 @@ def test_a_script_imports_nothing_from_where_it_is_called_and_finds_its_project(
         (tmp_path / f"{module}.py").write_text("raise SystemExit('This is the module of the caller.')")
     (tmp_path / "project").symlink_to(project)
     (tmp_path / "elsewhere" / "project" / "script").mkdir(parents=True)
+    # A package of the same name, further behind on Python's path, is not taken for ours either.
+    (tmp_path / "packages" / "local_cog").mkdir(parents=True)
+    (tmp_path / "packages" / "local_cog" / "__init__.py").touch()
     # With CDPATH, `cd project/script` goes to the other project.
-    done = script(Path("project"), *command, cwd=tmp_path, CDPATH=str(tmp_path / "elsewhere"))
+    elsewhere = {"CDPATH": str(tmp_path / "elsewhere"), "PYTHONPATH": str(tmp_path / "packages")}
+    done = script(Path("project"), *command, cwd=tmp_path, **elsewhere)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith({"predict": "output.0.webp\n", "serve": "usage: script/serve"}[command[0]])
     assert not (tmp_path / "elsewhere" / "project" / ".venv").exists()

@@ -1,0 +1,1 @@
+"""What Cog's command-line tool does, on this machine."""

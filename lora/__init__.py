@@ -1,0 +1,1 @@
+"""A LoRA's names, its tensors and their arithmetic; the door is lora_loader."""

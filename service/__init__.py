@@ -1,0 +1,1 @@
+"""What a server of predictions needs beside drawing; everybody may import it."""
