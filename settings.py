@@ -1,4 +1,4 @@
-"""Every environment variable that the predictor reads, its default and its reason; the cluster's are in its settings.
+"""Every environment variable that the predictor reads, its default and its reason; the cluster's: cluster/settings.py.
 
 COG_WEIGHTS, the main LoRA of requests that name none, is not here: Cog hands it to `Predictor.setup` as `weights`.
 This module knows names and defaults; it opens no file and imports no torch.
@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 ROOT = Path(__file__).parent
-GIB = 1024**3
+MIB, GIB = 1024**2, 1024**3
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from sources.download import Download
 from sources.hosts import resolve
 from sources.references import Civitai, Data, Reference, Url, is_pinned, parse
 from sources.store import Store
+from sources.work import run_stoppable
 
 __all__ = ["WeightsCache", "parse", "snapshot"]
 
@@ -67,8 +68,8 @@ class WeightsCache:
 
     @contextmanager
     def _opened(self, work: "Callable[[_Lookup], Held]") -> Iterator[LoraFile]:
-        client = Client(allow_private=self._settings.allow_private_hosts, patience=self._patience)
-        file, lora = client.run(lambda: work(_Lookup(self._settings, client)))
+        settings = self._settings
+        file, lora = run_stoppable(lambda client: work(_Lookup(settings, client)), settings, self._patience)
         with file:
             yield lora
 
@@ -84,7 +85,7 @@ class _Record:
     place: str | None = None  # and where they were found
     checked: float = 0.0  # when: seconds since the epoch
 
-    def note(
+    def remember(
         self, sha256: str, trigger_words: Iterable[str], key: str | None = None, answer: Stream | None = None
     ) -> None:
         """Forget what was, and remember this."""
@@ -143,7 +144,7 @@ class _Lookup:
             return cached
         file = self._store.open(source.sha256)
         if file is not None:
-            record.note(source.sha256, source.trigger_words, source.key)
+            record.remember(source.sha256, source.trigger_words, source.key)
         return file
 
     def _download(self, source: Source, record: _Record, cached: BinaryIO | None) -> BinaryIO:
@@ -152,7 +153,7 @@ class _Lookup:
             if cached is not None and record.describes(stream):
                 return cached
             file, contents = self._receive(stream)
-        record.note(contents.sha256, source.trigger_words or contents.trigger_words, source.key, stream)
+        record.remember(contents.sha256, source.trigger_words or contents.trigger_words, source.key, stream)
         return file
 
     def _ask(self, source: Source, record: _Record, hasty: bool) -> Stream:
@@ -189,7 +190,7 @@ class _Lookup:
                 contents = Contents(path.name, state.st_size)
                 admit = partial(self._store.admit, name=path.name)
                 copy_checked(content, None, contents, admit, self._client.check)
-                record.note(contents.sha256, contents.trigger_words, contents.kind)
+                record.remember(contents.sha256, contents.trigger_words, contents.kind)
             if record.key == "safetensors":
                 stack.pop_all()
                 return _held(content, path, record, path.name)
@@ -203,7 +204,7 @@ class _Lookup:
         with self._store.incoming(name) as (file, reserve):
             copy_checked(content, file, contents, reserve, self._client.check)
             file, contents = self._keep(file, contents)
-        record.note(contents.sha256, contents.trigger_words)
+        record.remember(contents.sha256, contents.trigger_words)
         return file
 
     def _keep(self, file: BinaryIO, contents: Contents) -> tuple[BinaryIO, Contents]:

@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute, Route
 from cluster.api_common import InputSchema, Refused, answer, new_prediction, read_body
 from cluster.dispatcher import Dispatcher
 from cluster.forms import Forms
-from cluster.predictions import Prediction
+from cluster.predictions import Prediction, Predictions
 from cluster.webhooks import EVENTS
 
 UNREADABLE = "Failed to deserialize the JSON body into the target type: "
@@ -39,6 +39,7 @@ class CogApi:
     """Cog's endpoints."""
 
     dispatcher: Dispatcher
+    predictions: Predictions
     forms: Forms
     schema: InputSchema
     # What `GET /health-check` says.
@@ -75,7 +76,7 @@ class CogApi:
             message = "prediction ID must match the ID supplied in the URL"
             raise Refused(422, {"detail": [{"loc": ["body", "id"], "msg": message, "type": "value_error"}]})
         # A known id is answered before its input is looked at, as by coglet.
-        if known := await self.dispatcher.predictions.get(prediction_id):
+        if known := await self.predictions.get(prediction_id):
             return await self._show_known(known)
         return await self._run(request, body, prediction_id)
 
@@ -154,6 +155,15 @@ async def _read(request: Request) -> dict[str, Any]:
 
 def _kind(value: object) -> str:
     """A JSON value as Rust's serde names it."""
-    text = json.dumps(value)
-    names = {bool: f"boolean `{text}`", int: f"integer `{text}`", float: f"floating point `{value}`"}
-    return {**names, str: f"string {text}", list: "sequence", dict: "map", type(None): "null"}[type(value)]
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return f"boolean `{json.dumps(value)}`"
+        case int():
+            return f"integer `{value}`"
+        case float():
+            return f"floating point `{value}`"
+        case str():
+            return f"string {json.dumps(value)}"
+    return "sequence" if isinstance(value, list) else "map"

@@ -18,6 +18,7 @@ from typing import Any
 import fsspec
 
 from cluster.predictions import File, Predictions, now
+from local_cog.data_uri import OCTETS, uri
 
 # As long as at Replicate.
 FILE_LIFETIME = timedelta(hours=1)
@@ -74,7 +75,7 @@ class Files:
                 return text
             _, _, file_id, name = text.split("/")
             try:
-                return _data_uri(await self.read(file_id), content_type(name))
+                return uri(await self.read(file_id), content_type(name))
             except FileNotFoundError:
                 return None
 
@@ -86,7 +87,7 @@ class Files:
         async def content(text: str) -> str:
             named = re.fullmatch(r"https?://[^/]+/v1/files/([\w-]+)", text)
             file = await predictions.file(named[1]) if named else None
-            return text if file is None else _data_uri(await self.read(file.id), file.content_type)
+            return text if file is None else uri(await self.read(file.id), file.content_type)
 
         return await _replace_strings(value, content)
 
@@ -98,11 +99,7 @@ class Files:
 
 def content_type(name: str) -> str:
     """What a file holds, by its name."""
-    return mimetypes.guess_type(name)[0] or "application/octet-stream"
-
-
-def _data_uri(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return mimetypes.guess_type(name)[0] or OCTETS
 
 
 async def _replace_strings(value: Any, replacement: Callable[[str], Awaitable[Any]]) -> Any:  # noqa: ANN401 (JSON)

@@ -13,7 +13,7 @@ from cluster.predictions import Prediction
 
 @dataclass(frozen=True)
 class Forms:
-    """Shows predictions."""
+    """Predictions as JSON, for answers and for webhooks."""
 
     files: Files
     # All fronts share it; the address of a stream is derived from it, so that nobody can guess one.

@@ -124,8 +124,8 @@ class Front:
         self.dispatcher = Dispatcher(
             self.id, workers, self.predictions, self.files, webhooks, self.metrics, self.queue, self.affinity
         )
-        cog = CogApi(self.dispatcher, forms, self.schema, self._health)
-        replicate = ReplicateApi(self.dispatcher, forms, self.schema, secret)
+        cog = CogApi(self.dispatcher, self.predictions, forms, self.schema, self._health)
+        replicate = ReplicateApi(self.dispatcher, self.predictions, self.files, forms, self.schema, secret)
         application = Starlette(
             routes=[Route("/-/healthz", self._probe), *cog.routes(), *replicate.routes()],
             middleware=[Middleware(Authorised, tokens=self.settings.api_tokens)],

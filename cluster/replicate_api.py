@@ -23,7 +23,7 @@ from starlette.routing import BaseRoute, Route
 
 from cluster.api_common import InputSchema, new_prediction, problem, read_body
 from cluster.dispatcher import Dispatcher
-from cluster.files import content_type
+from cluster.files import Files, content_type
 from cluster.forms import Forms, absolute, lines
 from cluster.predictions import File, Prediction, Predictions, now
 from cluster.webhooks import EVENTS
@@ -42,6 +42,8 @@ class ReplicateApi:
     """Replicate's endpoints."""
 
     dispatcher: Dispatcher
+    predictions: Predictions
+    files: Files
     forms: Forms
     schema: InputSchema
     # Signs webhooks; clients ask for it.
@@ -96,7 +98,7 @@ class ReplicateApi:
         return new_prediction(self.dispatcher.front, inputs, "replicate", **names, **_webhook(body))
 
     async def _known(self, request: Request) -> Prediction:
-        prediction = await self.dispatcher.predictions.get(request.path_params["prediction_id"])
+        prediction = await self.predictions.get(request.path_params["prediction_id"])
         if prediction is None or prediction.api != "replicate":
             raise problem(404, "Not found", "The requested resource could not be found.")
         return prediction
@@ -106,7 +108,7 @@ class ReplicateApi:
 
     async def _list(self, request: Request) -> Response:
         try:
-            page = await self.dispatcher.predictions.page(request.query_params.get("cursor"))
+            page = await self.predictions.page(request.query_params.get("cursor"))
         except ValueError as error:
             raise problem(400, "Bad cursor", str(error)) from None
         address = f"{_base_url(request)}/v1/predictions?cursor="
@@ -125,7 +127,7 @@ class ReplicateApi:
         prediction = await self._known(request)
         if not hmac.compare_digest(request.path_params["key"], self.forms.stream_key(prediction.id)):
             raise problem(404, "Not found", "There is no such stream.")
-        return StreamingResponse(_events(self.dispatcher.predictions, prediction.id), media_type="text/event-stream")
+        return StreamingResponse(_events(self.predictions, prediction.id), media_type="text/event-stream")
 
     async def _model(self, request: Request) -> Response:
         owner, name = request.path_params["owner"], request.path_params["name"]
@@ -190,27 +192,27 @@ class ReplicateApi:
                 raise problem(422, "Bad metadata", "metadata must be JSON.") from None
             kind = content.content_type or "application/octet-stream"
             name = content.filename or "file"
-            file = await self.dispatcher.files.write(data, name, kind, about={"metadata": about})
-        await self.dispatcher.predictions.add_file(file)
+            file = await self.files.write(data, name, kind, about={"metadata": about})
+        await self.predictions.add_file(file)
         return JSONResponse(_file(request, file), 201)
 
     async def _uploads(self, request: Request) -> Response:
-        results = [_file(request, file) for file in await self.dispatcher.predictions.uploads()]
+        results = [_file(request, file) for file in await self.predictions.uploads()]
         return JSONResponse({"previous": None, "next": None, "results": results})
 
     async def _uploaded(self, request: Request) -> Response:
-        file = await self.dispatcher.predictions.file(request.path_params["file_id"])
+        file = await self.predictions.file(request.path_params["file_id"])
         if file is None or file.about is None:
             raise problem(404, "Not found", "There is no such file; files are kept for an hour.")
         if request.method != "DELETE":
             return JSONResponse(_file(request, file))
-        await self.dispatcher.predictions.delete_file(file.id)
-        await self.dispatcher.files.delete([file.id])
+        await self.predictions.delete_file(file.id)
+        await self.files.delete([file.id])
         return Response(status_code=204)
 
     async def _download(self, request: Request) -> Response:
         try:
-            content = await self.dispatcher.files.read(request.path_params["file_id"])
+            content = await self.files.read(request.path_params["file_id"])
         except FileNotFoundError:
             raise problem(404, "Not found", "There is no such file; files are kept for an hour.") from None
         # A stranger's file must not act as a page of this host.

@@ -27,7 +27,7 @@ TIMEOUT = aiohttp.ClientTimeout(total=30)
 
 @dataclass(frozen=True)
 class Webhooks:
-    """Tells clients."""
+    """The webhooks of one front: one at a time for each prediction, in order."""
 
     client: aiohttp.ClientSession
     # Signs what is sent.

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple, TypeVar
 
-from sources.client import MIB, StoppedError
+from settings import MIB
+from sources.client import StoppedError
 from sources.contents import Check, Contents, Reserve, UnfitError, copy_checked
 from sources.shown import printable
 

@@ -17,6 +17,7 @@ from sources.hosts import Repo, list_repo
 from sources.references import HuggingFace
 from sources.shown import gigabytes
 from sources.store import locked
+from sources.work import run_stoppable
 
 VARIANT = re.compile(r"\.(?:fp16|bf16|fp32|non_ema|ema)[.-]")
 PICKLED = re.compile(r"(?:diffusion_)?pytorch_model(?:-\d+-of-\d+)?\.bin(?:\.index\.json)?")
@@ -39,8 +40,7 @@ def snapshot(model: str, settings: Settings, patience: Patience = Patience()) ->
     if found is None or model.startswith("."):
         raise ValueError(f"{model!r} is no folder; it must be one, or a Hugging Face repo as owner/repo.")
     reference = HuggingFace(found[1], found[2] or "main")
-    client = Client(allow_private=settings.allow_private_hosts, patience=patience)
-    return client.run(lambda: _snapshot(reference, settings, client))
+    return run_stoppable(lambda client: _snapshot(reference, settings, client), settings, patience)
 
 
 def _snapshot(reference: HuggingFace, settings: Settings, client: Client) -> Path:

@@ -5,7 +5,6 @@ environment: no proxy, which would connect where it likes, and no netrc.
 """
 
 import contextlib
-import contextvars
 import functools
 import ipaddress
 import json
@@ -16,7 +15,6 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TypeVar
@@ -26,10 +24,10 @@ import certifi
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
+from settings import MIB
 from sources.shown import redact
 
 T = TypeVar("T")
-MIB = 1024**2
 # As many as a host that slows each connection down deserves, and fewer than one takes for an attack.
 CONNECTIONS = 12
 # Read at once. Larger ones are mapped and unmapped each time, which costs more than the calls that they save.
@@ -40,7 +38,6 @@ SLOWEST = 1024  # bytes a second, of one connection
 # Azure's host for its machines, which hands out secrets from what looks like a public address.
 METADATA = {ipaddress.ip_address("168.63.129.16")}
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
-WEB_PAGE = "it needs a login, the link has expired, or it leads to a page about the file instead of to the file"
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class Source:
     trigger_words: tuple[str, ...] = ()
     # What to do about a status, and about a web page instead of the file, as the end of a sentence.
     advice: Mapping[int, str] = field(default_factory=dict)
-    web_page: str = WEB_PAGE
+    web_page: str | None = None
 
 
 class UnavailableError(ValueError):
@@ -135,7 +132,7 @@ def _tls() -> ssl.SSLContext:
 
 
 class Client:
-    """The connections of one piece of work, done by `run`; another thread can stop it.
+    """The connections of one piece of work; another thread can stop it.
 
     Args:
         allow_private: whether private and loopback addresses may be connected to.
@@ -157,39 +154,11 @@ class Client:
             "https": functools.partial(_HTTPSPool, client=self),
         }
 
-    def run(self, work: Callable[[], T]) -> T:
-        """Do work that waits for hosts and disks in a thread of its own, and stop it should the caller be interrupted.
-
-        Cog cancels a prediction by raising in the main thread; a blocking call would delay that for as long as the host
-        likes. And bookkeeping on the disk is never interrupted halfway.
-
-        Raises:
-            ValueError: the disk fails. What the work raises is raised here too.
-        """
-        # Cog tells whose log a line belongs to by a context variable.
-        context, outcome = contextvars.copy_context(), Future()
-
-        def run() -> None:
-            try:
-                outcome.set_result(context.run(work))
-            except BaseException as error:  # it belongs to whoever waits
-                outcome.set_exception(error)
-
-        thread = threading.Thread(target=run, name="weights", daemon=True)
-        try:
-            thread.start()
-            while thread.is_alive():
-                thread.join(0.05)
-            return outcome.result()
-        except OSError as error:  # of the disk: hosts' were told already
-            raise ValueError(f"The cache of weights cannot be used: {error.strerror or 'its disk fails'}.") from error
-        finally:
-            self._stopped.set()
-            self.disconnect()
-            self._pool.clear()
-            if thread.is_alive():
-                # It ends at once, unless it waits for a name server; then it ends later, having nothing to do any more.
-                thread.join(0.5)
+    def stop(self) -> None:
+        """End everything under way, and close all connections: threads that wait for a host get `StoppedError`."""
+        self._stopped.set()
+        self.disconnect()
+        self._pool.clear()
 
     def disconnect(self) -> None:
         """Wake every thread that waits for a host; to be called from any thread."""
@@ -199,7 +168,7 @@ class Client:
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def check(self) -> None:
-        """Raise `StoppedError` once `run` was left."""
+        """Raise `StoppedError` after `stop`."""
         if self._stopped.is_set():
             raise StoppedError
 

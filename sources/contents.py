@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Collection
 from typing import BinaryIO
 
-from sources.client import CHUNK, MIB, WEB_PAGE
+from settings import MIB
+from sources.client import CHUNK
 from sources.shown import gigabytes, printable
 
 # Called with a size before a file grows to it; may refuse.
@@ -30,6 +31,7 @@ BITS = {
 KINDS = ("safetensors", "tar", "gzip", "zip")
 # A tar's first block, which holds its mark.
 HEAD_BYTES = 512
+WEB_PAGE = "it needs a login, the link has expired, or it leads to a page about the file instead of to the file"
 
 
 class UnfitError(ValueError):
@@ -42,17 +44,17 @@ class Contents:
     Args:
         name: of the file, as it may be shown.
         size: in bytes, where it is known beforehand.
-        web_page: why there may be a web page instead.
+        web_page: why there may be a web page instead, if more than the usual reasons are known.
         kinds: what it may be.
     """
 
     def __init__(
-        self, name: str, size: int | None = None, web_page: str = WEB_PAGE, kinds: Collection[str] = KINDS
+        self, name: str, size: int | None = None, web_page: str | None = None, kinds: Collection[str] = KINDS
     ) -> None:
         self.name, self.size = name, 0
         self.kind: str | None = None
         self.trigger_words: tuple[str, ...] = ()
-        self._stated_size, self._web_page, self._kinds = size, web_page, kinds
+        self._stated_size, self._web_page, self._kinds = size, web_page or WEB_PAGE, kinds
         self._head: bytearray | None = bytearray()  # until the header is complete
         self._hash = hashlib.sha256()
         self._end: int | None = None  # where a safetensors file ends, by its header

@@ -12,7 +12,8 @@ from http import HTTPStatus
 
 from tqdm import tqdm
 
-from sources.client import CHUNK, CONNECTIONS, MIB, Stream, UnavailableError
+from settings import MIB
+from sources.client import CHUNK, CONNECTIONS, Stream, UnavailableError
 
 # tqdm's own lock is shared with forked processes: one that is killed while it draws would stop the bars of all others.
 tqdm.set_lock(threading.RLock())

@@ -3,7 +3,7 @@
 import re
 from urllib.parse import urlsplit
 
-from settings import GIB
+from settings import GIB, MIB
 
 
 def printable(text: str) -> str:
@@ -13,7 +13,7 @@ def printable(text: str) -> str:
 
 def gigabytes(size: int) -> str:
     """A number of bytes as people read it."""
-    return f"{size / GIB:.2f} GB" if size >= GIB / 100 else f"{size / 1024**2:.2f} MB"
+    return f"{size / GIB:.2f} GB" if size >= GIB / 100 else f"{size / MIB:.2f} MB"
 
 
 def redact(url: str) -> str:

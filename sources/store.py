@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 from uuid import uuid4
 
-from settings import GIB
-from sources.client import MIB
+from settings import GIB, MIB
 from sources.contents import Reserve, UnfitError
 from sources.shown import gigabytes
 

@@ -10,8 +10,8 @@ from safetensors.numpy import save
 
 from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, status
 from local_cog.server import CogServer, failure
-from settings import MINIATURE, Settings
-from tests.support.caches import MIB, SECRET
+from settings import MIB, MINIATURE, Settings
+from tests.support.caches import SECRET
 from tests.support.fetching import LARGE, LORA, OTHER, PACKED, fetch, make_tar, refusal, start, wait_until
 from weights import WeightsCache
 

@@ -27,6 +27,7 @@ from engine import fp8, live
 from engine.live import Live, Term
 from lora import deltas
 from lora_loader import Lora, LoraCache, read_lora
+from request import LoraFile
 from settings import ROOT
 from tests.support import lora_files, models
 from tests.support.lora_files import Tensors
@@ -474,36 +475,27 @@ def _digest(tensors: Tensors) -> str:
     return sha.hexdigest()
 
 
-@dataclass(frozen=True)
-class File:
-    """A file as the cache of files hands it over."""
-
-    path: Path
-    sha256: str
-
-
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[File]:
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[LoraFile]:
     """LoRAs of some 200 kB each."""
     folder = tmp_path_factory.mktemp("many")
     transformer = models.transformer(**SMALL)
     made = []
     for number in range(8):
         changes = lora_files.changes(transformer, seed=number, rank=64, only=lambda bfl: "linear" in bfl)
-        made.append(
-            File(lora_files.write(folder / f"{number}.safetensors", lora_files.EXACT["kohya"](changes)), str(number))
-        )
+        path = lora_files.write(folder / f"{number}.safetensors", lora_files.EXACT["kohya"](changes))
+        made.append(LoraFile(path, str(number), "lora"))
     return made
 
 
-def make_cache(loras: float, files: list[File]) -> LoraCache:
+def make_cache(loras: float, files: list[LoraFile]) -> LoraCache:
     """A cache with room for so many of the files."""
     cache = LoraCache(models.transformer(**SMALL), models.text_encoder())
     size = cache.read(files[0]).nbytes
     return LoraCache(models.transformer(**SMALL), models.text_encoder(), max_bytes=int(loras * size))
 
 
-def test_the_cache_keeps_what_was_used_last(files: list[File]) -> None:
+def test_the_cache_keeps_what_was_used_last(files: list[LoraFile]) -> None:
     cache = make_cache(2.5, files)
     a, b = cache.read(files[0]), cache.read(files[1])
     assert cache.read(files[0]) is a
@@ -512,32 +504,32 @@ def test_the_cache_keeps_what_was_used_last(files: list[File]) -> None:
     assert cache.read(files[1]) is not b
 
 
-def test_the_cache_goes_by_content(files: list[File], tmp_path: Path) -> None:
+def test_the_cache_goes_by_content(files: list[LoraFile], tmp_path: Path) -> None:
     cache = make_cache(2.5, files)
-    elsewhere = File(tmp_path / "gone.safetensors", files[0].sha256)
+    elsewhere = LoraFile(tmp_path / "gone.safetensors", files[0].sha256, "lora")
     assert cache.read(files[0]) is cache.read(elsewhere)
 
 
-def test_what_is_larger_than_the_cache_is_read_and_drives_nothing_out(files: list[File], tmp_path: Path) -> None:
+def test_what_is_larger_than_the_cache_is_read_and_drives_nothing_out(files: list[LoraFile], tmp_path: Path) -> None:
     cache = make_cache(1.5, files)
     kept = cache.read(files[0])
     large = lora_files.changes(models.transformer(**SMALL), rank=128, only=lambda bfl: "linear" in bfl)
     path = lora_files.write(tmp_path / "large.safetensors", lora_files.EXACT["kohya"](large))
-    assert cache.read(File(path, "large")).report.ranks == (128,)
+    assert cache.read(LoraFile(path, "large", "lora")).report.ranks == (128,)
     assert cache.read(files[0]) is kept
 
 
-def test_a_file_that_is_refused_leaves_the_cache_as_it_was(files: list[File], tmp_path: Path) -> None:
+def test_a_file_that_is_refused_leaves_the_cache_as_it_was(files: list[LoraFile], tmp_path: Path) -> None:
     cache = make_cache(1.5, files)
     kept = cache.read(files[0])
     (tmp_path / "bad").write_bytes(b"bad")
     for _ in range(2):
         with pytest.raises(ValueError, match="not a safetensors file"):
-            cache.read(File(tmp_path / "bad", "bad"))
+            cache.read(LoraFile(tmp_path / "bad", "bad", "lora"))
     assert cache.read(files[0]) is kept
 
 
-def test_memory_does_not_grow_over_500_swaps(files: list[File]) -> None:
+def test_memory_does_not_grow_over_500_swaps(files: list[LoraFile]) -> None:
     cache, lives = make_cache(3.5, files), Lives(bases())
     seen: list[weakref.ref[Lora]] = []
     resident = []

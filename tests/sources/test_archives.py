@@ -18,8 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from harness.hosts import File, Host
-from settings import MINIATURE, Settings
-from tests.support.caches import MIB
+from settings import MIB, MINIATURE, Settings
 from tests.support.fetching import LORA, OTHER, PACKED, TRAINED, fetch, make_tar, make_zip, nested, refusal
 from weights import WeightsCache
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from harness.hosts import File, Host, hugging_face
-from settings import Settings
-from tests.support.caches import MIB, SECRET
+from settings import MIB, Settings
+from tests.support.caches import SECRET
 from tests.support.fetching import LARGE, LORA, OTHER, QUICK, make_lora, start, wait_until
 from weights import snapshot
 

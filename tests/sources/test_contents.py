@@ -6,8 +6,8 @@ import struct
 import pytest
 
 from harness.hosts import File, Host
-from settings import Settings
-from tests.support.caches import MIB, SECRET
+from settings import MIB, Settings
+from tests.support.caches import SECRET
 from tests.support.fetching import LORA, fetch, refusal
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from harness.hosts import File, Host, in_turn, redirect, short, status
-from settings import Settings
-from tests.support.caches import MIB, SECRET
+from settings import MIB, Settings
+from tests.support.caches import SECRET
 from tests.support.fetching import LARGE, LORA, OTHER, QUICK, fetch, refusal
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from harness.hosts import File, Host
-from settings import Settings
-from tests.support.caches import DISK, MIB, check_cache
+from settings import MIB, Settings
+from tests.support.caches import DISK, check_cache
 from tests.support.fetching import LARGE, LORA, OTHER, QUICK, fetch, make_lora, refusal, start, wait_until
 from weights import WeightsCache
 

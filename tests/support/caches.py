@@ -3,8 +3,9 @@
 import hashlib
 from pathlib import Path
 
+from settings import MIB
+
 SECRET = "s3cr3t"
-MIB = 1024**2
 DISK = 24 * MIB
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from settings import Settings
+from settings import MIB, Settings
 from sources.client import Patience
-from tests.support.caches import MIB, SECRET
+from tests.support.caches import SECRET
 from weights import WeightsCache
 
 # Hosts on loopback answer at once, or never.
