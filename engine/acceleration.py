@@ -73,13 +73,18 @@ def compile_models(
         vae.decoder.compile(**options)
 
 
+def convolves_bfloat16() -> bool:
+    """Whether this CPU has a fast kernel for convolutions in bfloat16: oneDNN's, which not every build of torch has."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def convolve_in_float32(vae: AutoencoderKL) -> None:
     """Let both halves of a VAE compute in float32, and take and give what they took and gave.
 
     A CPU without AVX-512 has no fast kernel for convolutions in bfloat16: one takes a hundred times as long as in
     float32. Nothing is changed where the CPU has one, or the VAE is float32 already.
     """
-    if vae.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if vae.dtype != torch.bfloat16 or convolves_bfloat16():
         return
 
     def widen(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
-from engine.acceleration import convolve_in_float32, keep_compiled_code
+from engine.acceleration import convolve_in_float32, convolves_bfloat16, keep_compiled_code
 from engine.fp8 import Fp8Linear
 from flux import Flux
 from request import Request
@@ -134,8 +134,7 @@ def test_a_vae_keeps_its_dtype_where_its_convolutions_do_not(tmp_path: Path) -> 
     exact = AutoencoderKL.from_pretrained(tmp_path / "dev" / "vae").eval()
     vae = AutoencoderKL.from_pretrained(tmp_path / "dev" / "vae", torch_dtype=torch.bfloat16).eval()
     convolve_in_float32(vae)
-    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert vae.decoder.conv_in.weight.dtype == (torch.bfloat16 if fast else torch.float32)
+    assert vae.decoder.conv_in.weight.dtype == (torch.bfloat16 if convolves_bfloat16() else torch.float32)
     torch.manual_seed(0)
     latents, pixels = torch.randn(1, 4, 4, 6).bfloat16(), torch.randn(1, 3, 32, 48).clamp(-1, 1).bfloat16()
     with torch.no_grad():
