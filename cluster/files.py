@@ -5,7 +5,6 @@ front, and an input names an upload by its URL. This module knows files and data
 """
 
 import asyncio
-import base64
 import contextlib
 import hashlib
 import mimetypes
@@ -18,7 +17,7 @@ from typing import Any
 import fsspec
 
 from cluster.predictions import File, Predictions, now
-from local_cog.data_uri import OCTETS, uri
+from local_cog.data_uri import OCTETS, decode, suffix, uri
 
 # As long as at Replicate.
 FILE_LIFETIME = timedelta(hours=1)
@@ -59,10 +58,8 @@ class Files:
                 return text
             key = hashlib.sha256(text.encode()).hexdigest()
             if key not in stored:
-                head, _, content = text.partition(",")
-                kind = head.removeprefix("data:").removesuffix(";base64")
-                name = f"output{mimetypes.guess_extension(kind) or ''}"
-                stored[key] = await self.write(base64.b64decode(content), name, kind)
+                kind, content = decode(text)
+                stored[key] = await self.write(content, f"output{suffix(kind)}", kind)
             return f"/files/{stored[key].id}/{stored[key].name}"
 
         return await _replace_strings(output, path)

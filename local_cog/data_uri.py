@@ -18,7 +18,11 @@ def file_uri(path: Path) -> str:
 
 
 def decode(text: str) -> tuple[str, bytes]:
-    """The suffix of a base64 data URI's media type, such as `.webp` (empty if there is none), and its bytes."""
+    """The media type of a base64 data URI, and its bytes."""
     header, _, content = text.partition(",")
-    kind = header.removeprefix("data:").removesuffix(";base64")
-    return mimetypes.guess_extension(kind) or "", base64.b64decode(content)
+    return header.removeprefix("data:").removesuffix(";base64"), base64.b64decode(content)
+
+
+def suffix(kind: str) -> str:
+    """What a file of a media type ends in, such as `.webp`; empty if that is not known."""
+    return mimetypes.guess_extension(kind) or ""

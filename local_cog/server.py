@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from local_cog import schema
-from local_cog.data_uri import decode
+from local_cog.data_uri import decode, suffix
 from settings import ROOT
 
 LOOPBACK = "127.0.0.1"
@@ -195,7 +195,7 @@ def failure(answer: Mapping[str, Any]) -> str | None:
 
 def files(answer: Mapping[str, Any]) -> list[tuple[str, bytes]]:
     """The files of a prediction's output, each with its suffix, such as `.webp`."""
-    return [decode(uri) for uri in answer["output"]]
+    return [(suffix(kind), content) for kind, content in map(decode, answer["output"])]
 
 
 def free_port() -> int:
