@@ -26,7 +26,7 @@ from tqdm import tqdm
 import images
 from engine.acceleration import choose_attention, compile_models, convolve_in_float32, keep_compiled_code
 from engine.live import Live, Term
-from engine.loading import load
+from engine.loading import Models, load
 from engine.placement import Placement
 from lora_loader import Lora, LoraCache
 from request import LoraChoice, LoraFile, Request
@@ -101,20 +101,14 @@ class Flux:
     """Both models with everything that they share.
 
     Args:
-        settings: the folders of dev and schnell; whether to compile, and where compiled code is kept.
-        device: where the models compute.
-        placement: where the weights lie; planned from the memory of the machine unless given.
-
-    Raises:
-        ValueError: a sentence about model weights that are missing or do not fit, or a machine that is too small.
+        models: loaded; nothing else may write their live weights.
+        device: where they compute.
     """
 
-    def __init__(self, settings: Settings, device: torch.device, placement: Placement | None = None) -> None:
+    def __init__(self, models: Models, device: torch.device) -> None:
         self.device = device
-        stopwatch = Stopwatch(device)
-        folders = {"dev": Path(settings.models.dev), "schnell": Path(settings.models.schnell)}
-        models = load(folders, device, stopwatch, placement)
         self.components = models.components
+        self.placement = models.placement
         self._schedulers = models.schedulers
         self._live_text_encoder = models.text_encoder
         self._live, self._live_fp8 = models.live, models.live_fp8
@@ -124,38 +118,61 @@ class Flux:
         self._lock = threading.Lock()  # held while a request writes and uses the live weights
         held = [(live, name) for live in (*models.lives(), models.text_encoder) for name in live.names]
         self._tensors, self._round = len(held), cycle(held)
-        with stopwatch("attention"):
-            choose_attention(self._transformers, device)
+        self.attention = choose_attention(self._transformers, device)
         if device.type == "cuda":  # on a CPU it gains nothing
             self.components["vae"].to(memory_format=torch.channels_last)
         else:
             convolve_in_float32(self.components["vae"])
+
+    @classmethod
+    def load(cls, settings: Settings, device: torch.device, placement: Placement | None = None) -> "Flux":
+        """Load the models from their folders and compile what draws.
+
+        Args:
+            settings: the folders of dev and schnell; whether to compile, and where compiled code is kept.
+            device: where the models compute.
+            placement: where the weights lie; planned from the memory of the machine unless given.
+
+        Raises:
+            ValueError: a sentence about model weights that are missing or do not fit, or a machine that is too small.
+        """
+        stopwatch = Stopwatch(device)
+        folders = {"dev": Path(settings.models.dev), "schnell": Path(settings.models.schnell)}
+        models = load(folders, device, stopwatch, placement)
+        with stopwatch("attention"):
+            flux = cls(models, device)
         if device.type == "cuda" if settings.compile is None else settings.compile:
             keep_compiled_code(settings.cache_dir / "compile")
             with stopwatch("compile"):
-                self.compile()
+                flux.compile()
         print(f"Loaded in {stopwatch}.")
+        return flux
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compile what draws, now: no request will.
-
-        Draws what makes every graph that a request may need: both models, both precisions, from an image too, in two
-        sizes unlike in every dimension, so that the graphs take them for variables. What is drawn with by default comes
-        last, and is ready then.
+        """Compile what draws, now: no request will. What is drawn with by default is warmed up last, and ready then.
 
         Args:
             backend: of `torch.compile`.
         """
         compile_models(self._transformers, self.components["vae"], self.device, backend)
+        for go_fast in (True, False):
+            self.warm_up(go_fast=go_fast)
+        print(f"Compiled {counters['stats']['unique_graphs']} graphs.")
+
+    def warm_up(self, *, go_fast: bool) -> None:
+        """Draw what makes every graph that a request of one precision may need.
+
+        That is both models, from an image too, in two sizes unlike in every dimension, so that the graphs take them for
+        variables.
+        """
         silent = Stopwatch(self.device)
         with tempfile.TemporaryDirectory() as folder:
             image = Path(folder) / "grey.png"
             Image.new("RGB", (176, 240), "grey").save(image)
             sizes = ({"image": image, "prompt_strength": 1}, {"aspect_ratio": "3:2", "megapixels": "0.25"})
-            for model, go_fast, size in product(("schnell", "dev"), (True, False), sizes):
+            for model, size in product(("schnell", "dev"), sizes):
                 request = Request(prompt="", model=model, go_fast=go_fast, num_inference_steps=1, seed=0, **size)
                 self.draw(self.prepare(request, (), silent), 0, silent, lambda: None)
-        print(f"Compiled {counters['stats']['unique_graphs']} graphs.")
 
     def generate(self, request: Request, loras: Iterable[LoraFile], stopwatch: Stopwatch) -> Drawing:
         """Draw the pictures of a request.
@@ -223,7 +240,6 @@ class Flux:
             embeddings = self._embed(pipeline, request, words)
         return Job(request, canvas, applied, runs_fp8, pipeline, embeddings)
 
-    @torch.no_grad()
     def draw(self, job: Job, seed: int, stopwatch: Stopwatch, on_step: Callable[[], object]) -> Tensor:
         """Draw one picture.
 
@@ -231,9 +247,9 @@ class Flux:
             [3, H, W] in [0, 1], of the canvas's size; what a mask keeps is not pasted back yet.
         """
         with stopwatch("denoise"):
-            latents = _denoise(job, seed, on_step)
+            latents = denoise(job, seed, on_step)
         with stopwatch("decode"):
-            return _decode(job, latents)
+            return decode(job, latents)
 
     def _choose_live(self, request: Request) -> tuple[Live, bool]:
         """The transformer that draws a request, and whether it is the fp8 one."""
@@ -315,8 +331,13 @@ def _grid_size(job: Job) -> tuple[int, int]:
     return (2 * grid, height) if width == height == grid else (width, height)
 
 
-def _denoise(job: Job, seed: int, on_step: Callable[[], object]) -> Tensor:
-    """Run the pipeline for one picture; returns packed latents [1, tokens, channels]."""
+@torch.no_grad()
+def denoise(job: Job, seed: int, on_step: Callable[[], object]) -> Tensor:
+    """Run the pipeline for one picture, and call `on_step` after each step.
+
+    Returns:
+        packed latents [1, tokens, channels].
+    """
     width, height = _grid_size(job)
     inputs = {}
     if job.canvas.image is not None:
@@ -342,7 +363,8 @@ def _denoise(job: Job, seed: int, on_step: Callable[[], object]) -> Tensor:
     ).images
 
 
-def _decode(job: Job, latents: Tensor) -> Tensor:
+@torch.no_grad()
+def decode(job: Job, latents: Tensor) -> Tensor:
     """Packed latents [1, tokens, channels] → pixels [3, H, W] in [0, 1], cropped to the canvas."""
     pipeline, vae = job.pipeline, job.pipeline.vae
     width, height = _grid_size(job)

@@ -56,8 +56,8 @@ class Predictor(BasePredictor):
         with stopwatch("fetch"):
             models = Models(**{name: str(snapshot(it, settings)) for name, it in asdict(settings.models).items()})
         print(f"Models fetched in {stopwatch.seconds['fetch']:.1f} s.")
-        self.flux = Flux(replace(settings, models=models), device)
-        self.safety = SafetyChecker(Path(models.safety_checker), Path(models.nsfw_classifier), device)
+        self.flux = Flux.load(replace(settings, models=models), device)
+        self.safety = SafetyChecker.load(Path(models.safety_checker), Path(models.nsfw_classifier), device)
         self.cache = WeightsCache(settings)
         self.default_lora = weights or None
         self.leftovers = Leftovers()

@@ -59,12 +59,41 @@ class SafetyChecker:
 
     def __init__(
         self,
+        checker: StableDiffusionSafetyChecker,
+        checker_processor: CLIPImageProcessorPil,
+        classifier: ViTForImageClassification,
+        classifier_processor: ViTImageProcessorPil,
+        batch: int | None = None,
+    ) -> None:
+        """Look with both models, each with its image processor.
+
+        Args:
+            checker: knows concepts, and how near to one a picture may come.
+            checker_processor: makes its pixels.
+            classifier: has a label "nsfw".
+            classifier_processor: makes its pixels.
+            batch: how many pictures are looked at together; the device's usual number unless given.
+
+        Raises:
+            ValueError: the classifier has no label "nsfw".
+        """
+        self._checker, self._checker_processor = checker, checker_processor
+        self._classifier, self._classifier_processor = classifier, classifier_processor
+        self._batch = batch or BATCH[checker.device.type]
+        labels = {label.lower(): index for index, label in classifier.config.id2label.items()}
+        if "nsfw" not in labels:
+            raise ValueError(f"The NSFW classifier knows {', '.join(labels)}; it must have a label nsfw.")
+        self._nsfw = labels["nsfw"]
+
+    @classmethod
+    def load(
+        cls,
         checker: Path,
         classifier: Path,
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
         batch: int | None = None,
-    ) -> None:
+    ) -> "SafetyChecker":
         """Load both stages from directories, each with its image processor; nothing is downloaded.
 
         Args:
@@ -72,21 +101,19 @@ class SafetyChecker:
             classifier: directory of the classifier.
             device: where they compute.
             dtype: in which they compute.
-            batch: how many pictures are looked at together; the device's usual number unless given.
+            batch: see `SafetyChecker`.
 
         Raises:
             ValueError: weights are missing, or the classifier has no label "nsfw". A model that is not all there
                 would judge at random.
         """
-        self._checker = _load(StableDiffusionSafetyChecker, checker, device, dtype)
-        self._checker_processor = CLIPImageProcessorPil.from_pretrained(checker, local_files_only=True)
-        self._classifier = _load(ViTForImageClassification, classifier, device, dtype)
-        self._classifier_processor = ViTImageProcessorPil.from_pretrained(classifier, local_files_only=True)
-        self._batch = batch or BATCH[torch.device(device).type]
-        labels = {label.lower(): index for index, label in self._classifier.config.id2label.items()}
-        if "nsfw" not in labels:
-            raise ValueError(f"The NSFW classifier knows {', '.join(labels)}; it must have a label nsfw.")
-        self._nsfw = labels["nsfw"]
+        return cls(
+            _load(StableDiffusionSafetyChecker, checker, device, dtype),
+            CLIPImageProcessorPil.from_pretrained(checker, local_files_only=True),
+            _load(ViTForImageClassification, classifier, device, dtype),
+            ViTImageProcessorPil.from_pretrained(classifier, local_files_only=True),
+            batch,
+        )
 
     def check(self, images: list[Image.Image]) -> list[Verdict]:
         """A verdict for each picture, in order; the pictures are not changed.

@@ -59,8 +59,9 @@ class WeightsCache:
     def open_local(self, reference: str) -> AbstractContextManager[LoraFile]:
         """The same for the operator's own reference, which may be a path: a file, an archive, or a folder with one."""
         path = Path(reference.removeprefix("file://")).expanduser()
-        if path.exists():
-            return self._opened(lambda lookup: lookup.read(path))
+        with contextlib.suppress(OSError):  # too long for a path: a data URI
+            if path.exists():
+                return self._opened(lambda lookup: lookup.read(path))
         try:
             return self.open(reference)
         except ValueError as error:

@@ -117,7 +117,7 @@ def sheet(flux: Flux, folder: Path) -> Image.Image:
 def main() -> None:
     """Draw it."""
     with TemporaryDirectory() as folder:
-        flux = Flux(Settings(models=MINIATURE, cache_dir=Path(folder) / "cache"), CPU)
+        flux = Flux.load(Settings(models=MINIATURE, cache_dir=Path(folder) / "cache"), CPU)
         picture = sheet(flux, Path(folder))
     FILE.parent.mkdir(exist_ok=True)
     picture.quantize(256, dither=Image.Dither.NONE).save(FILE, optimize=True)

@@ -63,9 +63,9 @@ class Easel:
     """Draws with the miniature, and looks."""
 
     def __init__(self, cache: Path, megapixels: str) -> None:
-        self.flux = Flux(Settings(models=MINIATURE, cache_dir=cache), CPU)
+        self.flux = Flux.load(Settings(models=MINIATURE, cache_dir=cache), CPU)
         self.eye = recogniser.load()
-        self.safety = SafetyChecker(Path(MINIATURE.safety_checker), Path(MINIATURE.nsfw_classifier), CPU)
+        self.safety = SafetyChecker.load(Path(MINIATURE.safety_checker), Path(MINIATURE.nsfw_classifier), CPU)
         self.megapixels = megapixels
 
     def draw(self, prompt: str, seed: int, **inputs: object) -> Image.Image:

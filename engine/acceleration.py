@@ -19,6 +19,8 @@ from torch import Tensor, nn
 ATTENTION = ("_flash_3", "_native_cudnn", "_native_flash", "native")
 # Tokens of a picture of 1024x1024 pixels with dev's text: what the back ends are compared on.
 TOKENS = 4096 + 512
+# How blocks are compiled: whole, so that a graph cannot break unnoticed, and for every size at once.
+COMPILE = {"fullgraph": True, "dynamic": True}
 
 
 def keep_compiled_code(folder: Path) -> None:
@@ -65,7 +67,7 @@ def compile_models(
         device: where they compute.
         backend: of `torch.compile`.
     """
-    options = {"fullgraph": True, "dynamic": True, "backend": backend}
+    options = COMPILE | {"backend": backend}
     for transformer in transformers:
         transformer.compile_repeated_blocks(**options)
     if device.type == "cuda":

@@ -54,7 +54,9 @@ class Fp8Linear(nn.Module):
         else:
             weight = torch.zeros(linear.weight.shape, dtype=E4M3, device=device)
         self.register_buffer("weight", weight)  # [N, K]
-        self.register_buffer("scale", torch.ones(linear.out_features, 1, device=device))  # [N, 1] float32
+        self.register_buffer(
+            "scale", torch.ones(linear.out_features, 1, dtype=torch.float32, device=device)
+        )  # [N, 1] float32
         self.bias = linear.bias
 
     def write_rows(self, start: int, rows: Tensor) -> None:
@@ -88,9 +90,28 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
+@torch.no_grad()
 def supported(device: torch.device) -> bool:
-    """Whether `_scaled_mm` multiplies fp8 on this device: CPUs, and GPUs from compute capability 8.9 (Ada, Hopper)."""
-    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9))
+    """Whether `_scaled_mm` takes a scale for each row on this device, and multiplies rightly: one product tells.
+
+    GPUs do from compute capability 8.9 (Ada, Hopper), CPUs with torch 2.13.
+    """
+    generator = torch.Generator().manual_seed(0)
+    # Rows of unlike magnitude, as many as no kernel's tile has; in bfloat16, which is what draws.
+    x, weight = (
+        torch.randn(n, 64, generator=generator, dtype=torch.float32) * torch.arange(1, n + 1)[:, None] for n in (17, 32)
+    )
+    x, weight = x.to(device, torch.bfloat16), weight.to(device)
+    layer = Fp8Linear(nn.utils.skip_init(nn.Linear, 64, 32, bias=False, device=device))
+    layer.write_rows(0, weight)
+    try:
+        product = layer(x)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError):  # torch's ways to say that a device or a form of scales is not supported
+        return False
+    exact = x.float() @ weight.T
+    return bool(((product.float() - exact).norm(dim=1) < 0.1 * exact.norm(dim=1)).all())
 
 
 def fits(linear: nn.Linear) -> bool:

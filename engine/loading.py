@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, CLIPTextModel, T5Config, T5EncoderModel
 from engine import fp8
 from engine.live import Live
 from engine.placement import Placement, Precisions, Sizes, plan
+from service import faults
 from service.measure import Stopwatch
 
 # The linear layers of blocks run in fp8, except modulation: it multiplies one vector, which is cheap, and its result
@@ -48,6 +49,7 @@ class Models:
     live: Mapping[str, Live | None]  # in the base's dtype, by model; None where there is no room
     live_fp8: Mapping[str, Live | None]  # None where there is no room or the device has no fp8
     skeleton: FluxTransformer2DModel  # names and shapes of the transformer's parameters, without memory
+    placement: Placement | None = None  # what lies where; None where the caller of `assemble` decided
 
     def lives(self) -> list[Live]:
         """The live transformers, each once."""
@@ -70,11 +72,12 @@ def load(
     """
     dev = folders["dev"]
     with stopwatch("map"):
+        configs = {name: FluxTransformer2DModel.load_config(folder / "transformer") for name, folder in folders.items()}
         bases = {name: _mapped(folder / "transformer", "diffusion_pytorch_model") for name, folder in folders.items()}
         t5 = _mapped(dev / "text_encoder_2", "model")
         dtype = next(iter(bases["dev"].values())).dtype
-        skeletons = _skeletons(folders, bases, dtype)
-        placement = placement or _plan(folders, bases, skeletons, t5, device)
+        shared = skeletons(configs, bases)
+        placement = placement or _plan(dev, bases, shared, t5, device)
     with stopwatch("read"), ThreadPoolExecutor(READERS) as readers:
         # The readers move the large tensors, while this thread alone loads the rest: transformers is not thread-safe.
         moving = {name: _move(base, name in placement.on_gpu, device, readers) for name, base in bases.items()}
@@ -86,18 +89,41 @@ def load(
     bases = {name: _arrived(tensors) for name, tensors in moving.items()}
     components["text_encoder_2"] = _t5(dev / "text_encoder_2", _arrived(moving_t5))
     if not placement.t5_on_gpu:
-        _move_when_used(components["text_encoder_2"], device)
+        move_when_used(components["text_encoder_2"], device)
+    schedulers = {
+        name: FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler") for name, folder in folders.items()
+    }
+    models = assemble(shared, bases, components, schedulers, placement.precisions, device)
+    return replace(models, placement=placement)
+
+
+def assemble(
+    skeletons: Mapping[tuple[str, ...], FluxTransformer2DModel],
+    bases: Mapping[str, Tensors],
+    components: Mapping[str, object],
+    schedulers: Mapping[str, Mapping[str, object]],
+    precisions: Precisions,
+    device: torch.device,
+) -> Models:
+    """Make models of weights that lie where they shall lie.
+
+    Args:
+        skeletons: see `skeletons`.
+        bases: pristine transformers by model, never written; on the device or in host memory.
+        components: what all pipelines share, by diffusers' names, on the device.
+        schedulers: configs, by model.
+        precisions: which live weights to make.
+        device: where they compute.
+    """
     clip = components["text_encoder"]
     pristine_clip = {name: parameter.detach().clone() for name, parameter in clip.named_parameters()}
     pairs: dict[str, tuple[Live | None, Live | None]] = {}
     for names, skeleton in skeletons.items():
         own = {name: bases[name] for name in names}
-        pairs |= dict.fromkeys(names, _live_pair(skeleton, own, placement.precisions, device))
+        pairs |= dict.fromkeys(names, _live_pair(skeleton, own, precisions, device))
     return Models(
         components=components,
-        schedulers={
-            name: FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler") for name, folder in folders.items()
-        },
+        schedulers=schedulers,
         text_encoder=Live(clip, {"shared": pristine_clip}),
         live={name: live for name, (live, _) in pairs.items()},
         live_fp8={name: live_fp8 for name, (_, live_fp8) in pairs.items()},
@@ -119,30 +145,38 @@ def _mapped(folder: Path, stem: str) -> Tensors:
         return {name: tensor for file in sorted(files) for name, tensor in load_file(folder / file).items()}
     except (OSError, SafetensorError) as error:
         place = f"{folder.parent.name}/{folder.name}"
-        raise ValueError(f"The weights in {place} cannot be read: {error}; fetch or copy them again.") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else faults.without_paths(str(error))
+        raise ValueError(f"The weights in {place} cannot be read: {reason}; fetch or copy them again.") from None
 
 
-def _skeletons(
-    folders: Mapping[str, Path], bases: Mapping[str, Tensors], dtype: torch.dtype
+def skeletons(
+    configs: Mapping[str, Mapping[str, object]], bases: Mapping[str, Tensors]
 ) -> dict[tuple[str, ...], FluxTransformer2DModel]:
     """A transformer without memory for each architecture, by the names of its models.
 
     dev and schnell differ in their guidance embedder alone, and share one (see `live.Live` on what a base lacks).
+
+    Args:
+        configs: of the transformers, by model.
+        bases: their parameters, by model.
+
+    Raises:
+        ValueError: a sentence, where parameters do not fit their config.
     """
-    configs = {name: FluxTransformer2DModel.load_config(folder / "transformer") for name, folder in folders.items()}
+    dtype = next(iter(bases["dev"].values())).dtype
     architectures: dict[str, list[str]] = {}
     for name, config in configs.items():
         shape = {key: value for key, value in config.items() if key != "guidance_embeds" and not key.startswith("_")}
         architectures.setdefault(json.dumps(shape, sort_keys=True), []).append(name)
-    skeletons = {}
+    made = {}
     for names in architectures.values():
         guided = any(configs[name].get("guidance_embeds", False) for name in names)
         with torch.device("meta"):
             transformer = FluxTransformer2DModel.from_config(configs[names[0]], guidance_embeds=guided).to(dtype)
         for name in names:
             _check_fit(name, bases[name], transformer)
-        skeletons[tuple(names)] = transformer.eval().requires_grad_(False)
-    return skeletons
+        made[tuple(names)] = transformer.eval().requires_grad_(False)
+    return made
 
 
 def _check_fit(name: str, base: Tensors, transformer: FluxTransformer2DModel) -> None:
@@ -157,14 +191,13 @@ def _check_fit(name: str, base: Tensors, transformer: FluxTransformer2DModel) ->
 
 
 def _plan(
-    folders: Mapping[str, Path],
+    dev: Path,
     bases: Mapping[str, Tensors],
     skeletons: Mapping[tuple[str, ...], nn.Module],
     t5: Tensors,
     device: torch.device,
 ) -> Placement:
     """What fits this machine; on a CPU everything lies in the one memory that there is."""
-    dev = folders["dev"]
     parameters = [item for skeleton in skeletons.values() for item in skeleton.named_parameters()]
     sizes = Sizes(
         bases={name: _nbytes(base.values()) for name, base in bases.items()},
@@ -226,7 +259,7 @@ def _t5(folder: Path, tensors: Tensors) -> T5EncoderModel:
     return t5.eval().requires_grad_(False)
 
 
-def _move_when_used(t5: T5EncoderModel, device: torch.device) -> None:
+def move_when_used(t5: T5EncoderModel, device: torch.device) -> None:
     """Keep T5's layers in host memory; each is copied to the device for its call, while the one before computes."""
     apply_group_offloading(t5, onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
 

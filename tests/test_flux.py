@@ -28,7 +28,7 @@ MODES = ("txt2img", *IMAGE_MODES)
 
 def make_flux(folder: Path, **changes: object) -> Flux:
     settings = Settings(models=write_models(folder, **changes), cache_dir=folder / "cache")
-    return Flux(settings, CPU)
+    return Flux.load(settings, CPU)
 
 
 @pytest.fixture(scope="session")

@@ -89,7 +89,9 @@ def loaded(
     checker: StableDiffusionSafetyChecker | None = None,
     classifier: ViTForImageClassification | None = None,
 ) -> SafetyChecker:
-    return SafetyChecker(*saved(directory, checker or checker_model(), classifier or classifier_model()), device="cpu")
+    return SafetyChecker.load(
+        *saved(directory, checker or checker_model(), classifier or classifier_model()), device="cpu"
+    )
 
 
 def cosines(model: StableDiffusionSafetyChecker, images: list[Image.Image], concepts: torch.Tensor) -> torch.Tensor:
@@ -255,7 +257,7 @@ def test_a_stage_that_raises_leaves_the_other_to_decide(tmp_path: Path) -> None:
     paths = saved(tmp_path, checker, classifier)
     # A processor that makes pictures of a size that the model does not take.
     CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(paths[0])
-    verdicts = SafetyChecker(*paths, device="cpu").check(pictures())
+    verdicts = SafetyChecker.load(*paths, device="cpu").check(pictures())
     assert all(verdict.checker.flagged for verdict in verdicts)
     assert [verdict.flagged for verdict in verdicts] == likely
     assert sum(likely) == 4
@@ -290,7 +292,7 @@ def test_a_model_that_is_not_all_there_is_refused(tmp_path: Path, stage: str) ->
     del tensors["visual_projection.weight" if stage == "checker" else "classifier.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 of its tensors, among them \w+\.weight") as refused:
-        SafetyChecker(*paths, device="cpu")
+        SafetyChecker.load(*paths, device="cpu")
     assert str(tmp_path) not in str(refused.value)
 
 
@@ -304,7 +306,7 @@ def test_files_in_the_layout_of_the_published_checker_load(tmp_path: Path) -> No
     model = checker_model()
     model.concept_embeds_weights.data.fill_(0.3)
     checker, classifier = saved(tmp_path, model, classifier_model())
-    expected = SafetyChecker(checker, classifier, device="cpu").check(pictures())
+    expected = SafetyChecker.load(checker, classifier, device="cpu").check(pictures())
 
     tensors = load_file(checker / "model.safetensors")
     nested = {name.replace("vision_model.", "vision_model.vision_model.", 1): t for name, t in tensors.items()}
@@ -316,13 +318,13 @@ def test_files_in_the_layout_of_the_published_checker_load(tmp_path: Path) -> No
     del processor["image_processor_type"]
     processor |= {"feature_extractor_type": "CLIPFeatureExtractor", "size": 16, "crop_size": 16, "resample": 3}
     (checker / "preprocessor_config.json").write_text(json.dumps(processor))
-    assert SafetyChecker(checker, classifier, device="cpu").check(pictures()) == expected
+    assert SafetyChecker.load(checker, classifier, device="cpu").check(pictures()) == expected
 
 
 def test_half_precision_runs(tmp_path: Path) -> None:
     paths = saved(tmp_path, checker_model(), classifier_model())
-    full = SafetyChecker(*paths, device="cpu").check(pictures())
-    half = SafetyChecker(*paths, device="cpu", dtype=torch.bfloat16).check(pictures())
+    full = SafetyChecker.load(*paths, device="cpu").check(pictures())
+    half = SafetyChecker.load(*paths, device="cpu", dtype=torch.bfloat16).check(pictures())
     assert [v.checker.score for v in half] == pytest.approx([v.checker.score for v in full], abs=0.05)
     assert [v.classifier.score for v in half] == pytest.approx([v.classifier.score for v in full], abs=0.05)
 
@@ -330,7 +332,7 @@ def test_half_precision_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_pictures_looked_at_together_are_judged_as_if_alone(tmp_path: Path, count: int) -> None:
     folders = saved(tmp_path, checker_model(), undecided_classifier())
-    alone, together = SafetyChecker(*folders, device="cpu"), SafetyChecker(*folders, device="cpu", batch=4)
+    alone, together = SafetyChecker.load(*folders, device="cpu"), SafetyChecker.load(*folders, device="cpu", batch=4)
     expected = alone.check(pictures())[:count]
     verdicts = together.check(pictures()[:count])
     assert [verdict.classifier.flagged for verdict in verdicts] == [verdict.classifier.flagged for verdict in expected]
@@ -340,13 +342,13 @@ def test_pictures_looked_at_together_are_judged_as_if_alone(tmp_path: Path, coun
 
 
 def test_in_a_batch_a_score_does_not_depend_on_the_other_pictures(tmp_path: Path) -> None:
-    checker = SafetyChecker(*saved(tmp_path, checker_model(), classifier_model()), device="cpu", batch=4)
+    checker = SafetyChecker.load(*saved(tmp_path, checker_model(), classifier_model()), device="cpu", batch=4)
     first, *others = pictures()
     assert {checker.check([first, *others[:count]])[0] for count in range(5)} == {checker.check([first])[0]}
 
 
 def test_a_picture_that_breaks_a_batch_takes_nobody_with_it(tmp_path: Path) -> None:
-    checker = SafetyChecker(*saved(tmp_path, checker_model(), classifier_model()), device="cpu", batch=4)
+    checker = SafetyChecker.load(*saved(tmp_path, checker_model(), classifier_model()), device="cpu", batch=4)
     broken = Image.new("RGB", (0, 5))
     verdicts = checker.check([*pictures(2), broken])
     assert [verdict.flagged for verdict in verdicts] == [False, False, True]

@@ -66,7 +66,7 @@ def random_request(rng: random.Random, folder: Path) -> Request:
 
 @pytest.mark.usefixtures("forgetful")
 def test_after_set_up_no_request_compiles_anything(image: Path, tmp_path: Path) -> None:
-    flux = Flux(Settings(models=write_models(tmp_path), cache_dir=tmp_path), CPU)
+    flux = Flux.load(Settings(models=write_models(tmp_path), cache_dir=tmp_path), CPU)
     fixed = Request(prompt="a red fox", image=image, num_inference_steps=2, seed=3)
     plain = flux.generate(fixed, (), Stopwatch(CPU)).images
     # Graphs, breaks and guards are the business of torch's front end; the back end that costs nothing shows them.

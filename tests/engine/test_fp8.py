@@ -1,6 +1,6 @@
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine import fp8
 
@@ -23,6 +23,21 @@ def test_a_row_of_zeros_stays_zero() -> None:
     values, scale = fp8.quantize_rows(torch.zeros(3, 16))
     assert (values.float() * scale).eq(0).all()
     assert scale.isfinite().all()
+
+
+def test_what_multiplies_rightly_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, multiply = torch.device("cpu"), torch._scaled_mm
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("Now _scaled_mm only supports per-tensor scaling for CPU backend.")
+
+    def forget_a_scale(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **options: object) -> Tensor:
+        return multiply(a, b, torch.ones_like(scale_a), scale_b, **options)
+
+    assert fp8.supported(cpu)
+    for other in (refuse, forget_a_scale):
+        monkeypatch.setattr(torch, "_scaled_mm", other)
+        assert not fp8.supported(cpu)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from engine.loading import load
+from engine.loading import assemble, load, skeletons
 from engine.placement import Placement, Precisions
 from flux import Flux
 from request import Request
@@ -28,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 def make_flux(models: Models, tmp_path: Path, *, t5_on_gpu: bool = True, precisions: Precisions) -> Flux:
     placement = Placement(BOTH, t5_on_gpu, precisions, gpu=0, host=0)
-    return Flux(Settings(models=models, cache_dir=tmp_path), CPU, placement)
+    return Flux.load(Settings(models=models, cache_dir=tmp_path), CPU, placement)
 
 
 @pytest.fixture(scope="module")
@@ -92,4 +93,17 @@ def test_a_tensor_that_is_missing_is_named(tmp_path: Path, part: str, file: str,
     del tensors
     save_file(kept, path)
     with pytest.raises(ValueError, match=name):
-        Flux(Settings(models=models, cache_dir=tmp_path), CPU)
+        Flux.load(Settings(models=models, cache_dir=tmp_path), CPU)
+
+
+def test_models_made_in_memory_draw_like_those_read_from_folders(models: Models, image: Path, tmp_path: Path) -> None:
+    parts = {name: DiffusionPipeline.from_pretrained(getattr(models, name)).components for name in ("dev", "schnell")}
+    bases = {name: dict(it["transformer"].state_dict()) for name, it in parts.items()}
+    configs = {name: dict(it["transformer"].config) for name, it in parts.items()}
+    schedulers = {name: dict(it["scheduler"].config) for name, it in parts.items()}
+    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    shared = {name: parts["dev"][name] for name in names}
+    made = assemble(skeletons(configs, bases), bases, shared, schedulers, Precisions.BOTH, CPU)
+    flux, loaded = Flux(made, CPU), make_flux(models, tmp_path, precisions=Precisions.BOTH)
+    for model, go_fast in HISTORY:
+        assert draw(flux, image, model, go_fast) == draw(loaded, image, model, go_fast)

@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def flux(folder: Path) -> Flux:
-    return Flux(Settings(models=write_models(folder), cache_dir=folder / "cache"), CPU)
+    return Flux.load(Settings(models=write_models(folder), cache_dir=folder / "cache"), CPU)
 
 
 @pytest.fixture
