@@ -1,0 +1,517 @@
+"""Draw with plain diffusers and PEFT, then with the product, from the same weights and noise; compare: script/check.
+
+Both do not fit on one GPU together. So all references are drawn first and kept as latents on the CPU; then everything
+is freed, and the product is loaded as in service. Each comparison is a row of the table, with its own error: one that
+fails says why and leaves the others alone. This module knows diffusers' pipelines, the product's doors and no Cog.
+"""
+
+import argparse
+import gc
+import hashlib
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+# Read when the libraries are imported: what they say while loading tells an operator nothing; their errors are raised.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.utils.logging import disable_progress_bar
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPImageProcessorPil, ViTForImageClassification, ViTImageProcessorPil
+
+from engine.loading import is_block_linear
+from engine.placement import GB
+from flux import FP8_LORA_FACTOR, TEXT_TOKENS, Flux, decode, denoise
+from request import LoraChoice, LoraFile, Request
+from safety import SafetyChecker, Verdict
+from service import faults
+from service.measure import PeakMemory, Stopwatch
+from settings import ROOT, Models, Settings
+from weights import WeightsCache, snapshot
+
+PROMPT = "a red fox"
+SEED = 7
+STEPS = 4
+# Width and height of what 21:9 means at 0.25 megapixels, and of the image that is drawn from: no side like another, so
+# that none can stand for another. Small: on a CPU without AVX-512 the plain VAE encodes a larger one for seconds.
+SIZE, IMAGE_SIZE = (768, 320), (320, 256)
+# How much of an image is drawn anew: two of the four steps.
+STRENGTH = 0.5
+
+# Bounds on |ours - reference| / |reference| of the latents. Measured with the miniature on a CPU: 0 for dev and
+# schnell, 0.012 from an image (the product convolves in float32 there), 0.055 in fp8; of four weights in its blocks,
+# each gave 0.19 or more when it was set to zero. The rest is room for a real model, whose compiled code and attention
+# add up in another order.
+BF16_ERROR = 0.05
+FP8_ERROR = 0.15
+# Bounds on |ours - reference| / |reference - reference without the LoRA|, for a LoRA whose effect is EFFECT of the
+# latents or more. Measured with the miniature: 0.02 in bf16, and 0.08 to 0.14 in fp8; with the LoRA at 1.5 times its
+# strength 0.7 and more, at 1/1.5 of it 0.5 and more, without it 1.
+BF16_LORA_ERROR = 0.1
+FP8_LORA_ERROR = 0.3
+# The effect, and the scales that are tried until it is reached: a weak LoRA would drown in fp8's rounding.
+EFFECT = 0.45
+SCALES = tuple(1.5**power for power in range(6))
+# Of the made-up LoRA; with factors of this size it has the effect at scale 1 in the miniature.
+RANK = 16
+UP = 0.08
+# How far the classifier's probability may be from that of the model asked directly: batches of another size round
+# otherwise.
+PROBABILITY_ERROR = 0.01
+# The same for the checker's cosines, which the model rounds to three places.
+COSINE_ERROR = 0.005
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one comparison came to."""
+
+    name: str
+    right: bool | None  # None: skipped
+    measured: str
+    bound: str = ""
+    known: bool = True  # False: there was nothing to compare with
+
+    def __str__(self) -> str:
+        """A line of the table."""
+        verdict = {True: "right", False: "WRONG", None: "skipped"}[self.right] if self.known else "unknown"
+        return f"{self.name:<24}{verdict:<9}{self.measured}" + (f" [{self.bound}]" if self.bound else "")
+
+
+class NoReferenceError(ValueError):
+    """There is nothing to compare with: what the product does may be right or wrong."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A request, and the latents that plain diffusers draws for it, or why there are none."""
+
+    request: Request
+    latents: Tensor | None  # float32 [1, tokens, channels], on the CPU
+    trouble: str = ""
+
+    def known(self) -> Tensor:
+        """The latents.
+
+        Raises:
+            NoReferenceError: a sentence, where there are none.
+        """
+        if self.latents is None:
+            raise NoReferenceError(self.trouble)
+        return self.latents
+
+
+def check(settings: Settings, device: torch.device, lora: str | None) -> list[Row]:
+    """Compare everything.
+
+    Args:
+        settings: the predictor's.
+        device: where both compute.
+        lora: a reference or a path; a LoRA is made up unless given.
+
+    Raises:
+        ValueError: a sentence about a LoRA or models that cannot be had or loaded at all.
+    """
+    models = Models(**{name: str(snapshot(it, settings)) for name, it in asdict(settings.models).items()})
+    with tempfile.TemporaryDirectory() as scratch, _opened(lora, models, settings, Path(scratch)) as file:
+        references = draw_references(models, device, requests(Path(scratch)), file)
+        memory = PeakMemory(device)
+        flux = Flux.load(replace(settings, models=models), device)
+        return Comparison(flux, models, references, file, memory).rows()
+
+
+def requests(folder: Path) -> dict[str, Request]:
+    """What is drawn both ways, by the names of the rows; writes the image and the mask to `folder`."""
+    photo, mask = folder / "photo.png", folder / "mask.png"
+    ramp = Image.linear_gradient("L")
+    colours = (ramp, ramp.transpose(Image.Transpose.ROTATE_90), Image.radial_gradient("L"))
+    Image.merge("RGB", colours).resize(IMAGE_SIZE).save(photo)
+    painted = Image.new("L", IMAGE_SIZE)
+    near, far = ([side * part // 8 for side in IMAGE_SIZE] for part in (1, 7))
+    painted.paste(255, (*near, *far))  # most of it: kept latents are the image's, and tell nothing
+    painted.save(mask)
+    dev = Request(prompt=PROMPT, seed=SEED, num_inference_steps=STEPS, aspect_ratio="21:9", megapixels="0.25")
+    image = replace(dev, image=photo, prompt_strength=STRENGTH)
+    return {
+        "dev": dev,
+        "image": image,
+        "mask": replace(image, mask=mask),
+        "LoRA": replace(dev, loras=(LoraChoice("the LoRA"),)),
+        "schnell": replace(dev, model="schnell"),
+    }
+
+
+def draw_references(
+    models: Models, device: torch.device, requests: Mapping[str, Request], lora: LoraFile
+) -> dict[str, Reference]:
+    """Draw requests with plain diffusers, those with a LoRA with PEFT; nothing stays on the device."""
+    plain = PlainDiffusers(models, device, lora)
+    references = {name: plain.refer(name, request) for name, request in requests.items()}
+    plain.free()
+    return references
+
+
+class PlainDiffusers:
+    """diffusers' own pipelines, of one model at a time.
+
+    Args:
+        models: folders.
+        device: where they compute.
+        lora: what a request with a LoRA means.
+    """
+
+    def __init__(self, models: Models, device: torch.device, lora: LoraFile) -> None:
+        self._models, self._device, self._lora = models, device, lora
+        self._loaded: tuple[str, FluxPipeline] | None = None
+
+    def refer(self, name: str, request: Request) -> Reference:
+        """The reference of a request; an error becomes its sentence, and holds nothing on the device."""
+        print(f"Plain diffusers draws the reference of {name}.", flush=True)
+        try:
+            return self._draw_with_lora(request) if request.loras else Reference(request, self._draw(request))
+        except Exception as error:
+            full = "its memory is full, and diffusers needs a whole model on the device"
+            reason = full if faults.out_of_memory(error) else f"diffusers failed with {_words(error)}"
+            return Reference(request, None, f"There is no reference: {reason}.")
+
+    def free(self) -> None:
+        """Give the device's memory back."""
+        self._loaded = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _draw_with_lora(self, request: Request) -> Reference:
+        """Draw at the first scale at which the LoRA has its effect; the request of the reference names that scale."""
+        plain = self._draw(request)
+        pipeline = self._pipeline(request.model)
+        pipeline.load_lora_weights(self._lora.path, adapter_name="lora")
+        try:
+            for scale in SCALES:
+                pipeline.set_adapters("lora", scale)
+                latents = self._draw(request)
+                if not latents.isfinite().all():
+                    return Reference(request, None, "There is no reference: with this LoRA diffusers draws no numbers.")
+                if (latents - plain).norm() >= EFFECT * plain.norm():
+                    return Reference(replace(request, loras=(replace(request.loras[0], scale=scale),)), latents)
+        finally:
+            pipeline.unload_lora_weights()
+        return Reference(request, None, f"There is no reference: even at {scale:.3g} this LoRA changes too little.")
+
+    @torch.no_grad()
+    def _draw(self, request: Request) -> Tensor:
+        """Latents as `Reference` has them, from the model as it is."""
+        own = self._pipeline(request.model)
+        kind, inputs, size = FluxPipeline, {}, SIZE
+        if request.image is not None:
+            image = Image.open(request.image)
+            kind, inputs, size = FluxImg2ImgPipeline, {"image": image, "strength": request.prompt_strength}, image.size
+        if request.mask is not None:
+            kind, inputs = FluxInpaintPipeline, inputs | {"mask_image": Image.open(request.mask)}
+        pipeline = kind(**{name: part for name, part in own.components.items() if part is not None})
+        pipeline.set_progress_bar_config(disable=True)
+        latents = pipeline(
+            request.prompt,
+            **inputs,
+            width=size[0],
+            height=size[1],
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            max_sequence_length=min(TEXT_TOKENS[request.model], pipeline.tokenizer_2.model_max_length),
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            output_type="latent",
+        ).images
+        return latents.float().cpu()
+
+    def _pipeline(self, model: str) -> FluxPipeline:
+        """The pipeline of a model, in the dtype of dev's weights; all but transformer and scheduler are dev's."""
+        if self._loaded is None or self._loaded[0] != model:
+            self.free()
+            folder, dtype = Path(getattr(self._models, model)), _dtype(Path(self._models.dev) / "transformer")
+            pipeline = FluxPipeline.from_pretrained(
+                self._models.dev,
+                transformer=FluxTransformer2DModel.from_pretrained(
+                    folder / "transformer", dtype=dtype, local_files_only=True
+                ),
+                scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True),
+                dtype=dtype,
+                local_files_only=True,
+            )
+            self._loaded = model, pipeline.to(self._device)
+        return self._loaded[1]
+
+
+class Comparison:
+    """The product against the references.
+
+    Args:
+        flux: loaded, and nothing drawn yet.
+        models: folders, for the safety models.
+        references: by row.
+        lora: of the reference "LoRA".
+        memory: watches since before `flux` was loaded.
+    """
+
+    def __init__(
+        self, flux: Flux, models: Models, references: Mapping[str, Reference], lora: LoraFile, memory: PeakMemory
+    ) -> None:
+        self._flux, self._models, self._references, self._lora = flux, models, references, lora
+        self._memory = memory
+        self._stopwatch = Stopwatch(flux.device)
+
+    def rows(self) -> list[Row]:
+        """Every comparison, in an order in which a LoRA's traces would be seen."""
+        comparisons: dict[str, Callable[[str], Row]] = {
+            "dev": self._dev,
+            "dev, decoded": self._decoded,
+            "schnell": self._latents,
+            "image": self._latents,
+            "mask": self._latents,
+            "what a mask keeps": self._kept_pixels,
+            "LoRA": partial(self._with_lora, fp8=False),
+            "LoRA in fp8": partial(self._with_lora, fp8=True),
+            "without it again": self._without_lora,
+            "safety checker": self._safety_checker,
+            "safety classifier": self._safety_classifier,
+            "a harmless picture": self._harmless,
+            "plan of the machine": self._plan,
+        }
+        return [_row(name, compare) for name, compare in comparisons.items()]
+
+    def _draw(self, request: Request) -> tuple[Tensor, bool]:
+        """Latents as `Reference` has them, and whether fp8 drew them."""
+        job = self._flux.prepare(request, [self._lora] * len(request.loras), self._stopwatch)
+        return denoise(job, request.seed, lambda: None).float().cpu(), job.fp8
+
+    @cached_property
+    def _first(self) -> tuple[Tensor, bool]:
+        """dev, drawn when it is first asked for: before any LoRA."""
+        return self._draw(self._references["dev"].request)
+
+    def _dev(self, name: str) -> Row:
+        return self._against_reference(name, *self._first)
+
+    @torch.no_grad()
+    def _decoded(self, name: str) -> Row:
+        """The reference's latents as the product's pixels, against those of the VAE itself in float32."""
+        reference, device = self._references["dev"], self._flux.device
+        latents = reference.known().to(device)
+        job = self._flux.prepare(reference.request, (), self._stopwatch)
+        ours = decode(job, latents.to(job.pipeline.vae.dtype)).float()  # [3, H, W] in [0, 1]
+        vae = AutoencoderKL.from_pretrained(Path(self._models.dev) / "vae", dtype=torch.float32).to(device)
+        width, height = SIZE
+        latents = FluxPipeline._unpack_latents(latents, height, width, 2 ** (len(vae.config.block_out_channels) - 1))
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor  # [1, C, H/f, W/f]
+        theirs = (vae.decode(latents).sample[0] / 2 + 0.5).clamp(0, 1)
+        error = _ratio(ours - theirs, theirs - theirs.mean())
+        return Row(name, error <= BF16_ERROR, f"{error:.4f} of the pixels' contrast", f"at most {BF16_ERROR}")
+
+    def _latents(self, name: str) -> Row:
+        return self._against_reference(name, *self._draw(self._references[name].request))
+
+    def _against_reference(self, name: str, latents: Tensor, fp8: bool) -> Row:
+        reference = self._references[name].known()
+        error, bound = _ratio(latents - reference, reference), FP8_ERROR if fp8 else BF16_ERROR
+        return Row(name, error <= bound, f"{error:.4f} of the latents", f"at most {bound}")
+
+    def _with_lora(self, name: str, *, fp8: bool) -> Row:
+        """The LoRA in one precision; under fp8 the product makes scales stronger by a factor, so less is asked for."""
+        wanted, plain = self._references["LoRA"], self._references["dev"].known()
+        reference, choice = wanted.known(), wanted.request.loras[0]
+        if choice.scale != 1 and "DoRA" in self._flux.lora_cache.read(self._lora).report.kinds:
+            raise NoReferenceError(
+                "There is no reference: at 1 this DoRA changes too little, and PEFT means other scales otherwise."
+            )
+        asked = replace(choice, scale=choice.scale / FP8_LORA_FACTOR if fp8 else choice.scale)
+        latents, runs_fp8 = self._draw(replace(wanted.request, loras=(asked,), go_fast=fp8))
+        if runs_fp8 != fp8:
+            return Row(name, None, f"here {'everything' if runs_fp8 else 'nothing'} is drawn in fp8")
+        error, effect = _ratio(latents - reference, reference - plain), _ratio(reference - plain, plain)
+        bound = FP8_LORA_ERROR if fp8 else BF16_LORA_ERROR
+        measured = f"{error:.4f} of its effect, which is {effect:.2f} of the latents at scale {choice.scale:.3g}"
+        return Row(name, error <= bound, measured, f"at most {bound}")
+
+    def _without_lora(self, name: str) -> Row:
+        """dev again, to the bit."""
+        again, first = self._draw(self._references["dev"].request)[0], self._first[0]
+        return Row(name, torch.equal(again, first), f"{(again != first).sum()} of {first.numel()} numbers differ", "0")
+
+    def _kept_pixels(self, name: str) -> Row:
+        """Where the mask is black, the picture is the image to the bit; where it is white, it was drawn."""
+        request = self._references["mask"].request
+        (drawn,) = self._flux.generate(request, (), self._stopwatch).images
+        changed = (np.asarray(drawn) != np.asarray(Image.open(request.image))).any(axis=-1)  # [H, W]
+        kept = np.asarray(Image.open(request.mask)) == 0
+        spoilt, painted = int(changed[kept].sum()), float(changed[~kept].mean())
+        measured = f"{spoilt} of {kept.sum()} kept pixels differ, and {painted:.0%} of the painted ones"
+        return Row(name, spoilt == 0 and painted > 0.5, measured, "0, and more than 50%")
+
+    @cached_property
+    def _picture(self) -> Image.Image:
+        """A drawn picture of something harmless."""
+        return self._flux.generate(self._references["schnell"].request, (), self._stopwatch).images[0]
+
+    @cached_property
+    def _verdict(self) -> Verdict:
+        """What the product's safety check says of it."""
+        folders = Path(self._models.safety_checker), Path(self._models.nsfw_classifier)
+        return SafetyChecker.load(*folders, self._flux.device).check([self._picture])[0]
+
+    @torch.no_grad()
+    def _safety_checker(self, name: str) -> Row:
+        """The first stage against the model's own `forward`, which answers yes or no.
+
+        Our score says by how much a threshold is exceeded. So with thresholds moved by a little less than it the model
+        must say yes, with thresholds moved by a little more no, and as they are what we say.
+        """
+        folder, ours = self._models.safety_checker, self._verdict.checker
+        model = StableDiffusionSafetyChecker.from_pretrained(folder, dtype=torch.float32).to(self._flux.device)
+        inputs = CLIPImageProcessorPil.from_pretrained(folder)(self._picture, return_tensors="pt")
+        pixels, thresholds = inputs.pixel_values.to(model.device), model.concept_embeds_weights.clone()
+        answers = []
+        for moved in (0.0, ours.score - COSINE_ERROR, ours.score + COSINE_ERROR):
+            model.concept_embeds_weights.copy_(thresholds + moved)
+            answers += model(clip_input=pixels, images=[np.asarray(self._picture)])[1]
+        said = " and ".join("flagged" if answer else "not flagged" for answer in answers[1:])
+        measured = f"score {ours.score:.3f}; with thresholds moved by that -/+ {COSINE_ERROR} the model says {said}"
+        return Row(name, answers == [ours.flagged, True, False], measured, "flagged and not flagged")
+
+    @torch.no_grad()
+    def _safety_classifier(self, name: str) -> Row:
+        """The second stage against the softmax of the model's logits."""
+        folder, ours = self._models.nsfw_classifier, self._verdict.classifier
+        model = ViTForImageClassification.from_pretrained(folder, dtype=torch.float32).to(self._flux.device)
+        inputs = ViTImageProcessorPil.from_pretrained(folder)(self._picture, return_tensors="pt")
+        probabilities = model(inputs.pixel_values.to(model.device)).logits[0].float().softmax(dim=-1)  # [labels]
+        (theirs,) = (probabilities[i].item() for i, label in model.config.id2label.items() if label.lower() == "nsfw")
+        measured = f"probability {ours.score:.3f}; the model itself: {theirs:.3f}"
+        return Row(name, abs(ours.score - theirs) <= PROBABILITY_ERROR, measured, f"{PROBABILITY_ERROR} apart")
+
+    def _harmless(self, name: str) -> Row:
+        stages = {"checker": self._verdict.checker, "classifier": self._verdict.classifier}
+        flagging = [stage for stage, finding in stages.items() if finding.flagged]
+        return Row(name, not self._verdict.flagged, f"flagged by {' and '.join(flagging) or 'none'}", "not by both")
+
+    def _plan(self, name: str) -> Row:
+        """Where the weights were put, and whether all of the above kept within the memory planned for it."""
+        placement, peak = self._flux.placement, self._memory.bytes().get("gpu")
+        if peak is None:
+            return Row(name, True, f"no GPU; {placement.precisions}")
+        return Row(name, peak <= placement.gpu, f"{placement}; {peak / GB:.1f} GB were used", "no more than planned")
+
+
+def _row(name: str, compare: Callable[[str], Row]) -> Row:
+    """A comparison's row; its error makes the row wrong."""
+    try:
+        return compare(name)
+    except NoReferenceError as error:
+        return Row(name, False, str(error), known=False)
+    except ValueError as error:  # a sentence
+        return Row(name, False, str(error))
+    except Exception as error:
+        print(faults.places(error))
+        return Row(name, False, f"It failed with {_words(error)}; the lines above the table say where.")
+
+
+def _words(error: Exception) -> str:
+    """An error of a library, as part of a sentence."""
+    return faults.message(error).splitlines()[0].rstrip(" .:")
+
+
+def _ratio(difference: Tensor, whole: Tensor) -> float:
+    """|difference| / |whole|; nan if either holds one."""
+    return (difference.norm() / whole.norm()).item()
+
+
+def _dtype(folder: Path) -> torch.dtype:
+    """In which a model's weights are stored."""
+    with safe_open(min(folder.glob("*.safetensors")), framework="pt") as tensors:
+        return tensors.get_tensor(next(iter(tensors.keys()))).dtype
+
+
+@contextmanager
+def _opened(reference: str | None, models: Models, settings: Settings, folder: Path) -> Iterator[LoraFile]:
+    """The LoRA as a file: fetched by its reference, or made up."""
+    if reference is None:
+        yield make_lora(folder / "made_up.safetensors", Path(models.dev) / "transformer")
+        return
+    with WeightsCache(settings).open_local(reference) as file:
+        yield file
+
+
+def make_lora(path: Path, transformer: Path) -> LoraFile:
+    """Write a random LoRA on every linear layer of the blocks of a transformer, in diffusers' names and bfloat16."""
+    with torch.device("meta"):
+        skeleton = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(transformer))
+    generator = torch.Generator().manual_seed(SEED)
+    tensors = {}
+    for name, layer in skeleton.named_modules():
+        if isinstance(layer, nn.Linear) and is_block_linear(name):
+            down = torch.randn(RANK, layer.in_features, generator=generator) / layer.in_features**0.5
+            up = torch.randn(layer.out_features, RANK, generator=generator) * UP
+            tensors |= {
+                f"transformer.{name}.lora_A.weight": down.bfloat16(),
+                f"transformer.{name}.lora_B.weight": up.bfloat16(),
+            }
+    save_file(tensors, path)
+    return LoraFile(path, hashlib.sha256(path.read_bytes()).hexdigest(), "made up")
+
+
+def main() -> None:
+    """Print the table; exit with 1 if a row is wrong or unknown, or with a sentence if there is no table."""
+    parser = argparse.ArgumentParser(
+        prog="script/check", description="Compare the product with plain diffusers and PEFT on this machine's weights."
+    )
+    parser.add_argument(
+        "lora",
+        nargs="?",
+        help="a reference or a path of one that diffusers reads; a LoRA is made up unless given",
+    )
+    lora = parser.parse_args().lora
+    if lora == "":
+        parser.error("the LoRA's name is empty; leave it out, and one is made up")
+    with suppress(OSError):  # too long for a path: a data URI
+        if lora is not None and Path(lora).exists():
+            lora = str(Path(lora).absolute())
+    os.chdir(ROOT)  # where the predictor runs, and relative paths of the environment begin
+    disable_progress_bar()  # of loading
+    warnings.simplefilter("ignore")  # of libraries, with paths of this machine
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        rows = check(Settings.from_environment(cuda=device.type == "cuda"), device, lora)
+    except KeyboardInterrupt:
+        sys.exit("Cancelled.")
+    except ValueError as error:
+        sys.exit(str(error))
+    except Exception as error:
+        print(faults.places(error))
+        sys.exit(f"The check failed with {_words(error)}; the lines above say where.")
+    wrong = sum(row.right is False for row in rows)
+    print("", *rows, f"{wrong} of {len(rows)} rows are wrong or unknown.", sep="\n")
+    sys.exit(int(wrong > 0))
+
+
+if __name__ == "__main__":
+    main()
