@@ -10,7 +10,7 @@ import pytest
 
 from settings import ROOT
 
-WINGS = ("engine", "lora", "sources", "service", "local_cog", "cluster")
+WINGS = ("engine", "lora", "sources", "service", "local_cog", "cluster", "tools")
 FURTHER = ("mini", "tests", "bench", "harness")
 # Cog reads the inputs from the signature of `predict`, each with its description.
 CONTRACT = ("predict.py", "predict")
@@ -58,9 +58,12 @@ def check(house: Path) -> subprocess.CompletedProcess[str]:
         ("weights.py", "def later():\n    import flux"),
         ("weights.py", "from tests.support import models"),
         ("flux.py", "from harness import soak"),
-        ("tests/test_flux.py", "from bench import gpu"),
-        ("bench/gpu.py", "from tests.support import models"),
+        ("tests/test_flux.py", "from bench.gpu import swap"),
+        ("bench/gpu/swap.py", "from tests.support import models"),
         ("harness/soak.py", "from tests.support import models"),
+        ("predict.py", "from tools import check"),
+        ("tools/check.py", "import predict"),
+        ("tools/check.py", "from tests.support import models"),
     ],
 )
 def test_what_the_house_forbids_is_found(house: Path, file: str, line: str) -> None:

@@ -1,0 +1,162 @@
+"""What stands around the steps, where a step's time goes, and what the product's switches gain."""
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import T5EncoderModel
+
+import images
+from bench.gpu.context import Bench, Marks, Row, Values, can_be_used, summary
+from bench.gpu.plain import pipeline
+from engine.acceleration import ATTENTION
+from engine.loading import move_when_used
+from flux import decode, denoise
+from service.measure import Stopwatch
+
+KERNELS = 25
+# A and B in turn, as often: what drifts meets both.
+TURNS = 3
+
+
+def parts(bench: Bench) -> Iterator[Row]:
+    """The VAE, the text encoders, and schnell from request to file."""
+    for size in (1024, 1440):
+        side = size // 128 * 16 if bench.small else size
+        yield f"VAE, decode {size}x{size}", partial(decode_picture, bench, side)
+        yield f"VAE, encode {size}x{size}", partial(encode_picture, bench, side)
+    yield "T5 and CLIP, a new prompt", partial(prompt, bench)
+    yield "CLIP alone", partial(clip, bench)
+    for precision in bench.precisions:
+        yield f"schnell {precision}, request to webp", partial(request_to_file, bench, precision == "fp8")
+
+
+def decode_picture(bench: Bench, side: int) -> Values:
+    """Latents to pixels, as the product does it, compiled where it is; and the memory that it takes."""
+    wanted = bench.request(aspect_ratio="custom", width=side, height=side)
+    job = bench.flux.prepare(wanted, (), Stopwatch(bench.device))
+    tokens = (side // 16) ** 2
+    call = partial(decode, job, torch.randn(1, tokens, 64, device=bench.device, dtype=torch.bfloat16))
+    return bench.times(call, repeats=3) | bench.peak(call)
+
+
+@torch.no_grad()
+def encode_picture(bench: Bench, side: int) -> Values:
+    """Pixels to latents, as image to image begins."""
+    pixels = torch.rand(1, 3, side, side, device=bench.device, dtype=torch.bfloat16) * 2 - 1
+    call = partial(bench.flux.components["vae"].encode, pixels)
+    return bench.times(call, repeats=3) | bench.peak(call)
+
+
+@torch.no_grad()
+def prompt(bench: Bench) -> Values:
+    """Both text encoders over a full-length text."""
+    return bench.times(partial(pipeline(bench).encode_prompt, bench.request().prompt))
+
+
+@torch.no_grad()
+def clip(bench: Bench) -> Values:
+    """The smaller one by itself."""
+    encode = pipeline(bench)._get_clip_prompt_embeds
+    return bench.times(partial(encode, bench.request().prompt, device=bench.device))
+
+
+def request_to_file(bench: Bench, go_fast: bool) -> Values:
+    """All that a prediction does but fetching: draw, check, write."""
+
+    def draw_one(prompt: str, watch: Stopwatch) -> None:
+        wanted = bench.request("schnell", go_fast=go_fast, prompt=prompt)
+        drawing = bench.flux.generate(wanted, (), watch)
+        with watch("safety"):
+            bench.safety.check(drawing.images)
+        with watch("write"):
+            images.save(drawing.images[0], bench.folder / "picture.webp", "webp", wanted.output_quality, {})
+
+    return bench.pictures(draw_one)
+
+
+# ------------------------------------------------------------------------------------------------------------ profile
+
+
+def profile(bench: Bench) -> Iterator[Row]:
+    """Where one step of each precision spends its time."""
+    for precision, go_fast in bench.precisions.items():
+        yield f"one step, {precision}", partial(kernels, bench, go_fast)
+
+
+def kernels(bench: Bench, go_fast: bool) -> Values:
+    """The kernels that take the most time; on a CPU, the operators."""
+    wanted = bench.request(go_fast=go_fast, num_inference_steps=1)
+    job = bench.flux.prepare(wanted, (), Stopwatch(bench.device))
+    denoise(job, wanted.seed, lambda: None)
+    cuda = bench.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as recorded:
+        denoise(job, wanted.seed, lambda: None)
+        bench.synchronize()
+    own = "self_device_time_total" if cuda else "self_cpu_time_total"  # microseconds
+    events = [(event.key, getattr(event, own), event.count) for event in recorded.key_averages()]
+    events = [event for event in events if event[1] > 0]  # calls of the driver are recorded too, and take no time there
+    total = sum(time for _, time, _ in events)
+    top = sorted(events, key=lambda event: event[1], reverse=True)[:KERNELS]
+    table = [{"kernel": key[:120], "ms": time / 1e3, "share": time / total, "calls": n} for key, time, n in top]
+    return {"seconds": total / 1e6, "launches": sum(count for _, _, count in events), "kernels": table}
+
+
+# ----------------------------------------------------------------------------------------------------------- switches
+
+
+def switches(bench: Bench) -> Iterator[Row]:
+    """What the product can do in two ways, each way in turn."""
+    chosen = bench.flux.attention
+    for name in ATTENTION if bench.device.type == "cuda" else ():
+        if name != chosen:
+            yield f"attention: {chosen} / {name}", partial(compare_attention, bench, chosen, name)
+    yield "T5: on the device / moved when used", partial(compare_t5, bench)
+
+
+def compare_attention(bench: Bench, a: str, b: str) -> Values:
+    """Eager steps with one back end and with the other: compiled ones would take a graph for each."""
+    live = bench.models.live["dev"]
+    wanted = bench.request(num_inference_steps=TURNS + 1)
+    job = bench.flux.prepare(wanted, (), Stopwatch(bench.device))
+
+    def use(name: str) -> list[float]:
+        with can_be_used():
+            live.module.set_attention_backend(name)
+        marks = Marks(bench.device)
+        denoise(job, wanted.seed, marks)
+        return marks.seconds()
+
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            return in_turn(partial(use, a), partial(use, b))
+    finally:
+        live.module.set_attention_backend(a)
+
+
+@torch.no_grad()
+def compare_t5(bench: Bench) -> Values:
+    """A prompt's encoding with T5 on the device, and with its layers copied there one after another."""
+    there = bench.models.components["text_encoder_2"]
+    moved = copy.deepcopy(there, {id(it): nn.Parameter(it.cpu(), requires_grad=False) for it in there.parameters()})
+    move_when_used(moved.to("cpu"), bench.device)
+
+    def encode(t5: T5EncoderModel) -> list[float]:
+        drawing = pipeline(bench)
+        drawing.text_encoder_2 = t5
+        return [bench.seconds(partial(drawing.encode_prompt, bench.request().prompt, device=bench.device))]
+
+    encode(moved)
+    return in_turn(partial(encode, there), partial(encode, moved))
+
+
+def in_turn(a: Callable[[], list[float]], b: Callable[[], list[float]]) -> Values:
+    """Times of both, in turn."""
+    times: dict[str, list[float]] = {"a": [], "b": []}
+    for _ in range(TURNS):
+        times["a"] += a()
+        times["b"] += b()
+    return {name: summary(values) for name, values in times.items()}

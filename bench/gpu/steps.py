@@ -1,0 +1,95 @@
+"""How long a denoising step takes, eager and compiled, and how far its result is from that of plain diffusers.
+
+A step is timed from the end of the step before it, by events on the device, while the product draws; whole pictures
+come last, from the prompt to pixels in host memory.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+from torch._dynamo.utils import counters
+
+from bench.gpu.context import Bench, Marks, Row, Values, relative_error, summary
+from bench.gpu.plain import draw, noise, step_times
+from flux import denoise
+from service.measure import Stopwatch
+
+
+def eager(bench: Bench) -> Iterator[Row]:
+    """diffusers as it comes, then ours without compiled code."""
+    yield "diffusers, dev", partial(plain_steps, bench)
+    for precision, go_fast in bench.precisions.items():
+        yield f"{precision}, dev", partial(steps, bench, go_fast)
+        yield f"{precision}, error of one step", partial(error, bench, go_fast)
+
+
+def compiled(bench: Bench, precision: str) -> Iterator[Row]:
+    """Compile one precision, then its steps and pictures."""
+    go_fast = precision == "fp8"
+    if go_fast:
+        bench.needs_fp8()
+    yield "compile", partial(compile_precision, bench, go_fast)
+    yield "dev", partial(steps, bench, go_fast)
+    yield "error of one step", partial(error, bench, go_fast)
+    yield "dev, two LoRAs", partial(steps, bench, go_fast, loras=True)
+    yield "dev, a quarter of the size", partial(steps, bench, go_fast, megapixels="0.25")
+    yield "schnell", partial(steps, bench, go_fast, model="schnell")
+    yield "one step with two LoRAs", partial(with_loras, bench, go_fast)
+    yield "pictures", partial(pictures, bench, go_fast)
+
+
+def plain_steps(bench: Bench) -> Values:
+    """Steps of diffusers' own pipeline, with its own attention; keeps what one step comes to."""
+    bench.latents["plain"] = draw(bench, 1)
+    return step_times(bench)
+
+
+def steps(bench: Bench, go_fast: bool, *, loras: bool = False, **changes: object) -> Values:
+    """Steps of a picture that the product draws."""
+    wanted = bench.request(go_fast=go_fast, loras=loras, num_inference_steps=bench.steps + 1, **changes)
+    job = bench.flux.prepare(wanted, bench.files(wanted), Stopwatch(bench.device))
+    marks = Marks(bench.device)
+    before = counters["stats"]["unique_graphs"]
+    denoise(job, wanted.seed, marks)
+    return summary(marks.seconds(), graphs=counters["stats"]["unique_graphs"] - before) | bench.work(**changes)
+
+
+def error(bench: Bench, go_fast: bool) -> Values:
+    """Ours against plain diffusers, on the same weights: the way of a single step from noise to the end."""
+    wanted = bench.request(go_fast=go_fast, num_inference_steps=1)
+    job = bench.flux.prepare(wanted, (), Stopwatch(bench.device))
+    if "plain" not in bench.latents:
+        bench.latents["plain"] = draw(bench, 1)
+    drawn = denoise(job, wanted.seed, lambda: None)
+    return {"relative_error": relative_error(drawn, bench.latents["plain"], noise(bench))}
+
+
+def with_loras(bench: Bench, go_fast: bool) -> Values:
+    """What two LoRAs change in a single step, and what fp8 then changes; keeps bf16's result for PEFT's to meet."""
+    latents = {}
+    for name, fast, loras in (("this", go_fast, True), ("bf16", False, True), ("without", False, False)):
+        wanted = bench.request(go_fast=fast, loras=loras, num_inference_steps=1)
+        job = bench.flux.prepare(wanted, bench.files(wanted), Stopwatch(bench.device))
+        latents[name] = denoise(job, wanted.seed, lambda: None)
+    bench.latents["bf16, two LoRAs"] = latents["bf16"]
+    start = noise(bench)
+    values: Values = {"effect": relative_error(latents["without"], latents["bf16"], start)}
+    return values | ({"relative_error": relative_error(latents["this"], latents["bf16"], start)} if go_fast else {})
+
+
+def compile_precision(bench: Bench, go_fast: bool) -> Values:
+    """Seconds until all that a request of this precision needs is compiled."""
+    before = counters["stats"]["unique_graphs"]
+    bench.mark_compiled()
+    took = bench.seconds(lambda: bench.flux.warm_up(go_fast=go_fast))
+    hits = counters["inductor"]["fxgraph_cache_hit"]  # of code that lay in --caches
+    return {"seconds": took, "graphs": counters["stats"]["unique_graphs"] - before, "cache_hits": hits}
+
+
+def pictures(bench: Bench, go_fast: bool) -> Values:
+    """Whole pictures of dev, a new prompt each, and where their time goes."""
+
+    def draw_one(prompt: str, watch: Stopwatch) -> None:
+        bench.flux.generate(bench.request(go_fast=go_fast, prompt=prompt), (), watch)
+
+    return bench.pictures(draw_one)
