@@ -107,7 +107,7 @@ def rates(lines: Lines) -> dict[str, float]:
 
 def floor(line: Line, precision: str, held: Mapping[str, float]) -> float | None:
     """Seconds that a step's products alone take at the sustained rates; attention is in bf16 always."""
-    if precision not in held or "bf16" not in held or "linear_tflop" not in line:
+    if precision not in held or "bf16" not in held:
         return None
     return line["linear_tflop"] / held[precision] + line["attention_tflop"] / held["bf16"]
 

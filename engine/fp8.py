@@ -54,9 +54,8 @@ class Fp8Linear(nn.Module):
         else:
             weight = torch.zeros(linear.weight.shape, dtype=E4M3, device=device)
         self.register_buffer("weight", weight)  # [N, K]
-        self.register_buffer(
-            "scale", torch.ones(linear.out_features, 1, dtype=torch.float32, device=device)
-        )  # [N, 1] float32
+        scale = torch.ones(linear.out_features, 1, dtype=torch.float32, device=device)
+        self.register_buffer("scale", scale)  # [N, 1]
         self.bias = linear.bias
 
     def write_rows(self, start: int, rows: Tensor) -> None:

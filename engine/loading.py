@@ -76,8 +76,8 @@ def load(
         bases = {name: _mapped(folder / "transformer", "diffusion_pytorch_model") for name, folder in folders.items()}
         t5 = _mapped(dev / "text_encoder_2", "model")
         dtype = next(iter(bases["dev"].values())).dtype
-        shared = skeletons(configs, bases)
-        placement = placement or _plan(dev, bases, shared, t5, device)
+        architectures = skeletons(configs, bases)
+        placement = placement or _plan(dev, bases, architectures, t5, device)
     with stopwatch("read"), ThreadPoolExecutor(READERS) as readers:
         # The readers move the large tensors, while this thread alone loads the rest: transformers is not thread-safe.
         moving = {name: _move(base, name in placement.on_gpu, device, readers) for name, base in bases.items()}
@@ -93,12 +93,12 @@ def load(
     schedulers = {
         name: FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler") for name, folder in folders.items()
     }
-    models = assemble(shared, bases, components, schedulers, placement.precisions, device)
+    models = assemble(architectures, bases, components, schedulers, placement.precisions, device)
     return replace(models, placement=placement)
 
 
 def assemble(
-    skeletons: Mapping[tuple[str, ...], FluxTransformer2DModel],
+    architectures: Mapping[tuple[str, ...], FluxTransformer2DModel],
     bases: Mapping[str, Tensors],
     components: Mapping[str, object],
     schedulers: Mapping[str, Mapping[str, object]],
@@ -108,7 +108,7 @@ def assemble(
     """Make models of weights that lie where they shall lie.
 
     Args:
-        skeletons: see `skeletons`.
+        architectures: see `skeletons`.
         bases: pristine transformers by model, never written; on the device or in host memory.
         components: what all pipelines share, by diffusers' names, on the device.
         schedulers: configs, by model.
@@ -118,7 +118,7 @@ def assemble(
     clip = components["text_encoder"]
     pristine_clip = {name: parameter.detach().clone() for name, parameter in clip.named_parameters()}
     pairs: dict[str, tuple[Live | None, Live | None]] = {}
-    for names, skeleton in skeletons.items():
+    for names, skeleton in architectures.items():
         own = {name: bases[name] for name in names}
         pairs |= dict.fromkeys(names, _live_pair(skeleton, own, precisions, device))
     return Models(
@@ -127,7 +127,7 @@ def assemble(
         text_encoder=Live(clip, {"shared": pristine_clip}),
         live={name: live for name, (live, _) in pairs.items()},
         live_fp8={name: live_fp8 for name, (_, live_fp8) in pairs.items()},
-        skeleton=next(skeleton for names, skeleton in skeletons.items() if "dev" in names),
+        skeleton=next(skeleton for names, skeleton in architectures.items() if "dev" in names),
     )
 
 
@@ -193,12 +193,12 @@ def _check_fit(name: str, base: Tensors, transformer: FluxTransformer2DModel) ->
 def _plan(
     dev: Path,
     bases: Mapping[str, Tensors],
-    skeletons: Mapping[tuple[str, ...], nn.Module],
+    architectures: Mapping[tuple[str, ...], nn.Module],
     t5: Tensors,
     device: torch.device,
 ) -> Placement:
     """What fits this machine; on a CPU everything lies in the one memory that there is."""
-    parameters = [item for skeleton in skeletons.values() for item in skeleton.named_parameters()]
+    parameters = [item for skeleton in architectures.values() for item in skeleton.named_parameters()]
     sizes = Sizes(
         bases={name: _nbytes(base.values()) for name, base in bases.items()},
         live=_nbytes(p for _, p in parameters),

@@ -7,6 +7,7 @@ come last, from the prompt to pixels in host memory.
 from collections.abc import Iterator
 from functools import partial
 
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from bench.gpu.context import Bench, Marks, Row, Values, relative_error, summary
@@ -54,27 +55,28 @@ def steps(bench: Bench, go_fast: bool, *, loras: bool = False, **changes: object
     return summary(marks.seconds(), graphs=counters["stats"]["unique_graphs"] - before) | bench.work(**changes)
 
 
+def one_step(bench: Bench, go_fast: bool, *, loras: bool = False) -> Tensor:
+    """Latents [1, tokens, channels] that the product draws in a single step, over all noise."""
+    wanted = bench.request(go_fast=go_fast, loras=loras, num_inference_steps=1)
+    job = bench.flux.prepare(wanted, bench.files(wanted), Stopwatch(bench.device))
+    return denoise(job, wanted.seed, lambda: None)
+
+
 def error(bench: Bench, go_fast: bool) -> Values:
     """Ours against plain diffusers, on the same weights: the way of a single step from noise to the end."""
-    wanted = bench.request(go_fast=go_fast, num_inference_steps=1)
-    job = bench.flux.prepare(wanted, (), Stopwatch(bench.device))
     if "plain" not in bench.latents:
         bench.latents["plain"] = draw(bench, 1)
-    drawn = denoise(job, wanted.seed, lambda: None)
-    return {"relative_error": relative_error(drawn, bench.latents["plain"], noise(bench))}
+    return {"relative_error": relative_error(one_step(bench, go_fast), bench.latents["plain"], noise(bench))}
 
 
 def with_loras(bench: Bench, go_fast: bool) -> Values:
     """What two LoRAs change in a single step, and what fp8 then changes; keeps bf16's result for PEFT's to meet."""
-    latents = {}
-    for name, fast, loras in (("this", go_fast, True), ("bf16", False, True), ("without", False, False)):
-        wanted = bench.request(go_fast=fast, loras=loras, num_inference_steps=1)
-        job = bench.flux.prepare(wanted, bench.files(wanted), Stopwatch(bench.device))
-        latents[name] = denoise(job, wanted.seed, lambda: None)
-    bench.latents["bf16, two LoRAs"] = latents["bf16"]
     start = noise(bench)
-    values: Values = {"effect": relative_error(latents["without"], latents["bf16"], start)}
-    return values | ({"relative_error": relative_error(latents["this"], latents["bf16"], start)} if go_fast else {})
+    bf16 = bench.latents["bf16, two LoRAs"] = one_step(bench, go_fast=False, loras=True)
+    values: Values = {"effect": relative_error(one_step(bench, go_fast=False), bf16, start)}
+    if go_fast:
+        values["relative_error"] = relative_error(one_step(bench, go_fast=True, loras=True), bf16, start)
+    return values
 
 
 def compile_precision(bench: Bench, go_fast: bool) -> Values:
