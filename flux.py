@@ -7,7 +7,6 @@ it knows neither where they come from, nor Cog, nor the files that go out.
 
 import inspect
 import tempfile
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +29,7 @@ from engine.loading import Models, load
 from engine.placement import Placement
 from lora_loader import Lora, LoraCache
 from request import LoraChoice, LoraFile, Request
+from service.device_thread import check_cancelled
 from service.measure import Stopwatch
 from settings import Settings
 
@@ -98,7 +98,7 @@ class Drawing:
 
 
 class Flux:
-    """Both models with everything that they share.
+    """Both models with everything that they share, for one thread.
 
     Args:
         models: loaded; nothing else may write their live weights.
@@ -115,7 +115,6 @@ class Flux:
         self._transformers = [live.module for live in models.lives()]
         self.lora_cache = LoraCache(models.skeleton, models.text_encoder.module)
         self._embeddings: OrderedDict[bytes, dict[str, Tensor]] = OrderedDict()
-        self._lock = threading.Lock()  # held while a request writes and uses the live weights
         held = [(live, name) for live in (*models.lives(), models.text_encoder) for name in live.names]
         self._tensors, self._round = len(held), cycle(held)
         self.attention = choose_attention(self._transformers, device)
@@ -185,9 +184,8 @@ class Flux:
         Raises:
             ValueError: a sentence about an image, a mask or a LoRA that cannot be used; nothing was changed then.
         """
-        with self._lock:
-            job = self.prepare(request, loras, stopwatch)
-            pictures = self._draw_all(job, stopwatch)
+        job = self.prepare(request, loras, stopwatch)
+        pictures = self._draw_all(job, stopwatch)
         return Drawing(pictures, job.loras, job.fp8, str(job.embeddings["prompt_embeds"].dtype).removeprefix("torch."))
 
     def _draw_all(self, job: Job, stopwatch: Stopwatch) -> list[Image.Image]:
@@ -196,30 +194,30 @@ class Flux:
         if request.image is not None and request.prompt_strength == 0:
             return [job.canvas.image.copy() for _ in request.seeds]
         with tqdm(total=_steps(request) * request.num_outputs) as bar:
-            return [_picture(self.draw(job, seed, stopwatch, bar.update), job.canvas) for seed in request.seeds]
+
+            def on_step() -> None:
+                bar.update()
+                check_cancelled()
+
+            return [_picture(self.draw(job, seed, stopwatch, on_step), job.canvas) for seed in request.seeds]
 
     def check(self, seconds: float = SECONDS_TO_CHECK) -> None:
         """Prove that the device computes, and that the live weights are what they are recorded to hold.
 
         Weights are made anew from what they were made from, and compared to the bit, one tensor after another, until
-        the time is up; the next check goes on from there. While a request is drawn there is nothing to prove.
+        the time is up; the next check goes on from there.
 
         Raises:
             RuntimeError: a sentence about what is wrong.
         """
-        if not self._lock.acquire(blocking=False):
-            return
-        try:
-            until = time.perf_counter() + seconds
-            _check_products(self.device, next(self._transformers[0].parameters()).dtype)
-            for _ in range(self._tensors):
-                live, name = next(self._round)
-                if not live.intact(name):
-                    raise RuntimeError(f"{name} is not what was written into it; the next request writes it anew.")
-                if time.perf_counter() > until:
-                    return
-        finally:
-            self._lock.release()
+        until = time.perf_counter() + seconds
+        _check_products(self.device, next(self._transformers[0].parameters()).dtype)
+        for _ in range(self._tensors):
+            live, name = next(self._round)
+            if not live.intact(name):
+                raise RuntimeError(f"{name} is not what was written into it; the next request writes it anew.")
+            if time.perf_counter() > until:
+                return
 
     @torch.no_grad()
     def prepare(self, request: Request, loras: Iterable[LoraFile], stopwatch: Stopwatch) -> Job:

@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from itertools import repeat
 from threading import Barrier
@@ -29,6 +29,7 @@ from flux import Drawing, Flux
 from request import LoraChoice, LoraFile, Request
 from safety import SafetyChecker
 from service import faults
+from service.device_thread import DeviceThread
 from service.leftovers import Leftovers
 from service.measure import PeakMemory, Stopwatch
 from settings import Models, Settings
@@ -49,6 +50,11 @@ class Predictor(BasePredictor):
         Args:
             weights: `COG_WEIGHTS`, the main LoRA of requests that name none: a path or a reference.
         """
+        self.device_thread = DeviceThread()
+        self.device_thread.run(self._load, weights)
+        self.device_thread.watch(self.patience)
+
+    def _load(self, weights: Optional[str]) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         settings = Settings.from_environment(cuda=device.type == "cuda")
         print(settings)
@@ -58,7 +64,7 @@ class Predictor(BasePredictor):
         print(f"Models fetched in {stopwatch.seconds['fetch']:.1f} s.")
         self.flux = Flux.load(replace(settings, models=models), device)
         self.safety = SafetyChecker.load(Path(models.safety_checker), Path(models.nsfw_classifier), device)
-        self.cache = WeightsCache(settings)
+        self.cache, self.patience = WeightsCache(settings), settings.prediction_seconds
         self.default_lora = weights or None
         self.leftovers = Leftovers()
         tempfile.tempdir = str(self.leftovers.inputs)
@@ -191,9 +197,22 @@ class Predictor(BasePredictor):
             disable_safety_checker=disable_safety_checker,
             go_fast=go_fast,
             megapixels=megapixels,
-            loras=self._choose_loras(replicate_weights, lora_scale, extra_lora, extra_lora_scale),
+            loras=_choices(replicate_weights, lora_scale, self.default_lora, extra_lora, extra_lora_scale),
         )
         print(f"Using seed: {request.seed}")
+        return self.device_thread.run(self._attempt, request)
+
+    def healthcheck(self) -> bool:
+        """Cog asks this at each `GET /health-check` that finds no prediction running, and waits five seconds.
+
+        Raises:
+            RuntimeError: a sentence; Cog then answers UNHEALTHY with it.
+        """
+        self.device_thread.run_if_idle(self.flux.check)
+        return True
+
+    def _attempt(self, request: Request) -> list[Path]:
+        """Draw on the device's thread; what nobody foresaw becomes a sentence, and its memory is free again."""
         stopwatch, memory = Stopwatch(self.flux.device), PeakMemory(self.flux.device)
         try:
             return self._draw(request, stopwatch)
@@ -209,15 +228,6 @@ class Predictor(BasePredictor):
             torch.cuda.empty_cache()
         raise RuntimeError(failure)
 
-    def healthcheck(self) -> bool:
-        """Cog asks this at each `GET /health-check` that finds no prediction running, and waits five seconds.
-
-        Raises:
-            RuntimeError: a sentence; Cog then answers UNHEALTHY with it.
-        """
-        self.flux.check()
-        return True
-
     def _draw(self, request: Request, stopwatch: Stopwatch) -> list[Path]:
         with closing(self._open(request.loras)) as loras:
             drawing = self.flux.generate(request, loras, stopwatch)
@@ -227,21 +237,13 @@ class Predictor(BasePredictor):
         with stopwatch("encode"):
             return self._write(request, drawing, kept)
 
-    def _choose_loras(
-        self, main: Optional[str], main_scale: float, extra: Optional[str], extra_scale: float
-    ) -> tuple[LoraChoice, ...]:
-        for reference in filter(None, (main, extra)):
-            parse(reference)
-        choices = (
-            LoraChoice(main, main_scale) if main else LoraChoice(self.default_lora, main_scale, trusted=True),
-            LoraChoice(extra, extra_scale),
-        )
-        return tuple(choice for choice in choices if choice.reference)
-
     def _open(self, choices: tuple[LoraChoice, ...]) -> Iterator[LoraFile]:
         """The file of each LoRA, fetched when it is asked for, and not evicted until the next one is."""
         for choice in choices:
-            with (self.cache.open_local if choice.trusted else self.cache.open)(choice.reference) as file:
+            fetch = self.cache.open_local if choice.trusted else self.cache.open
+            with ExitStack() as stack:
+                with self.device_thread.watchdog.paused():  # a host hangs, not the device: it has a limit of its own
+                    file = stack.enter_context(fetch(choice.reference, self.patience))
                 yield file
 
     def _report(self, request: Request, drawing: Drawing) -> None:
@@ -287,6 +289,19 @@ class Predictor(BasePredictor):
             self.record_metric(f"timing.{phase}", round(seconds, 4))
         for place, size in memory.bytes().items():
             self.record_metric(f"peak_bytes.{place}", size)
+
+
+def _choices(
+    main: Optional[str], main_scale: float, default: Optional[str], extra: Optional[str], extra_scale: float
+) -> tuple[LoraChoice, ...]:
+    """The LoRAs that a request names, and the operator's where it names no main one."""
+    for reference in filter(None, (main, extra)):
+        parse(reference)
+    choices = (
+        LoraChoice(main, main_scale) if main else LoraChoice(default, main_scale, trusted=True),
+        LoraChoice(extra, extra_scale),
+    )
+    return tuple(choice for choice in choices if choice.reference)
 
 
 def _sent_file(name: str, value: Optional[str]) -> Optional[Path]:

@@ -52,6 +52,9 @@ class Settings:
     lora_max_bytes: int = 5 * GIB
     # FLUX_COMPILE: None means "where CUDA is"; compiling on a CPU takes minutes and gains little.
     compile: bool | None = None
+    # PREDICTION_SECONDS: the longest that work on the device may take before its process is ended, and the longest that
+    # a prediction waits for a download; None: any time. A GPU that hangs would otherwise keep its server busy for ever.
+    prediction_seconds: float | None = None
     # WEIGHTS_ALLOW_PRIVATE_HOSTS=1: let LoRA URLs name private and loopback addresses (tests, intranets).
     allow_private_hosts: bool = False
     # HF_TOKEN, HF_ENDPOINT: private and gated repos; a mirror.
@@ -106,6 +109,7 @@ class Settings:
             cache_bytes=size("WEIGHTS_CACHE_GB", 50),
             lora_max_bytes=size("LORA_MAX_GB", 5),
             compile=switch("FLUX_COMPILE"),
+            prediction_seconds=prediction_seconds(cuda=cuda, environ=environ),
             allow_private_hosts=bool(switch("WEIGHTS_ALLOW_PRIVATE_HOSTS")),
             hf_token=text("HF_TOKEN"),
             hf_endpoint=text("HF_ENDPOINT", cls.hf_endpoint).rstrip("/"),
@@ -121,3 +125,21 @@ class Settings:
         shown = {name: "set" if name.endswith("_token") and value else value for name, value in shown.items()}
         text = f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
         return text.replace(f"{ROOT}{os.sep}", "")
+
+
+def prediction_seconds(*, cuda: bool, environ: Mapping[str, str] = os.environ) -> float | None:
+    """PREDICTION_SECONDS: 600 on a CUDA machine unless given; None where it is 0, and on a CPU unless given.
+
+    Raises:
+        ValueError: a sentence, where it is no number of seconds.
+    """
+    value = environ.get("PREDICTION_SECONDS", "").strip() or ("600" if cuda else "0")
+    try:
+        seconds = float(value)
+        if not 0 <= seconds < float("inf"):
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"PREDICTION_SECONDS is {value!r}; it must be a number of seconds, such as 600, or 0 for no limit."
+        ) from None
+    return seconds or None

@@ -47,30 +47,36 @@ class WeightsCache:
     def __init__(self, settings: Settings, patience: Patience = Patience()) -> None:  # noqa: B008 (frozen)
         self._settings, self._patience = settings, patience
 
-    def open(self, reference: str) -> AbstractContextManager[LoraFile]:
+    def open(self, reference: str, seconds: float | None = None) -> AbstractContextManager[LoraFile]:
         """The file that a reference means now; it is not evicted inside.
+
+        Args:
+            reference: see `sources.references`.
+            seconds: how long it may take to have the file; None: as long as its host sends.
 
         Raises:
             ValueError: a sentence that names the source, what it answered and what to do.
         """
         wanted = parse(reference, self._settings)
-        return self._opened(lambda lookup: lookup.fetch(wanted))
+        return self._opened(lambda lookup: lookup.fetch(wanted), wanted.name, seconds)
 
-    def open_local(self, reference: str) -> AbstractContextManager[LoraFile]:
+    def open_local(self, reference: str, seconds: float | None = None) -> AbstractContextManager[LoraFile]:
         """The same for the operator's own reference, which may be a path: a file, an archive, or a folder with one."""
         path = Path(reference.removeprefix("file://")).expanduser()
         with contextlib.suppress(OSError):  # too long for a path: a data URI
             if path.exists():
-                return self._opened(lambda lookup: lookup.read(path))
+                return self._opened(lambda lookup: lookup.read(path), path.name, seconds)
         try:
-            return self.open(reference)
+            return self.open(reference, seconds)
         except ValueError as error:
             raise ValueError(f"There is no file or folder {reference!r}; as a reference, {error}") from None
 
     @contextmanager
-    def _opened(self, work: "Callable[[_Lookup], Held]") -> Iterator[LoraFile]:
+    def _opened(self, work: "Callable[[_Lookup], Held]", name: str, seconds: float | None) -> Iterator[LoraFile]:
         settings = self._settings
-        file, lora = run_stoppable(lambda client: work(_Lookup(settings, client)), settings, self._patience)
+        file, lora = run_stoppable(
+            lambda client: work(_Lookup(settings, client)), settings, self._patience, name, seconds
+        )
         with file:
             yield lora
 

@@ -32,9 +32,9 @@ from cluster.files import Files
 from cluster.forms import Forms
 from cluster.metrics import Counted, Metrics
 from cluster.predictions import Predictions
-from cluster.replica import DRAIN_SECONDS, LOGGING, listen_on_this_node_only
+from cluster.replica import LOGGING, listen_on_this_node_only
 from cluster.replicate_api import ReplicateApi
-from cluster.settings import ClusterSettings
+from cluster.settings import DRAIN_SECONDS, ClusterSettings
 from cluster.tasks import spawn
 from cluster.webhooks import Webhooks
 from local_cog import schema

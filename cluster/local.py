@@ -76,7 +76,11 @@ def main() -> None:
     )
     parser.add_argument("--port", type=int, default=8000, help="port to bind (default: %(default)s)")
     options = parser.parse_args()
-    if not options.host.is_loopback and not ClusterSettings.from_environment().api_tokens:
+    try:
+        settings = ClusterSettings.from_environment()
+    except ValueError as error:
+        sys.exit(str(error))
+    if not options.host.is_loopback and not settings.api_tokens:
         sys.exit(f"--host is {options.host}; API_TOKENS must be set before others than this machine may ask.")
     try:
         # Fronts share their port with whoever does so too, such as another cluster.

@@ -3,8 +3,6 @@
 import ray
 from ray.serve._private import replica
 
-# Longer than the longest prediction: a replica that is to go finishes what is being drawn.
-DRAIN_SECONDS = 900
 # Serve's access log has a line for each call of a worker, which takes a millisecond.
 LOGGING = {"enable_access_log": False}
 

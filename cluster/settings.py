@@ -1,10 +1,13 @@
-"""Every environment variable that the cluster's fronts read, its default and its reason."""
+"""Every environment variable that the cluster reads itself, its default and its reason."""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from settings import ROOT
+from settings import ROOT, prediction_seconds
+
+# A replica that is to go finishes what is being drawn, for so long.
+DRAIN_SECONDS = 900
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,18 @@ class ClusterSettings:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "ClusterSettings":
-        """Read the variables; an empty one counts as unset."""
+        """Read the variables; an empty one counts as unset.
+
+        Raises:
+            ValueError: a sentence: PREDICTION_SECONDS, which the workers' predictors read, lets a prediction take so
+                long that its worker would not finish it when it is to go.
+        """
+        longest = prediction_seconds(cuda=False, environ=environ)
+        if longest is not None and longest >= DRAIN_SECONDS:
+            raise ValueError(
+                f"PREDICTION_SECONDS is {longest:g}; in a cluster it must be below {DRAIN_SECONDS}, the seconds that a "
+                "worker gets to finish its prediction before it is replaced."
+            )
         data = ROOT / "cluster-data"
         return cls(
             database_url=environ.get("DATABASE_URL", "").strip() or f"sqlite:///{data / 'predictions.db'}",

@@ -21,8 +21,9 @@ from ray import serve
 from ray.serve import metrics
 
 from cluster.predictions import UNFINISHED
-from cluster.replica import DRAIN_SECONDS, LOGGING, listen_on_this_node_only
-from local_cog.server import LOOPBACK, CogServer
+from cluster.replica import LOGGING, listen_on_this_node_only
+from cluster.settings import DRAIN_SECONDS, ClusterSettings
+from local_cog.server import LOOPBACK, SECONDS_FOR_HEALTH, CogServer
 
 logger = logging.getLogger("ray.serve")
 
@@ -33,6 +34,7 @@ HEARD = ["start", "logs", "completed"]
 # Where Debian keeps the certificates of authorities, and all of them in one file.
 AUTHORITIES = Path("/etc/ssl/certs")
 AUTHORITIES_FILE = AUTHORITIES / "ca-certificates.crt"
+HEALTH_TIMEOUT = aiohttp.ClientTimeout(total=SECONDS_FOR_HEALTH)
 # How many LoRAs a worker is taken to hold when requests are led to it.
 LORAS_HELD = 16
 
@@ -49,6 +51,7 @@ class CogWorker:
 
     async def __init__(self, project: str) -> None:
         listen_on_this_node_only()
+        ClusterSettings.from_environment()  # of this node: it may differ from the node where the cluster was started
         self.server = CogServer(Path(project), environment=_authorities()).__enter__()
         self.keeper = _kill_with_this_process(self.server.process.pid)
         try:
@@ -80,8 +83,12 @@ class CogWorker:
         return web.Response()
 
     async def health(self) -> dict[str, Any]:
-        """What Cog's `GET /health-check` says here."""
-        async with self.client.get("/health-check") as answered:
+        """What Cog's `GET /health-check` says here.
+
+        Raises:
+            aiohttp.ClientError: Cog does not answer; TimeoutError if it is there, but stopped or hanging.
+        """
+        async with self.client.get("/health-check", timeout=HEALTH_TIMEOUT) as answered:
             return await answered.json()
 
     async def predict(
@@ -146,7 +153,7 @@ class CogWorker:
                 if cancelling and status == "BUSY":
                     async with self.client.post(f"{cancelling}/cancel") as answered:
                         forgotten += answered.status == 404
-            except aiohttp.ClientError:
+            except (aiohttp.ClientError, TimeoutError):
                 status = "DEFUNCT"
             self._end_if(status != "BUSY" or forgotten > 20)
             await asyncio.sleep(CANCEL_SECONDS if cancelling else 0.005)
@@ -162,10 +169,17 @@ class CogWorker:
         """Let Serve know that these LoRAs are here from now on: how often they were asked for since, as a counter."""
         return itertools.count()
 
-    def check_health(self) -> None:
-        """Called by Serve; RuntimeError where the Cog server has ended."""
-        if self.server.process.poll() is not None:
-            raise RuntimeError("The Cog server has ended.")
+    async def check_health(self) -> None:
+        """Called by Serve, every few seconds; this process ends where the Cog server cannot go on.
+
+        Raises:
+            aiohttp.ClientError: the connection broke; Serve replaces the worker if that happens again and again.
+        """
+        try:
+            status = (await self.health())["status"]
+        except TimeoutError:
+            status = "DEFUNCT"
+        self._end_if(status in ("DEFUNCT", "UNHEALTHY"))
 
     def stop(self) -> None:
         """End the Cog server."""

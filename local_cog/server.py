@@ -30,8 +30,9 @@ LOOPBACK = "127.0.0.1"
 MAX_FILE_BYTES = 70_000_000
 # Cog asks for BaseRunner instead of BasePredictor, which older command-line tools do not know.
 QUIET = "ignore:BasePredictor is deprecated:DeprecationWarning,ignore:Predictor.predict():DeprecationWarning"
-# How often `script/serve` asks for the server's health.
+# How often `script/serve` asks for the server's health, and how long a server that works may take to tell it.
 SECONDS_BETWEEN_CHECKS = 5
+SECONDS_FOR_HEALTH = 10
 # Longer than a cancelled prediction needs; a worker inside native code reacts to SIGKILL alone.
 SECONDS_TO_STOP = 5
 
@@ -121,8 +122,12 @@ class CogServer:
         raise RuntimeError(f"The server was not ready within {seconds:g} seconds.")
 
     def health(self) -> dict[str, Any]:
-        """What `GET /health-check` answers: `status` is STARTING, READY, BUSY, SETUP_FAILED, UNHEALTHY or DEFUNCT."""
-        return self.request("GET", "/health-check")[1]
+        """What `GET /health-check` answers: `status` is STARTING, READY, BUSY, SETUP_FAILED, UNHEALTHY or DEFUNCT.
+
+        Raises:
+            OSError: the server does not answer; TimeoutError if it is there, but stopped or hanging.
+        """
+        return self.request("GET", "/health-check", seconds=SECONDS_FOR_HEALTH)[1]
 
     def schema(self) -> dict[str, Any]:
         """The OpenAPI document, once the server is ready."""
@@ -153,14 +158,20 @@ class CogServer:
         return self.request("POST", f"/predictions/{prediction_id}/cancel")[0]
 
     def request(
-        self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        headers: Mapping[str, str] | None = None,
+        seconds: float | None = None,
     ) -> tuple[int, dict[str, Any]]:
         """One HTTP exchange of JSON, past any proxy; an answer in plain text comes back as its `detail`.
 
         Raises:
-            OSError: the server does not answer.
+            OSError: the server does not answer; TimeoutError if it stays silent for so many seconds.
         """
-        connection = http.client.HTTPConnection(LOOPBACK if self.host == "0.0.0.0" else self.host, self.port)
+        host = LOOPBACK if self.host == "0.0.0.0" else self.host
+        connection = http.client.HTTPConnection(host, self.port, timeout=seconds)
         try:
             content = None if body is None else json.dumps(body)
             connection.request(method, path, content, {"Content-Type": "application/json", **(headers or {})})
@@ -232,14 +243,19 @@ def serve(server: CogServer) -> int:
     """Wait until a server ends, and give its exit code.
 
     Raises:
-        SystemExit: its predictor has died, or its weights have changed; it would refuse every request or draw wrong
-            pictures. What supervises this process should start it again.
+        SystemExit: its predictor has ended, or its weights have changed, or it does not answer any more; it would
+            refuse every request or draw wrong pictures. What supervises this process should start it again.
     """
     while (code := server.process.poll()) is None:
-        with contextlib.suppress(OSError):
+        try:
             health = server.health()
             if health["status"] in ("UNHEALTHY", "DEFUNCT"):
-                sys.exit(f"The predictor cannot go on: {health.get('user_healthcheck_error', 'it has died')}")
+                reason = health.get("user_healthcheck_error", "its process has ended; the log says why.")
+                sys.exit(f"The predictor cannot go on: {reason}")
+        except TimeoutError:
+            sys.exit(f"The server cannot go on: it has not answered for {SECONDS_FOR_HEALTH} seconds.")
+        except OSError:  # it starts, or has just ended
+            pass
         time.sleep(SECONDS_BETWEEN_CHECKS)
     return code
 

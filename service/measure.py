@@ -8,9 +8,14 @@ from pathlib import Path
 
 import torch
 
+from service.device_thread import check_cancelled
+
 
 class Stopwatch:
-    """Seconds by phase, added up; waits for the device, so that a phase is charged for the work that it started."""
+    """Seconds by phase, added up; waits for the device, so that a phase is charged for the work that it started.
+
+    A request that was cancelled ends where its next phase would begin.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
@@ -20,6 +25,7 @@ class Stopwatch:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Charge what happens inside to `phase`."""
+        check_cancelled()
         self.phase = phase
         start = time.perf_counter()
         try:

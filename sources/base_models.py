@@ -40,7 +40,7 @@ def snapshot(model: str, settings: Settings, patience: Patience = Patience()) ->
     if found is None or model.startswith("."):
         raise ValueError(f"{model!r} is no folder; it must be one, or a Hugging Face repo as owner/repo.")
     reference = HuggingFace(found[1], found[2] or "main")
-    return run_stoppable(lambda client: _snapshot(reference, settings, client), settings, patience)
+    return run_stoppable(lambda client: _snapshot(reference, settings, client), settings, patience, reference.name)
 
 
 def _snapshot(reference: HuggingFace, settings: Settings, client: Client) -> Path:

@@ -1,27 +1,40 @@
 """Work that waits for hosts and disks, in a thread of its own that ends when its caller is interrupted.
 
-Cog cancels a prediction by raising in the main thread; a blocking call would delay that for as long as a host likes.
+A request is cancelled where its thread looks at a flag; a blocking call would delay that for as long as a host likes.
 And bookkeeping on the disk is never interrupted halfway. This module knows threads; it knows nothing of the work.
 """
 
 import contextvars
+import math
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+from service.device_thread import check_cancelled
 from settings import Settings
 from sources.client import Client, Patience
 
 T = TypeVar("T")
 
 
-def run_stoppable(work: Callable[[Client], T], settings: Settings, patience: Patience) -> T:
+def run_stoppable(
+    work: Callable[[Client], T], settings: Settings, patience: Patience, name: str, seconds: float | None = None
+) -> T:
     """Do work with a client of its own; an interruption of the caller stops the client, and with it the work.
 
+    Args:
+        work: looks something up, and fetches it.
+        settings: of the predictor.
+        patience: how long a host may keep it waiting.
+        name: of what is fetched.
+        seconds: how long all of it may take; None: any time.
+
     Raises:
-        ValueError: the disk fails. What the work raises is raised here too.
+        ValueError: a sentence: the disk fails, or the time is up. What the work raises is raised here too.
     """
+    until = math.inf if seconds is None else time.monotonic() + seconds
     client = Client(allow_private=settings.allow_private_hosts, patience=patience)
     # Cog tells whose log a line belongs to by a context variable.
     context, outcome = contextvars.copy_context(), Future()
@@ -37,6 +50,12 @@ def run_stoppable(work: Callable[[Client], T], settings: Settings, patience: Pat
         thread.start()
         while thread.is_alive():
             thread.join(0.05)
+            check_cancelled()
+            if time.monotonic() > until:
+                raise ValueError(
+                    f"{name} could not be fetched within {seconds:g} seconds; try again later, or name another place "
+                    "where it lies."
+                )
         return outcome.result()
     except OSError as error:  # of the disk: hosts' were told already
         raise ValueError(f"The cache of weights cannot be used: {error.strerror or 'its disk fails'}.") from error

@@ -1,0 +1,189 @@
+"""One permanent thread for all work on the device; a watchdog that ends the process when such work hangs.
+
+Cog calls setup, predict and healthcheck from different threads, but torch keeps cuDNN's plans for each thread: a new
+one plans again, 0.4 s for each length of text and picture, and the plans of an old one are never freed. And Cog
+cancels a prediction by raising in the thread that it called, between two bytecodes, where half a change might be left
+behind. So that thread only waits, and the work stops by itself between two steps. This module knows threads; it knows
+nothing of the work.
+"""
+
+import contextvars
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# A waiting thread runs Python this often, since only then can Cog's exception reach it.
+SECONDS_BETWEEN_LOOKS = 0.05
+# How long cancelled work is waited for; it stops at its next step, and the slowest step takes less.
+SECONDS_TO_STOP = 30
+# How much later the kernel ends a process whose watchdog cannot: it waits for Python's lock while native code holds it.
+SECONDS_FOR_WATCHDOG = 5
+
+
+class CancelledError(BaseException):
+    """Ends work that nobody waits for any more; no `except Exception` takes it for a fault of the work."""
+
+
+class _Job:
+    """A piece of work on its way to the device's thread and back."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        # Cog tells by a context variable whose log a line belongs to, and whose metrics.
+        self._work, self._context = work, contextvars.copy_context()
+        self.outcome: Future = Future()
+        self.cancelled = False
+        self.ended = threading.Event()
+
+    def do(self) -> None:
+        """Do the work, unless it was done or cancelled before."""
+        if self.ended.is_set():
+            return
+        try:
+            self.outcome.set_result(self._context.run(self._run))
+        except BaseException as error:  # it belongs to whoever waits
+            self.outcome.set_exception(error)
+        self.ended.set()
+
+    def _run(self) -> object:
+        _current.set(self)
+        check_cancelled()
+        return self._work()
+
+
+_current: contextvars.ContextVar[_Job | None] = contextvars.ContextVar("current", default=None)
+
+
+def check_cancelled() -> None:
+    """Called in each phase and step of the work.
+
+    Raises:
+        CancelledError: nobody waits for it any more.
+    """
+    job = _current.get()
+    if job is not None and job.cancelled:
+        raise CancelledError
+
+
+class DeviceThread:
+    """A thread that does one piece of work after another."""
+
+    def __init__(self) -> None:
+        self.watchdog = Watchdog(None)
+        self._jobs: SimpleQueue[_Job] = SimpleQueue()
+        self._doing: _Job | None = None
+        threading.Thread(target=self._work, name="device", daemon=True).start()
+
+    def watch(self, seconds: float | None) -> None:
+        """From the next piece of work on, end this process if one takes longer than this; None: it may."""
+        self.watchdog = Watchdog(seconds)
+
+    def run(self, work: Callable[..., T], *arguments: object) -> T:
+        """Let the thread do `work(*arguments)`, and wait for it.
+
+        What interrupts the waiting thread cancels the work, and is raised once that has ended. Work that does not end
+        within `SECONDS_TO_STOP` is left to the watchdog; what comes next waits for it.
+
+        Returns:
+            what the work returns; what it raises is raised here.
+        """
+        job = _Job(lambda: work(*arguments))
+        try:
+            try:
+                self._jobs.put(job)
+                while not job.ended.wait(SECONDS_BETWEEN_LOOKS):
+                    pass
+            except BaseException:
+                job.cancelled = True
+                self._jobs.put(job)  # again: the interruption may have come before the first time
+                _wait_unmoved(job.ended, SECONDS_TO_STOP)
+                raise
+            return job.outcome.result()
+        finally:
+            del job  # else an error would hold itself, and by its traceback all that the work held
+
+    def run_if_idle(self, work: Callable[[], object]) -> None:
+        """Let the thread do the work if it has nothing else to do; else nothing is done."""
+        job = _Job(work)
+        self._jobs.put(job)
+        while not job.ended.wait(SECONDS_BETWEEN_LOOKS):
+            if self._doing is not job:
+                job.cancelled = True
+                return
+        job.outcome.result()
+
+    def _work(self) -> None:
+        while True:
+            self._doing = self._jobs.get()
+            with self.watchdog:
+                self._doing.do()
+            self._doing = None  # an idle thread holds nothing of what it has done
+
+
+def _wait_unmoved(event: threading.Event, seconds: float) -> None:
+    """Wait for an event whatever is raised meanwhile: the first interruption was heard, and says all."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            while not event.wait(SECONDS_BETWEEN_LOOKS) and time.monotonic() < until:
+                pass
+        except BaseException:
+            continue
+        return
+
+
+class Watchdog:
+    """Ends this process if what runs inside its block takes too long; a context manager, for one thread.
+
+    Args:
+        seconds: how long it may take; None: for ever.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._left: float | None = None  # of a block that is paused
+        self._until: float | None = None  # of a block that runs, by `time.monotonic`
+        if seconds is not None:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def __enter__(self) -> None:
+        """Begin to count."""
+        self._count(self._seconds)
+
+    def __exit__(self, *_: object) -> None:
+        """Count no more."""
+        self._count(None)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count what happens inside: it waits for others, and ends by itself."""
+        left = None if self._until is None else self._until - time.monotonic()
+        self._count(None)
+        try:
+            yield
+        finally:
+            self._count(left)
+
+    def _count(self, seconds: float | None) -> None:
+        if self._seconds is None:
+            return
+        self._until = None if seconds is None else time.monotonic() + seconds
+        # By the signal SIGALRM, which nothing here handles, so that the kernel ends the process.
+        signal.setitimer(signal.ITIMER_REAL, 0 if seconds is None else max(seconds, 0) + SECONDS_FOR_WATCHDOG)
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(1)
+            until = self._until
+            if until is not None and time.monotonic() > until:
+                limit = f"{self._seconds:g} seconds (PREDICTION_SECONDS)"
+                print(f"Work on the device took longer than {limit}; this process ends.", file=sys.stderr, flush=True)
+                os._exit(1)
