@@ -16,6 +16,7 @@ import cog
 
 from local_cog import schema
 from predict import Predictor
+from service.device_thread import DeviceThread
 from settings import ROOT
 
 with contextlib.redirect_stdout(open(os.devnull, "w")):  # noqa: PTH123 (for as long as this process lives)
@@ -26,7 +27,8 @@ INPUTS = schema.derive((ROOT / "predict.py").read_text())["components"]["schemas
 
 def draw(inputs: dict[str, Any]) -> list[str]:
     """The SHA-256 of each file that a prediction gives, without Cog's server around it."""
-    PREDICTOR.encoders = ThreadPoolExecutor(1)  # threads do not come along into a fork
+    # Threads do not come along into a fork.
+    PREDICTOR.device_thread, PREDICTOR.encoders = DeviceThread(), ThreadPoolExecutor(1)
     given = {name: inputs.get(name, described.get("default")) for name, described in INPUTS.items()}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("image", "mask"):

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import TypeVar
@@ -39,7 +38,8 @@ class _Job:
     def __init__(self, work: Callable[[], object]) -> None:
         # Cog tells by a context variable whose log a line belongs to, and whose metrics.
         self._work, self._context = work, contextvars.copy_context()
-        self.outcome: Future = Future()
+        self._result: object = None
+        self._error: BaseException | None = None
         self.cancelled = False
         self.ended = threading.Event()
 
@@ -48,15 +48,28 @@ class _Job:
         if self.ended.is_set():
             return
         try:
-            self.outcome.set_result(self._context.run(self._run))
-        except BaseException as error:  # it belongs to whoever waits
-            self.outcome.set_exception(error)
+            self._result = self._context.run(self._run)
+        except BaseException as error:
+            self._error = None if self.cancelled else error  # it belongs to whoever waits
         self.ended.set()
 
     def _run(self) -> object:
         _current.set(self)
         check_cancelled()
         return self._work()
+
+    def outcome(self) -> object:
+        """What the work returned; what it raised is raised, and kept no longer.
+
+        A kept error would keep, by its traceback, this job and all that the work held.
+        """
+        error, self._error = self._error, None
+        if error is None:
+            return self._result
+        try:
+            raise error
+        finally:
+            del error
 
 
 _current: contextvars.ContextVar[_Job | None] = contextvars.ContextVar("current", default=None)
@@ -97,28 +110,25 @@ class DeviceThread:
         """
         job = _Job(lambda: work(*arguments))
         try:
-            try:
-                self._jobs.put(job)
-                while not job.ended.wait(SECONDS_BETWEEN_LOOKS):
-                    pass
-            except BaseException:
-                job.cancelled = True
-                self._jobs.put(job)  # again: the interruption may have come before the first time
-                _wait_unmoved(job.ended, SECONDS_TO_STOP)
-                raise
-            return job.outcome.result()
-        finally:
-            del job  # else an error would hold itself, and by its traceback all that the work held
+            self._jobs.put(job)
+            while not job.ended.wait(SECONDS_BETWEEN_LOOKS):
+                pass
+        except BaseException:
+            job.cancelled = True
+            self._jobs.put(job)  # again: the interruption may have come before the first time
+            _wait_unmoved(job.ended, SECONDS_TO_STOP)
+            raise
+        return job.outcome()
 
     def run_if_idle(self, work: Callable[[], object]) -> None:
         """Let the thread do the work if it has nothing else to do; else nothing is done."""
         job = _Job(work)
         self._jobs.put(job)
         while not job.ended.wait(SECONDS_BETWEEN_LOOKS):
-            if self._doing is not job:
+            if self._doing not in (None, job):
                 job.cancelled = True
                 return
-        job.outcome.result()
+        job.outcome()
 
     def _work(self) -> None:
         while True:
@@ -186,4 +196,5 @@ class Watchdog:
             if until is not None and time.monotonic() > until:
                 limit = f"{self._seconds:g} seconds (PREDICTION_SECONDS)"
                 print(f"Work on the device took longer than {limit}; this process ends.", file=sys.stderr, flush=True)
+                time.sleep(1)  # in which Cog hands this on from a pipe that ends with the process
                 os._exit(1)

@@ -1,6 +1,7 @@
 """Faults, load and hostile input against the real Cog server: each row of docs/reliability.md."""
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -18,7 +19,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import save
 
+import local_cog.server
 from harness.fuzz import fuzzing, run
+from harness.hosts import File, Host
 from harness.soak import Report, Soak, soaking, worker_of
 from local_cog.data_uri import uri
 from local_cog.server import CogServer, failure, files, serve
@@ -27,7 +30,7 @@ from service.measure import PeakMemory
 from settings import ROOT
 from tests.support.faulty import HUNGRY, PLANTED
 from tests.support.lora_files import EXACT, changes, is_block
-from tests.test_predict import encoded, photo
+from tests.test_predict import SECONDS_TO_FREE, encoded, photo
 
 CPU = torch.device("cpu")
 TINY = {
@@ -219,6 +222,15 @@ def test_sigterm_lets_the_prediction_end_and_takes_no_other(own_server: CogServe
     wait_for(lambda: own_server.process.poll() is not None, 10)
 
 
+def test_a_server_that_does_not_answer_is_given_up(own_server: CogServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_cog.server, "SECONDS_FOR_HEALTH", 1)
+    own_server.process.send_signal(signal.SIGSTOP)
+    with pytest.raises(SystemExit, match="it has not answered for 1 seconds"):
+        serve(own_server)
+    own_server.process.send_signal(signal.SIGCONT)
+    assert when_idle(own_server) == ("READY", None)
+
+
 def test_a_killed_worker_makes_the_server_unhealthy_and_leaves_no_file(own_server: CogServer) -> None:
     picture(own_server)
     folder = Path(own_server.scratch.name)
@@ -233,6 +245,51 @@ def test_a_killed_worker_makes_the_server_unhealthy_and_leaves_no_file(own_serve
         serve(own_server)
     own_server.__exit__(None, None, None)
     assert not folder.exists()
+
+
+@pytest.fixture
+def hasty_server(tmp_path: Path) -> Iterator[CogServer]:
+    """A server whose device may work for a few seconds, with planted faults."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "predict.py").write_text((ROOT / "predict.py").read_text() + PLANTED)
+    environment = {"WEIGHTS_CACHE": str(tmp_path / "weights"), "WEIGHTS_ALLOW_PRIVATE_HOSTS": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "PREDICTION_SECONDS": "4"}
+    with CogServer(project, environment=environment, log=tmp_path / "log") as running:
+        running.wait_until_ready()
+        yield running
+
+
+def test_a_download_that_takes_too_long_fails_alone_and_a_hanging_device_ends_the_process(
+    hasty_server: CogServer, host: Host
+) -> None:
+    host.routes["/slow.safetensors"] = File(make_lora(1), delay=9, slice=1000)
+    address = host.url("/slow.safetensors")
+    assert failure(hasty_server.predict(TINY | {"extra_lora": address})) == (
+        f"{address} could not be fetched within 4 seconds; try again later, or name another place where it lies."
+    )
+    picture(hasty_server)
+    assert failure(hasty_server.predict(TINY | {"prompt": "hang"}))
+    with pytest.raises(SystemExit, match="The predictor cannot go on: its process has ended; the log says why"):
+        serve(hasty_server)
+    sentence = "Work on the device took longer than 4 seconds (PREDICTION_SECONDS); this process ends."
+    assert sentence in hasty_server.log.read_text()
+
+
+def test_twenty_cancellations_in_a_row_leave_no_trace(server: CogServer) -> None:
+    before, rng = picture(server), random.Random(0)
+    for number in range(20):
+        # In every phase, each with a LoRA that is new: some are cancelled while it is read, some while it is drawn.
+        inputs = LONG | {"replicate_weights": uri(make_lora(100 + number)), "go_fast": number % 2 == 0}
+        server.start(inputs, f"cancelled-{number}")
+        time.sleep(rng.uniform(0.05, 0.5))
+        assert server.cancel(f"cancelled-{number}") == 200
+        cancelled = time.monotonic()
+        while server.health()["status"] == "BUSY":
+            time.sleep(0.01)
+        assert time.monotonic() - cancelled < SECONDS_TO_FREE
+    assert when_idle(server) == ("READY", None)
+    assert picture(server) == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 starve PHASE    the process gets no more memory while that phase of the request runs
 corrupt         afterwards one bit of a live weight is another
+hang            drawing never ends
 break           drawing raises what no one foresaw
 leak            each such request leaves a megabyte, a tensor, a thread, an open file and a temporary file
 """
@@ -42,6 +43,8 @@ def _draw_with_faults(self, request, stopwatch):
     fault, *rest = request.prompt.split()
     if fault == "starve":
         stopwatch.__class__, stopwatch.starved = _Starving, rest[0]
+    if fault == "hang":
+        threading.Event().wait()
     if fault == "break":
         raise KeyError("/srv/models/secret.bin is not there")
     paths = _draw(self, request, stopwatch)
