@@ -147,15 +147,15 @@ from service.device_thread import DeviceThread
 
 def download():
     with device.watchdog.paused():
-        time.sleep(0.6)
+        time.sleep(0.8)
 
-device_thread.SECONDS_FOR_WATCHDOG = 1
+device_thread.SECONDS_FOR_WATCHDOG = 3
 device = DeviceThread()
-device.run(time.sleep, 0.6)
-device.watch(0.4)
+device.run(time.sleep, 0.8)
+device.watch(0.6)
 device.run(download)
 for _ in range(3):
-    device.run(time.sleep, 0.2)
+    device.run(time.sleep, 0.25)
 time.sleep(1.6)
 print("still there", flush=True)
 device.run(eval(sys.argv[1]), 60)
@@ -168,6 +168,6 @@ def test_a_process_whose_work_hangs_ends() -> None:
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [subprocess.Popen([sys.executable, "-c", PROGRAM, hang], **options) for hang in hangs]
     said = [process.communicate(timeout=30) for process in started]
-    sentence = "Work on the device took longer than 0.4 seconds (PREDICTION_SECONDS); this process ends.\n"
+    sentence = "Work on the device took longer than 0.6 seconds (PREDICTION_SECONDS); this process ends.\n"
     assert said == [("still there\n", sentence), ("still there\n", "")]
     assert [process.returncode for process in started] == [1, -signal.SIGALRM]
