@@ -28,6 +28,23 @@ def test_sizes_and_switches() -> None:
         Settings.from_environment(cuda=False, environ={"FLUX_COMPILE": "yes"})
 
 
+@pytest.mark.parametrize(
+    ("cuda", "value", "seconds"),
+    [(True, None, 600), (True, "", 600), (True, "0", None), (False, None, None), (False, "2.5", 2.5)],
+)
+def test_a_prediction_has_a_limit_with_cuda_or_where_it_is_given(
+    cuda: bool, value: str | None, seconds: float | None
+) -> None:
+    environ = {} if value is None else {"PREDICTION_SECONDS": value}
+    assert Settings.from_environment(cuda=cuda, environ=environ).prediction_seconds == seconds
+
+
+@pytest.mark.parametrize("value", ["-1", "long", "nan", "inf"])
+def test_a_limit_that_is_no_number_of_seconds_is_refused(value: str) -> None:
+    with pytest.raises(ValueError, match=f"PREDICTION_SECONDS is '{value}'; it must be a number of seconds"):
+        Settings.from_environment(cuda=False, environ={"PREDICTION_SECONDS": value})
+
+
 def test_tokens_are_not_shown() -> None:
     environ = {"HF_TOKEN": "hf_secret", "CIVITAI_API_TOKEN": "civ_secret", "REPLICATE_API_TOKEN": "r8_secret"}
     shown = str(Settings.from_environment(cuda=False, environ=environ))

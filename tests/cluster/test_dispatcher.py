@@ -118,7 +118,7 @@ def test_a_predictor_that_always_crashes_is_given_up(cluster: Cluster) -> None:
 
 
 def test_every_accepted_prediction_ends_once_whatever_is_killed(cluster: Cluster) -> None:
-    """Workers, their Cog servers, a front and a node end by force while 60 predictions are made."""
+    """A Cog server stands still, and workers, a Cog server, a front and a node end by force, during 60 predictions."""
     names = [f"survivor-{i}" for i in range(60)]
     with Hooks() as hooks, ThreadPoolExecutor(6) as pool:
 
@@ -133,6 +133,8 @@ def test_every_accepted_prediction_ends_once_whatever_is_killed(cluster: Cluster
             raise TimeoutError(name)
 
         asked = [pool.submit(accepted, name) for name in names]
+        stopped = cluster.processes("cog.server.http")[0]
+        os.kill(stopped, signal.SIGSTOP)
         for title in ("CogWorker", "cog.server.http", "Front", "raylet/raylet"):
             time.sleep(1.5)
             cluster.kill_one(title)
@@ -140,6 +142,7 @@ def test_every_accepted_prediction_ends_once_whatever_is_killed(cluster: Cluster
             done.result()
         for name in names:
             hooks.until_ended(name, 120)
+        assert not _runs(stopped)
         time.sleep(1)
         deliveries = {headers["webhook-id"]: body for headers, body in hooks.received if body["status"] in ENDS}
     ends = [body["id"] for body in deliveries.values()]

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 
 from cluster.local import descendants
+from cluster.settings import ClusterSettings
 from harness.cluster import Cluster
 from local_cog.server import LOOPBACK
 from settings import ROOT
@@ -33,10 +34,10 @@ def test_nothing_listens_beyond_this_machine(cluster: Cluster) -> None:
     assert {address[-8:] for address in listening} == {"0100007F"}  # 127.0.0.1, as the kernel writes it
 
 
-def start_of_cluster(*options: str) -> str:
+def start_of_cluster(*options: str, **variables: str) -> str:
     """What `script/cluster` says when it does not start."""
     command = [sys.executable, "-m", "cluster.local", *options]
-    environment = {name: value for name, value in os.environ.items() if name != "API_TOKENS"}
+    environment = {name: value for name, value in os.environ.items() if name != "API_TOKENS"} | variables
     ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     return ended.stderr
@@ -52,3 +53,12 @@ def test_a_port_that_is_taken_is_not_shared() -> None:
     with socket.create_server((LOOPBACK, 0)) as taken:
         port = taken.getsockname()[1]
         assert f"--port is {port}; it must be one that is free" in start_of_cluster("--port", str(port))
+
+
+def test_a_prediction_may_not_take_longer_than_its_worker_gets_to_finish_it() -> None:
+    assert start_of_cluster(PREDICTION_SECONDS="900") == (
+        "PREDICTION_SECONDS is 900; in a cluster it must be below 900, the seconds that a worker gets to finish its "
+        "prediction before it is replaced.\n"
+    )
+    for allowed in ("899", "0", ""):
+        ClusterSettings.from_environment({"PREDICTION_SECONDS": allowed})
