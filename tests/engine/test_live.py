@@ -401,7 +401,7 @@ def test_any_history_gives_the_bits_of_a_fresh_process(loras: dict[str, Lora]) -
 
 @dataclass(frozen=True)
 class _Failing(deltas.Delta):
-    def _bind(self, base: Tensor, pristine: Tensors) -> deltas.AddRows:
+    def _bind(self, base: Tensor, pristine: Tensors, bring: deltas.Bring) -> deltas.AddRows:
         def add_rows(buffer: Tensor, first: int, scale: float) -> None:
             buffer.fill_(float("nan"))
             raise OSError("the file is cut off")
