@@ -1,9 +1,10 @@
 """What a LoRA adds to a parameter, kept in the few numbers that its file gives, and multiplied out row by row.
 
 A delta changes some rows of one parameter (elements, where that has one dimension). Its tensors stay in host memory in
-the file's own dtype, those of a whole LoRA in one slab (`pack`); `bind` has them brought beside the parameter, and the
-bound delta adds `scale` times itself, in float32, to any run of rows. Stored tensors are never changed, and all products are taken in one order: the same deltas added in
-the same runs of rows give the same bits, whatever happened before. This module knows neither files nor FLUX.
+the file's own dtype, packed into slabs with all others of their LoRA; `bind` brings them beside the parameter, and the
+bound delta adds `scale` times itself, in float32, to any run of rows. Stored tensors are never changed, and products
+are taken in one order: the same deltas added in the same runs of rows give the same bits, whatever happened before.
+This module knows neither files nor FLUX.
 
     LowRank        up @ down                                   LoRA
     LowRanks       several of these at once

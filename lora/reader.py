@@ -1,8 +1,8 @@
 """What a LoRA file holds for one layer → deltas by parameter.
 
 A layer's tensors have roles (`up`, `alpha`, `lokr_w1`, `diff_b` ...). What they say is applied exactly, or refused in
-one sentence. The tensors of the deltas are views of the file's own wherever these can be used as they are. This module
-knows shapes, number types and strengths, the header's too; it knows no spelling of a layer.
+one sentence. Where nothing has to be converted, the deltas' tensors are views of the mapped file: `deltas.pack` copies
+them. This module knows shapes, number types and strengths, the header's too; it knows no spelling of a layer.
 """
 
 import json
