@@ -5,11 +5,10 @@ anything is changed. What belongs to nothing here (a T5, embeddings) is ignored 
 and keeps parsed ones; `lora.names` knows what a layer may be called, `lora.reader` what its tensors say.
 """
 
-import contextlib
-import os
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -20,6 +19,11 @@ from lora.deltas import Delta
 from lora.names import Content, Layer, assign, claim, layers_by_name, refuse_what_is_no_lora
 from lora.reader import LayerReader, read_adapters
 from request import LoraFile
+from service import slabs
+from service.machine import host_memory
+
+# Of host memory, what parsed LoRAs may take: the rest is for base weights, the page cache and the server.
+CACHE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -55,16 +59,17 @@ class Report:
 
 @dataclass(frozen=True)
 class Lora:
-    """The deltas of a file."""
+    """The deltas of a file; those of each model lie in slabs of their own, since they are brought to it at one time."""
 
     transformer: Mapping[str, tuple[Delta, ...]]  # by parameter name
     text_encoder: Mapping[str, tuple[Delta, ...]]  # CLIP's
     report: Report
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
-        """Host memory that it holds."""
-        return deltas.nbytes(d for model in (self.transformer, self.text_encoder) for ds in model.values() for d in ds)
+        """Host memory that it takes, as torch rounds it where it is pinned."""
+        changes = [*self.transformer.values(), *self.text_encoder.values()]
+        return slabs.taken(tensor for several in changes for delta in several for tensor in delta.tensors())
 
 
 def read_lora(file: Path, transformer: nn.Module, text_encoder: nn.Module) -> Lora:
@@ -96,7 +101,8 @@ def read_lora(file: Path, transformer: nn.Module, text_encoder: nn.Module) -> Lo
     except (SafetensorError, OSError) as error:
         reason = f" ({error})" if isinstance(error, SafetensorError) else ""
         raise ValueError(f"The LoRA is not a safetensors file that can be read{reason}.") from error
-    return Lora(**by_model, report=_report(found, readers, ignored))
+    packed = {model: deltas.pack(by_parameter) for model, by_parameter in by_model.items()}
+    return Lora(**packed, report=_report(found, readers, ignored))
 
 
 def _report(found: Mapping[Layer, Content], readers: Iterable[LayerReader], ignored: Counter[str]) -> Report:
@@ -123,7 +129,7 @@ class LoraCache:
 
     def __init__(self, transformer: nn.Module, text_encoder: nn.Module, max_bytes: int | None = None) -> None:
         self._models = (transformer, text_encoder)
-        self._max_bytes = _quarter_of_memory() if max_bytes is None else max_bytes
+        self._max_bytes = int(CACHE_SHARE * host_memory()) if max_bytes is None else max_bytes
         self._loras: OrderedDict[str, Lora] = OrderedDict()
 
     def read(self, file: LoraFile) -> Lora:
@@ -146,11 +152,3 @@ class LoraCache:
         held = sum(lora.nbytes for lora in self._loras.values())
         while self._loras and held + size > self._max_bytes:
             held -= self._loras.popitem(last=False)[1].nbytes
-
-
-def _quarter_of_memory() -> int:
-    """Of the machine's or, where it has less, the container's; the rest is for base weights, page cache and server."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return memory // 4

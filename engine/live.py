@@ -17,12 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from engine import fp8
-from lora.deltas import Delta, gather
+from lora.deltas import Bring, Delta, gather
+from service.slabs import SLAB, Uploads
 
 # Elements of the float32 buffer in which a mix is summed. It stays in the last-level cache (8 MiB on a CPU, 32 MiB of
 # an H100's 50), so that only the base and the live tensor travel through memory; it fills that cache, because each run
 # of rows costs a synchronisation of threads on a CPU and a few kernel launches on a GPU.
 BUFFER_ELEMENTS = {"cpu": 2**21, "cuda": 2**23}
+# Bytes of LoRAs that may lie on the device while a mix is written: part of the placement's working memory, of which a
+# swap needs little else. Eight LoRAs of rank 64 fit; what does not fit comes tensor by tensor.
+UPLOADS = 4 * SLAB
 
 
 @dataclass(frozen=True)
@@ -42,19 +46,20 @@ class Recipe:
     deltas: Sequence[tuple[float, Delta]]
     pristine: Mapping[str, Tensor]  # all parameters of that base, by name
 
-    def rows(self, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def rows(self, buffer: Tensor, bring: Bring) -> Iterator[tuple[int, Tensor]]:
         """The parameter on the buffer's device, from top to bottom: the first row of each run, and the run.
 
         The same recipe gives the same runs and the same bits, however often it is asked.
 
         Args:
             buffer: float32, of at least one row's elements; each run lies in it, and is overwritten by the next one.
+            bring: puts a tensor of a delta on the buffer's device.
         """
         base = self.base.to(buffer.device, non_blocking=True)
         if not self.deltas:
             yield 0, base
             return
-        deltas = [(scale, delta.bind(base, self.pristine)) for scale, delta in gather(self.deltas)]
+        deltas = [(scale, delta.bind(base, self.pristine, bring)) for scale, delta in gather(self.deltas)]
         height = len(buffer) // base[0].numel()
         for start in range(0, len(base), height):
             rows = base[start : start + height]
@@ -78,27 +83,28 @@ class LiveTensor:
         self._recipe: Recipe | None = None  # of what is held
         self._write_rows, self._holds_rows = write_rows, holds_rows
 
-    def hold(self, mix: object, recipe: Recipe, buffer: Tensor) -> bool:
+    def hold(self, mix: object, recipe: Recipe, buffer: Tensor, bring: Bring) -> bool:
         """Write the recipe unless it is what this tensor holds; say whether it was written.
 
         Args:
             mix: what this is, to be compared with what is held.
             recipe: what to write.
             buffer: see `Recipe.rows`.
+            bring: see `Recipe.rows`.
         """
         if self.held == mix:
             return False
         for tensor in (self, *self.rivals):
             tensor.held = tensor._recipe = None
-        for start, rows in recipe.rows(buffer):
+        for start, rows in recipe.rows(buffer, bring):
             self._write_rows(start, rows)
         self._recipe = recipe
         self.held = mix
         return True
 
-    def intact(self, buffer: Tensor) -> bool:
+    def intact(self, buffer: Tensor, bring: Bring) -> bool:
         """Whether this tensor is, to the bit, what it is recorded to hold; if not, the record is forgotten."""
-        if self.held is None or all(self._holds_rows(*run) for run in self._recipe.rows(buffer)):
+        if self.held is None or all(self._holds_rows(*run) for run in self._recipe.rows(buffer, bring)):
             return True
         self.held = self._recipe = None
         return False
@@ -155,13 +161,14 @@ class Live:
         """
         pristine = self._bases[base]
         buffer = self._buffer()
+        bring = Uploads(buffer.device, UPLOADS)  # goes with this call, and what it has brought with it
         written = 0
         for name, tensor in self._tensors.items():
             touching = [term for term in terms if term.scale != 0 and name in term.deltas and name in pristine]
             mix = (base, *((term.content, term.scale) for term in touching))
             deltas = [(term.scale, delta) for term in touching for delta in term.deltas[name]]
             recipe = Recipe(pristine.get(name, self._zeros.get(name)), deltas, pristine)
-            written += tensor.hold(mix, recipe, buffer)
+            written += tensor.hold(mix, recipe, buffer, bring)
         return written
 
     @property
@@ -172,7 +179,8 @@ class Live:
     @torch.no_grad()
     def intact(self, name: str) -> bool:
         """Whether a tensor is, to the bit, what it is recorded to hold; one that is not is written anew when needed."""
-        return self._tensors[name].intact(self._buffer())
+        buffer = self._buffer()
+        return self._tensors[name].intact(buffer, Uploads(buffer.device, room=0))  # not a whole LoRA for one tensor
 
     def _buffer(self) -> Tensor:
         """Where runs of rows are summed."""

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from transformers import AutoTokenizer, CLIPTextModel, T5Config, T5EncoderModel
 from engine import fp8
 from engine.live import Live
 from engine.placement import Placement, Precisions, Sizes, plan
-from service import faults
+from service import faults, slabs
 from service.measure import Stopwatch
 
 # The linear layers of blocks run in fp8, except modulation: it multiplies one vector, which is cheap, and its result
@@ -81,10 +82,7 @@ def load(
     with stopwatch("read"), ThreadPoolExecutor(READERS) as readers:
         # The readers move the large tensors, while this thread alone loads the rest: transformers is not thread-safe.
         moving = {name: _move(base, name in placement.on_gpu, device, readers) for name, base in bases.items()}
-        moving_t5 = {
-            name: readers.submit(tensor.to, device if placement.t5_on_gpu else "cpu", dtype)
-            for name, tensor in t5.items()
-        }
+        moving_t5 = _move(t5, placement.t5_on_gpu, device, readers, dtype)
         components = _small_components(dev, device, dtype)
     bases = {name: _arrived(tensors) for name, tensors in moving.items()}
     components["text_encoder_2"] = _t5(dev / "text_encoder_2", _arrived(moving_t5))
@@ -233,19 +231,36 @@ def _small_components(folder: Path, device: torch.device, dtype: torch.dtype) ->
     }
 
 
-def _move(base: Tensors, on_gpu: bool, device: torch.device, readers: ThreadPoolExecutor) -> dict[str, Future[Tensor]]:
-    """Start moving a base to where it will lie: the device, or pinned host memory, which the device reads by itself."""
+def _move(
+    tensors: Tensors,
+    on_gpu: bool,
+    device: torch.device,
+    readers: ThreadPoolExecutor,
+    dtype: torch.dtype | None = None,
+) -> list[Future[Tensors]]:
+    """Start moving tensors to where they will lie; each future is some of them.
 
-    def move(tensor: Tensor) -> Tensor:
-        if on_gpu or device.type != "cuda":
-            return tensor.to(device)
-        return tensor.pin_memory()
+    That is the device, or slabs of pinned host memory, which the device reads by itself. On a CPU they lie where they
+    are, unless their dtype changes.
 
-    return {name: readers.submit(move, tensor) for name, tensor in base.items()}
+    Args:
+        tensors: mapped from disk.
+        on_gpu: whether they will lie on the device.
+        device: where they are used.
+        readers: what moves them.
+        dtype: what they become on the way; None leaves each its own.
+    """
+
+    def move(name: str) -> Tensors:
+        return {name: tensors[name].to(device, dtype)}
+
+    on_device = on_gpu or device.type != "cuda"
+    jobs = [partial(move, name) for name in tensors] if on_device else slabs.packing(tensors, dtype)
+    return [readers.submit(job) for job in jobs]
 
 
-def _arrived(moving: Mapping[str, Future[Tensor]]) -> Tensors:
-    return {name: future.result() for name, future in moving.items()}
+def _arrived(moving: Iterable[Future[Tensors]]) -> Tensors:
+    return {name: tensor for future in moving for name, tensor in future.result().items()}
 
 
 def _t5(folder: Path, tensors: Tensors) -> T5EncoderModel:
@@ -260,7 +275,11 @@ def _t5(folder: Path, tensors: Tensors) -> T5EncoderModel:
 
 
 def move_when_used(t5: T5EncoderModel, device: torch.device) -> None:
-    """Keep T5's layers in host memory; each is copied to the device for its call, while the one before computes."""
+    """Keep T5's layers in host memory; each is copied to the device for its call, while the one before computes.
+
+    diffusers pins what it offloads. `Tensor.pin_memory` asks about the block that a tensor lies in, and returns a
+    tensor of a pinned slab as it is, so nothing is pinned twice.
+    """
     apply_group_offloading(t5, onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
 
 

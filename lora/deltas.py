@@ -1,9 +1,10 @@
 """What a LoRA adds to a parameter, kept in the few numbers that its file gives, and multiplied out row by row.
 
 A delta changes some rows of one parameter (elements, where that has one dimension). Its tensors stay in host memory in
-the file's own dtype; `bind` puts them beside the parameter, and the bound delta adds `scale` times itself, in float32,
-to any run of rows. Stored tensors are never changed, and all products are taken in one order: the same deltas added in
-the same runs of rows give the same bits, whatever happened before. This module knows neither files nor FLUX.
+the file's own dtype, packed into slabs with all others of their LoRA; `bind` brings them beside the parameter, and the
+bound delta adds `scale` times itself, in float32, to any run of rows. Stored tensors are never changed, and products
+are taken in one order: the same deltas added in the same runs of rows give the same bits, whatever happened before.
+This module knows neither files nor FLUX.
 
     LowRank        up @ down                                   LoRA
     LowRanks       several of these at once
@@ -15,16 +16,21 @@ the same runs of rows give the same bits, whatever happened before. This module 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor
+
+from service import slabs
 
 # Elements of a base that a DoRA's norms are taken over at a time: the float32 copy stays small beside the parameter.
 NORM_ELEMENTS = 2**22
 
 AddRows = Callable[[Tensor, int, float], None]
+# A tensor of a delta → an equal one on the parameter's device; `service.slabs.Uploads` does it a whole slab at a time.
+Bring = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,17 +68,23 @@ class Delta(ABC):
         for field in fields(self):
             yield from _tensors_in(getattr(self, field.name))
 
-    def bind(self, base: Tensor, pristine: Mapping[str, Tensor]) -> BoundDelta:
+    def with_tensors(self, equal: Callable[[Tensor], Tensor]) -> Self:
+        """The same delta, holding an equal tensor for each of its own."""
+        return replace(self, **{field.name: _exchanged(getattr(self, field.name), equal) for field in fields(self)})
+
+    def bind(self, base: Tensor, pristine: Mapping[str, Tensor], bring: Bring) -> BoundDelta:
         """Put the factors beside the parameter.
 
         Args:
             base: the whole pristine parameter, on the device where it will be summed.
             pristine: all parameters by name, wherever they lie: a DoRA on a fused layer measures its other parts too.
+            bring: puts a tensor of a delta there.
         """
-        return BoundDelta(self.start, self.height, self._bind(base[self.start : self.start + self.height], pristine))
+        rows = base[self.start : self.start + self.height]
+        return BoundDelta(self.start, self.height, self._bind(rows, pristine, bring))
 
     @abstractmethod
-    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor]) -> AddRows:
+    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor], bring: Bring) -> AddRows:
         """Do the same for this delta's own rows of the base."""
 
 
@@ -84,8 +96,8 @@ class LowRank(Delta):
     down: Tensor  # [rank, in]
     strength: float  # alpha / rank; kept apart, so that alpha costs no rounding of the tensors
 
-    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor]) -> AddRows:
-        up, down = _float32(self.up, base), _float32(self.down, base)
+    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor], bring: Bring) -> AddRows:
+        up, down = bring(self.up).float(), bring(self.down).float()
 
         def add_rows(buffer: Tensor, first: int, scale: float) -> None:
             buffer.addmm_(up[first : first + len(buffer)], down, alpha=scale * self.strength)
@@ -99,9 +111,9 @@ class LowRanks(Delta):
 
     terms: tuple[tuple[float, LowRank], ...]
 
-    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor]) -> AddRows:
-        ups = [_float32(delta.up, base) * (scale * delta.strength) for scale, delta in self.terms]
-        downs = [_float32(delta.down, base) for _, delta in self.terms]
+    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor], bring: Bring) -> AddRows:
+        ups = [bring(delta.up).float() * (scale * delta.strength) for scale, delta in self.terms]
+        downs = [bring(delta.down).float() for _, delta in self.terms]
         up, down = torch.cat(ups, dim=1), torch.cat(downs)  # [height, Σ rank], [Σ rank, in]
 
         def add_rows(buffer: Tensor, first: int, scale: float) -> None:
@@ -132,8 +144,8 @@ class Hadamard(Delta):
     d: Tensor  # [rank, in]
     strength: float
 
-    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor]) -> AddRows:
-        a, b, c, d = (_float32(factor, base) for factor in (self.a, self.b, self.c, self.d))
+    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor], bring: Bring) -> AddRows:
+        a, b, c, d = (bring(factor).float() for factor in (self.a, self.b, self.c, self.d))
 
         def add_rows(buffer: Tensor, first: int, scale: float) -> None:
             rows = slice(first, first + len(buffer))
@@ -151,8 +163,8 @@ class Kronecker(Delta):
     source: int
     strength: float
 
-    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor]) -> AddRows:
-        left, right = (_product([_float32(factor, base) for factor in side]) for side in (self.left, self.right))
+    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor], bring: Bring) -> AddRows:
+        left, right = (_product([bring(factor).float() for factor in side]) for side in (self.left, self.right))
 
         def add_rows(buffer: Tensor, first: int, scale: float) -> None:
             rows = torch.arange(self.source + first, self.source + first + len(buffer), device=buffer.device)
@@ -170,8 +182,8 @@ class Full(Delta):
     difference: Tensor  # [height, ...]
     strength: float = 1.0
 
-    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor]) -> AddRows:
-        difference = self.difference.to(base.device, non_blocking=True)
+    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor], bring: Bring) -> AddRows:
+        difference = bring(self.difference)
 
         def add_rows(buffer: Tensor, first: int, scale: float) -> None:
             buffer.add_(difference[first : first + len(buffer)].float(), alpha=scale * self.strength)
@@ -185,8 +197,8 @@ class Replacement(Delta):
 
     value: Tensor  # [height, ...]
 
-    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor]) -> AddRows:
-        value = self.value.to(base.device, non_blocking=True)
+    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor], bring: Bring) -> AddRows:
+        value = bring(self.value)
 
         def add_rows(buffer: Tensor, first: int, scale: float) -> None:
             rows = slice(first, first + len(buffer))
@@ -207,19 +219,19 @@ class Decomposed(Delta):
     magnitude: Tensor  # [height, 1] for rows, [1, in] for columns
     layer: tuple[tuple[str, Delta], ...] = ()  # for columns: by parameter name, every part of the layer, this one too
 
-    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor]) -> AddRows:
-        inner = self.inner._bind(base, pristine)
+    def _bind(self, base: Tensor, pristine: Mapping[str, Tensor], bring: Bring) -> AddRows:
+        inner = self.inner._bind(base, pristine, bring)
         if self.layer:
             squares = torch.zeros_like(self.magnitude, dtype=torch.float32, device=base.device)
             for name, part in self.layer:
                 rows = pristine[name][part.start : part.start + part.height].to(base.device, non_blocking=True)
-                for _, merged in _merged(rows, part._bind(rows, pristine)):
+                for _, merged in _merged(rows, part._bind(rows, pristine, bring)):
                     squares += merged.square_().sum(dim=0, keepdim=True)
             norm = squares.sqrt_()
         else:
             norm = torch.cat([merged.norm(dim=1, keepdim=True) for _, merged in _merged(base, inner)])
         # A row or column of zeros stays what it is: nothing gives it a direction.
-        gain = _float32(self.magnitude, base) / norm.clamp_min(torch.finfo(torch.float32).eps)
+        gain = bring(self.magnitude).float() / norm.clamp_min(torch.finfo(torch.float32).eps)
 
         def add_rows(buffer: Tensor, first: int, scale: float) -> None:
             rows = base[first : first + len(buffer)]
@@ -240,10 +252,6 @@ def _merged(base: Tensor, add_rows: AddRows) -> Iterator[tuple[int, Tensor]]:
         yield first, merged
 
 
-def _float32(factor: Tensor, base: Tensor) -> Tensor:
-    return factor.to(base.device, non_blocking=True).float()
-
-
 def _product(factors: list[Tensor]) -> Tensor:
     return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
 
@@ -258,6 +266,25 @@ def _tensors_in(value: object) -> Iterator[Tensor]:
             yield from _tensors_in(item)
 
 
-def nbytes(deltas: Iterator[Delta]) -> int:
-    """Bytes that deltas hold together, each tensor counted once."""
-    return sum({id(tensor): tensor.nbytes for delta in deltas for tensor in delta.tensors()}.values())
+def _exchanged(value: object, equal: Callable[[Tensor], Tensor]) -> object:
+    if isinstance(value, Tensor):
+        return equal(value)
+    if isinstance(value, Delta):
+        return value.with_tensors(equal)
+    return tuple(_exchanged(item, equal) for item in value) if isinstance(value, tuple) else value
+
+
+def pack(deltas: Mapping[str, Sequence[Delta]]) -> dict[str, tuple[Delta, ...]]:
+    """The same deltas, their tensors copied into slabs: one allocation and one upload for nearly every LoRA.
+
+    Results then depend neither on how a file aligns its tensors nor on the file being there.
+
+    Args:
+        deltas: by parameter; a tensor that several of them hold is stored once.
+    """
+    tensors = {id(tensor): tensor for several in deltas.values() for delta in several for tensor in delta.tensors()}
+    packed = slabs.pack(tensors)
+    return {
+        name: tuple(delta.with_tensors(lambda tensor: packed[id(tensor)]) for delta in several)
+        for name, several in deltas.items()
+    }

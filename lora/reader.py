@@ -1,7 +1,8 @@
 """What a LoRA file holds for one layer → deltas by parameter.
 
 A layer's tensors have roles (`up`, `alpha`, `lokr_w1`, `diff_b` ...). What they say is applied exactly, or refused in
-one sentence. This module knows shapes, number types and strengths, the header's too; it knows no spelling of a layer.
+one sentence. Where nothing has to be converted, the deltas' tensors are views of the mapped file: `deltas.pack` copies
+them. This module knows shapes, number types and strengths, the header's too; it knows no spelling of a layer.
 """
 
 import json
@@ -153,17 +154,17 @@ class LayerReader:
         down = self._tucker("mid", down)
         self._check_fit(up.shape[1] == down.shape[0], (up.shape[0], down.shape[1]), "up", "down")
         self.kinds.add("DoRA" if "magnitude" in self._content.tensors else "LoRA")
-        strength, down = self._strength(down.shape[0]), _own(down)
-        return [LowRank(part.start, part.height, _own(_rows(up, part)), down, strength) for part in self._layer.parts]
+        strength = self._strength(down.shape[0])
+        return [LowRank(part.start, part.height, _rows(up, part), down, strength) for part in self._layer.parts]
 
     def _loha(self) -> list[Delta]:
         (a, b), (c, d) = self._pair("hada_w1", "hada_t1"), self._pair("hada_w2", "hada_t2")
         fits = a.shape[1] == b.shape[0] and c.shape[1] == d.shape[0] and (len(a), b.shape[1]) == (len(c), d.shape[1])
         self._check_fit(fits, (a.shape[0], b.shape[1]), "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
         self.kinds.add("LoHa")
-        strength, b, d = self._strength(b.shape[0]), _own(b), _own(d)
+        strength = self._strength(b.shape[0])
         return [
-            Hadamard(part.start, part.height, _own(_rows(a, part)), b, _own(_rows(c, part)), d, strength)
+            Hadamard(part.start, part.height, _rows(a, part), b, _rows(c, part), d, strength)
             for part in self._layer.parts
         ]
 
@@ -176,7 +177,7 @@ class LayerReader:
                 factors = self._pair(side, core)
                 ranks.append(factors[1].shape[0])
                 self._check_fit(factors[0].shape[1] == ranks[-1], self._layer.shape, f"{side}_a", f"{side}_b")
-            sides.append(tuple(_own(factor) for factor in factors))
+            sides.append(factors)
             shapes.append((factors[0].shape[0], factors[-1].shape[1]))
         (o1, i1), (o2, i2) = shapes
         present = [role for role in self._content.tensors if role.startswith("lokr_")]
@@ -190,14 +191,14 @@ class LayerReader:
         magnitude = self._read("magnitude")
         out, columns = self._layer.shape
         if magnitude.ndim > 1 and magnitude.flatten(1).shape == (1, columns):
-            magnitude = _own(magnitude.flatten(1))
+            magnitude = magnitude.flatten(1)
             for name, delta in parts:
                 yield name, Decomposed(delta.start, delta.height, delta, magnitude, tuple(parts))
         else:
             self._check_fit(magnitude.numel() == len(magnitude), (len(magnitude), columns), "magnitude")
             magnitude = magnitude.reshape(out, 1)
             for part, (name, delta) in zip(self._layer.parts, parts, strict=True):
-                yield name, Decomposed(delta.start, delta.height, delta, _own(_rows(magnitude, part)))
+                yield name, Decomposed(delta.start, delta.height, delta, _rows(magnitude, part))
 
     def _whole(self, role: str, make: Callable[..., Delta]) -> Iterator[tuple[str, Delta]]:
         """A tensor of the weight's or the bias's own shape."""
@@ -211,10 +212,8 @@ class LayerReader:
         if tuple(tensor.shape) != expected:
             raise self._misfit(expected, role)
         for part in self._layer.parts:
-            yield (
-                f"{part.name}.{'bias' if bias else 'weight'}",
-                make(part.start, part.height, _own(_rows(tensor, part))),
-            )
+            name = f"{part.name}.{'bias' if bias else 'weight'}"
+            yield name, make(part.start, part.height, _rows(tensor, part))
 
     def _up_bias(self, start: int, height: int, bias: Tensor) -> Delta:
         return Full(start, height, bias, self._strength(self._matrix("down").shape[0]))
@@ -294,13 +293,6 @@ class LayerReader:
 
 def _rows(tensor: Tensor, part: Part) -> Tensor:
     return tensor[part.source : part.source + part.height]
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """A copy: results must not depend on how a file's bytes are aligned, and the file must not stay mapped."""
-    if torch.cuda.is_available():
-        return tensor.contiguous().pin_memory()
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _size(shape: Iterable[int]) -> str:

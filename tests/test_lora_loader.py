@@ -6,7 +6,7 @@ import random
 import resource
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,9 @@ from diffusers.loaders import FluxLoraLoaderMixin
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora.deltas import LowRank
+from lora.deltas import Delta, LowRank
 from lora_loader import read_lora
+from service.slabs import ALIGNMENT
 from tests.support import lora_files, models
 from tests.support.lora_files import RANK, Tensors
 from tests.support.lora_reader import STRENGTH, Reader, assert_is_one_sentence, changed, join, same
@@ -54,6 +55,58 @@ def test_factors_stay_low_rank(reader: Reader) -> None:
     q, k = (lora.transformer[f"transformer_blocks.0.attn.{name}.weight"][0] for name in ("to_q", "to_k"))
     assert q.down is k.down
     assert lora.nbytes < sum(tensor.nbytes for tensor in reader.base.values())
+
+
+def tensors_of(deltas: Mapping[str, Sequence[Delta]]) -> list[Tensor]:
+    return [tensor for several in deltas.values() for delta in several for tensor in delta.tensors()]
+
+
+FORMS = {**lora_files.EXACT, **lora_files.ROUNDED}
+
+
+@pytest.mark.parametrize("form", ["kohya", "OneTrainer, OMI", "LoKr", "LoHa", "differences"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_all_tensors_of_a_lora_lie_in_one_slab_and_the_file_is_let_go(
+    reader: Reader, form: str, dtype: torch.dtype
+) -> None:
+    tensors = FORMS[form](lora_files.changes(reader.transformer))
+    tensors |= lora_files.CLIP["kohya"](lora_files.clip_changes(reader.text_encoder))
+    lora = reader.read({name: tensor.to(dtype) for name, tensor in tensors.items()})
+    slabs = []
+    for tensors in (tensors_of(lora.transformer), tensors_of(lora.text_encoder)):
+        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+        slabs.append(tensors[0].untyped_storage().nbytes())
+        # Padding apart, it is filled by the tensors, the `down` of a fused layer counted once.
+        distinct = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+        assert sum(distinct.values()) <= slabs[-1] < sum(distinct.values()) + ALIGNMENT * len(distinct)
+    assert lora.nbytes == sum(slabs)
+    assert str(reader.folder) not in Path("/proc/self/maps").read_text()
+
+
+def test_tensors_that_the_reader_turned_or_cut_are_copied_too(reader: Reader) -> None:
+    stem = lora_files.kohya_name("double_blocks.0.img_attn.qkv")
+    generator = torch.Generator().manual_seed(0)
+    sides = {"w1_a": (RANK, 96), "w1_b": (RANK, 32), "w2_a": (RANK, 96), "w2_b": (RANK, 32)}
+    tensors = {f"{stem}.hada_{side}": torch.randn(shape, generator=generator) for side, shape in sides.items()}
+    tensors |= {f"{stem}.hada_t{side}": torch.randn(RANK, RANK, 1, 1, generator=generator) for side in (1, 2)}
+    lora = reader.read(tensors)
+    packed = tensors_of(lora.transformer)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in packed}) == 1
+    assert all(tensor.is_contiguous() for tensor in packed)
+    assert str(reader.folder) not in Path("/proc/self/maps").read_text()
+    [to_k] = lora.transformer["transformer_blocks.0.attn.to_k.weight"]
+    assert torch.equal(to_k.a, tensors[f"{stem}.hada_w1_a"].T[32:64])
+
+
+@pytest.mark.parametrize("form", ["kohya", "LoKr", "LoHa", "differences"])
+def test_how_a_file_aligns_its_tensors_changes_no_bit(reader: Reader, form: str) -> None:
+    tensors = FORMS[form](lora_files.changes(reader.transformer))
+    right = reader.live(tensors)
+    header, data = _split((reader.folder / "a.safetensors").read_bytes())
+    file = reader.folder / "shifted.safetensors"
+    for shift in range(0, 70, 6):
+        file.write_bytes(join(header | {"__metadata__": {"": "x" * shift}}, data))
+        assert same(reader.hold(read_lora(file, reader.transformer, reader.text_encoder)), right)
 
 
 def test_the_report_says_what_was_applied_and_what_was_not(reader: Reader) -> None:

@@ -16,6 +16,7 @@ import torch
 from bench.gpu.context import Bench, Marks, Row, Values, can_be_used
 from bench.gpu.results import clocks
 from engine import fp8
+from service import slabs
 
 BURST = 10  # products
 SUSTAINED = 4.0  # seconds
@@ -83,7 +84,7 @@ def copy(bench: Bench) -> Values:
 def upload(bench: Bench) -> Values:
     """GB/s from pinned host memory to the device."""
     bench.needs_cuda()
-    source = torch.zeros(2**30, dtype=torch.uint8).pin_memory()
+    source = slabs.block(2**30)
     target = torch.empty_like(source, device=bench.device)
     times = bench.times(lambda: target.copy_(source, non_blocking=True))
     return {"gb_per_s": source.nbytes / times["median_s"] / 1e9, "bytes": source.nbytes} | times

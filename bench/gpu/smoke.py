@@ -22,6 +22,7 @@ from engine import fp8
 from engine.acceleration import ATTENTION, COMPILE, choose_attention
 from engine.live import Live
 from engine.loading import is_block_linear
+from service import slabs
 
 # Rows of products: one token of a prompt's end, odd numbers, 512x512 and 1024x1024 with dev's text, 1440x1440.
 ROWS = (2, 17, 165, 421, 988, 4608, 8612)
@@ -101,11 +102,11 @@ def one_wide_head(bench: Bench, kernel: SDPBackend | None) -> Values:
 
 
 def pinned_memory(bench: Bench) -> Values:
-    """What a pinned tensor really takes: torch rounds its size up to a power of two."""
+    """What a pinned tensor in a slab of its own really takes: torch rounds its size up to a power of two."""
     bench.needs_cuda()
     tensor = torch.zeros(PINNED, dtype=torch.bfloat16)
     before, free, start = torch.cuda.host_memory_stats(), _available(), time.perf_counter()
-    pinned = tensor.pin_memory()
+    pinned = slabs.pack({"weight": tensor})["weight"]
     took, after = time.perf_counter() - start, torch.cuda.host_memory_stats()
     grown = {name: after[name] - before.get(name, 0) for name in sorted(after) if name.endswith("bytes.current")}
     return {"tensor_bytes": pinned.nbytes, "pin_s": took, "less_available_bytes": free - _available()} | grown

@@ -11,6 +11,7 @@ from bench.gpu.context import Bench, Row, Values
 from bench.gpu.models import make_transformer
 from engine.live import Live, Term
 from engine.loading import is_block_linear
+from service import slabs
 from service.measure import Stopwatch
 
 RANKS = (16, 64)
@@ -83,7 +84,7 @@ def sliced(bench: Bench, precision: str, pinned: bool, terms: list[Term]) -> Val
     config = bench.sizes["transformer"] | ({} if bench.small else SLICE)
     base = dict(make_transformer(bench.device, config).state_dict())
     if pinned:
-        base = {name: tensor.cpu().pin_memory() for name, tensor in base.items()}
+        base = slabs.pack(base)
     live = Live(make_transformer(bench.device, config), {"dev": base})
     if precision == "fp8":
         live = live.quantized(is_block_linear)

@@ -401,7 +401,7 @@ def test_any_history_gives_the_bits_of_a_fresh_process(loras: dict[str, Lora]) -
 
 @dataclass(frozen=True)
 class _Failing(deltas.Delta):
-    def _bind(self, base: Tensor, pristine: Tensors) -> deltas.AddRows:
+    def _bind(self, base: Tensor, pristine: Tensors, bring: deltas.Bring) -> deltas.AddRows:
         def add_rows(buffer: Tensor, first: int, scale: float) -> None:
             buffer.fill_(float("nan"))
             raise OSError("the file is cut off")
@@ -435,6 +435,92 @@ def test_an_asynchronous_exception_at_any_moment_is_repaired(loras: dict[str, Lo
             thread.join()
             hold(lives, mix, loras)
             assert same(bits(lives.of(quantized).module), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Uploads: "meta" is a device of its own, to which all host memory has to be brought
+
+
+class UploadsTo(TorchDispatchMode):
+    """The bytes of each copy from host memory to another device."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.nbytes: list[int] = []
+        self._device = device
+
+    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        result = func(*args, **kwargs or {})
+        sources = [arg for arg in args if isinstance(arg, Tensor) and arg.device.type == "cpu"]
+        if sources and isinstance(result, Tensor) and result.device.type == self._device:
+            self.nbytes.append(sources[0].nbytes)
+        return result
+
+
+@pytest.fixture(scope="module")
+def on_all_block_linears(tmp_path_factory: pytest.TempPathFactory) -> list[Lora]:
+    """LoRAs on all that fp8 may multiply."""
+    transformer, folder = models.transformer(), tmp_path_factory.mktemp("all")
+    made = []
+    for seed in (1, 2):
+        changes = lora_files.changes(transformer, seed=seed, only=lambda bfl: "_blocks." in bfl and "mod" not in bfl)
+        file = lora_files.write(folder / "a.safetensors", lora_files.EXACT["kohya"](changes))
+        made.append(read_lora(file, transformer, models.text_encoder()))
+    return made
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> Live:
+    """A live transformer on another device than its LoRAs, with its base."""
+    monkeypatch.setitem(live.BUFFER_ELEMENTS, "meta", 2**21)
+    module = models.transformer().requires_grad_(False).to("meta")
+    return Live(module, {"dev": {name: torch.empty_like(tensor) for name, tensor in module.named_parameters()}})
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_each_lora_of_a_mix_is_brought_in_one_upload(
+    far: Live, on_all_block_linears: list[Lora], quantized: bool
+) -> None:
+    used = far.quantized(is_block_linear) if quantized else far
+    used.hold("dev", [])
+    a, b = (Term(str(number), 0.5, lora.transformer) for number, lora in enumerate(on_all_block_linears))
+    touched = [name for name in far.names if is_block_linear(name.removesuffix(".weight")) and name in a.deltas]
+    assert len(touched) == len(a.deltas) == 2 * 12 + 3 * 5
+    sizes = [lora.nbytes for lora in on_all_block_linears]
+    for terms, expected in (([a], sizes[:1]), ([a, b], sizes), ([a, b], []), ([], [])):
+        with UploadsTo("meta") as uploads:
+            written = used.hold("dev", terms)
+        assert uploads.nbytes == expected
+        assert written == (len(touched) if expected or not terms else 0)
+
+
+def test_a_health_check_brings_the_factors_of_one_tensor_alone(far: Live, on_all_block_linears: list[Lora]) -> None:
+    term = Term("a", 0.5, on_all_block_linears[0].transformer)
+    far.hold("dev", [term])
+    name = "transformer_blocks.0.attn.to_q.weight"
+    uploads = UploadsTo("meta")
+    # Numbers on "meta" have no values to compare.
+    with uploads, pytest.raises(RuntimeError, match="Meta tensors"):
+        far.intact(name)
+    assert uploads.nbytes == [tensor.nbytes for tensor in term.deltas[name][0].tensors()]
+
+
+def test_nothing_that_was_brought_stays(far: Live, on_all_block_linears: list[Lora]) -> None:
+    brought: list[weakref.ref] = []
+
+    class Remembered(UploadsTo):
+        def __torch_dispatch__(
+            self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+        ) -> object:
+            before = len(self.nbytes)
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+            if len(self.nbytes) > before:
+                brought.append(weakref.ref(result.untyped_storage()))
+            return result
+
+    with Remembered("meta"):
+        far.hold("dev", [Term("a", 0.5, on_all_block_linears[0].transformer)])
+    assert [storage() for storage in brought] == [None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

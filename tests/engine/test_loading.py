@@ -1,5 +1,6 @@
 """Every placement draws the same; only what is asked for is loaded, and nothing twice."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from engine import loading
 from engine.loading import assemble, load, skeletons
 from engine.placement import Placement, Precisions
 from flux import Flux
@@ -76,6 +78,25 @@ def test_in_turn_no_fp8_weight_has_memory_of_its_own(models: Models) -> None:
         weights = [buffer for name, buffer in twin.named_buffers() if name.endswith("weight")]
         assert weights
         assert all((weight.untyped_storage().data_ptr() in memory(module)) == shared for weight in weights)
+
+
+def test_what_lies_beside_a_gpu_lies_in_slabs_and_t5_stays_in_them_when_it_is_used(models: Models) -> None:
+    dev = Path(models.dev)
+    base = load_file(dev / "transformer" / "diffusion_pytorch_model.safetensors")
+    words = load_file(dev / "text_encoder_2" / "model.safetensors")
+    with ThreadPoolExecutor(4) as readers:
+        moving = loading._move(base, False, torch.device("cuda"), readers)
+        moving_words = loading._move(words, False, torch.device("cuda"), readers, torch.bfloat16)
+    moved, moved_words = loading._arrived(moving), loading._arrived(moving_words)
+    assert moved.keys() == base.keys()
+    assert all(torch.equal(moved[name], tensor) for name, tensor in base.items())
+    assert all(torch.equal(moved_words[name], tensor.bfloat16()) for name, tensor in words.items())
+    for tensors in (moved, moved_words):
+        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) == 1
+    t5 = loading._t5(dev / "text_encoder_2", moved_words)
+    loading.move_when_used(t5, CPU)
+    assert t5(torch.tensor([[5, 3, 1]])).last_hidden_state.isfinite().all()
+    assert memory(t5) == {tensor.untyped_storage().data_ptr() for tensor in moved_words.values()}
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from lora import deltas
-from lora.deltas import Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, LowRanks, Replacement
+from lora.deltas import Bring, Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, LowRanks, Replacement
+from service.slabs import Uploads, taken
 
+CPU = torch.device("cpu")
+HERE = Uploads(CPU, room=0)
 OUT, IN, RANK = 12, 18, 3
 STRENGTH = 0.75
 
@@ -93,9 +96,9 @@ KINDS: dict[str, tuple[Callable[[], Delta], Callable[[], Tensor]]] = {
 }
 
 
-def add(delta: Delta, scale: float, height: int = OUT, base: Tensor = BASE) -> Tensor:
+def add(delta: Delta, scale: float, height: int = OUT, base: Tensor = BASE, bring: Bring = HERE) -> Tensor:
     """Base + scale * delta, summed in runs of so many rows."""
-    bound = delta.bind(base, {"weight": base})
+    bound = delta.bind(base, {"weight": base}, bring)
     total = base.float().clone()
     for start in range(0, len(base), height):
         bound.add_to(total[start : start + height], start, scale)
@@ -156,7 +159,7 @@ def test_a_dora_by_columns_measures_all_parts_of_a_fused_layer() -> None:
     magnitude = column_magnitude()
     delta = Decomposed(0, OUT, low_rank(), magnitude, (("weight", low_rank()), ("other", part)))
     total = BASE.clone()
-    delta.bind(BASE, {"weight": BASE, "other": other}).add_to(total, 0, 1.0)
+    delta.bind(BASE, {"weight": BASE, "other": other}, HERE).add_to(total, 0, 1.0)
     merged = torch.cat(
         [BASE.double() + low_rank_product(), other.double() + STRENGTH * part.up.double() @ part.down.double()]
     )
@@ -193,12 +196,40 @@ def test_gathering_keeps_the_sum() -> None:
     for some in (terms, gathered):
         total = BASE.clone()
         for scale, delta in some:
-            delta.bind(BASE, {}).add_to(total, 0, scale)
+            delta.bind(BASE, {}, HERE).add_to(total, 0, scale)
         totals.append(total)
     torch.testing.assert_close(*totals, rtol=1e-5, atol=1e-5)
 
 
-def test_a_shared_tensor_is_counted_once() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_delta_gives_the_same_bits_and_comes_to_a_device_in_one_upload(kind: str) -> None:
+    delta = KINDS[kind][0]()
+    [packed] = deltas.pack({"weight": (delta,)})["weight"]
+    assert type(packed) is type(delta)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in packed.tensors()}) == 1
+    brought: list[Tensor] = []
+    # To torch another device than "cpu", though its memory is the same: what is moved there is really copied.
+    uploads = Uploads(torch.device("cpu", 0), room=taken(packed.tensors()))
+
+    def bring(tensor: Tensor) -> Tensor:
+        brought.append(uploads(tensor))
+        return brought[-1]
+
+    assert torch.equal(add(packed, 0.7, 5), add(delta, 0.7, 5))
+    assert torch.equal(add(packed, 0.7, 5, bring=bring), add(delta, 0.7, 5))
+    places = {tensor.untyped_storage().data_ptr() for tensor in brought}
+    assert len(places) == 1
+    assert places.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in packed.tensors())
+
+
+def test_a_shared_tensor_is_packed_once() -> None:
     down = numbers(RANK, IN)
-    parts = [LowRank(0, OUT, numbers(OUT, RANK, seed=seed), down, 1.0) for seed in (1, 2, 3)]
-    assert deltas.nbytes(iter(parts)) == 4 * (3 * OUT * RANK + RANK * IN)
+    parts = [LowRank(0, OUT, numbers(OUT, RANK, seed=seed), down, 1.0) for seed in (1, 2)]
+    whole = tuple((name, part) for name, part in zip("ab", parts, strict=True))
+    packed = deltas.pack({name: (part, Decomposed(0, OUT, part, column_magnitude(), whole)) for name, part in whole})
+    (a, of_a), (b, of_b) = packed["a"], packed["b"]
+    assert a.down is b.down is of_a.inner.down is of_b.layer[0][1].down
+    assert a.up is of_a.inner.up is of_b.layer[0][1].up
+    tensors = {id(tensor): tensor for several in packed.values() for it in several for tensor in it.tensors()}
+    assert len(tensors) == 1 + 2 + 2  # down, two ups, two magnitudes
+    assert len({tensor.data_ptr() for tensor in tensors.values()}) == len(tensors)
