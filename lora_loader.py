@@ -20,6 +20,7 @@ from lora.names import Content, Layer, assign, claim, layers_by_name, refuse_wha
 from lora.reader import LayerReader, read_adapters
 from request import LoraFile
 from service import slabs
+from service.device_thread import check_cancelled
 from service.machine import host_memory
 
 # Of host memory, what parsed LoRAs may take: the rest is for base weights, the page cache and the server.
@@ -93,6 +94,7 @@ def read_lora(file: Path, transformer: nn.Module, text_encoder: nn.Module) -> Lo
             refuse_what_is_no_lora(found, ignored, names)
             adapters = read_adapters(tensors.metadata() or {})
             for layer, content in found.items():
+                check_cancelled()
                 claim(layer, claimed)
                 readers.append(LayerReader(layer, content, tensors.get_tensor, adapters[layer.model]))
                 by_parameter = by_model[layer.model]
