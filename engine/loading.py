@@ -6,9 +6,7 @@ on a CPU the mapped pages are the weights. This module knows files, modules and 
 
 import copy
 import json
-import os
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,23 +16,18 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 from diffusers.hooks import apply_group_offloading
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, T5Config, T5EncoderModel
 
 from engine import fp8
+from engine.architecture import is_block_linear, skeletons
 from engine.live import Live
-from engine.placement import Placement, Precisions, Sizes, plan
+from engine.placement import Place, Placement, Precisions
 from service import faults
 from service.measure import Stopwatch
 
-# The linear layers of blocks run in fp8, except modulation: it multiplies one vector, which is cheap, and its result
-# scales every token, with its rounding errors.
-BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
-MODULATION = (".norm.linear", ".norm1.linear", ".norm1_context.linear")
 # Threads that move tensors from the page cache to the GPU: one alone would mostly wait for page faults.
 READERS = 8
-# Of host memory, what may be pinned: the rest is for LoRAs, the page cache and the server.
-PINNED_SHARE = 0.6
 
 Tensors = dict[str, Tensor]
 
@@ -65,10 +58,10 @@ def load(
         folders: of dev and schnell.
         device: where they compute.
         stopwatch: is told what took how long.
-        placement: where the weights lie; planned from the memory of the machine unless given.
+        placement: where the weights lie; on the device unless given.
 
     Raises:
-        ValueError: a sentence: weights that do not fit their own config, or a machine that is too small.
+        ValueError: a sentence: weights that cannot be read, or do not fit their own config.
     """
     dev = folders["dev"]
     with stopwatch("map"):
@@ -76,20 +69,23 @@ def load(
         bases = {name: _mapped(folder / "transformer", "diffusion_pytorch_model") for name, folder in folders.items()}
         t5 = _mapped(dev / "text_encoder_2", "model")
         dtype = next(iter(bases["dev"].values())).dtype
-        architectures = skeletons(configs, bases)
-        placement = placement or _plan(dev, bases, architectures, t5, device)
+        architectures = skeletons(configs, dtype)
+        for names, skeleton in architectures.items():
+            for name in names:
+                _check_fit(name, bases[name], skeleton)
+        placement = placement or Placement.in_one_memory(folders, fp8=fp8.supported(device))
     with stopwatch("read"), ThreadPoolExecutor(READERS) as readers:
         # The readers move the large tensors, while this thread alone loads the rest: transformers is not thread-safe.
-        moving = {name: _move(base, name in placement.on_gpu, device, readers) for name, base in bases.items()}
+        moving = {name: _move(base, placement.bases[name], device, readers) for name, base in bases.items()}
         moving_t5 = {
-            name: readers.submit(tensor.to, device if placement.t5_on_gpu else "cpu", dtype)
+            name: readers.submit(tensor.to, device if placement.t5 is Place.GPU else "cpu", dtype)
             for name, tensor in t5.items()
         }
         components = _small_components(dev, device, dtype)
     bases = {name: _arrived(tensors) for name, tensors in moving.items()}
     components["text_encoder_2"] = _t5(dev / "text_encoder_2", _arrived(moving_t5))
-    if not placement.t5_on_gpu:
-        move_when_used(components["text_encoder_2"], device)
+    if placement.t5 is not Place.GPU:
+        move_when_used(components["text_encoder_2"], device, pinned=placement.t5 is Place.PINNED)
     schedulers = {
         name: FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler") for name, folder in folders.items()
     }
@@ -131,11 +127,6 @@ def assemble(
     )
 
 
-def is_block_linear(name: str) -> bool:
-    """Whether a layer of the transformer is one of those that fp8 may multiply."""
-    return name.startswith(BLOCKS) and not name.endswith(MODULATION)
-
-
 def _mapped(folder: Path, stem: str) -> Tensors:
     """The tensors of a model directory, whole or in shards, mapped from disk rather than copied."""
     index = folder / f"{stem}.safetensors.index.json"
@@ -149,36 +140,6 @@ def _mapped(folder: Path, stem: str) -> Tensors:
         raise ValueError(f"The weights in {place} cannot be read: {reason}; fetch or copy them again.") from None
 
 
-def skeletons(
-    configs: Mapping[str, Mapping[str, object]], bases: Mapping[str, Tensors]
-) -> dict[tuple[str, ...], FluxTransformer2DModel]:
-    """A transformer without memory for each architecture, by the names of its models.
-
-    dev and schnell differ in their guidance embedder alone, and share one (see `live.Live` on what a base lacks).
-
-    Args:
-        configs: of the transformers, by model.
-        bases: their parameters, by model.
-
-    Raises:
-        ValueError: a sentence, where parameters do not fit their config.
-    """
-    dtype = next(iter(bases["dev"].values())).dtype
-    architectures: dict[str, list[str]] = {}
-    for name, config in configs.items():
-        shape = {key: value for key, value in config.items() if key != "guidance_embeds" and not key.startswith("_")}
-        architectures.setdefault(json.dumps(shape, sort_keys=True), []).append(name)
-    made = {}
-    for names in architectures.values():
-        guided = any(configs[name].get("guidance_embeds", False) for name in names)
-        with torch.device("meta"):
-            transformer = FluxTransformer2DModel.from_config(configs[names[0]], guidance_embeds=guided).to(dtype)
-        for name in names:
-            _check_fit(name, bases[name], transformer)
-        made[tuple(names)] = transformer.eval().requires_grad_(False)
-    return made
-
-
 def _check_fit(name: str, base: Tensors, transformer: FluxTransformer2DModel) -> None:
     shapes = {key: tuple(parameter.shape) for key, parameter in transformer.named_parameters()}
     wrong = [key for key, tensor in base.items() if shapes.get(key) != tuple(tensor.shape)]
@@ -188,39 +149,6 @@ def _check_fit(name: str, base: Tensors, transformer: FluxTransformer2DModel) ->
             f"The transformer of {name} does not fit its own config: {len(wrong)} tensor(s) are missing or have "
             f"another shape, the first of them {sorted(wrong)[0]}."
         )
-
-
-def _plan(
-    dev: Path,
-    bases: Mapping[str, Tensors],
-    architectures: Mapping[tuple[str, ...], nn.Module],
-    t5: Tensors,
-    device: torch.device,
-) -> Placement:
-    """What fits this machine; on a CPU everything lies in the one memory that there is."""
-    parameters = [item for skeleton in architectures.values() for item in skeleton.named_parameters()]
-    sizes = Sizes(
-        bases={name: _nbytes(base.values()) for name, base in bases.items()},
-        live=_nbytes(p for _, p in parameters),
-        linears=_nbytes(p for name, p in parameters if p.ndim == 2 and is_block_linear(name.removesuffix(".weight"))),
-        t5=_nbytes(t5.values()),
-        t5_block=_nbytes(t5.values()) // T5Config.from_pretrained(dev / "text_encoder_2").num_layers,
-        rest=2 * _file_bytes(dev / "text_encoder") + _file_bytes(dev / "vae"),
-    )
-    if device.type != "cuda":
-        return plan(sizes, gpu=sys.maxsize, host=0, fp8=fp8.supported(device))
-    host = int(PINNED_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    placement = plan(sizes, torch.cuda.mem_get_info(device)[0], host, fp8=fp8.supported(device))
-    print(f"Weights: {placement}.")
-    return placement
-
-
-def _nbytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-def _file_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _small_components(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
@@ -233,13 +161,13 @@ def _small_components(folder: Path, device: torch.device, dtype: torch.dtype) ->
     }
 
 
-def _move(base: Tensors, on_gpu: bool, device: torch.device, readers: ThreadPoolExecutor) -> dict[str, Future[Tensor]]:
-    """Start moving a base to where it will lie: the device, or pinned host memory, which the device reads by itself."""
+def _move(base: Tensors, place: Place, device: torch.device, readers: ThreadPoolExecutor) -> dict[str, Future[Tensor]]:
+    """Start moving a base to where it will lie: what stays mapped is there already."""
 
     def move(tensor: Tensor) -> Tensor:
-        if on_gpu or device.type != "cuda":
-            return tensor.to(device)
-        return tensor.pin_memory()
+        if place is Place.PINNED and device.type == "cuda":
+            return tensor.pin_memory()
+        return tensor.to(device) if place is Place.GPU else tensor
 
     return {name: readers.submit(move, tensor) for name, tensor in base.items()}
 
@@ -259,9 +187,21 @@ def _t5(folder: Path, tensors: Tensors) -> T5EncoderModel:
     return t5.eval().requires_grad_(False)
 
 
-def move_when_used(t5: T5EncoderModel, device: torch.device) -> None:
-    """Keep T5's layers in host memory; each is copied to the device for its call, while the one before computes."""
-    apply_group_offloading(t5, onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
+def move_when_used(t5: T5EncoderModel, device: torch.device, *, pinned: bool = True) -> None:
+    """Keep T5's layers in host memory; each is copied to the device for its call, while the one before computes.
+
+    Args:
+        t5: in host memory.
+        device: where it computes.
+        pinned: pin its layers now; else each is pinned for its copy alone, and they stay mapped.
+    """
+    apply_group_offloading(
+        t5,
+        onload_device=device,
+        offload_type="leaf_level",
+        use_stream=device.type == "cuda",
+        low_cpu_mem_usage=not pinned,
+    )
 
 
 def _live_pair(

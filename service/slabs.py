@@ -11,5 +11,15 @@ ALIGNMENT = 256
 
 
 def pinned_bytes(sizes: Iterable[int]) -> int:
-    """What tensors of so many bytes each take of pinned memory when they are packed."""
-    raise NotImplementedError
+    """What tensors of so many bytes each take of pinned memory when they are packed.
+
+    The largest first, each into the first slab with room for it; a tensor above 1 GiB has a slab of its own.
+    """
+    slabs: list[int] = []
+    for size in sorted((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), reverse=True):
+        fitting = next((index for index, used in enumerate(slabs) if used + size <= SLAB), None)
+        if fitting is None:
+            slabs.append(size)
+        else:
+            slabs[fitting] += size
+    return sum(1 << (used - 1).bit_length() for used in slabs if used)

@@ -8,9 +8,9 @@ import pytest
 
 from harness.hosts import File, Host, hugging_face
 from settings import MIB, Settings
+from sources.base_models import snapshot
 from tests.support.caches import SECRET
 from tests.support.fetching import LARGE, LORA, OTHER, QUICK, make_lora, start, wait_until
-from weights import snapshot
 
 PIPELINE = {
     "model_index.json": b"{}",
