@@ -5,7 +5,7 @@ knows neither files nor where anything lies.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -45,15 +45,19 @@ OFFICIAL = {
 }
 
 
+# Bytes of their transformers' files, without the files' headers.
+OFFICIAL_BYTES = {"dev": 23_802_816_640, "schnell": 23_782_357_120}
+
+
 def official() -> dict[str, Outline]:
-    """The outlines of the official dev and schnell, whose weights are stored in bfloat16."""
-    outlines = {}
-    for name in ("dev", "schnell"):
-        transformer = OFFICIAL["transformer"] | {"guidance_embeds": name == "dev"}
-        with torch.device("meta"):
-            size = _nbytes(FluxTransformer2DModel.from_config(transformer).to(torch.bfloat16).parameters())
-        outlines[name] = Outline(OFFICIAL | {"transformer": transformer}, {"transformer": size})
-    return outlines
+    """The outlines of the official dev and schnell."""
+    return {
+        name: Outline(
+            OFFICIAL | {"transformer": OFFICIAL["transformer"] | {"guidance_embeds": name == "dev"}},
+            {"transformer": size},
+        )
+        for name, size in OFFICIAL_BYTES.items()
+    }
 
 
 def is_block_linear(name: str) -> bool:
@@ -95,28 +99,31 @@ def sizes(outlines: Mapping[str, Outline]) -> Sizes:
         ValueError: a sentence about a part without a config.
     """
     configs = {name: _config(name, outline, "transformer") for name, outline in outlines.items()}
-    bases = {
-        name: _stored(skeletons({name: config}, torch.bfloat16)[name,], outlines[name].weights.get("transformer", 0))
-        for name, config in configs.items()
-    }
-    # What is not a base is made in the dtype of dev's transformer.
-    dtype = next(bases["dev"].parameters()).dtype
-    parameters = [it for skeleton in skeletons(configs, dtype).values() for it in skeleton.named_parameters()]
     dev = outlines["dev"]
     t5_config = T5Config.from_dict(_config("dev", dev, "text_encoder_2"))
     with torch.device("meta"):
-        t5 = T5EncoderModel(t5_config).to(dtype)
-        clip = CLIPTextModel(CLIPTextConfig.from_dict(_config("dev", dev, "text_encoder"))).to(dtype)
-        vae = AutoencoderKL.from_config(_config("dev", dev, "vae")).to(dtype)
+        t5 = _elements(T5EncoderModel(t5_config)).values()
+        clip = _elements(CLIPTextModel(CLIPTextConfig.from_dict(_config("dev", dev, "text_encoder")))).values()
+        vae = _elements(AutoencoderKL.from_config(_config("dev", dev, "vae"))).values()
+    bases, widths, live, linears = {}, {}, 0, 0
+    for names, skeleton in skeletons(configs, torch.bfloat16).items():
+        elements = _elements(skeleton)
+        live += sum(elements.values())
+        weights = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+        linears += sum(elements[f"{name}.weight"] for name in weights if is_block_linear(name))
+        for name in names:
+            guided = configs[name].get("guidance_embeds", False)
+            own = [count for key, count in elements.items() if guided or "guidance_embedder" not in key]
+            widths[name] = _width(sum(own), outlines[name].weights.get("transformer", 0))
+            bases[name] = [widths[name] * count for count in own]
+    width = widths["dev"]  # in whose dtype all the rest is made
     return Sizes(
-        bases={name: [it.nbytes for it in base.parameters()] for name, base in bases.items()},
-        live=_nbytes(it for _, it in parameters),
-        linears=_nbytes(
-            it for name, it in parameters if it.ndim == 2 and is_block_linear(name.removesuffix(".weight"))
-        ),
-        t5=[it.nbytes for it in t5.parameters()],
-        t5_block=_nbytes(t5.parameters()) // t5_config.num_layers,
-        rest=2 * _nbytes(clip.parameters()) + _nbytes(vae.parameters()),
+        bases={name: bases[name] for name in outlines},
+        live=width * live,
+        linears=width * linears,
+        t5=[width * count for count in t5],
+        t5_block=width * sum(t5) // t5_config.num_layers,
+        rest=width * (2 * sum(clip) + sum(vae)),
     )
 
 
@@ -126,11 +133,12 @@ def _config(name: str, outline: Outline, part: str) -> dict[str, object]:
     return dict(outline.configs[part])
 
 
-def _stored(transformer: nn.Module, file_bytes: int) -> nn.Module:
-    """The same in the widest dtype that its files have bytes for; files of too few bytes are refused when loaded."""
-    width = file_bytes // sum(it.numel() for it in transformer.parameters())
-    return transformer.to(torch.float32 if width >= torch.float32.itemsize else torch.bfloat16)
+def _elements(module: nn.Module) -> dict[str, int]:
+    """The elements of each parameter."""
+    return {name: parameter.numel() for name, parameter in module.named_parameters()}
 
 
-def _nbytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+def _width(elements: int, file_bytes: int) -> int:
+    """Bytes of an element by those of the files; ones of too few bytes are refused when they are loaded."""
+    wide, half = torch.float32.itemsize, torch.bfloat16.itemsize
+    return wide if file_bytes >= wide * elements else half

@@ -78,11 +78,11 @@ class Placement:
     def lines(self) -> list[str]:
         """What was chosen, and what it takes."""
         lying = {f"the base of {name}": place for name, place in self.bases.items()}
-        lying |= {"T5" if self.t5 is Place.GPU else "T5, moved layer by layer for each new prompt": self.t5}
+        lying |= {"T5" if self.t5 is Place.GPU else "T5 (moved layer by layer for each new prompt)": self.t5}
         by_place = {place: [name for name, its in lying.items() if its is place] for place in Place}
         return [
             str(self.precisions),
-            *(f"{place}: {' and '.join(names)}" for place, names in by_place.items() if names),
+            *(f"{place}: {', '.join(names)}" for place, names in by_place.items() if names),
             f"{self.gpu / GB:.1f} GB of the GPU, {self.host / GB:.1f} GB of pinned host memory",
         ]
 
