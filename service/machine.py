@@ -88,9 +88,9 @@ def choose_device(
         return "cpu"
     needed = DRIVERS.get(built_for.partition(".")[0])
     needs = f" (Linux needs {needed} or newer)" if needed else ""
-    reason = f"CUDA_VISIBLE_DEVICES, which is {visible!r}, names none that is there, or " if visible is not None else ""
+    named = "" if visible is None else f"CUDA_VISIBLE_DEVICES, which is {visible!r}, names no GPU that is there, or "
     raise ValueError(
-        f"This machine has an NVIDIA GPU that torch, built for CUDA {built_for}, cannot use. Most likely {reason}its "
-        f"driver is too old{needs} or does not run; nvidia-smi tells. Update it, or set CUDA_VISIBLE_DEVICES= (empty) "
-        f"to draw with the miniature on the CPU."
+        f"This machine has an NVIDIA GPU that torch, built for CUDA {built_for}, cannot use. Most likely {named}the "
+        f"driver is too old{needs}, does not run, or is not let into this container; nvidia-smi tells its version. "
+        f"Update the driver, or set CUDA_VISIBLE_DEVICES= (empty) to draw with the miniature on the CPU."
     )

@@ -67,10 +67,10 @@ def test_what_draws(built_for: str | None, nvidia: bool, available: bool, enviro
 @pytest.mark.parametrize(
     ("built_for", "environ", "says", "silent"),
     [
-        ("13.0", {}, "its driver is too old (Linux needs 580 or newer)", "CUDA_VISIBLE_DEVICES, which"),
-        ("12.8", {"FLUX_DEV": " "}, "its driver is too old (Linux needs 525 or newer)", "580"),
-        ("14.0", {}, "its driver is too old or does not run", "Linux needs"),
-        ("13.0", {"CUDA_VISIBLE_DEVICES": "7"}, "CUDA_VISIBLE_DEVICES, which is '7', names none", "\n"),
+        ("13.0", {}, "the driver is too old (Linux needs 580 or newer)", "CUDA_VISIBLE_DEVICES, which"),
+        ("12.8", {"FLUX_DEV": " "}, "the driver is too old (Linux needs 525 or newer)", "580"),
+        ("14.0", {}, "the driver is too old, does not run", "Linux needs"),
+        ("13.0", {"CUDA_VISIBLE_DEVICES": "7"}, "CUDA_VISIBLE_DEVICES, which is '7', names no GPU", "\n"),
     ],
 )
 def test_a_gpu_that_cannot_be_used_is_a_sentence(
