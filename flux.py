@@ -23,14 +23,18 @@ from torch._dynamo.utils import counters
 from tqdm import tqdm
 
 import images
+from engine import fp8
 from engine.acceleration import choose_attention, compile_models, convolve_in_float32, keep_compiled_code
+from engine.architecture import sizes
 from engine.live import Live, Term
 from engine.loading import Models, load
-from engine.placement import Placement
+from engine.placement import Placement, plan
 from lora_loader import Lora, LoraCache
 from request import LoraChoice, LoraFile, Request
 from service.device_thread import check_cancelled
+from service.machine import host_memory
 from service.measure import Stopwatch
+from service.outline import Outline
 from settings import Settings
 
 # How many text tokens each model was trained with: dev as many as diffusers' pipeline takes by itself. A tokenizer that
@@ -123,6 +127,22 @@ class Flux:
         else:
             convolve_in_float32(self.components["vae"])
 
+    @staticmethod
+    def plan(outlines: Mapping[str, Outline], device: torch.device) -> Placement:
+        """Where this machine has room for the weights; it needs none of them.
+
+        Args:
+            outlines: of dev and schnell.
+            device: a GPU.
+
+        Raises:
+            ValueError: a sentence about a machine that is too small.
+        """
+        free, _ = torch.cuda.mem_get_info(device)
+        placement = plan(sizes(outlines), free, host_memory(), fp8=fp8.supported(device))
+        print(f"Weights: {placement}.")
+        return placement
+
     @classmethod
     def load(cls, settings: Settings, device: torch.device, placement: Placement | None = None) -> "Flux":
         """Load the models from their folders and compile what draws.
@@ -130,10 +150,10 @@ class Flux:
         Args:
             settings: the folders of dev and schnell; whether to compile, and where compiled code is kept.
             device: where the models compute.
-            placement: where the weights lie; planned from the memory of the machine unless given.
+            placement: where the weights lie, see `plan`; on the device unless given.
 
         Raises:
-            ValueError: a sentence about model weights that are missing or do not fit, or a machine that is too small.
+            ValueError: a sentence about model weights that are missing or do not fit.
         """
         stopwatch = Stopwatch(device)
         folders = {"dev": Path(settings.models.dev), "schnell": Path(settings.models.schnell)}

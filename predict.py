@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import repeat
 from threading import Barrier
 from typing import Optional
@@ -31,9 +31,10 @@ from safety import SafetyChecker
 from service import faults
 from service.device_thread import DeviceThread
 from service.leftovers import Leftovers
+from service.machine import drawing_device
 from service.measure import PeakMemory, Stopwatch
-from settings import Models, Settings
-from weights import WeightsCache, parse, snapshot
+from settings import Settings
+from weights import WeightsCache, fetch, outlines, parse
 
 # The logs of a prediction go to whoever asked for it: no warning shows where this machine keeps what warns.
 warnings.formatwarning = lambda message, category, *_, **__: f"{category.__name__}: {message}\n"
@@ -55,14 +56,16 @@ class Predictor(BasePredictor):
         self.device_thread.watch(self.patience)
 
     def _load(self, weights: Optional[str]) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = drawing_device()
         settings = Settings.from_environment(cuda=device.type == "cuda")
         print(settings)
         stopwatch = Stopwatch(device)
         with stopwatch("fetch"):
-            models = Models(**{name: str(snapshot(it, settings)) for name, it in asdict(settings.models).items()})
+            # A machine that is too small is refused before tens of gigabytes come; on a CPU there is nothing to plan.
+            placement = Flux.plan(outlines(settings), device) if device.type == "cuda" else None
+            models = fetch(settings)
         print(f"Models fetched in {stopwatch.seconds['fetch']:.1f} s.")
-        self.flux = Flux.load(replace(settings, models=models), device)
+        self.flux = Flux.load(replace(settings, models=models), device, placement)
         self.safety = SafetyChecker.load(Path(models.safety_checker), Path(models.nsfw_classifier), device)
         self.cache, self.patience = WeightsCache(settings), settings.prediction_seconds
         self.default_lora = weights or None

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from request import LoraFile
-from settings import Settings
+from service.outline import Outline
+from settings import Models, Settings
 from sources.archives import choose, unpack
-from sources.base_models import snapshot
+from sources.base_models import outline, snapshot
 from sources.client import Client, Patience, Source, Stream, UnavailableError
 from sources.contents import Contents, copy_checked
 from sources.download import Download
@@ -30,10 +31,35 @@ from sources.references import Civitai, Data, Reference, Url, is_pinned, parse
 from sources.store import Store
 from sources.work import run_stoppable
 
-__all__ = ["WeightsCache", "parse", "snapshot"]
+__all__ = ["WeightsCache", "fetch", "outlines", "parse"]
 
+# What is read of a repo, where that is not all: schnell is drawn with dev's text encoders, tokenizers and VAE.
+PARTS = {"schnell": ("transformer", "scheduler")}
 # A LoRA, and its file, which is not evicted as long as it is open.
 Held = tuple[BinaryIO, LoraFile]
+
+
+def outlines(
+    settings: Settings,
+    names: Iterable[str] = ("dev", "schnell"),
+    patience: Patience = Patience(),  # noqa: B008 (frozen)
+) -> dict[str, Outline]:
+    """The outlines of dev, schnell or both, for a plan before their weights are fetched.
+
+    Raises:
+        ValueError: see `fetch`.
+    """
+    return {name: outline(getattr(settings.models, name), settings, patience, PARTS.get(name)) for name in names}
+
+
+def fetch(settings: Settings, patience: Patience = Patience()) -> Models:  # noqa: B008 (frozen)
+    """All base models, as folders on this machine: of repos what is missing is downloaded.
+
+    Raises:
+        ValueError: a sentence about why one cannot be had, and what to accept and to set where it is gated.
+    """
+    models = asdict(settings.models)
+    return Models(**{name: str(snapshot(it, settings, patience, PARTS.get(name))) for name, it in models.items()})
 
 
 class WeightsCache:

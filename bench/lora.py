@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from engine import fp8
+from engine.architecture import BLOCKS, is_block_linear
 from engine.live import Live, Term
-from engine.loading import BLOCKS, is_block_linear
 from lora.deltas import LowRank
 from lora_loader import LoraCache
 from request import LoraFile

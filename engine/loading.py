@@ -6,8 +6,6 @@ on a CPU the mapped pages are the weights. This module knows files, modules and 
 
 import copy
 import json
-import os
-import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,23 +17,18 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 from diffusers.hooks import apply_group_offloading
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, T5Config, T5EncoderModel
 
 from engine import fp8
+from engine.architecture import is_block_linear, skeletons
 from engine.live import Live
-from engine.placement import Placement, Precisions, Sizes, plan
+from engine.placement import Place, Placement, Precisions
 from service import faults, slabs
 from service.measure import Stopwatch
 
-# The linear layers of blocks run in fp8, except modulation: it multiplies one vector, which is cheap, and its result
-# scales every token, with its rounding errors.
-BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
-MODULATION = (".norm.linear", ".norm1.linear", ".norm1_context.linear")
 # Threads that move tensors from the page cache to the GPU: one alone would mostly wait for page faults.
 READERS = 8
-# Of host memory, what may be pinned: the rest is for LoRAs, the page cache and the server.
-PINNED_SHARE = 0.6
 
 Tensors = dict[str, Tensor]
 
@@ -66,10 +59,10 @@ def load(
         folders: of dev and schnell.
         device: where they compute.
         stopwatch: is told what took how long.
-        placement: where the weights lie; planned from the memory of the machine unless given.
+        placement: where the weights lie; on the device unless given.
 
     Raises:
-        ValueError: a sentence: weights that do not fit their own config, or a machine that is too small.
+        ValueError: a sentence: weights that cannot be read, or do not fit their own config.
     """
     dev = folders["dev"]
     with stopwatch("map"):
@@ -77,17 +70,20 @@ def load(
         bases = {name: _mapped(folder / "transformer", "diffusion_pytorch_model") for name, folder in folders.items()}
         t5 = _mapped(dev / "text_encoder_2", "model")
         dtype = next(iter(bases["dev"].values())).dtype
-        architectures = skeletons(configs, bases)
-        placement = placement or _plan(dev, bases, architectures, t5, device)
+        architectures = skeletons(configs, dtype)
+        for names, skeleton in architectures.items():
+            for name in names:
+                _check_fit(name, bases[name], skeleton)
+        placement = placement or Placement.in_one_memory(folders, fp8=fp8.supported(device))
     with stopwatch("read"), ThreadPoolExecutor(READERS) as readers:
         # The readers move the large tensors, while this thread alone loads the rest: transformers is not thread-safe.
-        moving = {name: _move(base, name in placement.on_gpu, device, readers) for name, base in bases.items()}
-        moving_t5 = _move(t5, placement.t5_on_gpu, device, readers, dtype)
+        moving = {name: _move(base, placement.bases[name], device, readers) for name, base in bases.items()}
+        moving_t5 = _move(t5, placement.t5, device, readers, dtype)
         components = _small_components(dev, device, dtype)
     bases = {name: _arrived(tensors) for name, tensors in moving.items()}
     components["text_encoder_2"] = _t5(dev / "text_encoder_2", _arrived(moving_t5))
-    if not placement.t5_on_gpu:
-        move_when_used(components["text_encoder_2"], device)
+    if placement.t5 is not Place.GPU:
+        move_when_used(components["text_encoder_2"], device, pinned=placement.t5 is Place.PINNED)
     schedulers = {
         name: FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler") for name, folder in folders.items()
     }
@@ -129,11 +125,6 @@ def assemble(
     )
 
 
-def is_block_linear(name: str) -> bool:
-    """Whether a layer of the transformer is one of those that fp8 may multiply."""
-    return name.startswith(BLOCKS) and not name.endswith(MODULATION)
-
-
 def _mapped(folder: Path, stem: str) -> Tensors:
     """The tensors of a model directory, whole or in shards, mapped from disk rather than copied."""
     index = folder / f"{stem}.safetensors.index.json"
@@ -147,36 +138,6 @@ def _mapped(folder: Path, stem: str) -> Tensors:
         raise ValueError(f"The weights in {place} cannot be read: {reason}; fetch or copy them again.") from None
 
 
-def skeletons(
-    configs: Mapping[str, Mapping[str, object]], bases: Mapping[str, Tensors]
-) -> dict[tuple[str, ...], FluxTransformer2DModel]:
-    """A transformer without memory for each architecture, by the names of its models.
-
-    dev and schnell differ in their guidance embedder alone, and share one (see `live.Live` on what a base lacks).
-
-    Args:
-        configs: of the transformers, by model.
-        bases: their parameters, by model.
-
-    Raises:
-        ValueError: a sentence, where parameters do not fit their config.
-    """
-    dtype = next(iter(bases["dev"].values())).dtype
-    architectures: dict[str, list[str]] = {}
-    for name, config in configs.items():
-        shape = {key: value for key, value in config.items() if key != "guidance_embeds" and not key.startswith("_")}
-        architectures.setdefault(json.dumps(shape, sort_keys=True), []).append(name)
-    made = {}
-    for names in architectures.values():
-        guided = any(configs[name].get("guidance_embeds", False) for name in names)
-        with torch.device("meta"):
-            transformer = FluxTransformer2DModel.from_config(configs[names[0]], guidance_embeds=guided).to(dtype)
-        for name in names:
-            _check_fit(name, bases[name], transformer)
-        made[tuple(names)] = transformer.eval().requires_grad_(False)
-    return made
-
-
 def _check_fit(name: str, base: Tensors, transformer: FluxTransformer2DModel) -> None:
     shapes = {key: tuple(parameter.shape) for key, parameter in transformer.named_parameters()}
     wrong = [key for key, tensor in base.items() if shapes.get(key) != tuple(tensor.shape)]
@@ -186,39 +147,6 @@ def _check_fit(name: str, base: Tensors, transformer: FluxTransformer2DModel) ->
             f"The transformer of {name} does not fit its own config: {len(wrong)} tensor(s) are missing or have "
             f"another shape, the first of them {sorted(wrong)[0]}."
         )
-
-
-def _plan(
-    dev: Path,
-    bases: Mapping[str, Tensors],
-    architectures: Mapping[tuple[str, ...], nn.Module],
-    t5: Tensors,
-    device: torch.device,
-) -> Placement:
-    """What fits this machine; on a CPU everything lies in the one memory that there is."""
-    parameters = [item for skeleton in architectures.values() for item in skeleton.named_parameters()]
-    sizes = Sizes(
-        bases={name: _nbytes(base.values()) for name, base in bases.items()},
-        live=_nbytes(p for _, p in parameters),
-        linears=_nbytes(p for name, p in parameters if p.ndim == 2 and is_block_linear(name.removesuffix(".weight"))),
-        t5=_nbytes(t5.values()),
-        t5_block=_nbytes(t5.values()) // T5Config.from_pretrained(dev / "text_encoder_2").num_layers,
-        rest=2 * _file_bytes(dev / "text_encoder") + _file_bytes(dev / "vae"),
-    )
-    if device.type != "cuda":
-        return plan(sizes, gpu=sys.maxsize, host=0, fp8=fp8.supported(device))
-    host = int(PINNED_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    placement = plan(sizes, torch.cuda.mem_get_info(device)[0], host, fp8=fp8.supported(device))
-    print(f"Weights: {placement}.")
-    return placement
-
-
-def _nbytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-def _file_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _small_components(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
@@ -232,30 +160,24 @@ def _small_components(folder: Path, device: torch.device, dtype: torch.dtype) ->
 
 
 def _move(
-    tensors: Tensors,
-    on_gpu: bool,
-    device: torch.device,
-    readers: ThreadPoolExecutor,
-    dtype: torch.dtype | None = None,
+    tensors: Tensors, place: Place, device: torch.device, readers: ThreadPoolExecutor, dtype: torch.dtype | None = None
 ) -> list[Future[Tensors]]:
     """Start moving tensors to where they will lie; each future is some of them.
 
-    That is the device, or slabs of pinned host memory, which the device reads by itself. On a CPU they lie where they
-    are, unless their dtype changes.
-
     Args:
-        tensors: mapped from disk.
-        on_gpu: whether they will lie on the device.
+        tensors: mapped from disk; what stays mapped is there already.
+        place: where they will lie. Beside a CPU no memory is pinned.
         device: where they are used.
         readers: what moves them.
         dtype: what they become on the way; None leaves each its own.
     """
+    target = device if place is Place.GPU else torch.device("cpu")
 
     def move(name: str) -> Tensors:
-        return {name: tensors[name].to(device, dtype)}
+        return {name: tensors[name].to(target, dtype)}
 
-    on_device = on_gpu or device.type != "cuda"
-    jobs = [partial(move, name) for name in tensors] if on_device else slabs.packing(tensors, dtype)
+    pinned = place is Place.PINNED and device.type == "cuda"
+    jobs = slabs.packing(tensors, dtype) if pinned else [partial(move, name) for name in tensors]
     return [readers.submit(job) for job in jobs]
 
 
@@ -274,13 +196,24 @@ def _t5(folder: Path, tensors: Tensors) -> T5EncoderModel:
     return t5.eval().requires_grad_(False)
 
 
-def move_when_used(t5: T5EncoderModel, device: torch.device) -> None:
+def move_when_used(t5: T5EncoderModel, device: torch.device, *, pinned: bool = True) -> None:
     """Keep T5's layers in host memory; each is copied to the device for its call, while the one before computes.
 
     diffusers pins what it offloads. `Tensor.pin_memory` asks about the block that a tensor lies in, and returns a
     tensor of a pinned slab as it is, so nothing is pinned twice.
+
+    Args:
+        t5: in host memory.
+        device: where it computes.
+        pinned: pin its layers now; else each is pinned for its copy alone, and they stay mapped.
     """
-    apply_group_offloading(t5, onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
+    apply_group_offloading(
+        t5,
+        onload_device=device,
+        offload_type="leaf_level",
+        use_stream=device.type == "cuda",
+        low_cpu_mem_usage=not pinned,
+    )
 
 
 def _live_pair(

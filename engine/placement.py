@@ -1,21 +1,28 @@
-"""Where the weights lie: a plan made from the memory of the GPU and of the host, before anything is loaded.
+"""Where the weights lie: a plan made from the memory of the GPU and of the host, before anything is fetched or loaded.
 
 Live weights are written from pristine bases, so a base need not lie on the GPU: pinned host memory serves, at the speed
-of PCIe. The bf16 and the fp8 live weights may lie side by side, or take turns in the same memory; the T5 text encoder
-may stay on the GPU, or come over block by block for each new prompt. This module knows bytes, not tensors.
+of PCIe, and so does the page cache, where files lie that are mapped: slower, since the driver copies from there piece
+by piece. The bf16 and the fp8 live weights may lie side by side, or take turns in the same memory; the T5 text encoder
+may stay on the GPU, or come over layer by layer for each new prompt. This module knows bytes, not tensors.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from itertools import product
+
+from service.slabs import pinned_bytes
 
 GB = 1e9
 # Working memory: decoding 1440x1440 pixels holds a few layers of 256 channels, 1 GB each, at a time. The transformer's
 # activations, a mix being summed, the safety models and the allocator's slack take less than that again.
 WORK = int(7 * GB)
-# T5's blocks on the GPU while T5 lies in host memory: the one that computes and the one that is copied.
+# T5's blocks on the GPU while T5 lies in host memory: the one that computes and the one that is copied. While T5 is
+# mapped, as much is pinned for the copies.
 T5_BLOCKS = 2
+# Of host memory, what may be pinned: the rest is for LoRAs, the page cache and the server.
+PINNED_SHARE = 0.6
 
 
 class Precisions(StrEnum):
@@ -27,34 +34,61 @@ class Precisions(StrEnum):
     FP8 = "fp8 live weights alone, since bf16 ones do not fit: every picture is drawn in fp8"
 
 
+class Place(StrEnum):
+    """Where weights may lie."""
+
+    GPU = "on the GPU"
+    PINNED = "in pinned host memory"
+    MAPPED = "mapped in the page cache, not pinned, and so read more slowly"
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Bytes of everything that is loaded."""
 
-    bases: Mapping[str, int]  # pristine transformers by name, the most used first
+    bases: Mapping[str, Sequence[int]]  # tensor by tensor, pristine transformers by name, the most used first
     live: int  # all live transformers
     linears: int  # what of these becomes fp8, half as large
-    t5: int
+    t5: Sequence[int]  # tensor by tensor
     t5_block: int
     rest: int  # CLIP, its pristine copy, the VAE
+
+    @cached_property
+    def pinned(self) -> Mapping[str, int]:
+        """What each base, and "t5", takes where it is pinned."""
+        return {name: pinned_bytes(tensors) for name, tensors in {**self.bases, "t5": self.t5}.items()}
 
 
 @dataclass(frozen=True)
 class Placement:
     """What lies where."""
 
-    on_gpu: frozenset[str]  # bases on the GPU; the others lie in pinned host memory
-    t5_on_gpu: bool
+    bases: Mapping[str, Place]  # by model
+    t5: Place
     precisions: Precisions
     gpu: int  # bytes that it takes of the GPU, WORK included
     host: int  # bytes that it takes of pinned host memory
 
-    def __str__(self) -> str:
+    @classmethod
+    def in_one_memory(cls, names: Iterable[str], *, fp8: bool) -> "Placement":
+        """Everything on the device that draws, and nothing counted: on a CPU there is one memory."""
+        precisions = Precisions.BOTH if fp8 else Precisions.BF16
+        return cls(dict.fromkeys(names, Place.GPU), Place.GPU, precisions, gpu=0, host=0)
+
+    def lines(self) -> list[str]:
         """What was chosen, and what it takes."""
-        bases = f"bases of {' and '.join(sorted(self.on_gpu))} on the GPU" if self.on_gpu else "no base on the GPU"
-        t5 = "T5 on the GPU" if self.t5_on_gpu else "T5 in host memory, moved block by block for each new prompt"
-        takes = f"{self.gpu / GB:.1f} GB of the GPU, {self.host / GB:.1f} GB of pinned host memory"
-        return f"{bases}; {self.precisions}; {t5}; {takes}"
+        lying = {f"the base of {name}": place for name, place in self.bases.items()}
+        lying |= {"T5" if self.t5 is Place.GPU else "T5 (moved layer by layer for each new prompt)": self.t5}
+        by_place = {place: [name for name, its in lying.items() if its is place] for place in Place}
+        return [
+            str(self.precisions),
+            *(f"{place}: {', '.join(names)}" for place, names in by_place.items() if names),
+            f"{self.gpu / GB:.1f} GB of the GPU, {self.host / GB:.1f} GB of pinned host memory",
+        ]
+
+    def __str__(self) -> str:
+        """The same as one."""
+        return "; ".join(self.lines())
 
 
 def plan(sizes: Sizes, gpu: int, host: int, *, fp8: bool) -> Placement:
@@ -62,46 +96,54 @@ def plan(sizes: Sizes, gpu: int, host: int, *, fp8: bool) -> Placement:
 
     What costs most, most often, is kept on the GPU first. Without bf16 live weights a request for bf16 is drawn in fp8.
     Keeping T5 off the GPU costs 0.4 s for each new prompt; keeping a base off it costs up to 1 s for each new LoRA of
-    that model; live weights in turn cost a swap at each change of precision.
+    that model; live weights in turn cost a swap at each change of precision. What is off the GPU is pinned in the same
+    order: T5, which each new prompt needs, then dev's base, then schnell's; the rest stays mapped.
 
     Args:
         sizes: what is loaded.
         gpu: free bytes of the GPU.
-        host: bytes of host memory that may be pinned.
+        host: bytes of host memory, of which PINNED_SHARE may be pinned.
         fp8: whether this GPU multiplies fp8.
 
     Raises:
         ValueError: a sentence, where nothing fits.
     """
     placements = list(_placements(sizes, fp8=fp8))
+    pinnable = int(PINNED_SHARE * host)
     for placement in placements:
-        if placement.gpu <= gpu and placement.host <= host:
+        if placement.gpu <= gpu and placement.host <= pinnable:
             return placement
-    least = min(placements, key=lambda placement: placement.gpu)
+    least = min(placements, key=lambda placement: (placement.gpu, placement.host))
     raise ValueError(
-        f"This machine is too small: it has {gpu / GB:.1f} GB of free GPU memory and {host / GB:.1f} GB of host memory "
-        f"to pin; these models need at least {least.gpu / GB:.1f} GB and then {least.host / GB:.1f} GB."
+        f"The machine is too small: it has {gpu / GB:.1f} GB of free GPU memory and {pinnable / GB:.1f} GB of host "
+        f"memory to pin; these models need at least {least.gpu / GB:.1f} GB and then {least.host / GB:.1f} GB."
     )
 
 
 def _placements(sizes: Sizes, *, fp8: bool) -> Iterator[Placement]:
     """Every placement, the best first."""
     names = list(sizes.bases)
-    on_gpu = [frozenset(names[:count]) for count in range(len(names), -1, -1)]
     choices = ((Precisions.BOTH, Precisions.IN_TURN), (Precisions.FP8,)) if fp8 else ((Precisions.BF16,),)
     for choice in choices:
-        for t5_on_gpu, bases, precisions in product((True, False), on_gpu, choice):
-            yield _placement(sizes, bases, t5_on_gpu, precisions)
+        for t5, count, precisions in product((True, False), range(len(names), -1, -1), choice):
+            on_gpu = {*names[:count], *(["t5"] if t5 else [])}
+            off = [name for name in ("t5", *names) if name not in on_gpu]
+            for pinned in range(len(off), -1, -1):
+                places = dict.fromkeys(on_gpu, Place.GPU)
+                places |= dict.fromkeys(off[:pinned], Place.PINNED) | dict.fromkeys(off[pinned:], Place.MAPPED)
+                yield _placement(sizes, {name: places[name] for name in names}, places["t5"], precisions)
 
 
-def _placement(sizes: Sizes, on_gpu: frozenset[str], t5_on_gpu: bool, precisions: Precisions) -> Placement:
+def _placement(sizes: Sizes, bases: Mapping[str, Place], t5: Place, precisions: Precisions) -> Placement:
     live = {
         Precisions.BOTH: sizes.live + sizes.linears // 2,
         Precisions.IN_TURN: sizes.live,
         Precisions.BF16: sizes.live,
         Precisions.FP8: sizes.live - sizes.linears // 2,
     }[precisions]
-    t5 = sizes.t5 if t5_on_gpu else T5_BLOCKS * sizes.t5_block
-    gpu = sum(sizes.bases[name] for name in on_gpu) + live + t5 + sizes.rest + WORK
-    host = sum(size for name, size in sizes.bases.items() if name not in on_gpu) + (0 if t5_on_gpu else sizes.t5)
-    return Placement(on_gpu, t5_on_gpu, precisions, gpu, host)
+    moving = [sizes.t5_block] * T5_BLOCKS
+    gpu = sum(sum(sizes.bases[name]) for name, place in bases.items() if place is Place.GPU)
+    gpu += live + sum(sizes.t5 if t5 is Place.GPU else moving) + sizes.rest + WORK
+    host = sum(sizes.pinned[name] for name, place in {**bases, "t5": t5}.items() if place is Place.PINNED)
+    host += pinned_bytes(moving) if t5 is Place.MAPPED else 0
+    return Placement(bases, t5, precisions, gpu, host)

@@ -273,10 +273,12 @@ def hugging_face(
     card: Mapping[str, object] | None = None,
     dates: Mapping[str, str] | None = None,
     revisions: tuple[str, ...] = ("main",),
+    stated: Mapping[str, int] | None = None,
 ) -> None:
     """Have a host answer as Hugging Face does for one repo; the files' bytes come from a storage host.
 
-    A private repo (with a token, not gated) is hidden from those without; a gated one is listed and not given.
+    A private repo (with a token, not gated) is hidden from those without; a gated one is listed and not given. `stated`
+    are files that are listed, with so many bytes, and cannot be had.
     """
     denied = in_json({"error": "Repository not found"}, 401, {"X-Error-Code": "RepoNotFound"})
     refused = in_json({"error": "Access is restricted"}, 401, {"X-Error-Code": "GatedRepo"})
@@ -296,6 +298,7 @@ def hugging_face(
     for sibling in siblings:
         if not sibling["rfilename"].endswith((".safetensors", ".bin", ".tar")):
             del sibling["lfs"]
+    siblings += [{"rfilename": path, "size": size, "blobId": "0" * 40} for path, size in (stated or {}).items()]
     info = in_json({"id": repo, "sha": commit, "siblings": siblings, "cardData": dict(card or {}), "gated": gated})
     missing = in_json({"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
     for revision in {*revisions, commit}:

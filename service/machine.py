@@ -1,13 +1,96 @@
 """What machine this is: how much host memory it has, and which device draws."""
 
-import contextlib
 import os
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# A driver of NVIDIA's makes the first of these on Linux. Under WSL, Windows' driver gives the second; /dev/dxg would
+# not do: any maker's GPU has it there.
+NVIDIA_FILES = ("/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
+# The first driver for Linux that each major version of CUDA runs with.
+DRIVERS = {"11": "450", "12": "525", "13": "580"}
 
 
-def host_memory() -> int:
-    """Bytes of host memory: the machine's or, where it has less, the container's."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return memory
+def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of host memory: the machine's or, where it is smaller, what the cgroups of this process may use.
+
+    Args:
+        proc: where the kernel tells of processes.
+        cgroups: where it tells of cgroups.
+    """
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *_limits(proc, cgroups)])
+
+
+def _limits(proc: Path, cgroups: Path) -> Iterator[int]:
+    """The limits of this process's cgroups and of all above them, in both versions; an unlimited one says "max"."""
+    for hierarchy, file in ((cgroups, "memory.max"), (cgroups / "memory", "memory.limit_in_bytes")):
+        for folder in _cgroup(proc, hierarchy, version_2=file == "memory.max"):
+            try:
+                yield int((folder / file).read_text())
+            except (OSError, ValueError):
+                continue
+
+
+def _cgroup(proc: Path, hierarchy: Path, *, version_2: bool) -> list[Path]:
+    """The folder of this process's cgroup in a hierarchy, and those above it.
+
+    A container may see its own cgroup as the root while /proc names it as the host does: then only the root is there.
+    """
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:  # number:controllers:path
+        number, controllers, path = line.split(":", 2)
+        if (number == "0") if version_2 else ("memory" in controllers.split(",")):
+            own = PurePosixPath(path.lstrip("/"))
+            # "/.." leads out of what this process may see.
+            return [hierarchy / it for it in (own, *own.parents) if ".." not in it.parts]
+    return [hierarchy]
+
+
+def drawing_device(nvidia_files: Sequence[str] = NVIDIA_FILES) -> "torch.device":
+    """The device that draws on this machine.
+
+    Raises:
+        ValueError: see `choose_device`.
+    """
+    import torch  # heavy, and who asks for memory alone does without
+
+    nvidia = any(Path(file).exists() for file in nvidia_files)
+    return torch.device(choose_device(torch.version.cuda, nvidia=nvidia, available=torch.cuda.is_available()))
+
+
+def choose_device(
+    built_for: str | None, *, nvidia: bool, available: bool, environ: Mapping[str, str] = os.environ
+) -> str:
+    """Which device draws: "cuda" or "cpu".
+
+    Args:
+        built_for: the version of CUDA that torch was built for, such as "13.0"; None for a build without CUDA.
+        nvidia: whether the system shows an NVIDIA GPU.
+        available: whether torch can use it.
+        environ: CUDA_VISIBLE_DEVICES, empty or -1, asks for the CPU; with FLUX_DEV any device will do.
+
+    Raises:
+        ValueError: a sentence: there is a GPU that cannot be used, and nobody asked for the CPU.
+    """
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = visible is not None and visible.strip() in ("", "-1")
+    if available:
+        return "cuda"
+    if built_for is None or not nvidia or hidden or environ.get("FLUX_DEV", "").strip():
+        return "cpu"
+    needed = DRIVERS.get(built_for.partition(".")[0])
+    needs = f" (Linux needs {needed} or newer)" if needed else ""
+    named = "" if visible is None else f"CUDA_VISIBLE_DEVICES, which is {visible!r}, names no GPU that is there, or "
+    raise ValueError(
+        f"This machine has an NVIDIA GPU that torch, built for CUDA {built_for}, cannot use. Most likely {named}the "
+        f"driver is too old{needs}, does not run, or is not let into this container; nvidia-smi tells its version. "
+        f"Update the driver, or set CUDA_VISIBLE_DEVICES= (empty) to draw with the miniature on the CPU."
+    )

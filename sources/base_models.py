@@ -4,12 +4,18 @@ Knows Hugging Face's repos, and keeps them apart from LoRAs: what is there stays
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TextIO
 
+from service.outline import Outline
 from settings import Settings
 from sources.client import Client, Patience, Source, UnavailableError
 from sources.download import Download
@@ -23,55 +29,153 @@ VARIANT = re.compile(r"\.(?:fp16|bf16|fp32|non_ema|ema)[.-]")
 PICKLED = re.compile(r"(?:diffusion_)?pytorch_model(?:-\d+-of-\d+)?\.bin(?:\.index\.json)?")
 
 
-def snapshot(model: str, settings: Settings, patience: Patience = Patience()) -> Path:  # noqa: B008 (frozen)
+@dataclass(frozen=True)
+class _Wanted:
+    """A repo at a revision, the parts of it that are wanted (all where that is None), and where they are kept.
+
+    Files lie by their content in `blobs`; each commit has a folder of links to them, as in Hugging Face's cache.
+    """
+
+    reference: HuggingFace
+    parts: tuple[str, ...] | None
+    home: Path
+
+    @property
+    def blobs(self) -> Path:
+        return self.home / "blobs"
+
+    def folder(self, commit: str) -> Path:
+        """Where a commit lies; some parts of it have a folder of their own, unless all are there."""
+        whole = self.home / commit
+        return whole if self.parts is None or whole.is_dir() else self.home / ".".join((commit, *self.parts))
+
+    @contextmanager
+    def latest(self, client: Client) -> Iterator[TextIO]:
+        """The file with the last commit that the revision was, locked."""
+        self.blobs.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(self.reference.revision.encode()).hexdigest()[:16]
+        with locked(self.home / name, client.pause) as file:
+            yield file
+
+    def files(self, repo: Repo) -> dict[str, tuple[Source, Path]]:
+        """What is needed of the repo, by path: from where, and which blob it becomes."""
+        needed = [path for path in _needed(repo.files) if self.parts is None or path.partition("/")[0] in self.parts]
+        if not needed:
+            raise ValueError(f"huggingface.co/{repo.id} has no model in diffusers layout.")
+        return {path: (repo.files[path], self.blobs / _blob_name(repo.files[path])) for path in needed}
+
+
+def snapshot(
+    model: str,
+    settings: Settings,
+    patience: Patience = Patience(),  # noqa: B008 (frozen)
+    parts: tuple[str, ...] | None = None,
+) -> Path:
     """A model in diffusers or transformers layout, as a folder.
 
     Args:
         model: a folder, or a Hugging Face repo `owner/repo[@revision]`, of which what is missing is downloaded.
         settings: where it is kept, token, mirror.
         patience: how long the host may keep us waiting.
+        parts: the folders that are needed of a repo in diffusers layout; all unless given.
 
     Raises:
         ValueError: a sentence about why it cannot be had, and what to accept and to set where it is gated.
     """
+    found = _find(model, settings, parts)
+    if isinstance(found, Path):
+        return found
+    return run_stoppable(lambda client: _snapshot(found, settings, client), settings, patience, found.reference.name)
+
+
+def outline(
+    model: str,
+    settings: Settings,
+    patience: Patience = Patience(),  # noqa: B008 (frozen)
+    parts: tuple[str, ...] | None = None,
+) -> Outline:
+    """The outline of a model in diffusers layout: of a repo, what is not weights is downloaded, and no weights are.
+
+    Args and Raises: see `snapshot`.
+    """
+    found = _find(model, settings, parts)
+    if isinstance(found, Path):
+        return _outline_folder(found)
+    return run_stoppable(lambda client: _outline(found, settings, client), settings, patience, found.reference.name)
+
+
+def _find(model: str, settings: Settings, parts: tuple[str, ...] | None) -> Path | _Wanted:
     if Path(model).expanduser().is_dir():
         return Path(model).expanduser()
     found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", model)
     if found is None or model.startswith("."):
         raise ValueError(f"{model!r} is no folder; it must be one, or a Hugging Face repo as owner/repo.")
     reference = HuggingFace(found[1], found[2] or "main")
-    return run_stoppable(lambda client: _snapshot(reference, settings, client), settings, patience, reference.name)
+    return _Wanted(reference, parts, settings.cache_dir / "models" / reference.repo.replace("/", "--"))
 
 
-def _snapshot(reference: HuggingFace, settings: Settings, client: Client) -> Path:
-    """Files by their content in `blobs`, and a folder of links to them for each commit, as in Hugging Face's cache."""
-    home = settings.cache_dir / "models" / reference.repo.replace("/", "--")
-    blobs = home / "blobs"
-    blobs.mkdir(parents=True, exist_ok=True)
-    with locked(home / hashlib.sha256(reference.revision.encode()).hexdigest()[:16], client.pause) as latest:
-        folder = home / (latest.read() or "nothing")
+def _snapshot(wanted: _Wanted, settings: Settings, client: Client) -> Path:
+    with wanted.latest(client) as latest:
+        there = wanted.folder(latest.read() or "nothing")
         try:
-            repo = list_repo(reference, settings, client, hasty=folder.is_dir())
-            if not (home / repo.commit).is_dir():
-                _download_repo(repo, blobs, home / repo.commit, client)
-        except UnavailableError as error:
+            repo = list_repo(wanted.reference, settings, client, hasty=there.is_dir())
+            folder = wanted.folder(repo.commit)
             if not folder.is_dir():
+                _download_folder(wanted, repo, folder, client)
+        except UnavailableError as error:
+            if not there.is_dir():
                 raise
             print(f"{error} The files on the disk are used.")
-            return folder
+            return there
         latest.seek(0)
         latest.truncate()
         latest.write(repo.commit)
-        return home / repo.commit
+        return folder
 
 
-def _download_repo(repo: Repo, blobs: Path, folder: Path, client: Client) -> None:
-    files = {path: (source, blobs / _blob_name(source)) for path, source in repo.files.items()}
-    files = {path: files[path] for path in _needed(files)}
-    if not files:
-        raise ValueError(f"huggingface.co/{repo.id} has no model in diffusers layout.")
+def _outline(wanted: _Wanted, settings: Settings, client: Client) -> Outline:
+    with wanted.latest(client) as latest:
+        there = wanted.folder(latest.read() or "nothing")
+        try:
+            files = wanted.files(list_repo(wanted.reference, settings, client, hasty=there.is_dir()))
+            for path, (source, blob) in files.items():
+                if not (_is_weights(path) or blob.exists()):
+                    _download_blob(source, blob, client)
+        except UnavailableError as error:
+            if not there.is_dir():
+                raise
+            print(f"{error} The files on the disk are used.")
+            return _outline_folder(there)
+        sizes = {path: source.size or 0 for path, (source, _) in files.items()}
+        return _outlined(sizes, lambda path: files[path][1].read_bytes())
+
+
+def _outline_folder(folder: Path) -> Outline:
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.glob("*/*") if file.is_file()}
+    # Drawing does without model_index.json, which tells a pipeline.
+    needed = [path for path in _needed({*sizes, "model_index.json"}) if path in sizes]
+    return _outlined({path: sizes[path] for path in needed}, lambda path: (folder / path).read_bytes())
+
+
+def _outlined(sizes: Mapping[str, int], read: Callable[[str], bytes]) -> Outline:
+    """The outline of a model by what is needed of it: bytes by path, and a way to read a file."""
+    configs, weights = {}, Counter()
+    for path, size in sizes.items():
+        part, _, name = path.rpartition("/")
+        if _is_weights(path):
+            weights[part] += size
+        elif name == "config.json":
+            try:
+                configs[part] = json.loads(read(path))
+            except ValueError:
+                raise ValueError(f"A model's {path} is no JSON; fetch or copy it again.") from None
+    return Outline(configs, weights)
+
+
+def _download_folder(wanted: _Wanted, repo: Repo, folder: Path, client: Client) -> None:
+    files = wanted.files(repo)
     missing = sum(source.size or 0 for source, blob in files.values() if not blob.exists())
-    free = shutil.disk_usage(blobs).free
+    free = shutil.disk_usage(wanted.blobs).free
     if missing > free:
         raise ValueError(
             f"huggingface.co/{repo.id} needs {gigabytes(missing)}, but the disk has {gigabytes(free)} left."
@@ -117,6 +221,10 @@ def _download_blob(source: Source, blob: Path, client: Client) -> None:
     list_of_pieces.unlink()
     if damaged:
         raise ValueError(f"{source.name} arrived damaged: it is not what its host states that it is; try again.")
+
+
+def _is_weights(path: str) -> bool:
+    return path.endswith((".safetensors", ".bin"))
 
 
 def _needed(paths: Collection[str]) -> list[str]:

@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -41,15 +41,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, ViTForImageClassification, ViTImageProcessorPil
 
-from engine.loading import is_block_linear
+from engine.architecture import is_block_linear
 from engine.placement import GB
 from flux import FP8_LORA_FACTOR, TEXT_TOKENS, Flux, decode, denoise
 from request import LoraChoice, LoraFile, Request
 from safety import SafetyChecker, Verdict
 from service import faults
+from service.machine import drawing_device
 from service.measure import PeakMemory, Stopwatch
 from settings import ROOT, Models, Settings
-from weights import WeightsCache, snapshot
+from weights import WeightsCache, fetch, outlines
 
 PROMPT = "a red fox"
 SEED = 7
@@ -134,11 +135,12 @@ def check(settings: Settings, device: torch.device, lora: str | None) -> list[Ro
     Raises:
         ValueError: a sentence about a LoRA or models that cannot be had or loaded at all.
     """
-    models = Models(**{name: str(snapshot(it, settings)) for name, it in asdict(settings.models).items()})
+    placement = Flux.plan(outlines(settings), device) if device.type == "cuda" else None
+    models = fetch(settings)
     with tempfile.TemporaryDirectory() as scratch, _opened(lora, models, settings, Path(scratch)) as file:
         references = draw_references(models, device, requests(Path(scratch)), file)
         memory = PeakMemory(device)
-        flux = Flux.load(replace(settings, models=models), device)
+        flux = Flux.load(replace(settings, models=models), device, placement)
         return Comparison(flux, models, references, file, memory).rows()
 
 
@@ -498,8 +500,8 @@ def main() -> None:
     os.chdir(ROOT)  # where the predictor runs, and relative paths of the environment begin
     disable_progress_bar()  # of loading
     warnings.simplefilter("ignore")  # of libraries, with paths of this machine
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        device = drawing_device()
         rows = check(Settings.from_environment(cuda=device.type == "cuda"), device, lora)
     except KeyboardInterrupt:
         sys.exit("Cancelled.")

@@ -28,19 +28,21 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from engine.loading import Models, assemble, is_block_linear, skeletons
+from engine.architecture import OFFICIAL, is_block_linear, skeletons
+from engine.loading import Models, assemble
 from engine.placement import Precisions
 from safety import SafetyChecker
 from settings import ROOT
 
 TOKENS = {"tokenizer": 77, "tokenizer_2": 512}
+T5 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
 
 FULL = {
-    "transformer": {},  # diffusers' defaults are FLUX.1's
-    "clip": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "t5": {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128},
-    "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16},
+    "transformer": OFFICIAL["transformer"],
+    "clip": OFFICIAL["text_encoder"],
+    "t5": OFFICIAL["text_encoder_2"],
+    "vae": OFFICIAL["vae"],
     "checker": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "patch_size": 14},
     "classifier": {},
 }
@@ -91,7 +93,7 @@ def make_models(device: torch.device, sizes: dict[str, dict], *, fp8: bool) -> t
     base = dict(pristine.state_dict())
     config = dict(pristine.config)
     bases = {"dev": base, "schnell": {name: it for name, it in base.items() if "guidance_embedder" not in name}}
-    shared = skeletons({"dev": config, "schnell": config | {"guidance_embeds": False}}, bases)
+    shared = skeletons({"dev": config, "schnell": config | {"guidance_embeds": False}}, torch.bfloat16)
     schedulers = {
         "dev": dict(FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True).config),
         "schnell": dict(FlowMatchEulerDiscreteScheduler(shift=1.0).config),
@@ -132,7 +134,7 @@ def _components(device: torch.device, sizes: dict[str, dict]) -> dict[str, objec
     tokenizers = {name: _tokenizer(name) for name in TOKENS}
     end = tokenizers["tokenizer"].eos_token_id
     clip = CLIPTextConfig(max_position_embeddings=TOKENS["tokenizer"], eos_token_id=end, **sizes["clip"])
-    t5 = T5Config(feed_forward_proj="gated-gelu", tie_word_embeddings=False, **sizes["t5"])
+    t5 = T5Config(**T5 | sizes["t5"])
     levels = len(sizes["vae"]["block_out_channels"])
     blocks = {
         "down_block_types": ("DownEncoderBlock2D",) * levels,
@@ -142,7 +144,7 @@ def _components(device: torch.device, sizes: dict[str, dict]) -> dict[str, objec
         modules = {
             "text_encoder": CLIPTextModel(clip),
             "text_encoder_2": T5EncoderModel(t5),
-            "vae": AutoencoderKL(**blocks, **VAE, **sizes["vae"]),
+            "vae": AutoencoderKL(**blocks | VAE | sizes["vae"]),
         }
     return tokenizers | {name: module.eval().requires_grad_(False) for name, module in modules.items()}
 

@@ -20,8 +20,8 @@ from bench.gpu.context import Bench, Row, Values, can_be_used, in_new_thread, re
 from bench.gpu.models import make_transformer
 from engine import fp8
 from engine.acceleration import ATTENTION, COMPILE, choose_attention
+from engine.architecture import is_block_linear
 from engine.live import Live
-from engine.loading import is_block_linear
 from service import slabs
 
 # Rows of products: one token of a prompt's end, odd numbers, 512x512 and 1024x1024 with dev's text, 1440x1440.

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bench.gpu.context import Bench, Row, Values
 from bench.gpu.models import make_transformer
+from engine.architecture import is_block_linear
 from engine.live import Live, Term
-from engine.loading import is_block_linear
 from service import slabs
 from service.measure import Stopwatch
 

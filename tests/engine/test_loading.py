@@ -1,5 +1,6 @@
 """Every placement draws the same; only what is asked for is loaded, and nothing twice."""
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from engine import loading
-from engine.loading import assemble, load, skeletons
-from engine.placement import Placement, Precisions
+from engine.architecture import skeletons
+from engine.loading import assemble, load
+from engine.placement import Place, Placement, Precisions
 from flux import Flux
 from request import Request
 from service.measure import Stopwatch
@@ -20,7 +22,7 @@ from settings import Models, Settings
 from tests.support.models import write_models
 
 CPU = torch.device("cpu")
-BOTH = frozenset({"dev", "schnell"})
+BOTH = dict.fromkeys(("dev", "schnell"), Place.GPU)
 HISTORY = (("dev", False), ("dev", True), ("dev", True), ("schnell", True), ("schnell", False), ("dev", False))
 
 
@@ -29,8 +31,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return write_models(tmp_path_factory.mktemp("models"))
 
 
-def make_flux(models: Models, tmp_path: Path, *, t5_on_gpu: bool = True, precisions: Precisions) -> Flux:
-    placement = Placement(BOTH, t5_on_gpu, precisions, gpu=0, host=0)
+def make_flux(
+    models: Models,
+    tmp_path: Path,
+    *,
+    bases: Mapping[str, Place] = BOTH,
+    t5: Place = Place.GPU,
+    precisions: Precisions = Precisions.BOTH,
+) -> Flux:
+    placement = Placement(bases, t5, precisions, gpu=0, host=0)
     return Flux.load(Settings(models=models, cache_dir=tmp_path), CPU, placement)
 
 
@@ -51,9 +60,31 @@ def test_weights_that_take_turns_in_the_same_memory_draw_as_side_by_side(
     models: Models, image: Path, tmp_path: Path
 ) -> None:
     both = make_flux(models, tmp_path, precisions=Precisions.BOTH)
-    in_turn = make_flux(models, tmp_path, precisions=Precisions.IN_TURN, t5_on_gpu=False)
+    in_turn = make_flux(models, tmp_path, precisions=Precisions.IN_TURN, t5=Place.PINNED)
     for model, go_fast in HISTORY:
         assert draw(in_turn, image, model, go_fast) == draw(both, image, model, go_fast)
+
+
+def test_bases_and_a_t5_that_stay_mapped_draw_as_on_the_device(models: Models, image: Path, tmp_path: Path) -> None:
+    whole = make_flux(models, tmp_path)
+    bases = {"dev": Place.PINNED, "schnell": Place.MAPPED}
+    mapped = make_flux(models, tmp_path, bases=bases, t5=Place.MAPPED)
+    for model, go_fast in HISTORY:
+        assert draw(mapped, image, model, go_fast) == draw(whole, image, model, go_fast)
+    files = mapped_files()
+    t5 = mapped.components["text_encoder_2"]
+    lying = [*mapped._live["schnell"]._bases["schnell"].values(), *t5.parameters()]
+    assert [tensor.shape for tensor in lying if not in_file(tensor, files)] == []
+
+
+def mapped_files() -> list[range]:
+    """Where files of weights lie in this process's memory."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    return [range(*(int(end, 16) for end in line[0].split("-"))) for line in lines if line[-1].endswith(".safetensors")]
+
+
+def in_file(tensor: torch.Tensor, files: list[range]) -> bool:
+    return any(tensor.data_ptr() in file for file in files)
 
 
 def test_a_precision_without_room_is_replaced_by_the_other(models: Models, image: Path, tmp_path: Path) -> None:
@@ -73,7 +104,7 @@ def memory(module: torch.nn.Module) -> set[int]:
 def test_in_turn_no_fp8_weight_has_memory_of_its_own(models: Models) -> None:
     folders = {"dev": Path(models.dev), "schnell": Path(models.schnell)}
     for precisions, shared in ((Precisions.IN_TURN, True), (Precisions.BOTH, False)):
-        loaded = load(folders, CPU, Stopwatch(CPU), Placement(BOTH, True, precisions, gpu=0, host=0))
+        loaded = load(folders, CPU, Stopwatch(CPU), Placement(BOTH, Place.GPU, precisions, gpu=0, host=0))
         module, twin = loaded.live["dev"].module, loaded.live_fp8["dev"].module
         weights = [buffer for name, buffer in twin.named_buffers() if name.endswith("weight")]
         assert weights
@@ -85,8 +116,8 @@ def test_what_lies_beside_a_gpu_lies_in_slabs_and_t5_stays_in_them_when_it_is_us
     base = load_file(dev / "transformer" / "diffusion_pytorch_model.safetensors")
     words = load_file(dev / "text_encoder_2" / "model.safetensors")
     with ThreadPoolExecutor(4) as readers:
-        moving = loading._move(base, False, torch.device("cuda"), readers)
-        moving_words = loading._move(words, False, torch.device("cuda"), readers, torch.bfloat16)
+        moving = loading._move(base, Place.PINNED, torch.device("cuda"), readers)
+        moving_words = loading._move(words, Place.PINNED, torch.device("cuda"), readers, torch.bfloat16)
     moved, moved_words = loading._arrived(moving), loading._arrived(moving_words)
     assert moved.keys() == base.keys()
     assert all(torch.equal(moved[name], tensor) for name, tensor in base.items())
@@ -124,7 +155,7 @@ def test_models_made_in_memory_draw_like_those_read_from_folders(models: Models,
     schedulers = {name: dict(it["scheduler"].config) for name, it in parts.items()}
     names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     shared = {name: parts["dev"][name] for name in names}
-    made = assemble(skeletons(configs, bases), bases, shared, schedulers, Precisions.BOTH, CPU)
+    made = assemble(skeletons(configs, torch.float32), bases, shared, schedulers, Precisions.BOTH, CPU)
     flux, loaded = Flux(made, CPU), make_flux(models, tmp_path, precisions=Precisions.BOTH)
     for model, go_fast in HISTORY:
         assert draw(flux, image, model, go_fast) == draw(loaded, image, model, go_fast)

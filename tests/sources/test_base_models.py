@@ -8,9 +8,9 @@ import pytest
 
 from harness.hosts import File, Host, hugging_face
 from settings import MIB, Settings
+from sources.base_models import outline, snapshot
 from tests.support.caches import SECRET
 from tests.support.fetching import LARGE, LORA, OTHER, QUICK, make_lora, start, wait_until
-from weights import snapshot
 
 PIPELINE = {
     "model_index.json": b"{}",
@@ -139,3 +139,69 @@ def test_a_base_model_that_does_not_fit_on_the_disk(
     hugging_face(host, storage, "o/r", {"config.json": b"{}", "model.safetensors": make_lora(25 * MIB)})
     with pytest.raises(ValueError, match="but the disk has"):
         snapshot("o/r", replace(places, cache_dir=small_disk / "cache"), QUICK)
+
+
+CONFIG = b'{"size": 1}'
+SHARED = {
+    "scheduler/scheduler_config.json": b"{}",
+    "transformer/config.json": b"{}",
+    "transformer/diffusion_pytorch_model-00001-of-00002.safetensors": LARGE,
+    "transformer/diffusion_pytorch_model-00002-of-00002.safetensors": LORA,
+    "transformer/diffusion_pytorch_model.safetensors.index.json": b"{}",
+}
+
+
+def weights_asked(storage: Host, files: dict[str, bytes]) -> int:
+    """How often the host was asked for any of their weights."""
+    weights = [content for path, content in files.items() if path.endswith((".safetensors", ".bin"))]
+    return sum(len(storage.asked(f"/{hashlib.sha256(content).hexdigest()}")) for content in weights)
+
+
+def test_an_outline_needs_no_weights_and_is_that_of_the_folder(places: Settings, host: Host, storage: Host) -> None:
+    files = PIPELINE | {"transformer/config.json": CONFIG}
+    hugging_face(host, storage, "o/r", files)
+    known = outline("o/r", places, QUICK)
+    assert known.configs == {"transformer": {"size": 1}}
+    assert known.weights == {"transformer": len(LARGE) + len(LORA), "text_encoder": len(OTHER)}
+    assert weights_asked(storage, files) == 0
+    fetched = len(storage.seen)
+    folder = snapshot("o/r", places, QUICK)
+    assert weights_asked(storage, files) > 0
+    assert len(storage.seen) == fetched + weights_asked(storage, files)  # what is small came once
+    assert outline(str(folder), places) == known
+    assert outline("o/r", places, QUICK) == known
+    host.stop()
+    assert outline("o/r", places, QUICK) == known
+
+
+def test_of_a_model_that_shares_parts_only_its_own_come(places: Settings, host: Host, storage: Host) -> None:
+    hugging_face(host, storage, "o/r", PIPELINE)
+    parts = ("transformer", "scheduler")
+    assert set(outline("o/r", places, QUICK, parts).weights) == {"transformer"}
+    shared = snapshot("o/r", places, QUICK, parts)
+    assert files_in(shared) == SHARED
+    whole = snapshot("o/r", places, QUICK)
+    assert set(files_in(whole)) == NEEDED
+    assert weights_asked(storage, SHARED) == weights_asked(storage, PIPELINE) - 1  # OTHER: nothing came twice
+    assert snapshot("o/r", places, QUICK, parts) == whole
+    host.stop()
+    assert snapshot("o/r", places, QUICK, parts) == whole
+
+
+def test_what_is_on_the_disk_of_some_parts_serves_while_the_host_is_down(
+    places: Settings, host: Host, storage: Host
+) -> None:
+    hugging_face(host, storage, "o/r", PIPELINE)
+    parts = ("transformer", "scheduler")
+    shared = snapshot("o/r", places, QUICK, parts)
+    host.stop()
+    assert snapshot("o/r", places, QUICK, parts) == shared
+    with pytest.raises(ValueError, match=r"does not answer|broke off"):
+        snapshot("o/r", places, QUICK)
+
+
+def test_a_config_that_is_no_json_is_named(environment: Settings, tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text("<html>")
+    with pytest.raises(ValueError, match=r"vae/config\.json is no JSON"):
+        outline(str(tmp_path), environment)

@@ -16,7 +16,7 @@ from torch import Tensor
 import flux as drawing
 import images
 import safety
-from engine.placement import Placement, Precisions
+from engine.placement import Place, Placement, Precisions
 from flux import Flux
 from request import LoraFile
 from service.measure import PeakMemory
@@ -202,7 +202,8 @@ def test_a_broken_safety_model_is_found(
 
 @pytest.mark.parametrize(("precisions", "skipped"), [(Precisions.FP8, "LoRA"), (Precisions.BF16, "LoRA in fp8")])
 def test_a_precision_that_the_machine_lacks_is_skipped(known: Known, precisions: Precisions, skipped: str) -> None:
-    placement = Placement(frozenset({"dev", "schnell"}), True, precisions, gpu=0, host=0)
+    places = dict.fromkeys(("dev", "schnell"), Place.GPU)
+    placement = Placement(places, Place.GPU, precisions, gpu=0, host=0)
     rows = known.rows(Flux.load(Settings(models=known.models), CPU, placement))
     assert [row.name for row in rows if row.right is None] == [skipped]
     assert wrong(rows) == set()

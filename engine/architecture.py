@@ -1,0 +1,144 @@
+"""What FLUX.1 is made of: modules without memory, made from configs alone, and the bytes that they will take.
+
+With `Sizes` of a model that is not here yet its placement can be planned. This module knows configs and shapes; it
+knows neither files nor where anything lies.
+"""
+
+import json
+from collections.abc import Mapping
+
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from engine.placement import Sizes
+from service.outline import Outline
+
+# The linear layers of blocks run in fp8, except modulation: it multiplies one vector, which is cheap, and its result
+# scales every token, with its rounding errors.
+BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
+MODULATION = (".norm.linear", ".norm1.linear", ".norm1_context.linear")
+# The official models' configs, as far as they are not the defaults of diffusers and transformers: those of the
+# transformer are FLUX.1's. The repo of dev is gated; whoever asks what it takes need not have it.
+OFFICIAL = {
+    "transformer": {},
+    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "text_encoder_2": {
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+        "vocab_size": 32128,
+        "feed_forward_proj": "gated-gelu",
+    },
+    "vae": {
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+}
+
+
+# Bytes of their transformers' files, without the files' headers.
+OFFICIAL_BYTES = {"dev": 23_802_816_640, "schnell": 23_782_357_120}
+
+
+def official() -> dict[str, Outline]:
+    """The outlines of the official dev and schnell."""
+    return {
+        name: Outline(
+            OFFICIAL | {"transformer": OFFICIAL["transformer"] | {"guidance_embeds": name == "dev"}},
+            {"transformer": size},
+        )
+        for name, size in OFFICIAL_BYTES.items()
+    }
+
+
+def is_block_linear(name: str) -> bool:
+    """Whether a layer of the transformer is one of those that fp8 may multiply."""
+    return name.startswith(BLOCKS) and not name.endswith(MODULATION)
+
+
+def skeletons(
+    configs: Mapping[str, Mapping[str, object]], dtype: torch.dtype
+) -> dict[tuple[str, ...], FluxTransformer2DModel]:
+    """A transformer without memory for each architecture, by the names of its models.
+
+    dev and schnell differ in their guidance embedder alone, and share one (see `live.Live` on what a base lacks).
+
+    Args:
+        configs: of the transformers, by model.
+        dtype: of the live weights.
+    """
+    architectures: dict[str, list[str]] = {}
+    for name, config in configs.items():
+        shape = {key: value for key, value in config.items() if key != "guidance_embeds" and not key.startswith("_")}
+        architectures.setdefault(json.dumps(shape, sort_keys=True), []).append(name)
+    made = {}
+    for names in architectures.values():
+        guided = any(configs[name].get("guidance_embeds", False) for name in names)
+        with torch.device("meta"):
+            transformer = FluxTransformer2DModel.from_config(configs[names[0]], guidance_embeds=guided).to(dtype)
+        made[tuple(names)] = transformer.eval().requires_grad_(False)
+    return made
+
+
+def sizes(outlines: Mapping[str, Outline]) -> Sizes:
+    """What the models will take in memory.
+
+    Args:
+        outlines: of dev and schnell; dev's text encoders and VAE serve both.
+
+    Raises:
+        ValueError: a sentence about a part without a config.
+    """
+    configs = {name: _config(name, outline, "transformer") for name, outline in outlines.items()}
+    dev = outlines["dev"]
+    t5_config = T5Config.from_dict(_config("dev", dev, "text_encoder_2"))
+    with torch.device("meta"):
+        t5 = _elements(T5EncoderModel(t5_config)).values()
+        clip = _elements(CLIPTextModel(CLIPTextConfig.from_dict(_config("dev", dev, "text_encoder")))).values()
+        vae = _elements(AutoencoderKL.from_config(_config("dev", dev, "vae"))).values()
+    bases, widths, live, linears = {}, {}, 0, 0
+    for names, skeleton in skeletons(configs, torch.bfloat16).items():
+        elements = _elements(skeleton)
+        live += sum(elements.values())
+        weights = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+        linears += sum(elements[f"{name}.weight"] for name in weights if is_block_linear(name))
+        for name in names:
+            guided = configs[name].get("guidance_embeds", False)
+            own = [count for key, count in elements.items() if guided or "guidance_embedder" not in key]
+            widths[name] = _width(sum(own), outlines[name].weights.get("transformer", 0))
+            bases[name] = [widths[name] * count for count in own]
+    width = widths["dev"]  # in whose dtype all the rest is made
+    return Sizes(
+        bases={name: bases[name] for name in outlines},
+        live=width * live,
+        linears=width * linears,
+        t5=[width * count for count in t5],
+        t5_block=width * sum(t5) // t5_config.num_layers,
+        rest=width * (2 * sum(clip) + sum(vae)),
+    )
+
+
+def _config(name: str, outline: Outline, part: str) -> dict[str, object]:
+    if part not in outline.configs:
+        raise ValueError(f"The model that shall be {name} has no {part}/config.json; it must be in diffusers layout.")
+    return dict(outline.configs[part])
+
+
+def _elements(module: nn.Module) -> dict[str, int]:
+    """The elements of each parameter."""
+    return {name: parameter.numel() for name, parameter in module.named_parameters()}
+
+
+def _width(elements: int, file_bytes: int) -> int:
+    """Bytes of an element by those of the files; ones of too few bytes are refused when they are loaded."""
+    wide, half = torch.float32.itemsize, torch.bfloat16.itemsize
+    return wide if file_bytes >= wide * elements else half

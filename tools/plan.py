@@ -1,0 +1,155 @@
+"""Print where the weights would lie on this machine, or on one that is described: script/plan.
+
+Nothing is fetched but what a repo in FLUX_DEV or FLUX_SCHNELL has beside its weights; of the official models everything
+is known, so neither a network nor a token is needed. This module knows how cards are sold; the plan is the product's.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+
+# Read when the libraries are imported: what they say while loading tells an operator nothing; their errors are raised.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+import torch
+
+from engine import fp8
+from engine.architecture import official, sizes
+from engine.placement import GB, Place, Placement, Precisions, Sizes, plan
+from service.machine import drawing_device, host_memory
+from service.outline import Outline
+from settings import OFFICIAL, ROOT, Settings
+from weights import outlines
+
+# Bytes for each GB of a card's or a machine's name: that is a GiB, of which up to a sixteenth is gone before any
+# program runs. Error correction takes a sixteenth of a card's GDDR memory (L4 and L40S: 23,034 and 46,068 MiB; without
+# it an RTX 4090 has 24,564, and with HBM an A100, H100 and H200 have 81,920, 81,559 and 143,771); firmware and kernel
+# take less of a host's.
+SOLD_GB = 2**30 * 15 // 16
+# What CUDA takes of the GPU before the first tensor.
+CONTEXT = int(0.5 * GB)
+# Of the README's table: GPU and host as they are sold.
+MACHINES = ((24, 64), (48, 128), (80, 128), (141, 128))
+COLUMNS = ("GPU, host", "live weights", "dev's base", "schnell's base", "T5", "takes of the GPU", "pins of the host")
+WORDS = {
+    Precisions.BOTH: "bf16 and fp8",
+    Precisions.IN_TURN: "bf16 and fp8 in turn",
+    Precisions.BF16: "bf16",
+    Precisions.FP8: "fp8",
+    Place.GPU: "GPU",
+    Place.PINNED: "pinned",
+    Place.MAPPED: "page cache",
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan needs to know of a machine."""
+
+    gpu: int  # free bytes
+    host: int  # bytes
+    fp8: bool  # whether the GPU multiplies fp8
+
+    def plan(self, sizes: Sizes) -> Placement:
+        """Where the weights lie on it.
+
+        Raises:
+            ValueError: a sentence, where they have no room.
+        """
+        return plan(sizes, self.gpu, self.host, fp8=self.fp8)
+
+
+def sold_as(gpu: float, host: float | None = None, *, fp8: bool = True) -> Machine:
+    """The machine that is sold with so many GB, or a little less than it; this machine's host memory unless given."""
+    return Machine(int(gpu * SOLD_GB) - CONTEXT, host_memory() if host is None else int(host * SOLD_GB), fp8)
+
+
+def this_machine(host: float | None, *, fp8_wanted: bool) -> Machine | None:
+    """This machine, with other host memory where that is given; None where it has no GPU.
+
+    Raises:
+        ValueError: a sentence about a GPU that cannot be used.
+    """
+    device = drawing_device()
+    if device.type != "cuda":
+        return None
+    memory = host_memory() if host is None else int(host * SOLD_GB)
+    return Machine(torch.cuda.mem_get_info(device)[0], memory, fp8_wanted and fp8.supported(device))
+
+
+def table(sizes: Sizes) -> str:
+    """The README's table: what lies where on machines as they are sold, with GPUs that multiply fp8."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS)]
+    for gpu, host in MACHINES:
+        placement = sold_as(gpu, host).plan(sizes)
+        places = (placement.precisions, placement.bases["dev"], placement.bases["schnell"], placement.t5)
+        takes = (f"{placement.gpu / GB:.1f} GB", f"{placement.host / GB:.1f} GB")
+        rows.append([f"{gpu} GB, {host} GB", *(WORDS[it] for it in places), *takes])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def named_outlines(settings: Settings) -> dict[str, Outline]:
+    """The outlines of the models that the settings name, of which the official ones are known without asking.
+
+    Raises:
+        ValueError: a sentence about a model that cannot be had.
+    """
+    known = official()
+    asked = {name for name in known if getattr(settings.models, name) != getattr(OFFICIAL, name)}
+    return known | (outlines(settings, asked) if asked else {})
+
+
+def gigabytes(text: str) -> float:
+    """A number of an option."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of gigabytes above 0, such as 24")
+    return number
+
+
+def _planned(options: argparse.Namespace) -> str:
+    """The plan of the machine that the options describe, line by line."""
+    if options.gpu is None:
+        machine = this_machine(options.host, fp8_wanted=options.fp8)
+    else:
+        machine = sold_as(options.gpu, options.host, fp8=options.fp8)
+    if machine is None:
+        return "No GPU: everything lies in the CPU's one memory. --gpu GB --host GB describe a machine with one."
+    memory = f"{machine.gpu / GB:.1f} GB of GPU memory are free; the host has {machine.host / GB:.1f} GB"
+    placement = machine.plan(sizes(named_outlines(Settings.from_environment(cuda=True))))
+    return "\n".join([memory, *placement.lines()])
+
+
+def main() -> None:
+    """Print the plan; exit with 1 and a sentence if there is none."""
+    parser = argparse.ArgumentParser(
+        prog="script/plan",
+        description="Where the weights lie, in the memory of this machine or of a described one; nothing is fetched.",
+    )
+    parser.add_argument("--gpu", type=gigabytes, metavar="GB", help="a GPU sold with that much memory, such as 24")
+    parser.add_argument(
+        "--host", type=gigabytes, metavar="GB", help="host memory, such as 64 (default: this machine's)"
+    )
+    parser.add_argument(
+        "--no-fp8", dest="fp8", action="store_false", help="a GPU older than Ada and Hopper (A100, 3090)"
+    )
+    parser.add_argument("--table", action="store_true", help="the README's table, of the official models")
+    options = parser.parse_args()
+    os.chdir(ROOT)  # where the predictor runs, and relative paths of the environment begin
+    warnings.simplefilter("ignore")  # of libraries, with paths of this machine
+    try:
+        print(table(sizes(official())) if options.table else _planned(options))
+    except KeyboardInterrupt:
+        sys.exit("Cancelled.")
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
