@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import cycle, product
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -24,7 +24,13 @@ from tqdm import tqdm
 
 import images
 from engine import fp8
-from engine.acceleration import choose_attention, compile_models, convolve_in_float32, keep_compiled_code
+from engine.acceleration import (
+    choose_attention,
+    compile_models,
+    compiler_settings,
+    convolve_in_float32,
+    keep_compiled_code,
+)
 from engine.architecture import sizes
 from engine.live import Live, Term
 from engine.loading import Models, load
@@ -49,6 +55,8 @@ tqdm.monitor_interval = 0
 FP8_LORA_FACTOR = 1.5
 # What a health check may take: far less than the five seconds that Cog waits, and no request has to wait longer for it.
 SECONDS_TO_CHECK = 0.1
+# Pixels of a picture by default: code is compiled for this size first.
+USUAL_SIZE = (1024, 1024)
 # Prompts whose embeddings are kept, the latest ones: 4 MB each in dev, on the device.
 PROMPTS = 32
 
@@ -182,14 +190,15 @@ class Flux:
         """Draw what makes every graph that a request of one precision may need.
 
         That is both models, from an image too, in two sizes unlike in every dimension, so that the graphs take them for
-        variables.
+        variables. The usual size comes first: the compiler suits its kernels to the sizes that it sees first.
         """
         silent = Stopwatch(self.device)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, compiler_settings(len(self._transformers)):
             image = Path(folder) / "grey.png"
-            Image.new("RGB", (176, 240), "grey").save(image)
-            sizes = ({"image": image, "prompt_strength": 1}, {"aspect_ratio": "3:2", "megapixels": "0.25"})
-            for model, size in product(("schnell", "dev"), sizes):
+            Image.new("RGB", USUAL_SIZE, "grey").save(image)
+            usual = {"image": image, "prompt_strength": 1}
+            other = {"aspect_ratio": "3:2", "megapixels": "0.25"}
+            for model, size in (("dev", usual), ("schnell", other), ("dev", other)):
                 request = Request(prompt="", model=model, go_fast=go_fast, num_inference_steps=1, seed=0, **size)
                 self.draw(self.prepare(request, (), silent), 0, silent, lambda: None)
 

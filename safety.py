@@ -127,7 +127,7 @@ class SafetyChecker:
     def _findings(self, stage: str, score: Scores, images: list[Image.Image], threshold: float) -> list[Finding]:
         """One stage's look at all pictures, a batch at a time."""
         batches = [images[start : start + self._batch] for start in range(0, len(images), self._batch)]
-        return [finding for batch in batches for finding in _look(stage, score, batch, self._batch, threshold)]
+        return [finding for batch in batches for finding in _look(stage, score, batch, threshold)]
 
     def _concept_scores(self, images: list[Image.Image]) -> list[float]:
         """How far each picture exceeds the threshold of the concept nearest to it; above 0 is flagged.
@@ -144,37 +144,36 @@ class SafetyChecker:
             cosines = cosine_distance(embeddings, concepts).float()  # [B, concepts]
             return (cosines - thresholds.float() + adjustment).round(decimals=3)
 
-        none = torch.zeros(len(images), 1, device=model.device)
+        none = torch.zeros(len(pixels), 1, device=model.device)
         special = excess(model.special_care_embeds, model.special_care_embeds_weights, none)
         careful = ~(special <= 0).all(dim=1, keepdim=True)  # [B, 1]; nan is careful too
         scores = excess(model.concept_embeds, model.concept_embeds_weights, none.masked_fill(careful, 0.01))
-        return scores.amax(dim=1).tolist()  # nan if any is nan
+        return scores.amax(dim=1)[: len(images)].tolist()  # nan if any is nan
 
     def _nsfw_probabilities(self, images: list[Image.Image]) -> list[float]:
         pixels = self._pixels(self._classifier_processor, self._classifier, images)
         logits = self._classifier(pixels).logits.float()  # [B, labels]
-        return logits.softmax(dim=-1)[:, self._nsfw].tolist()
+        return logits.softmax(dim=-1)[: len(images), self._nsfw].tolist()
 
-    @staticmethod
     def _pixels(
-        processor: CLIPImageProcessorPil | ViTImageProcessorPil, model: PreTrainedModel, images: list[Image.Image]
+        self, processor: CLIPImageProcessorPil | ViTImageProcessorPil, model: PreTrainedModel, images: list[Image.Image]
     ) -> Tensor:
-        """The pictures as a model wants them: [B, 3, H, W]."""
-        return processor(images, return_tensors="pt").pixel_values.to(model.device, model.dtype)
+        """The pictures as a model wants them, the last one repeated until they fill a batch: [B, 3, H, W]."""
+        pixels = processor(images, return_tensors="pt").pixel_values.to(model.device, model.dtype)
+        return torch.cat([pixels, pixels[-1:].expand(self._batch - len(images), -1, -1, -1)])
 
 
 @torch.inference_mode()
-def _look(stage: str, score: Scores, images: list[Image.Image], size: int, threshold: float) -> list[Finding]:
-    """One stage's look at up to `size` pictures; flagged unless the score is a number up to the threshold."""
-    filling = images[-1:] * (size - len(images))
+def _look(stage: str, score: Scores, images: list[Image.Image], threshold: float) -> list[Finding]:
+    """One stage's look at a batch of pictures or fewer; flagged unless the score is a number up to the threshold."""
     trouble = None
     try:
-        values = score(images + filling)[: len(images)]
+        values = score(images)
     except Exception as error:
         if out_of_memory(error):  # says nothing of the picture, and no picture is shown
             raise
         if len(images) > 1:
-            return [finding for image in images for finding in _look(stage, score, [image], size, threshold)]
+            return [finding for image in images for finding in _look(stage, score, [image], threshold)]
         values = [math.nan]
         trouble = f"failed with {type(error).__name__}"  # the type alone: a message may name local files
     return [_finding(stage, value, threshold, trouble) for value in values]

@@ -6,21 +6,33 @@ read the live weights where these lie, and are the same for dev and schnell. Thi
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
 import torch
+import torch.fx.experimental._config as symbols
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 
-# diffusers' names of exact attention: FlashAttention 3 where it is installed, and what torch has.
-ATTENTION = ("_flash_3", "_native_cudnn", "_native_flash", "native")
+# diffusers' names of exact attention, a kernel each: FlashAttention 3 where it is installed, and torch's own. "native"
+# is whichever of these torch prefers, which is cuDNN's on Hopper.
+CUDNN = "_native_cudnn"
+ATTENTION = ("_flash_3", CUDNN, "_native_flash", "_native_efficient")
+# How much of the other back ends' time cuDNN must save. It makes a plan for each new length of the text and the picture
+# together, and for each thread: that takes 0.4 s, and a plan is never freed.
+CUDNN_SAVES = 0.1
 # Tokens of a picture of 1024x1024 pixels with dev's text: what the back ends are compared on.
 TOKENS = 4096 + 512
+# How back ends are timed: so many calls queued together, so many times.
+CALLS, ROUNDS = 10, 5
 # How blocks are compiled: whole, so that a graph cannot break unnoticed, and for every size at once.
 COMPILE = {"fullgraph": True, "dynamic": True}
+# Graphs of one block class that a transformer may need: its first block is given tensors, the others views of larger
+# ones. Twice as many are allowed: one graph more costs seconds, and one above the limit would end the start.
+VARIANTS = 4
 
 
 def keep_compiled_code(folder: Path) -> None:
@@ -48,12 +60,48 @@ def choose_attention(transformers: Sequence[FluxTransformer2DModel], device: tor
             seconds[name] = _attention_seconds(name, shape, transformers[0].dtype, device)
         except Exception as error:  # a back end that is not installed or does not take this GPU says so in many ways
             print(f"Attention {name} cannot be used: {type(error).__name__}.")
-    fastest = min(seconds, key=seconds.__getitem__)
+    chosen, reason = best_attention(seconds)
     for transformer in transformers:
-        transformer.set_attention_backend(fastest)
+        transformer.set_attention_backend(chosen)
     measured = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in seconds.items())
-    print(f"Attention: {fastest}, the fastest over {TOKENS} tokens ({measured}).")
-    return fastest
+    print(f"Attention: {chosen}, {reason}; over {TOKENS} tokens: {measured or 'nothing measured'}.")
+    return chosen
+
+
+def best_attention(seconds: Mapping[str, float]) -> tuple[str, str]:
+    """The attention to take, and why: the fastest, but cuDNN's only where it saves enough to be worth its plans.
+
+    Args:
+        seconds: of one call, by name.
+    """
+    if not seconds:
+        return "native", "torch's own choice, since no kernel can be used by itself"
+    fastest, *others = sorted(seconds, key=seconds.__getitem__)
+    if not others:
+        return fastest, "the only one that can be used"
+    if fastest != CUDNN:
+        return fastest, "the fastest"
+    if seconds[CUDNN] < (1 - CUDNN_SAVES) * seconds[others[0]]:
+        return CUDNN, f"which saves more than {CUDNN_SAVES:.0%} of the time of any other"
+    return others[0], f"since cuDNN, which plans anew for each length, saves no more than {CUDNN_SAVES:.0%} of its time"
+
+
+@contextmanager
+def compiler_settings(transformers: int) -> Iterator[None]:
+    """What the compiler is told while graphs are made: enter this around the first calls of compiled models.
+
+    torch keeps these settings for each thread and context, so they end where this is left.
+
+    Sizes that happen to be equal get symbols of their own: else a graph of the VAE that is made for a square picture
+    would hold for squares alone, and another would be made for all others. The number of graphs that a block's code may
+    have, 8 by itself, follows from the number of transformers, since all their blocks share that code.
+
+    Args:
+        transformers: how many are compiled.
+    """
+    limit = max(torch._dynamo.config.recompile_limit, VARIANTS * transformers)
+    with torch._dynamo.config.patch(recompile_limit=limit), symbols.patch(use_duck_shape=False):
+        yield
 
 
 def compile_models(
@@ -103,14 +151,18 @@ def convolve_in_float32(vae: AutoencoderKL) -> None:
 
 @torch.no_grad()
 def _attention_seconds(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> float:
-    """Median of a few calls; the first ones plan and allocate."""
+    """Seconds of one call, the median of a few rounds.
+
+    The calls of a round are queued together, as a step queues them: a single one would be charged for its launch.
+    """
     query, key, value = (torch.randn(shape, dtype=dtype, device=device) for _ in range(3))  # [1, N, heads, D]
     times = []
-    for _ in range(8):
+    for _ in range(1 + ROUNDS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        dispatch_attention_fn(query, key, value, backend=AttentionBackendName(name))
+        for _ in range(CALLS):
+            dispatch_attention_fn(query, key, value, backend=AttentionBackendName(name))
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return median(times[3:])
+        times.append(start.elapsed_time(end) / 1e3 / CALLS)
+    return median(times[1:])  # the first round plans and allocates

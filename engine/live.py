@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import fp8
-from lora.deltas import Bring, Delta, gather
+from lora.deltas import Bring, Delta, float32_products, gather
 from service.slabs import SLAB, Uploads
 
 # Elements of the float32 buffer in which a mix is summed. It stays in the last-level cache (8 MiB on a CPU, 32 MiB of
@@ -123,8 +123,11 @@ class Live:
     def __init__(self, module: nn.Module, bases: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.module = module
         self._bases = bases
-        # For each parameter a zero that takes no memory, held where a base lacks that parameter.
-        self._zeros = {name: torch.zeros(()).expand(parameter.shape) for name, parameter in module.named_parameters()}
+        # For each parameter a zero beside it that takes no memory, held where a base lacks that parameter.
+        self._zeros = {
+            name: torch.zeros((), device=parameter.device).expand(parameter.shape)
+            for name, parameter in module.named_parameters()
+        }
         self._tensors = {
             name: LiveTensor(partial(_write_rows, parameter.data), partial(_holds_rows, parameter.data))
             for name, parameter in module.named_parameters()
@@ -154,6 +157,7 @@ class Live:
         return tuple(name for name in names if name not in self._bases[base])
 
     @torch.no_grad()
+    @float32_products()
     def hold(self, base: str, terms: Sequence[Term]) -> int:
         """Make the module hold base + terms, in this order; return how many tensors had to be written.
 
@@ -177,6 +181,7 @@ class Live:
         return list(self._tensors)
 
     @torch.no_grad()
+    @float32_products()
     def intact(self, name: str) -> bool:
         """Whether a tensor is, to the bit, what it is recorded to hold; one that is not is written anew when needed."""
         buffer = self._buffer()

@@ -17,6 +17,7 @@ This module knows neither files nor FLUX.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -250,6 +251,27 @@ def _merged(base: Tensor, add_rows: AddRows) -> Iterator[tuple[int, Tensor]]:
         merged = base[first : first + height].to(torch.float32, copy=True)
         add_rows(merged, first, 1.0)
         yield first, merged
+
+
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """Take products of float32 matrices in float32, whatever a library or the operator has allowed.
+
+    In TensorFloat-32 the factors would be rounded to 10 bits, and the same deltas come to other bits. torch has two
+    interfaces for this: the older one cannot be read while the two disagree, and setting it sets the newer one too.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    precisions = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    older = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(older)
+        for backend, precision in zip(backends, precisions, strict=True):
+            backend.fp32_precision = precision
 
 
 def _product(factors: list[Tensor]) -> Tensor:

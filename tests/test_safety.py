@@ -11,6 +11,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BaseImageProcessor,
     CLIPConfig,
     CLIPImageProcessorPil,
     ViTConfig,
@@ -345,6 +346,27 @@ def test_in_a_batch_a_score_does_not_depend_on_the_other_pictures(tmp_path: Path
     checker = SafetyChecker.load(*saved(tmp_path, checker_model(), classifier_model()), device="cpu", batch=4)
     first, *others = pictures()
     assert {checker.check([first, *others[:count]])[0] for count in range(5)} == {checker.check([first])[0]}
+
+
+def counting(processor: BaseImageProcessor) -> BaseImageProcessor:
+    """The same processor; it counts the pictures that it resizes."""
+
+    class Counting(type(processor)):
+        resized = 0
+
+        def resize(self, *args: object, **kwargs: object) -> np.ndarray:
+            self.resized += 1
+            return super().resize(*args, **kwargs)
+
+    return Counting.from_dict(processor.to_dict())
+
+
+@pytest.mark.parametrize(("count", "together"), [(1, 1), (1, 4), (3, 4), (5, 4)])
+def test_each_picture_is_preprocessed_once(count: int, together: int) -> None:
+    processors = counting(CHECKER_PROCESSOR), counting(CLASSIFIER_PROCESSOR)
+    checker = SafetyChecker(checker_model(), processors[0], classifier_model(), processors[1], batch=together)
+    checker.check(pictures(count))
+    assert [processor.resized for processor in processors] == [count, count]
 
 
 def test_a_picture_that_breaks_a_batch_takes_nobody_with_it(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def smoke(bench: Bench) -> Iterator[Row]:
     yield "fp8 as the product asks for it", lambda: {"supported": fp8.supported(bench.device)}
     for rows in ROWS:
         yield f"fp8 layer, eager, {rows} rows", partial(fp8_layer, bench, rows)
-    for name in ATTENTION if bench.device.type == "cuda" else ("native",):
+    for name in ("native", *(ATTENTION if bench.device.type == "cuda" else ())):
         yield f"attention {name}", partial(attention, bench, name)
     for kernel in (None, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH):
         yield f"one head of 512, {kernel.name if kernel else 'as chosen'}", partial(one_wide_head, bench, kernel)

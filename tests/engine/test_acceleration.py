@@ -11,10 +11,20 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
-from engine.acceleration import convolve_in_float32, convolves_bfloat16, keep_compiled_code
+from engine.acceleration import (
+    COMPILE,
+    CUDNN,
+    best_attention,
+    compile_models,
+    compiler_settings,
+    convolve_in_float32,
+    convolves_bfloat16,
+    keep_compiled_code,
+)
 from engine.fp8 import Fp8Linear
 from flux import Flux
 from request import Request
@@ -81,6 +91,73 @@ def test_after_set_up_no_request_compiles_anything(image: Path, tmp_path: Path) 
     assert not counters["graph_break"]
     # After all those mixes the compiled graphs read what the live weights hold now.
     assert np.array_equal(np.asarray(flux.generate(fixed, (), Stopwatch(CPU)).images[0]), np.asarray(plain[0]))
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_every_transformer_may_have_its_graphs() -> None:
+    """Five architectures in two precisions, by one class of block: more than the compiler allows by itself."""
+
+    class Block(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.layer(x)
+
+    linears = [nn.Linear(width, width).requires_grad_(False) for width in range(16, 96, 16)]
+    blocks = [Block(layer) for linear in linears for layer in (linear, Fp8Linear(linear))]
+
+    def call_all() -> None:
+        for block in blocks:
+            for rows in (7, 20):
+                block(torch.randn(1, rows, block.layer.bias.numel()))
+
+    for block in blocks:
+        block.compile(backend="eager", **COMPILE)
+    with torch.no_grad(), compiler_settings(len(blocks)):
+        call_all()
+    assert counters["stats"]["unique_graphs"] == len(blocks)
+
+    torch.compiler.reset()
+    with torch.no_grad(), pytest.raises(FailOnRecompileLimitHit):
+        call_all()
+    assert torch._dynamo.config.recompile_limit == 8
+
+
+@pytest.mark.usefixtures("forgetful")
+@torch.no_grad()
+def test_a_vae_compiled_for_a_square_serves_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a GPU, where no kernel is picked by the size of what is convolved.
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    vae = AutoencoderKL(norm_num_groups=1, block_out_channels=(8,)).eval()
+    compile_models((), vae, torch.device("cuda"), backend="eager")
+    with compiler_settings(1):
+        for height, width in ((64, 64), (32, 96), (96, 32)):
+            latents = vae.encode(torch.zeros(1, 3, height, width)).latent_dist.mode()
+            assert vae.decode(latents).sample.shape == (1, 3, height, width)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "chosen", "reason"),
+    [
+        ({CUDNN: 1.0, "_native_flash": 1.2, "_native_efficient": 2.0}, CUDNN, "saves more than 10%"),
+        ({CUDNN: 1.0, "_native_flash": 1.1, "_native_efficient": 2.0}, "_native_flash", "saves no more than 10%"),
+        ({CUDNN: 1.0, "_native_efficient": 1.05, "_native_flash": 1.1}, "_native_efficient", "saves no more than 10%"),
+        ({CUDNN: 0.91, "_native_flash": 1.0}, "_native_flash", "saves no more than 10%"),
+        ({CUDNN: 0.89, "_native_flash": 1.0}, CUDNN, "saves more than 10%"),
+        ({CUDNN: 1.2, "_native_flash": 1.3, "_flash_3": 1.1}, "_flash_3", "the fastest"),
+        ({"_native_flash": 1.0, "_native_efficient": 2.0}, "_native_flash", "the fastest"),
+        ({CUDNN: 1.0}, CUDNN, "the only one"),
+        ({"_native_efficient": 1.0}, "_native_efficient", "the only one"),
+        ({}, "native", "torch's own choice"),
+    ],
+)
+def test_cudnn_is_taken_where_it_is_worth_its_plans(milliseconds: dict[str, float], chosen: str, reason: str) -> None:
+    name, why = best_attention({name: value / 1e3 for name, value in milliseconds.items()})
+    assert name == chosen
+    assert reason in why
 
 
 class Attention(nn.Module):

@@ -165,6 +165,50 @@ def test_scale_0_leaves_no_trace(loras: dict[str, Lora]) -> None:
     assert same(bits(lives.plain.module), fresh(("dev", False, ()), loras))
 
 
+class Products(TorchDispatchMode):
+    """Notes what torch may make of float32 products whenever one is taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.precisions: set[tuple[str, str]] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        if "mm" in str(func):
+            matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+            self.precisions.add(tuple(matmul.fp32_precision for matmul in matmuls))
+        return func(*args, **kwargs or {})
+
+
+def test_sums_are_taken_in_float32_whatever_is_allowed(loras: dict[str, Lora]) -> None:
+    lives = Lives(bases())
+    terms = [Term(name, 0.5, lora.transformer) for name, lora in loras.items()]
+    name = next(iter(loras["everywhere"].transformer))
+    short = deltas.LowRank(0, 32, torch.zeros(32, 2), torch.zeros(2, 1), 1.0)  # fits no row
+    try:
+        torch.set_float32_matmul_precision("medium")
+        for work in (lambda: lives.plain.hold("dev", terms), lambda: lives.plain.intact(name)):
+            with Products() as products:
+                assert work()
+            assert products.precisions == {("ieee", "ieee")}
+            assert torch.get_float32_matmul_precision() == "medium"
+        with pytest.raises(RuntimeError, match="should match"):
+            lives.plain.hold("dev", [Term("short", 1.0, {name: [short]})])
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_zeros_lie_beside_the_parameters_that_hold_them() -> None:
+    module = models.transformer(**SMALL).to("meta")
+    zeros = Live(module, {})._zeros
+    assert {name: (zero.device, zero.shape) for name, zero in zeros.items()} == {
+        name: (parameter.device, parameter.shape) for name, parameter in module.named_parameters()
+    }
+    assert {zero.untyped_storage().nbytes() for zero in zeros.values()} == {4}
+
+
 def test_without_a_lora_every_bit_is_the_base_s(loras: dict[str, Lora]) -> None:
     pristine = bases()
     lives = Lives(pristine)

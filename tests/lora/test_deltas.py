@@ -1,13 +1,24 @@
 """Every kind of delta against its formula, written out in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from lora import deltas
-from lora.deltas import Bring, Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, LowRanks, Replacement
+from lora.deltas import (
+    Bring,
+    Decomposed,
+    Delta,
+    Full,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    LowRanks,
+    Replacement,
+    float32_products,
+)
 from service.slabs import Uploads, taken
 
 CPU = torch.device("cpu")
@@ -233,3 +244,69 @@ def test_a_shared_tensor_is_packed_once() -> None:
     tensors = {id(tensor): tensor for several in packed.values() for it in several for tensor in it.tensors()}
     assert len(tensors) == 1 + 2 + 2  # down, two ups, two magnitudes
     assert len({tensor.data_ptr() for tensor in tensors.values()}) == len(tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products are float32's. Whether a GPU then takes them so cannot be seen on a CPU: what torch was told can.
+
+
+def allow_by_the_newer_interface() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+def allow_everywhere() -> None:
+    torch.backends.fp32_precision = "tf32"
+
+
+def allow_by_both() -> None:
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+def matmul_precisions() -> tuple[str, ...]:
+    """What is in force, by both interfaces; the older one cannot be read while the two disagree."""
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        older = "unreadable"
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision, older
+
+
+def forget_precisions() -> None:
+    torch.set_float32_matmul_precision("highest")
+    for backend in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        backend.fp32_precision = "none"
+
+
+@pytest.fixture
+def as_torch_begins() -> Iterator[None]:
+    forget_precisions()
+    yield
+    forget_precisions()
+
+
+@pytest.mark.usefixtures("as_torch_begins")
+@pytest.mark.parametrize(
+    ("allow", "before"),
+    [
+        (lambda: None, ("none", "none", "highest")),
+        (lambda: torch.set_float32_matmul_precision("medium"), ("tf32", "bf16", "medium")),
+        (lambda: torch.set_float32_matmul_precision("high"), ("tf32", "tf32", "high")),
+        (allow_by_the_newer_interface, ("tf32", "bf16", "unreadable")),
+        (allow_everywhere, ("tf32", "tf32", "unreadable")),
+        (allow_by_both, ("ieee", "tf32", "high")),
+    ],
+)
+def test_products_are_float32_s_inside_and_what_was_allowed_outside(
+    allow: Callable[[], None], before: tuple[str, ...]
+) -> None:
+    allow()
+    assert matmul_precisions() == before
+    with float32_products():
+        assert matmul_precisions() == ("ieee", "ieee", "highest")
+        assert not torch.backends.cuda.matmul.allow_tf32
+    assert matmul_precisions() == before
+    with pytest.raises(ZeroDivisionError), float32_products():
+        _ = 1 / 0
+    assert matmul_precisions() == before
