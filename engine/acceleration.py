@@ -16,13 +16,17 @@ import torch.fx.experimental._config as symbols
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# diffusers' names of exact attention, a kernel each: FlashAttention 3 where it is installed, and torch's own. "native"
-# is whichever of these torch prefers, which is cuDNN's on Hopper.
-CUDNN = "_native_cudnn"
-ATTENTION = ("_flash_3", CUDNN, "_native_flash", "_native_efficient")
-# How much of the other back ends' time cuDNN must save. It makes a plan for each new length of the text and the picture
-# together, and for each thread: that takes 0.4 s, and a plan is never freed.
+# Exact attention: FlashAttention 3 where it is installed, and torch's own, which takes a kernel for each call, with
+# cuDNN's among them or without it. diffusers' back end for cuDNN's alone copies what it is given: 3 ms of a step on an
+# H200.
+FLASH_3, NATIVE = "_flash_3", "native"
+CUDNN = "native with cuDNN"
+# torch's kernels beside cuDNN's.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# How much of the others' time cuDNN must save: it makes a plan for each new length of text and picture together and for
+# each thread, 0.05 s on an H200, and never frees one.
 CUDNN_SAVES = 0.1
 # Tokens of a picture of 1024x1024 pixels with dev's text: what the back ends are compared on.
 TOKENS = 4096 + 512
@@ -55,17 +59,25 @@ def choose_attention(transformers: Sequence[FluxTransformer2DModel], device: tor
     config = transformers[0].config
     shape = (1, TOKENS, config.num_attention_heads, config.attention_head_dim)
     seconds = {}
-    for name in ATTENTION:
+    for name in (FLASH_3, CUDNN, NATIVE):
+        kernels = [*KERNELS, SDPBackend.CUDNN_ATTENTION] if name == CUDNN else KERNELS
         try:
-            seconds[name] = _attention_seconds(name, shape, transformers[0].dtype, device)
+            with sdpa_kernel(kernels):
+                seconds[name] = _attention_seconds(_backend(name), shape, transformers[0].dtype, device)
         except Exception as error:  # a back end that is not installed or does not take this GPU says so in many ways
             print(f"Attention {name} cannot be used: {type(error).__name__}.")
     chosen, reason = best_attention(seconds)
+    torch.backends.cuda.enable_cudnn_sdp(chosen == CUDNN)
     for transformer in transformers:
-        transformer.set_attention_backend(chosen)
+        transformer.set_attention_backend(_backend(chosen))
     measured = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in seconds.items())
     print(f"Attention: {chosen}, {reason}; over {TOKENS} tokens: {measured or 'nothing measured'}.")
-    return chosen
+    return _backend(chosen)
+
+
+def _backend(name: str) -> str:
+    """diffusers' name for it."""
+    return NATIVE if name == CUDNN else name
 
 
 def best_attention(seconds: Mapping[str, float]) -> tuple[str, str]:
@@ -75,7 +87,7 @@ def best_attention(seconds: Mapping[str, float]) -> tuple[str, str]:
         seconds: of one call, by name.
     """
     if not seconds:
-        return "native", "torch's own choice, since no kernel can be used by itself"
+        return NATIVE, "since no other can be used"
     fastest, *others = sorted(seconds, key=seconds.__getitem__)
     if not others:
         return fastest, "the only one that can be used"

@@ -29,6 +29,8 @@ RANK = 16
 PICTURES = 3
 # diffusers' name of its own attention, which a transformer has unless it is given another.
 ATTENTION = "native"
+# Those that are exact: FlashAttention 3, and each of torch's kernels by itself.
+BACKENDS = (ATTENTION, "_flash_3", "_native_cudnn", "_native_flash", "_native_efficient")
 
 Values = dict[str, object]
 # What a row is called, and what measures it. Stages yield these; each is measured, and may fail, by itself.

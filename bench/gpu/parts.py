@@ -4,14 +4,15 @@ import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from transformers import T5EncoderModel
 
 import images
-from bench.gpu.context import Bench, Marks, Row, Values, can_be_used, summary
+from bench.gpu.context import BACKENDS, Bench, Marks, Row, Values, can_be_used, summary
 from bench.gpu.plain import pipeline
-from engine.acceleration import ATTENTION
 from engine.loading import move_when_used
 from flux import decode, denoise
 from service.measure import Stopwatch
@@ -44,8 +45,9 @@ def decode_picture(bench: Bench, side: int) -> Values:
 
 @torch.no_grad()
 def encode_picture(bench: Bench, side: int) -> Values:
-    """Pixels to latents, as image to image begins."""
-    pixels = torch.rand(1, 3, side, side, device=bench.device, dtype=torch.bfloat16) * 2 - 1
+    """Pixels to latents, as image to image begins: a graph that is compiled holds for the layout that images have."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    pixels = pipeline(bench).image_processor.preprocess(noise).to(bench.device, torch.bfloat16)  # [1, 3, H, W]
     call = partial(bench.flux.components["vae"].encode, pixels)
     return bench.times(call, repeats=3) | bench.peak(call)
 
@@ -111,7 +113,7 @@ def kernels(bench: Bench, go_fast: bool) -> Values:
 def switches(bench: Bench) -> Iterator[Row]:
     """What the product can do in two ways, each way in turn."""
     chosen = bench.flux.attention
-    for name in ATTENTION if bench.device.type == "cuda" else ():
+    for name in BACKENDS if bench.device.type == "cuda" else ():
         if name != chosen:
             yield f"attention: {chosen} / {name}", partial(compare_attention, bench, chosen, name)
     yield "T5: on the device / moved when used", partial(compare_t5, bench)

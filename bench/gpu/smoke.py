@@ -16,10 +16,10 @@ from torch._inductor.utils import fresh_cache
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.gpu.context import Bench, Row, Values, can_be_used, in_new_thread, relative_error
+from bench.gpu.context import ATTENTION, BACKENDS, Bench, Row, Values, can_be_used, in_new_thread, relative_error
 from bench.gpu.models import make_transformer
 from engine import fp8
-from engine.acceleration import ATTENTION, COMPILE, choose_attention
+from engine.acceleration import COMPILE, choose_attention
 from engine.architecture import is_block_linear
 from engine.live import Live
 from service import slabs
@@ -40,7 +40,7 @@ def smoke(bench: Bench) -> Iterator[Row]:
     yield "fp8 as the product asks for it", lambda: {"supported": fp8.supported(bench.device)}
     for rows in ROWS:
         yield f"fp8 layer, eager, {rows} rows", partial(fp8_layer, bench, rows)
-    for name in ("native", *(ATTENTION if bench.device.type == "cuda" else ())):
+    for name in BACKENDS if bench.device.type == "cuda" else (ATTENTION,):
         yield f"attention {name}", partial(attention, bench, name)
     for kernel in (None, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH):
         yield f"one head of 512, {kernel.name if kernel else 'as chosen'}", partial(one_wide_head, bench, kernel)

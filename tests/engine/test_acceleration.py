@@ -18,6 +18,8 @@ from torch._inductor.utils import run_and_get_code
 from engine.acceleration import (
     COMPILE,
     CUDNN,
+    FLASH_3,
+    NATIVE,
     best_attention,
     compile_models,
     compiler_settings,
@@ -142,16 +144,16 @@ def test_a_vae_compiled_for_a_square_serves_every_size(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("milliseconds", "chosen", "reason"),
     [
-        ({CUDNN: 1.0, "_native_flash": 1.2, "_native_efficient": 2.0}, CUDNN, "saves more than 10%"),
-        ({CUDNN: 1.0, "_native_flash": 1.1, "_native_efficient": 2.0}, "_native_flash", "saves no more than 10%"),
-        ({CUDNN: 1.0, "_native_efficient": 1.05, "_native_flash": 1.1}, "_native_efficient", "saves no more than 10%"),
-        ({CUDNN: 0.91, "_native_flash": 1.0}, "_native_flash", "saves no more than 10%"),
-        ({CUDNN: 0.89, "_native_flash": 1.0}, CUDNN, "saves more than 10%"),
-        ({CUDNN: 1.2, "_native_flash": 1.3, "_flash_3": 1.1}, "_flash_3", "the fastest"),
-        ({"_native_flash": 1.0, "_native_efficient": 2.0}, "_native_flash", "the fastest"),
-        ({CUDNN: 1.0}, CUDNN, "the only one"),
-        ({"_native_efficient": 1.0}, "_native_efficient", "the only one"),
-        ({}, "native", "torch's own choice"),
+        ({CUDNN: 1.0, NATIVE: 1.2}, CUDNN, "saves more than 10%"),
+        ({CUDNN: 1.0, NATIVE: 1.1, FLASH_3: 1.2}, NATIVE, "saves no more than 10%"),
+        ({CUDNN: 1.0, NATIVE: 1.2, FLASH_3: 1.1}, FLASH_3, "saves no more than 10%"),
+        ({CUDNN: 0.91, NATIVE: 1.0}, NATIVE, "saves no more than 10%"),
+        ({CUDNN: 0.89, NATIVE: 1.0}, CUDNN, "saves more than 10%"),
+        ({CUDNN: 1.0, NATIVE: 1.0}, NATIVE, "saves no more than 10%"),
+        ({CUDNN: 1.2, NATIVE: 1.3, FLASH_3: 1.1}, FLASH_3, "the fastest"),
+        ({CUDNN: 1.3, NATIVE: 1.0}, NATIVE, "the fastest"),
+        ({NATIVE: 1.0}, NATIVE, "the only one"),
+        ({}, NATIVE, "no other"),
     ],
 )
 def test_cudnn_is_taken_where_it_is_worth_its_plans(milliseconds: dict[str, float], chosen: str, reason: str) -> None:
