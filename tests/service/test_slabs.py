@@ -159,12 +159,12 @@ def test_a_slab_is_counted_whole_and_once() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_what_is_pinned_is_counted_as_torch_rounds_it(full_size: int) -> None:
     tensors = {name: numbers([size]) for name, size in {"a": 1000, "b": 300_000}.items()}
-    pack(tensors)  # before the first pinned block there are no statistics
-    before = torch.cuda.host_memory_stats()["active_bytes.current"]
+    first = pack({"number": numbers([1])})  # before there is a pinned block, there are no statistics
+    before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
     packed = pack(tensors)
-    grown = torch.cuda.host_memory_stats()["active_bytes.current"] - before
+    grown = torch.cuda.host_memory_stats()["allocated_bytes.current"] - before
     assert grown == taken(packed.values()) == pinned_bytes(it.nbytes for it in tensors.values())
-    assert all(it.pin_memory().data_ptr() == it.data_ptr() for it in packed.values())
+    assert all(it.pin_memory().data_ptr() == it.data_ptr() for it in (*first.values(), *packed.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
