@@ -15,8 +15,8 @@ from itertools import product
 from service.slabs import pinned_bytes
 
 GB = 1e9
-# Working memory: decoding 1440x1440 pixels holds a few layers of 256 channels, 1 GB each, at a time. The transformer's
-# activations, a mix being summed, the safety models and the allocator's slack take less than that again.
+# Working memory: decoding 1440x1440 pixels takes 3.2 GB, LoRAs on their way into a mix up to 4.3 GB (`live.UPLOADS`),
+# but not at one time. The transformer's activations, the safety models and the allocator's slack are the rest.
 WORK = int(7 * GB)
 # T5's blocks on the GPU while T5 lies in host memory: the one that computes and the one that is copied. While T5 is
 # mapped, as much is pinned for the copies.
@@ -95,7 +95,7 @@ def plan(sizes: Sizes, gpu: int, host: int, *, fp8: bool) -> Placement:
     """The best placement that fits.
 
     What costs most, most often, is kept on the GPU first. Without bf16 live weights a request for bf16 is drawn in fp8.
-    Keeping T5 off the GPU costs 0.4 s for each new prompt; keeping a base off it costs up to 1 s for each new LoRA of
+    Keeping T5 off the GPU costs 0.2 s for each new prompt; keeping a base off it costs 0.3 s for each new LoRA of
     that model; live weights in turn cost a swap at each change of precision. What is off the GPU is pinned in the same
     order: T5, which each new prompt needs, then dev's base, then schnell's; the rest stays mapped.
 

@@ -1,7 +1,7 @@
 """One permanent thread for all work on the device; a watchdog that ends the process when such work hangs.
 
 Cog calls setup, predict and healthcheck from different threads, but torch keeps cuDNN's plans for each thread: a new
-one plans again, 0.4 s for each length of text and picture, and the plans of an old one are never freed. And Cog
+one plans again, 0.05 s for each length of text and picture, and an old one's plans are never freed. And Cog
 cancels a prediction by raising in the thread that it called, between two bytecodes, where half a change might be left
 behind. So that thread only waits, and the work stops by itself between two steps. This module knows threads; it knows
 nothing of the work.
