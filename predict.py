@@ -243,10 +243,10 @@ class Predictor(BasePredictor):
     def _open(self, choices: tuple[LoraChoice, ...]) -> Iterator[LoraFile]:
         """The file of each LoRA, fetched when it is asked for, and not evicted until the next one is."""
         for choice in choices:
-            fetch = self.cache.open_local if choice.trusted else self.cache.open
+            opened = self.cache.open_local if choice.trusted else self.cache.open
             with ExitStack() as stack:
-                with self.device_thread.watchdog.paused():  # a host hangs, not the device: it has a limit of its own
-                    file = stack.enter_context(fetch(choice.reference, self.patience))
+                with self.device_thread.watchdog.paused():  # a host may hang there, not the device; it has its own limit
+                    file = stack.enter_context(opened(choice.reference, self.patience))
                 yield file
 
     def _report(self, request: Request, drawing: Drawing) -> None:
