@@ -245,7 +245,9 @@ class Predictor(BasePredictor):
         for choice in choices:
             opened = self.cache.open_local if choice.trusted else self.cache.open
             with ExitStack() as stack:
-                with self.device_thread.watchdog.paused():  # a host may hang there, not the device; it has its own limit
+                with (
+                    self.device_thread.watchdog.paused()
+                ):  # a host may hang there, not the device; it has its own limit
                     file = stack.enter_context(opened(choice.reference, self.patience))
                 yield file
 

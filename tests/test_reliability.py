@@ -222,16 +222,15 @@ def test_sigterm_lets_the_prediction_end_and_takes_no_other(own_server: CogServe
     wait_for(lambda: own_server.process.poll() is not None, 10)
 
 
-def test_a_server_that_does_not_answer_is_given_up(own_server: CogServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_stands_still_is_given_up_and_so_is_one_whose_worker_is_killed(
+    own_server: CogServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(local_cog.server, "SECONDS_FOR_HEALTH", 1)
     own_server.process.send_signal(signal.SIGSTOP)
     with pytest.raises(SystemExit, match="it has not answered for 1 seconds"):
         serve(own_server)
     own_server.process.send_signal(signal.SIGCONT)
-    assert when_idle(own_server) == ("READY", None)
-
-
-def test_a_killed_worker_makes_the_server_unhealthy_and_leaves_no_file(own_server: CogServer) -> None:
+    monkeypatch.undo()
     picture(own_server)
     folder = Path(own_server.scratch.name)
     assert list(folder.rglob("output.*"))
