@@ -26,14 +26,14 @@ class ClusterSettings:
         """Read the variables; an empty one counts as unset.
 
         Raises:
-            ValueError: a sentence: PREDICTION_SECONDS, which the workers' predictors read, lets a prediction take so
-                long that its worker would not finish it when it is to go.
+            ValueError: a sentence: PREDICTION_SECONDS, which the workers' predictors read, lets work on a device take
+                so long that its worker would be ended before, when it is to go.
         """
         longest = prediction_seconds(cuda=False, environ=environ)
         if longest is not None and longest >= DRAIN_SECONDS:
             raise ValueError(
-                f"PREDICTION_SECONDS is {longest:g}; in a cluster it must be below {DRAIN_SECONDS}, the seconds that a "
-                "worker gets to finish its prediction before it is replaced."
+                f"PREDICTION_SECONDS is {longest:g}; in a cluster it must be below {DRAIN_SECONDS}, the seconds after "
+                "which a worker that is to go is ended."
             )
         data = ROOT / "cluster-data"
         return cls(

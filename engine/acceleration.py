@@ -34,8 +34,8 @@ TOKENS = 4096 + 512
 CALLS, ROUNDS = 10, 5
 # How blocks are compiled: whole, so that a graph cannot break unnoticed, and for every size at once.
 COMPILE = {"fullgraph": True, "dynamic": True}
-# Graphs of one block class that a transformer may need: its first block is given tensors, the others views of larger
-# ones. Twice as many are allowed: one graph more costs seconds, and one above the limit would end the start.
+# Graphs that a block's code may have for each transformer. Two are needed: the first block is given tensors, the others
+# views of larger ones. Twice as many are allowed, since one above the limit would end the start.
 VARIANTS = 4
 
 
@@ -95,7 +95,7 @@ def best_attention(seconds: Mapping[str, float]) -> tuple[str, str]:
         return fastest, "the fastest"
     if seconds[CUDNN] < (1 - CUDNN_SAVES) * seconds[others[0]]:
         return CUDNN, f"which saves more than {CUDNN_SAVES:.0%} of the time of any other"
-    return others[0], f"since cuDNN, which plans anew for each length, saves no more than {CUDNN_SAVES:.0%} of its time"
+    return others[0], f"since cuDNN's kernel, which plans anew for each length, saves no more than {CUDNN_SAVES:.0%}"
 
 
 @contextmanager

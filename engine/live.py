@@ -24,8 +24,8 @@ from service.slabs import SLAB, Uploads
 # an H100's 50), so that only the base and the live tensor travel through memory; it fills that cache, because each run
 # of rows costs a synchronisation of threads on a CPU and a few kernel launches on a GPU.
 BUFFER_ELEMENTS = {"cpu": 2**21, "cuda": 2**23}
-# Bytes of LoRAs that may lie on the device while a mix is written: part of the placement's working memory, of which a
-# swap needs little else. Eight LoRAs of rank 64 fit; what does not fit comes tensor by tensor.
+# Bytes of LoRAs that may lie on the device while a mix is written; they count towards the placement's working memory,
+# and a swap needs little beside them. Eight LoRAs of rank 64 fit; what does not fit comes tensor by tensor.
 UPLOADS = 4 * SLAB
 
 

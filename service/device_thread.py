@@ -33,7 +33,11 @@ class CancelledError(BaseException):
 
 
 class _Job:
-    """A piece of work on its way to the device's thread and back."""
+    """A piece of work on its way to the device's thread and back.
+
+    The waiting thread may be interrupted between any two bytecodes, so it takes no lock that Python code would have to
+    release: a `threading.Event` has one.
+    """
 
     def __init__(self, work: Callable[[], object]) -> None:
         # Cog tells by a context variable whose log a line belongs to, and whose metrics.
@@ -41,22 +45,34 @@ class _Job:
         self._result: object = None
         self._error: BaseException | None = None
         self.cancelled = False
-        self.ended = threading.Event()
+        self.ended = False
+        self._ending = threading.Lock()  # held until the work has ended
+        self._ending.acquire()
 
     def do(self) -> None:
         """Do the work, unless it was done or cancelled before."""
-        if self.ended.is_set():
+        if self.ended:
             return
         try:
             self._result = self._context.run(self._run)
         except BaseException as error:
             self._error = None if self.cancelled else error  # it belongs to whoever waits
-        self.ended.set()
+        self.ended = True
+        self._ending.release()
 
     def _run(self) -> object:
-        _current.set(self)
-        check_cancelled()
-        return self._work()
+        before = _current.set(self)
+        try:
+            check_cancelled()
+            return self._work()
+        finally:
+            _current.reset(before)
+
+    def wait(self) -> bool:
+        """Wait for the end, but not for long; whether it has come."""
+        if not self.ended:
+            self._ending.acquire(timeout=SECONDS_BETWEEN_LOOKS)
+        return self.ended
 
     def outcome(self) -> object:
         """What the work returned; what it raised is raised, and kept no longer.
@@ -111,12 +127,10 @@ class DeviceThread:
         job = _Job(lambda: work(*arguments))
         try:
             self._jobs.put(job)
-            while not job.ended.wait(SECONDS_BETWEEN_LOOKS):
+            while not job.wait():
                 pass
         except BaseException:
-            job.cancelled = True
-            self._jobs.put(job)  # again: the interruption may have come before the first time
-            _wait_unmoved(job.ended, SECONDS_TO_STOP)
+            self._stop(job)
             raise
         return job.outcome()
 
@@ -124,11 +138,24 @@ class DeviceThread:
         """Let the thread do the work if it has nothing else to do; else nothing is done."""
         job = _Job(work)
         self._jobs.put(job)
-        while not job.ended.wait(SECONDS_BETWEEN_LOOKS):
-            if self._doing not in (None, job):
+        while not job.wait():
+            if self._doing not in (None, job) and not job.ended:
                 job.cancelled = True
                 return
         job.outcome()
+
+    def _stop(self, job: _Job) -> None:
+        """Cancel work and wait for its end, whatever is raised meanwhile: the first interruption has said all."""
+        until = time.monotonic() + SECONDS_TO_STOP
+        while True:
+            try:
+                job.cancelled = True
+                self._jobs.put(job)  # again: the interruption may have come before the first time
+                while not job.wait() and time.monotonic() < until:
+                    pass
+                return
+            except BaseException:
+                continue
 
     def _work(self) -> None:
         while True:
@@ -136,18 +163,6 @@ class DeviceThread:
             with self.watchdog:
                 self._doing.do()
             self._doing = None  # an idle thread holds nothing of what it has done
-
-
-def _wait_unmoved(event: threading.Event, seconds: float) -> None:
-    """Wait for an event whatever is raised meanwhile: the first interruption was heard, and says all."""
-    until = time.monotonic() + seconds
-    while True:
-        try:
-            while not event.wait(SECONDS_BETWEEN_LOOKS) and time.monotonic() < until:
-                pass
-        except BaseException:
-            continue
-        return
 
 
 class Watchdog:
@@ -159,7 +174,6 @@ class Watchdog:
 
     def __init__(self, seconds: float | None) -> None:
         self._seconds = seconds
-        self._left: float | None = None  # of a block that is paused
         self._until: float | None = None  # of a block that runs, by `time.monotonic`
         if seconds is not None:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()

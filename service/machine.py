@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 # A driver of NVIDIA's makes the first of these on Linux. Under WSL, Windows' driver gives the second; /dev/dxg would
 # not do: any maker's GPU has it there.
 NVIDIA_FILES = ("/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
-# The first driver for Linux that each major version of CUDA runs with.
-DRIVERS = {"11": "450", "12": "525", "13": "580"}
+# The first driver for Linux that runs CUDA 13.
+CUDA_13_DRIVER = 580
 
 
 def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
@@ -86,8 +86,7 @@ def choose_device(
         return "cuda"
     if built_for is None or not nvidia or hidden or environ.get("FLUX_DEV", "").strip():
         return "cpu"
-    needed = DRIVERS.get(built_for.partition(".")[0])
-    needs = f" (Linux needs {needed} or newer)" if needed else ""
+    needs = f" (Linux needs {CUDA_13_DRIVER} or newer)" if built_for.startswith("13.") else ""
     named = "" if visible is None else f"CUDA_VISIBLE_DEVICES, which is {visible!r}, names no GPU that is there, or "
     raise ValueError(
         f"This machine has an NVIDIA GPU that torch, built for CUDA {built_for}, cannot use. Most likely {named}the "

@@ -53,7 +53,7 @@ def run_stoppable(
             check_cancelled()
             if time.monotonic() > until:
                 raise ValueError(
-                    f"{name} could not be fetched within {seconds:g} seconds; try again later, or name another place "
+                    f"{name} could not be fetched within {seconds:.3g} seconds; try again later, or name another place "
                     "where it lies."
                 )
         return outcome.result()

@@ -64,7 +64,12 @@ class Machine:
 
 def sold_as(gpu: float, host: float | None = None, *, fp8: bool = True) -> Machine:
     """The machine that is sold with so many GB, or a little less than it; this machine's host memory unless given."""
-    return Machine(int(gpu * SOLD_GB) - CONTEXT, host_memory() if host is None else int(host * SOLD_GB), fp8)
+    return Machine(int(gpu * SOLD_GB) - CONTEXT, _host(host), fp8)
+
+
+def _host(sold: float | None) -> int:
+    """Bytes of host memory that is sold as so many GB; this machine's unless given."""
+    return host_memory() if sold is None else int(sold * SOLD_GB)
 
 
 def this_machine(host: float | None, *, fp8_wanted: bool) -> Machine | None:
@@ -76,8 +81,8 @@ def this_machine(host: float | None, *, fp8_wanted: bool) -> Machine | None:
     device = drawing_device()
     if device.type != "cuda":
         return None
-    memory = host_memory() if host is None else int(host * SOLD_GB)
-    return Machine(torch.cuda.mem_get_info(device)[0], memory, fp8_wanted and fp8.supported(device))
+    free, _ = torch.cuda.mem_get_info(device)
+    return Machine(free, _host(host), fp8_wanted and fp8.supported(device))
 
 
 def table(sizes: Sizes) -> str:

@@ -36,6 +36,7 @@ def compiled(bench: Bench) -> Values:
 def with_loras(bench: Bench) -> Values:
     """Load both, and draw eagerly; how far ours with the same two was from that, after one step."""
     bench.pristine.set_attention_backend(ATTENTION)
+    torch.backends.cuda.enable_cudnn_sdp(True)  # as torch has it; ours may have switched it off
     drawing, loading = pipeline(bench), 0.0
     for name, file in zip(ADAPTERS, bench.loras, strict=True):
         loading += bench.seconds(partial(drawing.load_lora_weights, load_file(file.path), adapter_name=name))

@@ -57,8 +57,8 @@ def test_a_port_that_is_taken_is_not_shared() -> None:
 
 def test_a_prediction_may_not_take_longer_than_its_worker_gets_to_finish_it() -> None:
     assert start_of_cluster(PREDICTION_SECONDS="900") == (
-        "PREDICTION_SECONDS is 900; in a cluster it must be below 900, the seconds that a worker gets to finish its "
-        "prediction before it is replaced.\n"
+        "PREDICTION_SECONDS is 900; in a cluster it must be below 900, the seconds after which a worker that is to go "
+        "is ended.\n"
     )
     for allowed in ("899", "0", ""):
         ClusterSettings.from_environment({"PREDICTION_SECONDS": allowed})

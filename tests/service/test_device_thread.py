@@ -15,6 +15,7 @@ from contextlib import suppress
 
 import pytest
 
+from service import device_thread
 from service.device_thread import CancelledError, DeviceThread, check_cancelled
 from settings import ROOT
 
@@ -86,6 +87,24 @@ def test_an_interruption_ends_the_work_before_it_is_raised() -> None:
     assert finished == [f"next {number}" for number in range(20)]
 
 
+def test_an_interruption_between_any_two_bytecodes_leaves_nothing_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, rng = DeviceThread(), random.Random(0)
+    monkeypatch.setattr(device_thread, "SECONDS_BETWEEN_LOOKS", 1e-5)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def work() -> None:  # that wants to run Python as much as those who wait do
+        while True:
+            check_cancelled()
+
+    try:
+        for number in range(300):
+            assert cancelled_after(device, rng.uniform(0, 0.002), work) < 10
+            assert device.run(lambda: number) == number  # noqa: B023
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_the_caller_waits_for_a_step_that_is_long() -> None:
     device, stopped = DeviceThread(), []
 
@@ -102,24 +121,28 @@ def test_the_caller_waits_for_a_step_that_is_long() -> None:
     assert len(stopped) == 1
 
 
-def test_an_error_holds_nothing_of_the_work() -> None:
+def test_nothing_of_the_work_is_held_when_it_has_ended() -> None:
     class Large:
         pass
 
-    device, held = DeviceThread(), []
+    device, held, prediction = DeviceThread(), [], contextvars.ContextVar("prediction")
 
     def work() -> None:
         large = Large()
+        prediction.set(large)  # as Cog has variables of its own in the context
         held.append(weakref.ref(large))
+
+    def fail() -> None:
+        work()
         raise ValueError("no")
 
     gc.disable()  # what only it would free is not free yet
     try:
         with suppress(ValueError):
-            device.run(work)
+            device.run(fail)
+        device.run(work)
         device.run(lambda: None)  # the thread is done with the work before
-        assert len(held) == 1
-        assert held[0]() is None
+        assert [it() for it in held] == [None, None]
     finally:
         gc.enable()
 

@@ -68,7 +68,7 @@ def test_what_draws(built_for: str | None, nvidia: bool, available: bool, enviro
     ("built_for", "environ", "says", "silent"),
     [
         ("13.0", {}, "the driver is too old (Linux needs 580 or newer)", "CUDA_VISIBLE_DEVICES, which"),
-        ("12.8", {"FLUX_DEV": " "}, "the driver is too old (Linux needs 525 or newer)", "580"),
+        ("12.8", {"FLUX_DEV": " "}, "the driver is too old, does not run", "580"),
         ("14.0", {}, "the driver is too old, does not run", "Linux needs"),
         ("13.0", {"CUDA_VISIBLE_DEVICES": "7"}, "CUDA_VISIBLE_DEVICES, which is '7', names no GPU", "\n"),
     ],
@@ -84,18 +84,20 @@ def test_a_gpu_that_cannot_be_used_is_a_sentence(
     assert silent not in sentence
 
 
-# torch's own facts are stated, and where a driver's file lies; everything else is the command.
+# torch's own facts are stated, and where a driver's file lies; everything else is the product.
 COMMAND = """
 import sys
 import torch
 from service import machine
 torch.version.cuda, torch.cuda.is_available, machine.drawing_device.__defaults__ = "13.0", bool, ([sys.argv.pop(1)],)
-from tools.plan import main
-main()
+try:
+    machine.drawing_device()
+except ValueError as error:
+    sys.exit(str(error))
 """
 
 
-def test_a_command_on_a_machine_with_an_old_driver_exits_with_the_sentence(tmp_path: Path) -> None:
+def test_a_process_on_a_machine_with_an_old_driver_gets_the_sentence(tmp_path: Path) -> None:
     (tmp_path / "nvidiactl").touch()
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, tmp_path / "nvidiactl"],
