@@ -98,7 +98,7 @@ def test_an_interruption_between_any_two_bytecodes_leaves_nothing_locked(monkeyp
             check_cancelled()
 
     try:
-        for number in range(300):
+        for number in range(500):
             assert cancelled_after(device, rng.uniform(0, 0.002), work) < 10
             assert device.run(lambda: number) == number  # noqa: B023
     finally:
