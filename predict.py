@@ -5,8 +5,10 @@ description is one string literal, and the position of a parameter is its x-orde
 """
 # ruff: noqa: B008, E501, UP045 (Cog's form: Input called in a default, a description in one literal, Optional[T])
 
+import math
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -71,8 +73,7 @@ class Predictor(BasePredictor):
         self.default_lora = weights or None
         self.leftovers = Leftovers()
         tempfile.tempdir = str(self.leftovers.inputs)
-        # Encoders release Python's lock. All their threads start now: if one failed to start during a request, that
-        # would wait for it for ever.
+        # Encoders release Python's lock. Start all threads now: one that failed to later would be waited for for ever.
         self.encoders = ThreadPoolExecutor(OUTPUTS)
         list(self.encoders.map(Barrier(OUTPUTS).wait, repeat(None, OUTPUTS)))
         if self.default_lora:
@@ -242,13 +243,12 @@ class Predictor(BasePredictor):
 
     def _open(self, choices: tuple[LoraChoice, ...]) -> Iterator[LoraFile]:
         """The file of each LoRA, fetched when it is asked for, and not evicted until the next one is."""
+        until = time.monotonic() + (self.patience or math.inf)  # for hosts; the watchdog's limit is the device's
         for choice in choices:
             opened = self.cache.open_local if choice.trusted else self.cache.open
             with ExitStack() as stack:
-                with (
-                    self.device_thread.watchdog.paused()
-                ):  # a host may hang there, not the device; it has its own limit
-                    file = stack.enter_context(opened(choice.reference, self.patience))
+                with self.device_thread.watchdog.paused():
+                    file = stack.enter_context(opened(choice.reference, until))
                 yield file
 
     def _report(self, request: Request, drawing: Drawing) -> None:

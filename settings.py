@@ -11,6 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent
 MIB, GIB = 1024**2, 1024**3
+# No number of gigabytes or seconds is larger: beyond, a number is a mistake, and clocks and files cannot express it.
+MANY = 10**6
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Settings:
             value = text(name, str(fallback_gib))
             try:
                 gib = float(value)
-                if not 0 < gib < float("inf"):
+                if not 0 < gib <= MANY:
                     raise ValueError
             except ValueError:
                 raise ValueError(f"{name} is {value!r}; it must be a number of gigabytes above 0, such as 5.") from None
@@ -136,7 +138,7 @@ def prediction_seconds(*, cuda: bool, environ: Mapping[str, str] = os.environ) -
     value = environ.get("PREDICTION_SECONDS", "").strip() or ("600" if cuda else "0")
     try:
         seconds = float(value)
-        if not 0 <= seconds < float("inf"):
+        if not 0 <= seconds <= MANY:
             raise ValueError
     except ValueError:
         raise ValueError(

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -73,36 +74,38 @@ class WeightsCache:
     def __init__(self, settings: Settings, patience: Patience = Patience()) -> None:  # noqa: B008 (frozen)
         self._settings, self._patience = settings, patience
 
-    def open(self, reference: str, seconds: float | None = None) -> AbstractContextManager[LoraFile]:
+    def open(self, reference: str, until: float = math.inf) -> AbstractContextManager[LoraFile]:
         """The file that a reference means now; it is not evicted inside.
 
         Args:
             reference: see `sources.references`.
-            seconds: how long it may take to have the file; None: as long as its host sends.
+            until: when it must be there, by `time.monotonic`.
 
         Raises:
             ValueError: a sentence that names the source, what it answered and what to do.
         """
         wanted = parse(reference, self._settings)
-        return self._opened(lambda lookup: lookup.fetch(wanted), wanted.name, seconds)
+        return self._opened(lambda lookup: lookup.fetch(wanted), wanted.name, until)
 
-    def open_local(self, reference: str, seconds: float | None = None) -> AbstractContextManager[LoraFile]:
+    def open_local(self, reference: str, until: float = math.inf) -> AbstractContextManager[LoraFile]:
         """The same for the operator's own reference, which may be a path: a file, an archive, or a folder with one."""
         path = Path(reference.removeprefix("file://")).expanduser()
         with contextlib.suppress(OSError):  # too long for a path: a data URI
             if path.exists():
-                return self._opened(lambda lookup: lookup.read(path), path.name, seconds)
+                return self._opened(lambda lookup: lookup.read(path), path.name, until)
         try:
-            return self.open(reference, seconds)
+            return self.open(reference, until)
         except ValueError as error:
+            if path.is_absolute():  # where the operator keeps it is not for clients
+                raise ValueError(f"There is no file or folder {path.name!r} at the path that was given.") from None
             raise ValueError(f"There is no file or folder {reference!r}; as a reference, {error}") from None
 
     @contextmanager
-    def _opened(self, work: "Callable[[_Lookup], Held]", name: str, seconds: float | None) -> Iterator[LoraFile]:
+    def _opened(self, work: "Callable[[_Lookup], Held]", name: str, until: float) -> Iterator[LoraFile]:
         settings = self._settings
-        file, lora = run_stoppable(
-            lambda client: work(_Lookup(settings, client)), settings, self._patience, name, seconds
-        )
+        # A host that is silent is given up before the time is: a cached file may serve.
+        patience = self._patience.within((until - time.monotonic()) / 3)
+        file, lora = run_stoppable(lambda client: work(_Lookup(settings, client)), settings, patience, name, until)
         with file:
             yield lora
 

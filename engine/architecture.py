@@ -89,15 +89,28 @@ def sizes(outlines: Mapping[str, Outline]) -> Sizes:
         outlines: of dev and schnell; dev's text encoders and VAE serve both.
 
     Raises:
-        ValueError: a sentence about a part without a config.
+        ValueError: a sentence about a part without a config, or with one that makes no sense.
     """
     configs = {name: _config(name, outline, "transformer") for name, outline in outlines.items()}
-    dev = outlines["dev"]
-    t5_config = T5Config.from_dict(_config("dev", dev, "text_encoder_2"))
+    parts = {part: _config("dev", outlines["dev"], part) for part in ("text_encoder", "text_encoder_2", "vae")}
+    try:
+        return _count(
+            configs, parts, {name: outline.weights.get("transformer", 0) for name, outline in outlines.items()}
+        )
+    except Exception as error:  # of whatever a library finds wrong, or does not find
+        raise ValueError(
+            f"The configs of dev and schnell describe no FLUX ({type(error).__name__}); fetch or copy them again."
+        ) from error
+
+
+def _count(
+    configs: Mapping[str, dict[str, object]], parts: Mapping[str, dict[str, object]], file_bytes: Mapping[str, int]
+) -> Sizes:
+    t5_config = T5Config.from_dict(parts["text_encoder_2"])
     with torch.device("meta"):
         t5 = _elements(T5EncoderModel(t5_config)).values()
-        clip = _elements(CLIPTextModel(CLIPTextConfig.from_dict(_config("dev", dev, "text_encoder")))).values()
-        vae = _elements(AutoencoderKL.from_config(_config("dev", dev, "vae"))).values()
+        clip = _elements(CLIPTextModel(CLIPTextConfig.from_dict(parts["text_encoder"]))).values()
+        vae = _elements(AutoencoderKL.from_config(parts["vae"])).values()
     bases, widths, live, linears = {}, {}, 0, 0
     for names, skeleton in skeletons(configs, torch.bfloat16).items():
         elements = _elements(skeleton)
@@ -107,11 +120,11 @@ def sizes(outlines: Mapping[str, Outline]) -> Sizes:
         for name in names:
             guided = configs[name].get("guidance_embeds", False)
             own = [count for key, count in elements.items() if guided or "guidance_embedder" not in key]
-            widths[name] = _width(sum(own), outlines[name].weights.get("transformer", 0))
+            widths[name] = _width(sum(own), file_bytes[name])
             bases[name] = [widths[name] * count for count in own]
     width = widths["dev"]  # in whose dtype all the rest is made
     return Sizes(
-        bases={name: bases[name] for name in outlines},
+        bases={name: bases[name] for name in configs},
         live=width * live,
         linears=width * linears,
         t5=[width * count for count in t5],

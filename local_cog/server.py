@@ -252,7 +252,7 @@ def serve(server: CogServer) -> int:
             if health["status"] in ("UNHEALTHY", "DEFUNCT"):
                 sys.exit(f"The predictor cannot go on: {_reason(health)}")
         except TimeoutError:
-            sys.exit(f"The server cannot go on: it has not answered for {SECONDS_FOR_HEALTH} seconds.")
+            sys.exit(f"The server cannot go on: it has not answered a health check for {SECONDS_FOR_HEALTH} seconds.")
         except OSError:  # it starts, or has just ended
             pass
         time.sleep(SECONDS_BETWEEN_CHECKS)
@@ -263,7 +263,7 @@ def _reason(health: Mapping[str, Any]) -> str:
     """Why a predictor cannot go on, in what follows a colon."""
     said = health.get("user_healthcheck_error", "")
     if not said or said.startswith("Healthcheck error: "):  # Cog has found nobody to ask
-        return "its process has ended; the log says why."
+        return "its process has ended; see its log."
     return re.sub(r"^Healthcheck failed: (\w+Error: )?", "", said)
 
 

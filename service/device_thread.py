@@ -24,6 +24,8 @@ T = TypeVar("T")
 SECONDS_BETWEEN_LOOKS = 0.05
 # How long cancelled work is waited for; it stops at its next step, and the slowest step takes less.
 SECONDS_TO_STOP = 30
+# How long a health check may take: Cog waits for five seconds.
+SECONDS_TO_ANSWER = 4
 # How much later the kernel ends a process whose watchdog cannot: it waits for Python's lock while native code holds it.
 SECONDS_FOR_WATCHDOG = 5
 
@@ -45,6 +47,7 @@ class _Job:
         self._result: object = None
         self._error: BaseException | None = None
         self.cancelled = False
+        self.hangs = False  # longer than whoever asked can wait
         self.ended = False
         self._ending = threading.Lock()  # held until the work has ended
         self._ending.acquire()
@@ -124,7 +127,7 @@ class DeviceThread:
         Returns:
             what the work returns; what it raises is raised here.
         """
-        job = _Job(lambda: work(*arguments))
+        job = _Job(lambda: self._watched(work, *arguments))
         try:
             self._jobs.put(job)
             while not job.wait():
@@ -135,13 +138,23 @@ class DeviceThread:
         return job.outcome()
 
     def run_if_idle(self, work: Callable[[], object]) -> None:
-        """Let the thread do the work if it has nothing else to do; else nothing is done."""
-        job = _Job(work)
+        """Let the thread do the work if it has nothing else to do; else nothing is done.
+
+        Raises:
+            RuntimeError: a sentence: this work, or such work before, has not ended in `SECONDS_TO_ANSWER`. What the
+                work raises is raised here too.
+        """
+        job = _Job(lambda: self._watched(work))
         self._jobs.put(job)
+        until = time.monotonic() + SECONDS_TO_ANSWER
         while not job.wait():
-            if self._doing not in (None, job) and not job.ended:
+            doing = self._doing
+            if doing not in (None, job) and not (doing.hangs or job.ended):
                 job.cancelled = True
                 return
+            if time.monotonic() > until or (doing is not None and doing.hangs):
+                job.hangs = job.cancelled = True
+                raise RuntimeError(f"The device has not answered for {SECONDS_TO_ANSWER} seconds.")
         job.outcome()
 
     def _stop(self, job: _Job) -> None:
@@ -160,9 +173,12 @@ class DeviceThread:
     def _work(self) -> None:
         while True:
             self._doing = self._jobs.get()
-            with self.watchdog:
-                self._doing.do()
+            self._doing.do()
             self._doing = None  # an idle thread holds nothing of what it has done
+
+    def _watched(self, work: Callable[..., T], *arguments: object) -> T:
+        with self.watchdog:
+            return work(*arguments)
 
 
 class Watchdog:

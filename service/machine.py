@@ -1,7 +1,9 @@
 """What machine this is: how much host memory it has, and which device draws."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -30,10 +32,9 @@ def _limits(proc: Path, cgroups: Path) -> Iterator[int]:
     """The limits of this process's cgroups and of all above them, in both versions; an unlimited one says "max"."""
     for hierarchy, file in ((cgroups, "memory.max"), (cgroups / "memory", "memory.limit_in_bytes")):
         for folder in _cgroup(proc, hierarchy, version_2=file == "memory.max"):
-            try:
-                yield int((folder / file).read_text())
-            except (OSError, ValueError):
-                continue
+            with suppress(OSError, ValueError):
+                if (limit := int((folder / file).read_text())) > 0:
+                    yield limit
 
 
 def _cgroup(proc: Path, hierarchy: Path, *, version_2: bool) -> list[Path]:
@@ -42,11 +43,10 @@ def _cgroup(proc: Path, hierarchy: Path, *, version_2: bool) -> list[Path]:
     A container may see its own cgroup as the root while /proc names it as the host does: then only the root is there.
     """
     try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
+        text = (proc / "self" / "cgroup").read_text(errors="surrogateescape")
     except OSError:
-        lines = []
-    for line in lines:  # number:controllers:path
-        number, controllers, path = line.split(":", 2)
+        text = ""
+    for number, controllers, path in re.findall(r"^(\d+):([^:\n]*):(.*)$", text, re.MULTILINE):
         if (number == "0") if version_2 else ("memory" in controllers.split(",")):
             own = PurePosixPath(path.lstrip("/"))
             # "/.." leads out of what this process may see.
@@ -75,13 +75,13 @@ def choose_device(
         built_for: the version of CUDA that torch was built for, such as "13.0"; None for a build without CUDA.
         nvidia: whether the system shows an NVIDIA GPU.
         available: whether torch can use it.
-        environ: CUDA_VISIBLE_DEVICES, empty or -1, asks for the CPU; with FLUX_DEV any device will do.
+        environ: CUDA_VISIBLE_DEVICES, empty or beginning with -1, asks for the CPU; with FLUX_DEV any device will do.
 
     Raises:
         ValueError: a sentence: there is a GPU that cannot be used, and nobody asked for the CPU.
     """
     visible = environ.get("CUDA_VISIBLE_DEVICES")
-    hidden = visible is not None and visible.strip() in ("", "-1")
+    hidden = visible is not None and visible.partition(",")[0].strip() in ("", "-1")
     if available:
         return "cuda"
     if built_for is None or not nvidia or hidden or environ.get("FLUX_DEV", "").strip():

@@ -10,7 +10,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TextIO
@@ -105,8 +105,9 @@ def outline(
 
 
 def _find(model: str, settings: Settings, parts: tuple[str, ...] | None) -> Path | _Wanted:
-    if Path(model).expanduser().is_dir():
-        return Path(model).expanduser()
+    with suppress(OSError, RuntimeError):  # too long for a path; ~ of a user that there is not
+        if (folder := Path(model).expanduser()).is_dir():
+            return folder
     found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", model)
     if found is None or model.startswith("."):
         raise ValueError(f"{model!r} is no folder; it must be one, or a Hugging Face repo as owner/repo.")
@@ -166,9 +167,9 @@ def _outlined(sizes: Mapping[str, int], read: Callable[[str], bytes]) -> Outline
             weights[part] += size
         elif name == "config.json":
             try:
-                configs[part] = json.loads(read(path))
-            except ValueError:
-                raise ValueError(f"A model's {path} is no JSON; fetch or copy it again.") from None
+                configs[part] = dict(json.loads(read(path)).items())
+            except (ValueError, AttributeError, RecursionError):
+                raise ValueError(f"A model's {path} is no JSON object; fetch or copy it again.") from None
     return Outline(configs, weights)
 
 

@@ -15,7 +15,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
@@ -50,6 +50,11 @@ class Patience:
     # Before the second, third ... attempt; a host's Retry-After up to the longest counts instead.
     pauses: tuple[float, ...] = (0.5, 1, 2, 4)
     longest_pause: float = 30
+
+    def within(self, seconds: float) -> "Patience":
+        """No more of it than so many seconds, for one silence."""
+        seconds = max(seconds, 0.1)  # to a socket, 0 means something else
+        return replace(self, connect=min(self.connect, seconds), stall=min(self.stall, seconds))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def run_stoppable(
-    work: Callable[[Client], T], settings: Settings, patience: Patience, name: str, seconds: float | None = None
+    work: Callable[[Client], T], settings: Settings, patience: Patience, name: str, until: float = math.inf
 ) -> T:
     """Do work with a client of its own; an interruption of the caller stops the client, and with it the work.
 
@@ -29,12 +29,12 @@ def run_stoppable(
         settings: of the predictor.
         patience: how long a host may keep it waiting.
         name: of what is fetched.
-        seconds: how long all of it may take; None: any time.
+        until: when all of it must be done, by `time.monotonic`.
 
     Raises:
         ValueError: a sentence: the disk fails, or the time is up. What the work raises is raised here too.
     """
-    until = math.inf if seconds is None else time.monotonic() + seconds
+    seconds = until - time.monotonic()
     client = Client(allow_private=settings.allow_private_hosts, patience=patience)
     # Cog tells whose log a line belongs to by a context variable.
     context, outcome = contextvars.copy_context(), Future()
@@ -53,8 +53,8 @@ def run_stoppable(
             check_cancelled()
             if time.monotonic() > until:
                 raise ValueError(
-                    f"{name} could not be fetched within {seconds:.3g} seconds; try again later, or name another place "
-                    "where it lies."
+                    f"{name} could not be fetched within {max(1, seconds):.0f} seconds; try again later, or name "
+                    "another place where it lies."
                 )
         return outcome.result()
     except OSError as error:  # of the disk: hosts' were told already

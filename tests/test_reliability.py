@@ -227,7 +227,7 @@ def test_a_server_that_stands_still_is_given_up_and_so_is_one_whose_worker_is_ki
 ) -> None:
     monkeypatch.setattr(local_cog.server, "SECONDS_FOR_HEALTH", 1)
     own_server.process.send_signal(signal.SIGSTOP)
-    with pytest.raises(SystemExit, match="it has not answered for 1 seconds"):
+    with pytest.raises(SystemExit, match="it has not answered a health check for 1 seconds"):
         serve(own_server)
     own_server.process.send_signal(signal.SIGCONT)
     monkeypatch.undo()
@@ -269,7 +269,7 @@ def test_a_download_that_takes_too_long_fails_alone_and_a_hanging_device_ends_th
     )
     picture(hasty_server)
     assert failure(hasty_server.predict(TINY | {"prompt": "hang"}))
-    with pytest.raises(SystemExit, match="The predictor cannot go on: its process has ended; the log says why"):
+    with pytest.raises(SystemExit, match="The predictor cannot go on: its process has ended; see its log"):
         serve(hasty_server)
     sentence = "Work on the device took longer than 4 seconds (PREDICTION_SECONDS); this process ends."
     assert sentence in hasty_server.log.read_text()

@@ -39,7 +39,7 @@ def test_a_prediction_has_a_limit_with_cuda_or_where_it_is_given(
     assert Settings.from_environment(cuda=cuda, environ=environ).prediction_seconds == seconds
 
 
-@pytest.mark.parametrize("value", ["-1", "long", "nan", "inf"])
+@pytest.mark.parametrize("value", ["-1", "long", "nan", "inf", "1e10"])
 def test_a_limit_that_is_no_number_of_seconds_is_refused(value: str) -> None:
     with pytest.raises(ValueError, match=f"PREDICTION_SECONDS is '{value}'; it must be a number of seconds"):
         Settings.from_environment(cuda=False, environ={"PREDICTION_SECONDS": value})

@@ -153,7 +153,7 @@ def test_the_operators_reference(environment: Settings, host: Host) -> None:
     host.routes["/a"] = File(LORA)
     with WeightsCache(environment).open_local(host.url("/a")) as weights:
         assert weights.path.read_bytes() == LORA
-    with pytest.raises(ValueError, match="There is no file or folder '/nowhere/at/all'"):
+    with pytest.raises(ValueError, match="There is no file or folder 'all' at the path that was given"):
         WeightsCache(environment).open_local("/nowhere/at/all").__enter__()
 
 

@@ -21,7 +21,7 @@ from engine.architecture import official, sizes
 from engine.placement import GB, Place, Placement, Precisions, Sizes, plan
 from service.machine import drawing_device, host_memory
 from service.outline import Outline
-from settings import OFFICIAL, ROOT, Settings
+from settings import MANY, OFFICIAL, ROOT, Settings
 from weights import outlines
 
 # Bytes for each GB of a card's or a machine's name: that is a GiB, of which up to a sixteenth is gone before any
@@ -113,7 +113,7 @@ def gigabytes(text: str) -> float:
         number = float(text)
     except ValueError:
         number = 0
-    if not 0 < number < float("inf"):
+    if not 0 < number <= MANY:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number of gigabytes above 0, such as 24")
     return number
 

@@ -59,3 +59,19 @@ def test_a_model_without_a_config_is_told_so() -> None:
     empty = Outline({}, {})
     with pytest.raises(ValueError, match=r"shall be dev has no transformer/config.json"):
         sizes({"dev": empty, "schnell": empty})
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("transformer", {"num_layers": "many"}),
+        ("text_encoder", {"hidden_act": "nope"}),
+        ("text_encoder_2", {"num_layers": 0}),
+        ("vae", {"down_block_types": ["Nope"]}),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_a_sentence(part: str, change: dict[str, object]) -> None:
+    both = official()
+    configs = {**both["dev"].configs, part: both["dev"].configs[part] | change}
+    with pytest.raises(ValueError, match=r"of dev and schnell describe no FLUX \(\w+\); fetch or copy them"):
+        sizes(both | {"dev": replace(both["dev"], configs=configs)})

@@ -162,6 +162,26 @@ def test_what_is_done_if_idle_never_waits_for_other_work() -> None:
     assert done == ["first", "third"]
 
 
+def test_a_health_check_that_hangs_is_told_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_thread, "SECONDS_TO_ANSWER", 0.2)
+    device, release = DeviceThread(), threading.Event()
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match=r"The device has not answered for 0\.2 seconds\."):
+            device.run_if_idle(release.wait)
+    release.set()
+    assert device.run(lambda: "drawn") == "drawn"
+    device.run_if_idle(lambda: None)
+
+
+def test_an_error_of_the_watchdog_is_the_works_and_the_thread_goes_on() -> None:
+    device = DeviceThread()
+    device.watch(1e300)  # no clock can be set to this
+    with pytest.raises(OverflowError):
+        device.run(lambda: None)
+    device.watch(None)
+    assert device.run(lambda: "drawn") == "drawn"
+
+
 # Beside what takes too long there is what may: set-up, a download, several pieces of work, a pause.
 PROGRAM = """
 import ctypes, sys, time

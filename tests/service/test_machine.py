@@ -30,6 +30,8 @@ MIB = 2**20
         ("3:cpu,memory:/a", {"memory/a/memory.limit_in_bytes": 2**63 - 4096}, MACHINE),  # its "no limit"
         ("3:memory:/a\n0::/b", {"memory/a/memory.limit_in_bytes": 32 * MIB, "b/cgroup.procs": 1}, 32 * MIB),  # both
         ("3:memory:/a:b", {"memory/a:b/memory.limit_in_bytes": 32 * MIB}, 32 * MIB),
+        ("nonsense\n\n0::/a", {"a/memory.max": 32 * MIB}, 32 * MIB),
+        ("0::/a", {"a/memory.max": 0}, MACHINE),
     ],
 )
 def test_host_memory_is_the_machines_or_a_smaller_limit_of_its_cgroups(
@@ -57,6 +59,7 @@ def test_this_machine_has_memory() -> None:
         (None, True, False, {}, "cpu"),  # torch without CUDA
         ("13.0", True, False, {"CUDA_VISIBLE_DEVICES": ""}, "cpu"),
         ("13.0", True, False, {"CUDA_VISIBLE_DEVICES": "-1"}, "cpu"),
+        ("13.0", True, False, {"CUDA_VISIBLE_DEVICES": "-1,0"}, "cpu"),
         ("13.0", True, False, {"FLUX_DEV": "mini/dev"}, "cpu"),
     ],
 )

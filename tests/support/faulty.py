@@ -29,6 +29,7 @@ class _Starving(Stopwatch):
             if phase != self.starved:
                 yield
                 return
+            holes = [bytearray(3000) for _ in range(20_000)]  # fill what lies free in the heap
             with open("/proc/self/statm") as file:
                 size = int(file.read().split()[0]) * resource.getpagesize()
             limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -37,6 +38,7 @@ class _Starving(Stopwatch):
                 yield
             finally:
                 resource.setrlimit(resource.RLIMIT_AS, limits)
+                holes.clear()
 
 
 def _draw_with_faults(self, request, stopwatch):
