@@ -91,7 +91,9 @@ class Settings:
                 if not 0 < gib <= MANY:
                     raise ValueError
             except ValueError:
-                raise ValueError(f"{name} is {value!r}; it must be a number of gigabytes above 0, such as 5.") from None
+                raise ValueError(
+                    f"{name} is {value!r}; it must be a number of gigabytes above 0 and up to {MANY}, such as 5."
+                ) from None
             return int(gib * GIB)
 
         def switch(name: str) -> bool | None:
@@ -142,6 +144,6 @@ def prediction_seconds(*, cuda: bool, environ: Mapping[str, str] = os.environ) -
             raise ValueError
     except ValueError:
         raise ValueError(
-            f"PREDICTION_SECONDS is {value!r}; it must be a number of seconds, such as 600, or 0 for no limit."
+            f"PREDICTION_SECONDS is {value!r}; it must be a number of seconds up to {MANY}, such as 600; 0 is no limit."
         ) from None
     return seconds or None
