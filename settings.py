@@ -4,6 +4,7 @@ COG_WEIGHTS, the main LoRA of requests that name none, is not here: Cog hands it
 This module knows names and defaults; it opens no file and imports no torch.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -86,14 +87,11 @@ class Settings:
 
         def size(name: str, fallback_gib: float) -> int:
             value = text(name, str(fallback_gib))
-            try:
-                gib = float(value)
-                if not 0 < gib <= MANY:
-                    raise ValueError
-            except ValueError:
+            gib = number(value)
+            if not gib > 0:
                 raise ValueError(
                     f"{name} is {value!r}; it must be a number of gigabytes above 0 and up to {MANY}, such as 5."
-                ) from None
+                )
             return int(gib * GIB)
 
         def switch(name: str) -> bool | None:
@@ -138,12 +136,18 @@ def prediction_seconds(*, cuda: bool, environ: Mapping[str, str] = os.environ) -
         ValueError: a sentence, where it is no number of seconds.
     """
     value = environ.get("PREDICTION_SECONDS", "").strip() or ("600" if cuda else "0")
-    try:
-        seconds = float(value)
-        if not 0 <= seconds <= MANY:
-            raise ValueError
-    except ValueError:
+    seconds = number(value)
+    if math.isnan(seconds):
         raise ValueError(
             f"PREDICTION_SECONDS is {value!r}; it must be a number of seconds up to {MANY}, such as 600; 0 is no limit."
-        ) from None
+        )
     return seconds or None
+
+
+def number(text: str) -> float:
+    """The number from 0 to MANY that a text says; nan, which is not above 0 either, where it says none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if 0 <= value <= MANY else math.nan

@@ -21,7 +21,7 @@ from engine.architecture import official, sizes
 from engine.placement import GB, Place, Placement, Precisions, Sizes, plan
 from service.machine import drawing_device, host_memory
 from service.outline import Outline
-from settings import MANY, OFFICIAL, ROOT, Settings
+from settings import OFFICIAL, ROOT, Settings, number
 from weights import outlines
 
 # Bytes for each GB of a card's or a machine's name: that is a GiB, of which up to a sixteenth is gone before any
@@ -109,13 +109,10 @@ def named_outlines(settings: Settings) -> dict[str, Outline]:
 
 def gigabytes(text: str) -> float:
     """A number of an option."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0
-    if not 0 < number <= MANY:
+    value = number(text)
+    if not value > 0:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number of gigabytes above 0, such as 24")
-    return number
+    return value
 
 
 def _planned(options: argparse.Namespace) -> str:
