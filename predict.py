@@ -55,7 +55,7 @@ class Predictor(BasePredictor):
         """
         self.device_thread = DeviceThread()
         self.device_thread.run(self._load, weights)
-        self.device_thread.watch(self.patience)
+        self.device_thread.watch(self.prediction_seconds)
 
     def _load(self, weights: Optional[str]) -> None:
         device = drawing_device()
@@ -69,7 +69,7 @@ class Predictor(BasePredictor):
         print(f"Models fetched in {stopwatch.seconds['fetch']:.1f} s.")
         self.flux = Flux.load(replace(settings, models=models), device, placement)
         self.safety = SafetyChecker.load(Path(models.safety_checker), Path(models.nsfw_classifier), device)
-        self.cache, self.patience = WeightsCache(settings), settings.prediction_seconds
+        self.cache, self.prediction_seconds = WeightsCache(settings), settings.prediction_seconds
         self.default_lora = weights or None
         self.leftovers = Leftovers()
         tempfile.tempdir = str(self.leftovers.inputs)
@@ -243,7 +243,7 @@ class Predictor(BasePredictor):
 
     def _open(self, choices: tuple[LoraChoice, ...]) -> Iterator[LoraFile]:
         """The file of each LoRA, fetched when it is asked for, and not evicted until the next one is."""
-        until = time.monotonic() + (self.patience or math.inf)  # for hosts; the watchdog's limit is the device's
+        until = time.monotonic() + (self.prediction_seconds or math.inf)  # for hosts; the watchdog watches the device
         for choice in choices:
             opened = self.cache.open_local if choice.trusted else self.cache.open
             with ExitStack() as stack:
