@@ -1,0 +1,135 @@
+"""JSON from strangers, read strictly: it is bounded in what it makes of its bytes, and means the same to every reader.
+
+Python's own reader takes more than JSON has (NaN, halves of characters, numbers without end), and what it has taken can
+then be neither stored nor sent. This module knows JSON; it does not know what a text is for.
+"""
+
+import json
+import math
+from typing import Any
+
+# Many times what anybody sends: a body of a prediction has some thirty values, a LoRA file of every layer 10,000.
+MAX_VALUES = 100_000
+# Each takes as long to read as a hundred letters, with Python's lock held. Base64 as PHP writes it has one in 64.
+MAX_ESCAPES = 4_000_000
+MAX_DEPTH = 32
+MAX_NUMBER_CHARACTERS = 100
+
+
+def read(content: bytes, max_values: int = MAX_VALUES, *, zeros: bool = False) -> Any:  # noqa: ANN401 (JSON)
+    """The value of one JSON text, in UTF-8.
+
+    Whole numbers that have no room in 64 bits with a sign become floats: databases and validators know none larger.
+
+    Args:
+        content: the text; reading it takes time in proportion to its length, and holds Python's lock.
+        max_values: how many values it may have. Commas and opening brackets are counted before anything is made of
+            them, also where they stand in strings.
+        zeros: whether the character U+0000 may stand in strings.
+
+    Raises:
+        ValueError: a sentence that begins with "it".
+    """
+    if 1 + sum(map(content.count, (b",", b"[", b"{"))) > max_values:
+        raise ValueError(f"it has more than {max_values} values, commas and brackets in strings counted.")
+    if content.count(b"\\") > MAX_ESCAPES:
+        raise ValueError(f"it has more than {MAX_ESCAPES} backslashes; characters need no escapes in UTF-8.")
+    try:
+        value = json.loads(
+            content.decode(),
+            parse_int=_whole,
+            parse_float=_real,
+            parse_constant=_no_constant,
+            object_pairs_hook=_unique,
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 (byte {error.start}).") from None
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is no JSON: {error}.") from None
+    _check(value, zeros)
+    return value
+
+
+_TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep."
+
+
+def _whole(text: str) -> int | float:
+    number = int(_short(text))
+    return number if -(2**63) <= number < 2**63 else float(number)
+
+
+def _real(text: str) -> float:
+    number = float(_short(text))
+    if math.isinf(number):
+        raise ValueError(f"it has the number {text}; numbers must be below 1.8e308.")
+    return number
+
+
+def _short(text: str) -> str:
+    if len(text) > MAX_NUMBER_CHARACTERS:
+        raise ValueError(f"it has a number of {len(text)} characters; it must have at most {MAX_NUMBER_CHARACTERS}.")
+    return text
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"it has {name}, which is no number in JSON.")
+
+
+def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    named = dict(members)
+    if len(named) < len(members):
+        seen: set[str] = set()
+        twice = next(name for name, _ in members if name in seen or seen.add(name))
+        raise ValueError(f"it has the name {_short_name(twice)} twice in one object.")
+    return named
+
+
+def _short_name(name: str) -> str:
+    return ascii(name[:80])
+
+
+def _check(value: Any, zeros: bool) -> None:  # noqa: ANN401 (JSON)
+    """Refuse what is nested too deep, and strings that not every database and encoding can hold."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner = []
+        for item in level:
+            match item:
+                case str():
+                    _check_text(item, zeros)
+                case dict():
+                    inner += [*item, *item.values()]
+                case list():
+                    inner += item
+        if not inner:
+            return
+        level = inner
+    raise ValueError(_TOO_DEEP)
+
+
+def _check_text(text: str, zeros: bool) -> None:
+    if "\0" in text and not zeros:
+        raise ValueError("it has the character U+0000 in a string, which databases cannot keep.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise ValueError(f"it has half of a surrogate pair, {half}, in a string, which is no character.") from None
+
+
+def storable(value: Any) -> Any:  # noqa: ANN401 (JSON)
+    """A value of the predictor's, in which U+FFFD stands for what `read` would refuse in strings, null for NaN."""
+    match value:
+        case str():
+            if value.isascii() and "\0" not in value:  # a picture, most often, as a data URI
+                return value
+            return value.replace("\0", "\ufffd").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        case dict():
+            return {storable(name): storable(item) for name, item in value.items()}
+        case list():
+            return [storable(item) for item in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value
