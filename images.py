@@ -6,6 +6,7 @@ arrays are [H, W] or [H, W, C]. Every error is a `ValueError` whose sentence is 
 
 import io
 import json
+import mmap
 import re
 import warnings
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from service.device_thread import check_cancelled
 from service.faults import out_of_memory
 
 Format = Literal["webp", "jpg", "png"]
@@ -48,6 +50,14 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Readers warn of what is odd in a stranger's file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+# Each scan of a progressive JPEG goes over all its pixels, however few bytes it has; encoders make some ten of them.
+MAX_SCANS = 50
+# The same in all: a progressive JPEG of the largest size has ten scans or so.
+MAX_SCANNED_PIXELS = 15 * MAX_PIXELS
+# What begins a segment of a JPEG, or ends the file: no byte of pixels, no marker without a segment, no filling.
+MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
+SCAN, END = b"\xda", b"\xd9"
 
 # A JPEG segment holds 65,533 bytes; this leaves room for the EXIF headers around one text.
 JPEG_TEXT_BYTES = 65_000
@@ -165,11 +175,36 @@ def _nearest(side: float) -> int:
     return max(GRID, int(side / GRID + 0.5) * GRID)
 
 
+class _Watched(io.BufferedReader):
+    """A file that is read no longer than somebody waits for it: Pillow's readers ask for a little at a time."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        check_cancelled()
+        return super().read(size)
+
+
+class _ScansError(Exception): ...
+
+
+def _check_scans(file: io.BufferedReader, pixels: int) -> None:
+    """Refuse a JPEG of too many scans, which would take minutes of a call that nothing can interrupt."""
+    scans, position = 0, 2
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        while (found := MARKER.search(content, position)) and found[1] != END:
+            check_cancelled()
+            scans += found[1] == SCAN
+            if scans > MAX_SCANS or scans * pixels > MAX_SCANNED_PIXELS:
+                raise _ScansError
+            position = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
+
+
 def _read(path: Path, name: str, background: str) -> Image.Image:
     """The first frame of a file, upright, as RGB on a background; `name` is the input that the errors speak of."""
     try:
         # An open file, for Pillow maps one that it opens by name into memory and then garbles TIFFs that lie on a side.
-        with path.open("rb") as file, Image.open(file, formats=READ_FORMATS) as picture:
+        with _Watched(io.FileIO(path)) as file, Image.open(file, formats=READ_FORMATS) as picture:
+            if picture.format in ("JPEG", "MPO"):
+                _check_scans(file, picture.width * picture.height)
             picture.load()
             with suppress(Exception):  # broken EXIF is no reason to refuse good pixels: they stay as they lie
                 ImageOps.exif_transpose(picture, in_place=True)
@@ -178,6 +213,10 @@ def _read(path: Path, name: str, background: str) -> Image.Image:
         pixels = int(re.search(r"\d+", str(error)).group())
         raise ValueError(
             f"{name} is too large: it has {pixels / 1e6:,.1f} megapixels, of at most {MAX_PIXELS / 1e6:g}."
+        ) from None
+    except _ScansError:
+        raise ValueError(
+            f"{name} is a JPEG of too many scans: more than {MAX_SCANS}, or than its size allows."
         ) from None
     except UnidentifiedImageError:
         accepted = f"{', '.join(READ_FORMATS[:-1])} or {READ_FORMATS[-1]}"

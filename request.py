@@ -6,6 +6,8 @@ from pathlib import Path
 
 # torch takes larger seeds, but clients and databases keep them as signed 64-bit integers.
 LARGEST_SEED = 2**63 - 1
+# Twenty times what the text encoders read of a prompt, and as much as they are given within a second.
+LONGEST_PROMPT = 50_000
 # What a seed that nobody chose is drawn below: short enough to be copied by hand.
 DRAWN_SEEDS = 2**32
 
@@ -67,6 +69,8 @@ class Request:
 
     def __post_init__(self) -> None:
         """Give the numbers their types, draw a missing seed, refuse what contradicts itself."""
+        if len(self.prompt) > LONGEST_PROMPT:
+            raise ValueError(f"The prompt has {len(self.prompt)} characters; it must have at most {LONGEST_PROMPT}.")
         for name in ("height", "width", "num_outputs", "num_inference_steps", "seed", "output_quality"):
             self._set(name, _integer(name, getattr(self, name)))
         for name in ("prompt_strength", "guidance_scale"):

@@ -7,11 +7,17 @@ knows names and shapes; it reads no tensor.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from service.device_thread import check_cancelled
+
+# The largest LoRA files have some 10,000 tensors, and names of 120 characters with a dozen dots.
+MAX_TENSORS = 50_000
+MAX_NAME = 256
+MAX_DOTS = 32
 # Ours by theirs. The parts of a fused layer stand in the order of its rows.
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
@@ -97,6 +103,7 @@ PREFIXES = {
     "te1": "kohya",
     "te": "kohya",
 }
+PREFIX = re.compile(f"({'|'.join(PREFIXES)})_")
 # Words within names that say nothing about the layer.
 NOISE = re.compile(r"(?:^|(?<=\.))(?:processor|_orig_mod)\.")
 
@@ -246,11 +253,11 @@ def _find(table: Mapping[str, Layer], name: str) -> tuple[Layer, str] | None:
     key = NOISE.sub("", name).replace(".", "_").rstrip("_")  # some trainers leave a _ at the end of names
     formats = []
     while key not in table:
-        prefix = next((prefix for prefix in PREFIXES if key.startswith(f"{prefix}_")), None)
+        prefix = PREFIX.match(key)
         if prefix is None:
             return None
-        formats.append(PREFIXES[prefix])
-        key = key[len(prefix) + 1 :]
+        formats.append(PREFIXES[prefix[1]])
+        key = key[prefix.end() :]
     if re.match(r"(double|single)_blocks_\d+_(qkv|proj)(_lora\d)?$", key):
         return table[key], "XLabs"
     if formats:
@@ -259,7 +266,7 @@ def _find(table: Mapping[str, Layer], name: str) -> tuple[Layer, str] | None:
     return table[key], "BFL" if own else "diffusers"
 
 
-def assign(names: Iterable[str], table: Mapping[str, Layer]) -> tuple[dict[Layer, Content], Counter[str]]:
+def assign(names: Collection[str], table: Mapping[str, Layer]) -> tuple[dict[Layer, Content], Counter[str]]:
     """Give each tensor its layer and its role.
 
     Returns:
@@ -268,9 +275,13 @@ def assign(names: Iterable[str], table: Mapping[str, Layer]) -> tuple[dict[Layer
     Raises:
         ValueError: a sentence about a name that stands for something else than a change to FLUX.1 or its CLIP.
     """
+    if len(names) > MAX_TENSORS:
+        raise ValueError(f"The file has {len(names)} tensors; a LoRA has at most {MAX_TENSORS}.")
     found: dict[Layer, Content] = {}
     unknown = []
     for name in names:
+        check_cancelled()
+        _check_length(name)
         match = TENSOR.fullmatch(name)
         layer_and_format = match and _find(table, match["stem"])
         if not layer_and_format:
@@ -286,7 +297,15 @@ def assign(names: Iterable[str], table: Mapping[str, Layer]) -> tuple[dict[Layer
     return found, Counter(_reason_to_ignore(name, table) for name in unknown)
 
 
+def _check_length(name: str) -> None:
+    if len(name) > MAX_NAME:
+        raise ValueError(f"{short(name)} has {len(name)} characters; the name of a tensor has at most {MAX_NAME}.")
+    if name.count(".") > MAX_DOTS:
+        raise ValueError(f"{short(name)} has {name.count('.')} dots; the name of a tensor has at most {MAX_DOTS}.")
+
+
 def _reason_to_ignore(name: str, table: Mapping[str, Layer]) -> str:
+    check_cancelled()
     key = name.replace(".", "_")
     for pattern, reason in IGNORED:
         if re.search(pattern, key):

@@ -5,7 +5,6 @@ one sentence. Where nothing has to be converted, the deltas' tensors are views o
 them. This module knows shapes, number types and strengths, the header's too; it knows no spelling of a layer.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,10 +14,17 @@ from torch import Tensor
 
 from lora.deltas import Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, Replacement
 from lora.names import Content, Layer, Part, short
+from service import strict_json
+from service.device_thread import check_cancelled
 
 # How numbers may be stored. Float4 is packed in pairs that torch cannot take apart.
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 FLOATS |= {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu}
+# The rows of FLUX.1's largest layer. No dimension of a tensor is larger: with such a rank, factors would have more
+# numbers than the difference that they stand for.
+MAX_DIMENSION = 21_504
+# Looked through at a time, between two looks at whether somebody still waits.
+PIECE = 2**22
 INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
@@ -28,8 +34,9 @@ class Adapter:
 
     alpha: float | None = None
     rank: float | None = None
-    alphas: Mapping[str, float] = field(default_factory=dict)  # by layer name, or the end of one
-    ranks: Mapping[str, float] = field(default_factory=dict)
+    # By layer name, or the end of one, each with its place among the others.
+    alphas: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    ranks: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     rank_stabilized: bool = False
 
     def strength(self, stem: str, rank: int | None, alpha: float | None) -> float:
@@ -56,13 +63,13 @@ def read_adapters(metadata: Mapping[str, str]) -> dict[str, Adapter]:
     """
     try:
         configs: dict[str, dict[str, object]] = {"transformer": {}, "text_encoder": {}}
-        for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
+        for key, value in strict_json.read(metadata.get("lora_adapter_metadata", "{}").encode()).items():
             if key.startswith("text_encoder."):
                 configs["text_encoder"][key.removeprefix("text_encoder.")] = value
             elif not key.startswith("text_encoder"):
                 configs["transformer"][key.removeprefix("transformer.")] = value
         return {model: _adapter(config) for model, config in configs.items()}
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, TypeError, AttributeError, OverflowError):
         raise ValueError("The LoRA's header has a lora_adapter_metadata that makes no sense.") from None
 
 
@@ -71,10 +78,17 @@ def _adapter(config: Mapping[str, object]) -> Adapter:
     return Adapter(
         None if alpha is None else _number(alpha),
         None if rank is None else _number(rank, above=0),
-        {name: _number(value) for name, value in (config.get("alpha_pattern") or {}).items()},
-        {name: _number(value, above=0) for name, value in (config.get("rank_pattern") or {}).items()},
+        _pattern(config.get("alpha_pattern"), -math.inf),
+        _pattern(config.get("rank_pattern"), 0),
         bool(config.get("use_rslora")),
     )
+
+
+def _pattern(values: Mapping[str, object] | None, above: float) -> dict[str, tuple[int, float]]:
+    pattern: dict[str, tuple[int, float]] = {}
+    for place, (name, value) in enumerate((values or {}).items()):
+        pattern.setdefault(name.removeprefix("^"), (place, _number(value, above)))
+    return pattern
 
 
 def _number(value: object, above: float = -math.inf) -> float:
@@ -83,12 +97,12 @@ def _number(value: object, above: float = -math.inf) -> float:
     return float(value)
 
 
-def _by_ending(values: Mapping[str, float], stem: str, otherwise: float | None) -> float | None:
+def _by_ending(values: Mapping[str, tuple[int, float]], stem: str, otherwise: float | None) -> float | None:
     """PEFT's rule, for names: the first key that the layer's name ends with."""
-    for key, value in values.items():
-        if f".{stem}".endswith(f".{key.removeprefix('^')}"):
-            return value
-    return otherwise
+    parts = stem.split(".")
+    endings = (".".join(parts[first:]) for first in range(len(parts)))
+    found = [values[ending] for ending in endings if ending in values]
+    return min(found)[1] if found else otherwise
 
 
 class LayerReader:
@@ -195,7 +209,8 @@ class LayerReader:
             for name, delta in parts:
                 yield name, Decomposed(delta.start, delta.height, delta, magnitude, tuple(parts))
         else:
-            self._check_fit(magnitude.numel() == len(magnitude), (len(magnitude), columns), "magnitude")
+            size = magnitude.numel()
+            self._check_fit(size == magnitude.shape[:1].numel(), (size, columns), "magnitude")
             magnitude = magnitude.reshape(out, 1)
             for part, (name, delta) in zip(self._layer.parts, parts, strict=True):
                 yield name, Decomposed(delta.start, delta.height, delta, _rows(magnitude, part))
@@ -224,11 +239,14 @@ class LayerReader:
         return (a.T, self._tucker(core, b)) if core in self._content.tensors else (a, b)
 
     def _tucker(self, core: str, down: Tensor) -> Tensor:
-        """Multiply a core [rank, rank] into the factor behind it."""
+        """Multiply a core [rank, rank] into the factor behind it.
+
+        It must be a square: with more rows it would make a small file into any amount of memory.
+        """
         if core not in self._content.tensors:
             return down
         matrix = self._matrix(core)
-        self._check_fit(matrix.shape[1] == down.shape[0], self._layer.shape, core)
+        self._check_fit(matrix.shape == (down.shape[0], down.shape[0]), self._layer.shape, core)
         return matrix.float() @ down.float()
 
     def _strength(self, rank: int) -> float:
@@ -256,6 +274,11 @@ class LayerReader:
         self._used.add(role)
         name = self._content.tensors[role]
         tensor = self._get(name)
+        if max(tensor.shape, default=0) > MAX_DIMENSION:
+            raise ValueError(
+                f"{short(name)} is {_size(tensor.shape)}; a LoRA for FLUX.1 has no tensor that is longer or wider than "
+                f"{MAX_DIMENSION}."
+            )
         if tensor.dtype not in FLOATS and not (role == "alpha" and tensor.dtype in INTEGERS):
             raise ValueError(
                 f"{short(name)} is stored as {str(tensor.dtype).removeprefix('torch.')}; it must be a float type."
@@ -264,7 +287,7 @@ class LayerReader:
             tensor = tensor.to(torch.bfloat16)  # exact: bfloat16 has more bits of each kind
         elif tensor.dtype == torch.float64:
             tensor = tensor.float()
-        if not tensor.isfinite().all():
+        if not all(_is_finite(piece) for piece in tensor.flatten().split(PIECE)):
             raise ValueError(f"{short(name)} has values that are not finite numbers; the file is damaged.")
         return tensor
 
@@ -289,6 +312,11 @@ class LayerReader:
             )
         given = " and ".join(f"{self._name(role)} is {_size(shape)}" for role, shape in shapes.items())
         return ValueError(f"The LoRA does not fit: {given}, but {self._layer} is {_size(expected)}.")
+
+
+def _is_finite(piece: Tensor) -> bool:
+    check_cancelled()
+    return bool(piece.isfinite().all())
 
 
 def _rows(tensor: Tensor, part: Part) -> Tensor:

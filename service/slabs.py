@@ -13,6 +13,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from service.device_thread import check_cancelled
+
 SLAB = 2**30
 # Where a tensor may begin in a slab: what the widest loads of CPUs and GPUs like.
 ALIGNMENT = 256
@@ -87,6 +89,7 @@ def _fill(
     memory = allocate(slab.nbytes)
     packed = {}
     for key, offset in slab.offsets.items():
+        check_cancelled()
         kind = dtype or tensors[key].dtype
         place = memory[offset : offset + tensors[key].numel() * kind.itemsize]
         packed[key] = place.view(kind).view(tensors[key].shape).copy_(tensors[key])

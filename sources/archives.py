@@ -1,8 +1,11 @@
 """Archives with a LoRA in them: tar, zip and gzip, read without believing what they say of themselves.
 
-Of an archive's members one is written, into a file that the caller has opened; of its names none becomes a path.
+Of an archive's members one is written, into a file that the caller has opened; of its names none becomes a path. A tar
+is read here: tarfile keeps all that its headers say, copies it from each to the next, and searches it with patterns
+whose time grows with the square of their length.
 """
 
+import contextlib
 import gzip
 import io
 import os
@@ -18,21 +21,31 @@ from typing import BinaryIO, NamedTuple, TypeVar
 from settings import MIB
 from sources.client import StoppedError
 from sources.contents import Check, Contents, Reserve, UnfitError, copy_checked
-from sources.shown import printable
+from sources.shown import brief
 
 T = TypeVar("T")
 # Weights hardly shrink when packed. Small files may: an untrained half of a LoRA is all zeros.
 MAX_RATIO, ALWAYS_ALLOWED = 100, 64 * MIB
 MAX_MEMBERS = 10_000
+# Of a tar: each member may have one of its own, a long name and an extended one, which others follow.
+MAX_HEADERS = 4 * MAX_MEMBERS
 MAX_CONFIG_BYTES = 65_536
-# tarfile and zipfile read what they take for a header at once, however long it says that it is.
-MAX_READ = 16 * MIB
+# zipfile reads the list of all members at once, however long it says that it is: here for 300 bytes of each.
+MAX_READ = 3 * MIB
+# Linux has no longer paths. A tar's extended header has one, and what else is known of the file.
+MAX_NAME = 4096
+MAX_EXTENDED_BYTES = 64 * 1024
 
 
 class _Cautious(io.BufferedReader):
-    """A file that is not read all at once, whatever it says of itself."""
+    """A file that is not read all at once, whatever it says of itself, and no longer than the caller waits for it."""
+
+    def __init__(self, raw: io.RawIOBase, check: Check) -> None:
+        super().__init__(raw)
+        self._check = check
 
     def read(self, size: int | None = -1, /) -> bytes:
+        self._check()
         whole = size is None or size < 0
         data = super().read(MAX_READ + 1 if whole else min(size, MAX_READ + 1))
         if len(data) > MAX_READ:
@@ -58,7 +71,7 @@ def unpack(file: BinaryIO, packed: Contents, target: BinaryIO, reserve: Reserve,
 
     file.seek(0)
     # A descriptor of its own: the reader closes it.
-    with _Cautious(io.FileIO(os.dup(file.fileno()))) as archive:
+    with _Cautious(io.FileIO(os.dup(file.fileno())), check) as archive:
         try:
             if packed.kind == "gzip":
                 contents = Contents(packed.name, kinds=("safetensors", "tar"))
@@ -66,8 +79,8 @@ def unpack(file: BinaryIO, packed: Contents, target: BinaryIO, reserve: Reserve,
                     copy_checked(content, target, contents, bounded, check)
                 return contents
             with (_open_tar if packed.kind == "tar" else _open_zip)(archive, packed.name) as member:
-                print(f"{packed.name}: {printable(member.name)} of the archive.")
-                contents = Contents(f"{packed.name} ({printable(member.name)})", kinds=("safetensors",))
+                print(f"{packed.name}: {brief(member.name)} of the archive.")
+                contents = Contents(f"{packed.name} ({brief(member.name)})", kinds=("safetensors",))
                 copy_checked(member.content, target, contents, bounded, check)
             contents.trigger_words = contents.trigger_words or _trigger_words(member.config)
             return contents
@@ -75,7 +88,7 @@ def unpack(file: BinaryIO, packed: Contents, target: BinaryIO, reserve: Reserve,
             raise
         except Exception as error:  # whatever tarfile, zipfile and zlib come across; each raises a dozen types
             told = isinstance(error, tarfile.TarError | zipfile.BadZipFile | RuntimeError)
-            reason = f" ({printable(str(error))[:200]})" if told and str(error) else ""
+            reason = f" ({brief(str(error))})" if told and str(error) else ""
             raise UnfitError(f"{packed.name} is a damaged {packed.kind} archive{reason}.") from None
 
 
@@ -89,15 +102,84 @@ class _Member(NamedTuple):
 
 @contextmanager
 def _open_tar(archive: BinaryIO, name: str) -> Iterator[_Member]:
-    with tarfile.open(fileobj=archive, mode="r:") as tar:
-        regular = {}
-        for count, member in enumerate(tar):
-            if count >= MAX_MEMBERS:
-                raise tarfile.TarError(f"more than {MAX_MEMBERS} members")
-            if member.isreg() and not member.issparse():
-                regular[member.name] = member
-        with _open_member(regular, tar.extractfile, name) as opened:
-            yield opened
+    regular = {}
+    for count, (path, part) in enumerate(_read_tar(archive)):
+        if count >= MAX_MEMBERS:
+            raise tarfile.TarError(f"more than {MAX_MEMBERS} members")
+        if part is not None:
+            regular[path] = part
+    with _open_member(regular, lambda part: part, name) as opened:
+        yield opened
+
+
+class _Part(contextlib.AbstractContextManager):
+    """The bytes of an archive from a position on."""
+
+    def __init__(self, archive: BinaryIO, position: int, size: int) -> None:
+        self._archive, self._position, self._end = archive, position, position + size
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the archive open: it is another's."""
+
+    def read(self, size: int) -> bytes:
+        """The next bytes; none at the end."""
+        self._archive.seek(self._position)
+        data = self._archive.read(min(size, self._end - self._position))
+        self._position += len(data)
+        return data
+
+
+def _read_tar(archive: BinaryIO) -> Iterator[tuple[str, _Part | None]]:
+    """Each member of a tar: its name, and its bytes where it is a regular file."""
+    end = archive.seek(0, os.SEEK_END)
+    position, extended, headers = archive.seek(0), {}, 0
+    while (block := archive.read(tarfile.BLOCKSIZE)).strip(b"\0"):
+        try:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            if position == 0:
+                raise
+            return  # what some writers leave behind the last member
+        if (headers := headers + 1) > MAX_HEADERS:
+            raise tarfile.TarError(f"more than {MAX_HEADERS} headers")
+        position += tarfile.BLOCKSIZE
+        size = header.size
+        if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+            if not 0 <= size <= MAX_EXTENDED_BYTES:
+                raise tarfile.TarError("an entry of it is too long")
+            text = archive.read(size)
+            named = header.type == tarfile.GNUTYPE_LONGNAME
+            extended = extended | {"path": _text(text.partition(b"\0")[0])} if named else _records(text)
+        elif header.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
+            path, size = extended.get("path", header.name), int(extended.get("size", size))
+            if len(path) > MAX_NAME:
+                raise tarfile.TarError(f"a name of more than {MAX_NAME} characters")
+            sparse = header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in extended)
+            yield path, _Part(archive, position, size) if header.isreg() and not sparse else None
+            if not header.isreg() and header.type in tarfile.SUPPORTED_TYPES:
+                size = 0  # links and folders have no bytes, whatever they state
+            extended = {}
+        position += -(-max(size, 0) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if position > end:
+            raise tarfile.TarError("unexpected end of data")
+        archive.seek(position)
+
+
+def _records(text: bytes) -> dict[str, str]:
+    """What an extended header says, in records: their own length in digits, a space, key=value, a line end."""
+    records, position = {}, 0
+    while position < len(text):
+        digits = text[position : position + 20].partition(b" ")[0]
+        if not digits.isdigit() or int(digits) <= len(digits):
+            raise tarfile.TarError("an extended header that makes no sense")
+        key, _, value = text[position + len(digits) + 1 : position + int(digits) - 1].partition(b"=")
+        records[_text(key)] = _text(value)
+        position += int(digits)
+    return records
+
+
+def _text(name: bytes) -> str:
+    return name.decode(errors="surrogateescape")
 
 
 @contextmanager
@@ -130,8 +212,8 @@ def _open_member(members: Mapping[str, T], opened: Callable[[T], BinaryIO], cont
 
 def _trigger_words(config: bytes) -> tuple[str, ...]:
     """What ai-toolkit, which Replicate trains with, was told to teach."""
-    found = re.search(rb"""^[\s-]*["']?trigger_word["']?\s*:\s*["']?([^"'#\r\n]+)""", config, re.MULTILINE)
-    word = printable(found[1].decode(errors="replace")).strip() if found else ""
+    found = re.search(rb"""^[ \t-]*["']?trigger_word["']?[ \t]*:[ \t]*["']?([^"'#\r\n]+)""", config, re.MULTILINE)
+    word = brief(found[1].decode(errors="replace")).strip() if found else ""
     return (word,) if word and word != "null" else ()
 
 
@@ -154,6 +236,6 @@ def choose(names: Iterable[str], container: str) -> str:
     if not found:
         raise UnfitError(f"{container} has no regular .safetensors file in it.")
     raise UnfitError(
-        f"{container} has {len(found)} .safetensors files in it, {printable(', '.join(sorted(found)[:8]))}; "
+        f"{container} has {len(found)} .safetensors files in it, {', '.join(map(brief, sorted(found)[:8]))}; "
         "it must have one, or one called lora.safetensors."
     )

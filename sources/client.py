@@ -33,11 +33,55 @@ CONNECTIONS = 12
 # Read at once. Larger ones are mapped and unmapped each time, which costs more than the calls that they save.
 CHUNK = 128 * 1024
 MAX_REDIRECTS = 10
-MAX_JSON_BYTES = 32 * MIB
+# A model of CivitAI with a hundred versions and their pictures has one.
+MAX_JSON_BYTES = 8 * MIB
 SLOWEST = 1024  # bytes a second, of one connection
 # Azure's host for its machines, which hands out secrets from what looks like a public address.
 METADATA = {ipaddress.ip_address("168.63.129.16")}
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Blocks of addresses, and whether they are reachable from everywhere: IANA's special-purpose address registries for
+# IPv4 and IPv6 by their column "Globally Reachable", within the space for unicast. An address is in several: the
+# narrowest counts. Here and not from Python's ipaddress, which has them as they were at its own release.
+REACHABLE = {
+    ipaddress.ip_network(block): reachable
+    for block, reachable in (
+        ("0.0.0.0/0", True),
+        ("0.0.0.0/8", False),  # "this network"
+        ("10.0.0.0/8", False),  # private
+        ("100.64.0.0/10", False),  # shared by a carrier's customers
+        ("127.0.0.0/8", False),  # loopback
+        ("169.254.0.0/16", False),  # link-local
+        ("172.16.0.0/12", False),  # private
+        ("192.0.0.0/24", False),  # protocol assignments
+        ("192.0.0.9/32", True),  # port control, anycast
+        ("192.0.0.10/32", True),  # TURN, anycast
+        ("192.0.2.0/24", False),  # documentation
+        ("192.88.99.0/24", False),  # 6to4 relays, deprecated
+        ("192.168.0.0/16", False),  # private
+        ("198.18.0.0/15", False),  # benchmarking
+        ("198.51.100.0/24", False),  # documentation
+        ("203.0.113.0/24", False),  # documentation
+        ("224.0.0.0/4", False),  # multicast
+        ("240.0.0.0/4", False),  # reserved, and broadcast
+        ("::/0", False),  # all but 2000::/3: unspecified, loopback, IPv4-compatible, private, link- and site-local ...
+        ("::ffff:0:0/96", True),  # IPv4-mapped, which sockets connect to as IPv4: see `_embedded`
+        ("64:ff9b::/96", True),  # NAT64: see `_embedded`
+        ("2000::/3", True),  # global unicast
+        ("2001::/23", False),  # protocol assignments, with Teredo, benchmarking and the first ORCHIDs
+        ("2001:1::1/128", True),  # port control, anycast
+        ("2001:1::2/128", True),  # TURN, anycast
+        ("2001:1::3/128", True),  # DNS service registration, anycast
+        ("2001:3::/32", True),  # multicast tunnels' relays
+        ("2001:4:112::/48", True),  # AS112's name servers
+        ("2001:20::/28", True),  # ORCHIDv2
+        ("2001:30::/28", True),  # drones' identities
+        ("2001:db8::/32", False),  # documentation
+        ("2002::/16", True),  # 6to4: see `_embedded`
+        ("3fff::/20", False),  # documentation
+    )
+}
+MAPPED, NAT64, SIX_TO_FOUR = map(ipaddress.ip_network, ("::ffff:0:0/96", "64:ff9b::/96", "2002::/16"))
+# What stands before the IPv4 address in the interface part of an ISATAP address, under any prefix.
+ISATAP = (0x0000_5EFE, 0x0200_5EFE)
 
 
 @dataclass(frozen=True)
@@ -86,14 +130,21 @@ class StoppedError(Exception):
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether a stranger may have us connect there; addresses that carry another one inside are judged by that."""
-    if isinstance(address, ipaddress.IPv6Address):
-        inner = address.ipv4_mapped or address.sixtofour
-        if address in NAT64:
-            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if inner is not None:
-            return _is_public(inner)
-    return address.is_global and not address.is_multicast and address not in METADATA
+    """Whether a stranger may have us connect there; addresses that carry another one inside are judged by that too."""
+    if address in METADATA or getattr(address, "scope_id", None) is not None:
+        return False
+    narrowest = max((block for block in REACHABLE if address in block), key=lambda block: block.prefixlen)
+    inner = _embedded(address)
+    return REACHABLE[narrowest] and (inner is None or _is_public(inner))
+
+
+def _embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that a gateway, or this machine, would turn an IPv6 one into."""
+    if address in SIX_TO_FOUR:
+        return ipaddress.IPv4Address(int(address) >> 80 & 0xFFFF_FFFF)
+    if address in MAPPED or address in NAT64 or (address.version == 6 and int(address) >> 32 & 0xFFFF_FFFF in ISATAP):
+        return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+    return None
 
 
 class _PrivateAddressError(OSError): ...
@@ -185,7 +236,7 @@ class Client:
         """
         found = [entry[4][0] for entry in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)]
         for address in found:
-            if not self._allow_private and not _is_public(ipaddress.ip_address(address.partition("%")[0])):
+            if not self._allow_private and not _is_public(ipaddress.ip_address(address)):
                 raise _PrivateAddressError(host)
         for address in found:
             self.check()
@@ -327,7 +378,8 @@ def _refusal(source: Source, url: str, response: urllib3.BaseHTTPResponse) -> Va
     phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else ""
     sentence = f"{source.name} cannot be fetched: {host} answered {status} {phrase}".rstrip()
     if status in (408, 425, 429) or status >= 500:
-        with contextlib.suppress(urllib3.exceptions.InvalidHeader):
+        # The latter: more digits than Python makes a number of.
+        with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError):
             return UnavailableError(f"{sentence}; try again later.", urllib3.Retry().get_retry_after(response))
         return UnavailableError(f"{sentence}; try again later.")
     if host == "replicate.delivery" and status in (403, 404):
@@ -361,7 +413,7 @@ class Stream(contextlib.AbstractContextManager):
         self.position, self.end = 0, response.length_remaining
         self.size = self.end
         if self.status == HTTPStatus.PARTIAL_CONTENT:
-            found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
+            found = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", response.headers.get("Content-Range", ""))
             self.position, last, self.size = map(int, found.groups()) if found else (-1, -1, None)
             self.end = last + 1
         self._ahead = b""

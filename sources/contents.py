@@ -5,14 +5,14 @@ nor where they are kept, and it opens no archive.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Collection
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from service import strict_json
 from settings import MIB
 from sources.client import CHUNK
-from sources.shown import gigabytes, printable
+from sources.shown import brief, gigabytes
 
 # Called with a size before a file grows to it; may refuse.
 Reserve = Callable[[int], None]
@@ -20,6 +20,10 @@ Reserve = Callable[[int], None]
 Check = Callable[[], None]
 # The format allows 100 MB; a LoRA's header has some hundred kilobytes, and a parsed one takes ten times its size.
 MAX_HEADER_BYTES = 25 * MIB
+# A tensor has eight: this is enough for 50,000 tensors, and for as many tags that trainers note beside them.
+MAX_HEADER_VALUES = 1_000_000
+# Convolutions have five at most.
+MAX_DIMENSIONS = 8
 BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -118,13 +122,14 @@ class Contents:
             return
         try:
             body, metadata = _read_header(bytes(self._head[8 : 8 + length]))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise self._damaged(f"its header is wrong ({error or type(error).__name__})") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error).rstrip(".") or type(error).__name__
+            raise self._damaged(f"its header is wrong ({reason})") from None
         self._end, self._head = 8 + length + body, None
         if self._stated_size not in (None, self._end):
             raise self._damaged(f"it has {self._stated_size} bytes and its header describes {self._end}")
         phrase = metadata.get("modelspec.trigger_phrase")
-        self.trigger_words = (printable(phrase),) if phrase else ()
+        self.trigger_words = (brief(phrase),) if phrase else ()
 
     def _damaged(self, reason: str) -> ValueError:
         return UnfitError(f"{self.name} is a damaged .safetensors file: {reason}.")
@@ -147,29 +152,29 @@ def _read_header(header: bytes) -> tuple[int, dict[str, str]]:
     Returns:
         The bytes that they take together, and the metadata.
     """
-    tensors = json.loads(header, object_pairs_hook=_unique)
+    tensors = strict_json.read(header, MAX_HEADER_VALUES, zeros=True)
     metadata = tensors.pop("__metadata__", {})
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("metadata that is not text")
     position = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
-        start, end = tensor["data_offsets"]
-        shape, dtype = tensor["shape"], tensor["dtype"]
-        if dtype not in BITS:
-            raise ValueError(f"unknown type {str(dtype)[:20]!r}")
-        if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
-            raise ValueError(f"a size of {name[:80]!r} is no whole number")
-        if start != position or (end - start) * 8 != math.prod(shape) * BITS[dtype]:
+    for start, end, bits, name in sorted(_extent(name, tensor) for name, tensor in tensors.items()):
+        if start != position or (end - start) * 8 != bits:
             raise ValueError(f"{name[:80]!r} does not fit where it should lie")
         position = end
     return position, metadata
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise ValueError("a name stands in it twice")
-    return members
+def _extent(name: str, tensor: dict[str, Any]) -> tuple[int, int, int, str]:
+    """Where a tensor begins and ends, how many bits its shape and dtype say that it has, and its name."""
+    start, end = tensor["data_offsets"]
+    shape, dtype = tensor["shape"], tensor["dtype"]
+    if dtype not in BITS:
+        raise ValueError(f"unknown type {str(dtype)[:20]!r}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"{name[:80]!r} has {len(shape)} dimensions; a tensor of a LoRA has at most {MAX_DIMENSIONS}")
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+        raise ValueError(f"a size of {name[:80]!r} is no whole number")
+    return start, end, math.prod(shape) * BITS[dtype], name
 
 
 def copy_checked(source: BinaryIO, target: BinaryIO | None, contents: Contents, reserve: Reserve, check: Check) -> None:

@@ -24,8 +24,9 @@ from huggingface_hub.hf_api import RepoSibling
 from settings import Settings
 from sources.client import Client, Source, UnavailableError
 from sources.references import COMMIT, Civitai, HuggingFace, Replicate, Url
-from sources.shown import printable
+from sources.shown import brief, printable
 
+MAX_WORDS = 32
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # How trainers name what they save on the way: name_000001500, name-step00002000, checkpoint-500.
 CHECKPOINT = re.compile(r"[_-]0\d{4,}$|[_-](?:steps?|epoch|checkpoint)[_-]?\d+$|^checkpoint-\d+$", re.IGNORECASE)
@@ -195,7 +196,7 @@ def _some(paths: list[str]) -> str:
     if not paths:
         return "no .safetensors file"
     more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
-    return printable(f"{len(paths)} .safetensors file(s): {', '.join(paths[:8])}{more}")
+    return f"{len(paths)} .safetensors file(s): {', '.join(map(brief, paths[:8]))}{more}"
 
 
 def _resolve_civitai(reference: Civitai, settings: Settings, client: Client, hasty: bool) -> Source:
@@ -212,7 +213,9 @@ def _resolve_civitai(reference: Civitai, settings: Settings, client: Client, has
         file = _choose_file(version["files"], reference)
         download = urlsplit(file.get("downloadUrl") or f"/api/download/models/{version['id']}")
         base = version.get("baseModel")
-        print(printable(f"{reference.name}: {file['name']} of version {version['id']}, for {base}."))
+        print(
+            f"{reference.name}: {brief(file['name'])} of version {brief(str(version['id']))}, for {brief(str(base))}."
+        )
         sha256 = str((file.get("hashes") or {}).get("SHA256", "")).lower()
         return Source(
             reference.name,
@@ -238,7 +241,7 @@ def _newest_for_flux(versions: list[dict[str, Any]], reference: Civitai) -> dict
         if str(version.get("baseModel", "")).startswith("Flux.1") and any(map(_is_weights, version.get("files", ())))
     ]
     if not fitting:
-        bases = printable(", ".join(sorted({str(version.get("baseModel")) for version in versions}))) or "nothing"
+        bases = brief(", ".join(sorted({str(version.get("baseModel")) for version in versions}))) or "nothing"
         raise ValueError(f"{reference.name} has no version for FLUX.1 with a .safetensors file; it is for {bases}.")
 
     def age(version: dict[str, Any]) -> tuple[str, int]:
@@ -263,6 +266,6 @@ def _choose_file(files: list[dict[str, Any]], reference: Civitai) -> dict[str, A
 
 
 def _words(value: object) -> tuple[str, ...]:
-    """Trigger words, from whatever somebody put where they belong."""
-    words = value if isinstance(value, list) else [value]
-    return tuple(printable(word.strip()) for word in words if isinstance(word, str) and word.strip())
+    """The first trigger words, from whatever somebody put where they belong."""
+    words = value[:MAX_WORDS] if isinstance(value, list) else [value]
+    return tuple(brief(word.strip()) for word in words if isinstance(word, str) and word.strip())

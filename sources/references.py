@@ -7,17 +7,23 @@ import base64
 import binascii
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode, urlsplit
 
+from service.device_thread import check_cancelled
 from settings import Settings
-from sources.shown import redact, redact_typed
+from sources.shown import redact
 
 ACCEPTED = (
     "owner/name[/version] of Replicate, huggingface.co/owner/repo, civitai.com/models/id, "
     "urn:air:flux1:lora:civitai:model@version, an http(s) URL or a data: URI"
 )
+# Signed addresses have some 2,000 characters, and servers take no more than this.
+MAX_CHARACTERS = 8192
+# A data URI is decoded in pieces, between two of which others run: it may have a hundred megabytes.
+PIECE = 2**18
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NUMBER = "[0-9]{1,18}"
 
@@ -125,6 +131,11 @@ def parse(text: str, settings: Settings | None = None) -> Reference:
     text = text.strip()
     if text[:5].lower() == "data:":
         return _parse_data(text)
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(
+            f"A reference to a LoRA of {len(text)} characters is too long; it must be of at most {MAX_CHARACTERS}, "
+            "or a data: URI."
+        )
     if re.match(r"(urn:)?air:", text, re.IGNORECASE):
         return _parse_air(text)
     if re.match(r"https?://", text, re.IGNORECASE):
@@ -169,7 +180,7 @@ def _read_replicate_page(text: str, url: str) -> Replicate:
     reference = _read_replicate(unquote(urlsplit(url).path).strip("/"))
     if reference is None:
         raise ValueError(
-            f"{redact_typed(text)!r} names no model of Replicate; it must be replicate.com/owner/name[/version]."
+            f"{redact(text)[:120]!r} names no model of Replicate; it must be replicate.com/owner/name[/version]."
         )
     return reference
 
@@ -181,7 +192,7 @@ def _read_hugging_face(text: str, url: str) -> HuggingFace:
         segments = []
     if not segments or not all(re.fullmatch(name, part) for part in segments[:2]) or ".." in segments:
         raise ValueError(
-            f"{redact_typed(text)!r} names no model on Hugging Face; it must be huggingface.co/owner/repo, "
+            f"{redact(text)[:120]!r} names no model on Hugging Face; it must be huggingface.co/owner/repo, "
             "with /resolve/revision/file or /tree/revision/folder where one is meant."
         )
     repo, rest = "/".join(segments[:2]), segments[2:]
@@ -208,7 +219,7 @@ def _read_civitai(text: str, url: str) -> Civitai:
     version = query.get("modelVersionId", "")
     if found is None or not re.fullmatch(f"({NUMBER})?", version):
         raise ValueError(
-            f"{redact_typed(text)!r} names no model on CivitAI; it must be civitai.com/models/id, "
+            f"{redact(text)[:120]!r} names no model on CivitAI; it must be civitai.com/models/id, "
             "with ?modelVersionId=id where one version is meant."
         )
     return Civitai(int(found[1]), int(version) if version else None, "", host, token)
@@ -218,14 +229,35 @@ def _parse_data(text: str) -> Data:
     header, comma, payload = text.partition(",")
     if not comma:
         raise ValueError("The data: URI has no comma; it must be data:[type][;base64],content.")
-    content = unquote_to_bytes(payload) if "%" in payload else payload.encode()
+    content = b"".join(_unquoted(payload))
     if header.lower().endswith(";base64"):
-        content = b"".join(content.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+        content = content.translate(bytes.maketrans(b"-_", b"+/"), b" \t\n\r\v\f").rstrip(b"=")
         try:
-            content = base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
+            content = b"".join(_decoded(content))
         except binascii.Error:
             raise ValueError("The data: URI is damaged: what follows its comma is not base64.") from None
     return Data(content)
+
+
+def _unquoted(payload: str) -> Iterator[bytes]:
+    """The bytes that a text with percent-escapes stands for, piece by piece; no piece ends within an escape."""
+    start = 0
+    while start < len(payload):
+        check_cancelled()
+        end = start + PIECE
+        if (escape := payload.rfind("%", end - 2, end)) != -1:
+            end = escape
+        piece = payload[start:end].encode(errors="replace")
+        yield unquote_to_bytes(piece) if b"%" in piece else piece
+        start = end
+
+
+def _decoded(content: bytes) -> Iterator[bytes]:
+    """Base64 without padding, piece by piece."""
+    for start in range(0, len(content), PIECE):
+        check_cancelled()
+        piece = content[start : start + PIECE]
+        yield base64.b64decode(piece + b"=" * (-len(piece) % 4), validate=True)
 
 
 def _parse_air(text: str) -> Civitai:
@@ -237,11 +269,11 @@ def _parse_air(text: str) -> Civitai:
     )
     if found is None or found["source"].lower() != "civitai":
         raise ValueError(
-            f"{redact_typed(text)!r} is no AIR of CivitAI; "
+            f"{redact(text)[:120]!r} is no AIR of CivitAI; "
             "it must be urn:air:flux1:lora:civitai:model@version, with numbers."
         )
     if found["base"].lower() != "flux1":
-        raise ValueError(f"{redact_typed(text)!r} is for {found['base']}; it must be for flux1.")
+        raise ValueError(f"{redact(text)[:120]!r} is for {found['base']}; it must be for flux1.")
     return Civitai(int(found["model"]), int(found["version"]) if found["version"] else None)
 
 
@@ -255,4 +287,4 @@ READERS = {
 
 
 def _unknown(text: str) -> ValueError:
-    return ValueError(f"{redact_typed(text)!r} names no LoRA that can be fetched; it must be {ACCEPTED}.")
+    return ValueError(f"{redact(text)[:120]!r} names no LoRA that can be fetched; it must be {ACCEPTED}.")

@@ -399,6 +399,24 @@ def test_a_path_where_no_file_is_stays_unsaid(tmp_path: Path) -> None:
         assert str(tmp_path) not in str(refused.value)
 
 
+def test_a_jpeg_of_more_scans_than_any_encoder_makes_is_refused(tmp_path: Path) -> None:
+    file = written(Image.new("RGB", (64, 64)), tmp_path / "a.jpg", progressive=True)
+    content = file.read_bytes()
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    file.write_bytes(content[:-2] + 20 * scan + content[-2:])
+    assert images.read_image(file).size == (64, 64)
+    file.write_bytes(content[:-2] + 50 * scan + content[-2:])
+    with pytest.raises(
+        ValueError, match=r"^image is a JPEG of too many scans: more than 50, or than its size allows\.$"
+    ):
+        images.read_image(file)
+    file.write_bytes(content[:-2] + 50 * (b"\xff\x01" + scan) + content[-2:])  # a marker that has no segment hides none
+    with pytest.raises(ValueError, match="too many scans"):
+        images.read_image(file)
+    file.write_bytes(content + 50 * scan)  # behind the picture: what phones leave there is no part of it
+    assert images.read_image(file).size == (64, 64)
+
+
 def test_damaged_bytes_give_a_picture_or_a_sentence(tmp_path: Path) -> None:
     chance = random.Random(0)
     path = tmp_path / "photo"

@@ -43,12 +43,13 @@ def test_a_seed_beyond_63_bits_is_refused_with_the_bound(seed: float, outputs: i
         ({"mask": Path("m.png")}, "A mask was given without an image"),
         ({"aspect_ratio": "custom"}, "width None and height None"),
         ({"aspect_ratio": "custom", "width": 512}, "width 512 and height None"),
+        ({"prompt": "a" * 50_001}, "The prompt has 50001 characters; it must have at most 50000"),
         ({"num_inference_steps": 4.5}, "num_inference_steps is 4.5; it must be a whole number"),
     ],
 )
 def test_what_contradicts_itself_is_refused(wrong: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        Request(prompt="a", **wrong)
+        Request(**{"prompt": "a", **wrong})
 
 
 def test_custom_needs_no_size_with_an_image() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora.names import assign
 from tests.support import lora_files, models
 from tests.support.lora_files import RANK, Tensors
 from tests.support.lora_reader import STRENGTH, Q, Reader, changed, of, pair, same
@@ -146,6 +147,8 @@ OTHERS: dict[str, tuple[Tensors, str]] = {
     "T5 alone": (of("lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight"), "T5 part is ignored"),
     "one block too many": (of("lora_unet_double_blocks_2_img_attn_qkv.lora_down.weight"), "double_blocks it has 2"),
     "an IP-Adapter": (of("double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight"), "ip_adapter"),
+    "a name of many characters": (of("a" * 257), "has 257 characters; the name of a tensor has at most 256"),
+    "a name of many parts": (of("a." * 33), "has 33 dots; the name of a tensor has at most 32"),
     "a kind of change that we lack": (pair() | of(f"{Q}.oft_blocks"), "oft_blocks"),
 }
 
@@ -154,3 +157,8 @@ OTHERS: dict[str, tuple[Tensors, str]] = {
 def test_other_files_are_refused_by_name(reader: Reader, what: str) -> None:
     tensors, word = OTHERS[what]
     assert word in reader.refusal(tensors)
+
+
+def test_more_tensors_than_any_lora_has_are_refused() -> None:
+    with pytest.raises(ValueError, match="has 50001 tensors; a LoRA has at most 50000"):
+        assign([str(number) for number in range(50_001)], {})

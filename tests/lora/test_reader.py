@@ -261,6 +261,13 @@ MISFITS: dict[str, tuple[Tensors, str]] = {
     "alpha alone": ({f"{Q}.alpha": torch.tensor(1.0)}, "incomplete"),
     "magnitude alone": ({f"{Q}.dora_scale": torch.ones(32, 1)}, "incomplete"),
     "magnitude of another layer": (pair() | {f"{Q}.dora_scale": torch.ones(5, 1)}, "does not fit"),
+    "magnitude of nothing": (pair() | {f"{Q}.dora_scale": torch.tensor(1.0)}, "does not fit"),
+    "a rank larger than any layer": ({Q_DOWN: torch.ones(21_505, 32), Q_UP: torch.ones(32, 21_505)}, "than 21504"),
+    # The product of this core would be a thousand times larger than the file.
+    "a core that is no square": (
+        pair(rank=1) | {Q_UP: torch.ones(32, 20_000), f"{Q}.lora_mid.weight": torch.ones(20_000, 1)},
+        "lora_mid.weight is 20000x1",
+    ),
     "two alphas": (pair() | {f"{Q}.alpha": torch.ones(2)}, "one number"),
     "whole numbers": (pair() | {Q_UP: torch.ones(32, 4, dtype=torch.int32)}, "int32"),
     "complex numbers": (pair() | {Q_UP: torch.ones(32, 4, dtype=torch.complex64)}, "complex64"),

@@ -60,11 +60,35 @@ def sparse_tar() -> bytes:
     return bytes(header) + bytes(1024)
 
 
+def extended_tar(records: bytes) -> bytes:
+    """An extended header of these records, and a member."""
+    member = tarfile.TarInfo("x")
+    member.type, member.size = tarfile.XHDTYPE, len(records)
+    return member.tobuf() + records + bytes(-len(records) % 512) + make_tar({"lora.safetensors": LORA})
+
+
 def endless_header_tar() -> bytes:
     """An extended header that claims, and has, more bytes than anybody should read at once."""
     member = tarfile.TarInfo("x")
     member.type, member.size = tarfile.XHDTYPE, 40 * MIB
     return gzip.compress(member.tobuf() + bytes(40 * MIB) + make_tar({"lora.safetensors": LORA}), 1)
+
+
+LAYOUTS = {
+    "long name": "a" * 90 + "/" + "b" * 60 + "/lora.safetensors",
+    "longer name": "a" * 300 + "/lora.safetensors",
+    "other alphabet": "ключ/ключ.safetensors",
+    "folders": "a/b/c/d/lora.safetensors",
+}
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_tar_is_read_as_tarfile_reads_it(environment: Settings, layout: str, format: int) -> None:
+    if format == tarfile.USTAR_FORMAT and layout == "longer name":
+        pytest.skip("ustar has no room for it")
+    content = make_tar({"readme.txt": b"a" * 700, LAYOUTS[layout]: LORA, "z.txt": b""}, format=format)
+    assert fetch(environment, f"data:;base64,{base64.b64encode(content).decode()}") == LORA
 
 
 REFUSED_ARCHIVES = {
@@ -87,7 +111,13 @@ REFUSED_ARCHIVES = {
     "gz in a gz": (gzip.compress(gzip.compress(LORA)), "must be a .safetensors file"),
     "pickle in a zip": (make_zip({"archive/data.pkl": b"x"}), "no regular .safetensors file"),
     "no LoRA in it": (nested(b"hello" * 200), "begins with b'hellohellohelloh'"),
+    "long name": (make_tar({f"{'a' * 5000}.safetensors": LORA}), "a name of more than 4096 characters"),
+    "senseless header": (extended_tar(b"-5 path=a\n"), "an extended header that makes no sense"),
     "many members": (make_tar({f"{number}.txt": b"" for number in range(10_001)}), "more than 10000 members"),
+    "long list in a zip": (
+        make_zip({"a" * 60_000 + str(number): b"" for number in range(60)}),
+        "entry of it is too long",
+    ),
     "many in a zip": (make_zip({f"{number}.txt": b"" for number in range(10_001)}), "more than 10000 members"),
 }
 

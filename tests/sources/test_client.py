@@ -2,6 +2,7 @@
 
 import base64
 import ctypes
+import ipaddress
 import os
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 
 from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, status
 from settings import ROOT, Settings
+from sources.client import _is_public
 from tests.support.caches import SECRET, check_cache
 from tests.support.fetching import LARGE, LORA, QUICK, fetch, refusal, wait_until
 from weights import WeightsCache
@@ -95,6 +97,8 @@ def test_a_host_says_when_to_come_back(environment: Settings, host: Host) -> Non
     host.routes["/b"] = status(503, {"Retry-After": "3600"})
     assert "try again later" in refusal(environment, host.url("/b"))
     assert len(host.asked("/b")) == 1
+    host.routes["/c"] = status(503, {"Retry-After": "9" * 5000})  # more digits than Python makes a number of
+    assert "try again later" in refusal(environment, host.url("/c"))
 
 
 def test_hosts_that_are_not_there(environment: Settings) -> None:
@@ -343,3 +347,37 @@ def test_the_certificate_must_be_the_hosts_own(environment: Settings, tmp_path: 
         )
         assert done.returncode == 0, done.stderr
         assert "the certificate of" in done.stdout
+
+
+PUBLIC = [
+    *("1.1.1.1", "8.8.8.8", "9.255.255.255", "11.0.0.1", "100.63.255.255", "100.128.0.1", "126.1.1.1", "128.0.0.1"),
+    *("169.253.255.255", "172.15.0.1", "172.32.0.1", "192.0.0.9", "192.0.0.10", "192.0.1.1", "192.31.196.1"),
+    *("192.52.193.1", "192.167.1.1", "192.175.48.1", "198.17.255.255", "198.20.0.1", "203.0.112.1", "223.255.255.255"),
+    *("168.63.129.15", "2001:1::1", "2001:1::2", "2001:1::3", "2001:3::1", "2001:4:112::1", "2001:20::1", "2001:30::1"),
+    *("2001:200::1", "2001:4860::8888", "2001:db9::1", "2003::1", "2606:4700::1111", "2620:4f:8000::1", "2a00::1"),
+    *("3ffe::1", "3fff:1000::1", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8", "2002:808:808::1", "2606:4700::5efe:8.8.8.8"),
+]
+PRIVATE = [
+    *("0.0.0.0", "0.1.2.3", "10.0.0.1", "10.255.255.255", "100.64.0.1", "100.100.100.200", "100.127.255.255"),
+    *("127.0.0.1", "127.255.0.1", "169.254.169.254", "172.16.0.1", "172.31.255.255", "192.0.0.1", "192.0.0.8"),
+    *("192.0.0.11", "192.0.0.170", "192.0.0.192", "192.0.0.255", "192.0.2.1", "192.88.99.1", "192.88.99.2"),
+    *("192.168.0.1", "198.18.0.1", "198.19.255.255", "198.51.100.1", "203.0.113.1", "224.0.0.1", "239.1.1.1"),
+    *("240.0.0.1", "255.255.255.255", "168.63.129.16", "::", "::1", "::2", "::127.0.0.1", "::8.8.8.8"),
+    *("::ffff:127.0.0.1", "::ffff:10.0.0.1", "::ffff:192.0.0.192", "::ffff:0:127.0.0.1", "64:ff9b::127.0.0.1"),
+    *("64:ff9b::a9fe:a9fe", "64:ff9b:1::8.8.8.8", "64:ff9b:2::1", "100::1", "100:0:0:1::1", "200::1", "400::1"),
+    *("1fff::1", "2001::1", "2001:0:4136:e378::1", "2001:1::4", "2001:2::1", "2001:5::1", "2001:10::1", "2001:40::1"),
+    *("2001:1ff::1", "2001:db8::1", "2002:7f00:1::1", "2002:a9fe:a9fe::1", "2002:c000:c0::1", "3fff::1"),
+    *("3fff:fff::1", "4000::1", "5f00::1", "8000::1", "fc00::1", "fd00:ec2::254", "fe80::1", "fe80::1%eth0"),
+    *("fec0::1", "fec0::1%2", "feff::1", "ff02::1", "ff0e::1", "2606:4700::1111%eth0"),
+    *("2606:4700::5efe:127.0.0.1", "2606:4700::200:5efe:10.0.0.1", "fe80::5efe:8.8.8.8"),
+]
+
+
+@pytest.mark.parametrize("address", PUBLIC)
+def test_what_is_reachable_from_everywhere_may_be_asked(address: str) -> None:
+    assert _is_public(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize("address", PRIVATE)
+def test_no_other_address_may_be_asked(address: str) -> None:
+    assert not _is_public(ipaddress.ip_address(address))

@@ -41,6 +41,13 @@ NO_WEIGHTS = {
     "too small": (headed({"a": tensor("F32")}, bytes(4)), "does not fit"),
     "negative": (headed({"a": tensor(shape=(-2, -2))}, bytes(4)), "no whole number"),
     "fraction": (headed({"a": tensor(shape=(4.0,))}, bytes(4)), "no whole number"),
+    "60 dimensions": (
+        headed({"a": tensor(shape=(1,) * 60)}, bytes(4)),
+        "60 dimensions; a tensor of a LoRA has at most 8",
+    ),
+    "long numbers": (headed(b'{"a":[%s]}' % (b"9" * 4000)), "a number of 4000 characters"),
+    "many values": (headed(b'{"a":[%s0]}' % (b"[]," * 500_000)), "more than 1000000 values"),
+    "a half of a character": (headed(b'{"\\ud83d":0}'), "half of a surrogate pair"),
     "twice": (headed(b'{"a":%b,"a":%b}' % ((json.dumps(tensor()).encode(),) * 2), bytes(4)), "twice"),
     "metadata": (headed({"__metadata__": {"a": 1}, "a": tensor()}, bytes(4)), "metadata"),
     "metadata is a list": (headed({"__metadata__": [], "a": tensor()}, bytes(4)), "its header is wrong"),

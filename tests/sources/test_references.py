@@ -81,6 +81,7 @@ NONE = [
     *("https://civitai.com/images/3", "civitai.com/models/name", "https://civitai.com/models/1?modelVersionId=x"),
     *("https://replicate.com/explore", "urn:air:sdxl:lora:civitai:1@2", "urn:air:flux1:lora:huggingface:1", "urn:air:"),
     *(f"civitai.com/models/{LONG}", f"civitai.com/models/1?modelVersionId={LONG}", f"air:flux1:lora:civitai:{LONG}"),
+    *(f"https://example.com/{'a' * 8200}", "a/" * 10_000, "//" * 10_000),
     *("data:", "data:;base64", "data:;base64,!", "owner/name/version", f"owner/name@{VERSION}"),
 ]  # fmt: skip
 
@@ -159,6 +160,19 @@ def test_no_name_and_no_sentence_shows_a_secret(user: str, host: str, where: str
         with pytest.raises(ValueError, match="must be") as caught:
             parse(text)
         assert secret not in str(caught.value)
+
+
+@pytest.mark.parametrize("shift", range(4))
+def test_a_long_data_uri_is_decoded_as_a_whole(shift: int) -> None:
+    content = bytes(range(256)) * 3000 + b"a" * shift
+    encoded = base64.b64encode(content).decode()
+    assert parse(f"data:;base64,{encoded}") == Data(content)
+    assert parse(f"data:;base64,{'A' * shift}{encoded[shift:]}".replace("A", "%41")) == parse(
+        f"data:;base64,{'A' * shift}{encoded[shift:]}"
+    )
+    assert parse("data:," + "a" * shift + "".join(f"%{byte:02x}" for byte in content)) == Data(b"a" * shift + content)
+    with pytest.raises(ValueError, match="not base64"):
+        parse(f"data:;base64,QQ=={encoded}")
 
 
 @given(st.binary(max_size=200))

@@ -52,9 +52,9 @@ def refusal(settings: Settings, reference: str, patience: Patience = QUICK) -> s
     return sentence
 
 
-def make_tar(members: dict[str, bytes], mode: str = "w") -> bytes:
+def make_tar(members: dict[str, bytes], mode: str = "w", format: int = tarfile.DEFAULT_FORMAT) -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as archive:
+    with tarfile.open(fileobj=buffer, mode=mode, format=format) as archive:
         for name, content in members.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
