@@ -35,6 +35,7 @@ from service.device_thread import DeviceThread
 from service.leftovers import Leftovers
 from service.machine import drawing_device
 from service.measure import PeakMemory, Stopwatch
+from service.occupancy import Occupancy
 from settings import Settings
 from weights import WeightsCache, fetch, outlines, parse
 
@@ -71,7 +72,7 @@ class Predictor(BasePredictor):
         self.safety = SafetyChecker.load(Path(models.safety_checker), Path(models.nsfw_classifier), device)
         self.cache, self.prediction_seconds = WeightsCache(settings), settings.prediction_seconds
         self.default_lora = weights or None
-        self.leftovers = Leftovers()
+        self.leftovers, self.occupancy = Leftovers(), Occupancy()
         tempfile.tempdir = str(self.leftovers.inputs)
         # Encoders release Python's lock. Start all threads now: one that failed to later would be waited for for ever.
         self.encoders = ThreadPoolExecutor(OUTPUTS)
@@ -182,32 +183,33 @@ class Predictor(BasePredictor):
         Raises:
             ValueError: a sentence for the person who sent the request.
         """
-        self.leftovers.forget_inputs(image, mask)
-        request = Request(
-            prompt=prompt,
-            image=_sent_file("image", image),
-            mask=_sent_file("mask", mask),
-            aspect_ratio=aspect_ratio,
-            height=height,
-            width=width,
-            prompt_strength=prompt_strength,
-            model=model,
-            num_outputs=num_outputs,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            output_format=output_format,
-            output_quality=output_quality,
-            disable_safety_checker=disable_safety_checker,
-            go_fast=go_fast,
-            megapixels=megapixels,
-            loras=_choices(replicate_weights, lora_scale, self.default_lora, extra_lora, extra_lora_scale),
-        )
-        print(f"Using seed: {request.seed}")
-        return self.device_thread.run(self._attempt, request)
+        with self.occupancy.shown():
+            self.leftovers.forget_inputs(image, mask)
+            request = Request(
+                prompt=prompt,
+                image=_sent_file("image", image),
+                mask=_sent_file("mask", mask),
+                aspect_ratio=aspect_ratio,
+                height=height,
+                width=width,
+                prompt_strength=prompt_strength,
+                model=model,
+                num_outputs=num_outputs,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                seed=seed,
+                output_format=output_format,
+                output_quality=output_quality,
+                disable_safety_checker=disable_safety_checker,
+                go_fast=go_fast,
+                megapixels=megapixels,
+                loras=_choices(replicate_weights, lora_scale, self.default_lora, extra_lora, extra_lora_scale),
+            )
+            print(f"Using seed: {request.seed}")
+            return self.device_thread.run(self._attempt, request)
 
     def healthcheck(self) -> bool:
-        """Cog asks this at each `GET /health-check` that finds no prediction running, and waits five seconds.
+        """Cog asks this at each `GET /health-check`, and waits five seconds.
 
         Raises:
             RuntimeError: a sentence; Cog then answers UNHEALTHY with it.
@@ -228,8 +230,7 @@ class Predictor(BasePredictor):
         finally:
             self._record(stopwatch, memory)
         # Only here are the frames that failed gone, and what they held with them.
-        if self.flux.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing where CUDA is not in use
         raise RuntimeError(failure)
 
     def _draw(self, request: Request, stopwatch: Stopwatch) -> list[Path]:

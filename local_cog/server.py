@@ -6,7 +6,9 @@ it knows nothing of what the predictor does.
 
 import argparse
 import contextlib
+import errno
 import http.client
+import ipaddress
 import json
 import os
 import re
@@ -23,6 +25,7 @@ from typing import Any, Self
 
 from local_cog import schema
 from local_cog.data_uri import decode, suffix
+from service.occupancy import Look
 from settings import ROOT
 
 LOOPBACK = "127.0.0.1"
@@ -33,6 +36,8 @@ QUIET = "ignore:BasePredictor is deprecated:DeprecationWarning,ignore:Predictor.
 # How often `script/serve` asks for the server's health, and how long a server that works may take to tell it.
 SECONDS_BETWEEN_CHECKS = 5
 SECONDS_FOR_HEALTH = 10
+# A server is given up that was busy at so many looks in a row while its predictor had nothing to do: in 50 seconds.
+LOOKS_AT_A_LOST_SLOT = 9
 # Longer than a cancelled prediction needs; a worker inside native code reacts to SIGKILL alone.
 SECONDS_TO_STOP = 5
 
@@ -44,7 +49,7 @@ class CogServer:
         project: the directory that holds `predict.py`.
         environment: variables added to those of this process.
         log: the file that gets what the server and the predictor print; None prints it here.
-        host: the address to bind.
+        host: the IP address to bind.
         port: the port to bind; None takes a free one.
     """
 
@@ -74,9 +79,10 @@ class CogServer:
         schema.write(self.project)
         # Temporary files of predictions would outlive a worker that is killed.
         self.scratch = tempfile.TemporaryDirectory(prefix="flux-sprites-server-", ignore_cleanup_errors=True)
+        host = f"[{self.host}]" if ":" in self.host else self.host
         with open(self.log, "wb") if self.log else contextlib.nullcontext() as log:  # noqa: PTH123 (or None)
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cog.server.http", "--host", self.host],
+                [sys.executable, "-m", "cog.server.http", "--host", host],
                 cwd=self.project,
                 env=self.environment | {"TMPDIR": self.scratch.name},
                 stdin=subprocess.DEVNULL,
@@ -84,6 +90,16 @@ class CogServer:
                 stderr=log,
                 start_new_session=True,
             )
+        # Should this process be killed, nobody calls __exit__: the server and its worker would go on, and hold the GPU.
+        # A keeper reads from a pipe that is never written to, and that the end of this process closes.
+        end = 'read -r _; kill -s KILL -- "-$0"; rm -rf -- "$1"'  # the one form of kill that every shell knows
+        self.keeper = subprocess.Popen(
+            ["sh", "-c", end, str(self.process.pid), self.scratch.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         return self
 
     def __exit__(
@@ -98,6 +114,8 @@ class CogServer:
         finally:
             self._signal(signal.SIGKILL)
             self.process.wait()
+            with self.keeper:
+                self.keeper.kill()
             self.scratch.cleanup()
 
     def wait_until_ready(self, seconds: float = 600, meanwhile: Callable[[], None] = lambda: None) -> None:
@@ -170,7 +188,7 @@ class CogServer:
         Raises:
             OSError: the server does not answer; TimeoutError if it stays silent for so many seconds.
         """
-        host = LOOPBACK if self.host == "0.0.0.0" else self.host
+        host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(self.host, self.host)
         connection = http.client.HTTPConnection(host, self.port, timeout=seconds)
         try:
             content = None if body is None else json.dumps(body)
@@ -232,6 +250,30 @@ def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
     return socket.create_server((host, port), family=family, reuse_port=shared)
 
 
+def check_address(host: str, port: int) -> None:
+    """Check that a server can listen there now.
+
+    Raises:
+        ValueError: a sentence about `--host` or `--port`, which says why it cannot.
+    """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port is {port}; it must be at most 65535, and not negative.")
+    try:
+        if "%" in str(ipaddress.ip_address(host)):
+            raise ValueError  # the network interface of an IPv6 address, which Cog does not read
+        listen(host, port).close()
+    except PermissionError:
+        raise ValueError(f"--port is {port}; ports this low are for root alone: take one above 1023.") from None
+    except OSError as error:
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            raise ValueError(f"--host is {host}; this machine has no such address.") from None
+        raise ValueError(
+            f"--port is {port}; it must be one that is free at {host}: {os.strerror(error.errno)}."
+        ) from None
+    except ValueError:
+        raise ValueError(f"--host is {host[:80]!r}; it must be an IP address of this machine.") from None
+
+
 def exit_on_signals() -> None:
     """End by an exception when asked to end, so that `with CogServer` stops the server."""
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -239,18 +281,48 @@ def exit_on_signals() -> None:
             signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
+class Verdict:
+    """Judges, look by look, whether a server can go on; asked every `SECONDS_BETWEEN_CHECKS`.
+
+    Args:
+        server: one that runs.
+    """
+
+    def __init__(self, server: CogServer) -> None:
+        self._look, self._busy_with_nothing = Look(Path(server.scratch.name)), 0
+
+    def reason(self, health: Mapping[str, Any]) -> str | None:
+        """Why the server cannot go on, in a sentence; None while it can.
+
+        Args:
+            health: what `GET /health-check` has just answered.
+        """
+        if health["status"] in ("UNHEALTHY", "DEFUNCT"):
+            return f"The predictor cannot go on: {_reason(health)}"
+        idle = self._look.idle()
+        self._busy_with_nothing = self._busy_with_nothing + 1 if idle and health["status"] == "BUSY" else 0
+        if self._busy_with_nothing < LOOKS_AT_A_LOST_SLOT:
+            return None
+        seconds = LOOKS_AT_A_LOST_SLOT * SECONDS_BETWEEN_CHECKS
+        return (
+            f"The server cannot go on: it has been busy for {seconds:g} seconds while its predictor had nothing to do. "
+            "Start it again; docs/reliability.md says which requests do that."
+        )
+
+
 def serve(server: CogServer) -> int:
     """Wait until a server ends, and give its exit code.
 
     Raises:
-        SystemExit: its predictor has ended, or its weights have changed, or it does not answer any more; it would
-            refuse every request or draw wrong pictures. What supervises this process should start it again.
+        SystemExit: its predictor has ended, or its weights have changed, or it has lost its slot, or it does not answer
+            any more; it would refuse every request or draw wrong pictures. What supervises this process should start
+            it again.
     """
+    verdict = Verdict(server)
     while (code := server.process.poll()) is None:
         try:
-            health = server.health()
-            if health["status"] in ("UNHEALTHY", "DEFUNCT"):
-                sys.exit(f"The predictor cannot go on: {_reason(health)}")
+            if reason := verdict.reason(server.health()):
+                sys.exit(reason)
         except TimeoutError:
             sys.exit(f"The server cannot go on: it has not answered a health check for {SECONDS_FOR_HEALTH} seconds.")
         except OSError:  # it starts, or has just ended
@@ -273,6 +345,10 @@ def main() -> None:
     parser.add_argument("--host", default=LOOPBACK, help="address to bind (default: %(default)s, this machine alone)")
     parser.add_argument("--port", type=int, default=5000, help="port to bind (default: %(default)s)")
     arguments = parser.parse_args()
+    try:
+        check_address(arguments.host, arguments.port)
+    except ValueError as error:
+        sys.exit(str(error))
     exit_on_signals()
     with CogServer(host=arguments.host, port=arguments.port) as server, contextlib.suppress(KeyboardInterrupt):
         sys.exit(serve(server))

@@ -1,6 +1,8 @@
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from local_cog.server import CogServer, failure, files
+from local_cog.server import CogServer, check_address, failure, files
 from settings import ROOT
 
 # As much as the scripts need of a predictor: it succeeds, fails, takes long, or does not even start.
@@ -52,6 +54,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("project")
     shutil.copytree(ROOT / "script", directory / "script")
     shutil.copytree(ROOT / "local_cog", directory / "local_cog")
+    shutil.copytree(ROOT / "service", directory / "service")
     for path in [ROOT / "settings.py", *ROOT.glob("requirements*.txt")]:
         shutil.copy(path, directory)
     (directory / ".venv").symlink_to(Path(sys.prefix))
@@ -191,6 +194,69 @@ def test_a_stopped_script_leaves_no_process(project: Path, command: list[str], n
     process.communicate(timeout=30)
     assert process.returncode != 0 or command[0] == "serve"
     assert processes_in(project) == []
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="sees processes in /proc")
+def test_a_killed_server_leaves_neither_process_nor_folder(project: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "local_cog.server", "--port", "0"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, cwd=project, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while "Server ready" not in process.stderr.readline():
+            assert process.poll() is None
+        assert list(tmp_path.iterdir()) != []
+        process.kill()
+    give_up = time.monotonic() + 10
+    while processes_in(project) or list(tmp_path.iterdir()):
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "sentence"),
+    [
+        ("127.0.0.1", 65536, "--port is 65536; it must be at most 65535, and not negative."),
+        ("127.0.0.1", -1, "--port is -1; it must be at most 65535, and not negative."),
+        ("192.0.2.1", 5000, "--host is 192.0.2.1; this machine has no such address."),
+        ("2001:db8::1", 5000, "--host is 2001:db8::1; this machine has no such address."),
+        ("localhost", 5000, "--host is 'localhost'; it must be an IP address of this machine."),
+        ("fe80::1%lo", 5000, "--host is 'fe80::1%lo'; it must be an IP address of this machine."),
+        ("", 5000, "--host is ''; it must be an IP address of this machine."),
+    ],
+)
+def test_an_address_at_which_nobody_can_listen_is_refused(host: str, port: int, sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        check_address(host, port)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_a_port_that_is_for_root_alone_is_refused() -> None:
+    code = "import os; from local_cog.server import check_address; os.setuid(65534); check_address('127.0.0.1', 80)"
+    with open("/proc/sys/net/ipv4/ip_unprivileged_port_start") as file:  # noqa: PTH123
+        if int(file.read()) <= 80:
+            pytest.skip("here it is for everybody")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == (
+        "ValueError: --port is 80; ports this low are for root alone: take one above 1023."
+    )
+
+
+def test_a_taken_port_is_told_in_a_sentence(project: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "local_cog.server", "--port", str(port)]
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"--port is {port}; it must be one that is free at 127.0.0.1: Address already in use.\n",
+    )
+    assert processes_in(project) == []
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
+def test_a_server_listens_at_an_ipv6_address(project: Path, tmp_path: Path) -> None:
+    with CogServer(project, log=tmp_path / "log", host="::1") as server:
+        server.wait_until_ready()
+        assert files(server.predict({"prompt": "a"})) == [(".webp", b"4 1 False 'dev'")]
 
 
 def test_a_server_is_stopped_in_the_middle_of_a_prediction(project: Path, tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_what_a_download_says_is_in_the_log_of_its_prediction(server: CogServer,
 
 
 def test_cog_itself_fetches_images_and_masks_without_our_rules(server: CogServer, host: Host) -> None:
-    """Before the predictor is called, from any address, without a bound, the URL in its error: there is no setting.
+    """Before the predictor is called, from any address, without a bound: there is no setting. Its error is ours.
 
     It does honour HTTP_PROXY and HTTPS_PROXY, so a proxy is the place for rules about images.
     """
@@ -210,4 +210,5 @@ def test_cog_itself_fetches_images_and_masks_without_our_rules(server: CogServer
     said = failure(server.predict(SMALL | {"image": host.url("/photo.png")}))
     assert [request.path for request in host.seen] == ["/photo.png", "/inside"]
     assert all(request.headers["User-Agent"].startswith("python-requests") for request in host.seen)
-    assert "signature=shown" in said
+    assert said.endswith("A file that the request names cannot be fetched (its host answered 404).")
+    assert "signature" not in said
