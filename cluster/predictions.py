@@ -8,8 +8,8 @@ This module knows SQL; it knows nothing of HTTP, of Ray, or of how clients see a
 
 import asyncio
 import contextlib
+import re
 import secrets
-import sqlite3
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,16 +18,20 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError, ProgrammingError
-from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column, sessionmaker
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column, sessionmaker, undefer
+
+from cluster.database import Unusable, may_pass, migrate, open_engine, unusable
 
 UNFINISHED = ("starting", "processing")
 # A restart of PostgreSQL takes seconds; after this long the caller gets the error.
 SECONDS_WITHOUT_DATABASE = 60
-# Transactions of one front at a time in PostgreSQL, each with a thread and a connection of its own.
-CONNECTIONS = 16
 # Ended predictions, their redacted inputs and their logs; the span within which an id is idempotent.
 PREDICTION_LIFETIME = timedelta(hours=24)
+
+
+class QueueFull(Exception):  # noqa: N818 (a state, not an accident)
+    """There is no place for another prediction; soon there may be one."""
 
 
 class Base(MappedAsDataclass, DeclarativeBase):
@@ -53,7 +57,10 @@ class Prediction(Base):
     owner: Mapped[str | None] = mapped_column()
     created_at: Mapped[str] = mapped_column(index=True)
     # The whole input, as the worker gets it; forgotten when the prediction ends, since URLs in it may hold tokens.
-    secret_input: Mapped[dict[str, Any] | None] = mapped_column("request", sa.JSON(none_as_null=True))
+    # With files in it, it may have 100 MB: what is read from the database is without it, but for what is adopted.
+    secret_input: Mapped[dict[str, Any] | None] = mapped_column(
+        "request", sa.JSON(none_as_null=True), deferred=True, repr=False, compare=False
+    )
     # What may be shown of it, for as long as the prediction is kept.
     shown_input: Mapped[dict[str, Any]] = mapped_column("input", sa.JSON)
     # "cog" or "replicate": the form of its webhooks.
@@ -61,7 +68,7 @@ class Prediction(Base):
     # The names by which Replicate's clients asked.
     model: Mapped[str] = mapped_column(default="")
     version: Mapped[str] = mapped_column(default="")
-    # The front's address as the client wrote it: where its URLs point.
+    # The front's address as the client wrote it: where the URLs in its webhooks point.
     base_url: Mapped[str] = mapped_column(default="")
     webhook: Mapped[str | None] = mapped_column(sa.Text, default=None)
     webhook_events: Mapped[list[str]] = mapped_column(sa.JSON, default_factory=list)
@@ -70,6 +77,8 @@ class Prediction(Base):
     cancel_requested: Mapped[bool] = mapped_column(default=False)
     # How many workers died while they ran it.
     deaths: Mapped[int] = mapped_column(default=0)
+    # How many fronts died while they owned it.
+    adoptions: Mapped[int] = mapped_column(default=0, server_default="0")
     status: Mapped[str] = mapped_column(default="starting", index=True)
     # Files stand in it as paths of the front, such as /files/<id>/output.webp.
     output: Mapped[Any] = mapped_column(sa.JSON(none_as_null=True), nullable=True, default=None)
@@ -152,8 +161,8 @@ def _transaction(
             except asyncio.CancelledError:
                 await asyncio.wait([trying])
                 raise
-            except (OperationalError, InterfaceError):
-                if loop.time() > give_up:
+            except DBAPIError as error:
+                if not may_pass(error) or loop.time() > give_up:
                     raise
                 await asyncio.sleep(0.25)
 
@@ -164,28 +173,17 @@ class Predictions:
     """The database, at a URL of SQLAlchemy's: `sqlite:///path` or `postgresql://…`."""
 
     def __init__(self, url: str) -> None:
-        address = sa.make_url(url)
-        driver = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
-        address = address.set(drivername=driver.get(address.drivername, address.drivername))
-        sqlite = address.drivername.startswith("sqlite")
-        # SQLite lets one connection write while the others poll: here all callers queue for a single connection.
-        connections = 1 if sqlite else CONNECTIONS
-        self.engine = sa.create_engine(address, pool_size=connections, max_overflow=0)
-        if sqlite:
-            sa.event.listen(self.engine, "connect", _share_sqlite)
+        self.engine = open_engine(url)
         self.session = sessionmaker(self.engine, expire_on_commit=False)
-        self.threads = ThreadPoolExecutor(connections, "database")
+        self.threads = ThreadPoolExecutor(self.engine.pool.size(), "database")
 
     async def __aenter__(self) -> Self:
-        """Make the tables that are missing."""
-        # Fronts start together, and CREATE TABLE IF NOT EXISTS is no safe race in PostgreSQL: the loser looks again.
-        for attempt in range(5):
-            try:
-                await self._make_tables()
-                break
-            except (IntegrityError, ProgrammingError):
-                if attempt == 4:
-                    raise
+        """Bring the tables to our revision; Unusable where that cannot be."""
+        try:
+            await self._migrate()
+        except (DBAPIError, Unusable) as error:
+            await self.__aexit__()
+            raise (error if isinstance(error, Unusable) else unusable(error)) from None
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -194,8 +192,8 @@ class Predictions:
         self.engine.dispose()
 
     @_transaction
-    def _make_tables(self, session: Session) -> None:
-        Base.metadata.create_all(session.connection())
+    def _migrate(self, session: Session) -> None:
+        migrate(session.connection())
 
     async def create(self, prediction: Prediction) -> tuple[Prediction, bool]:
         """Write a prediction, unless its id is known: the one that has this id, and whether it is this very one."""
@@ -204,6 +202,8 @@ class Predictions:
             return prediction, True
         except IntegrityError:
             known = await self.get(prediction.id)
+            if known is None:  # then it was not the id that did not fit
+                raise
             return known, (known.owner, known.created_at) == (prediction.owner, prediction.created_at)
 
     @_transaction
@@ -212,12 +212,12 @@ class Predictions:
 
     @_transaction
     def get(self, session: Session, prediction_id: str) -> Prediction | None:
-        """A prediction as it is now."""
+        """A prediction as it is now, without its secret input."""
         return session.get(Prediction, prediction_id)
 
     @_transaction
     def page(self, session: Session, cursor: str | None = None, size: int = 100) -> Page:
-        """A page of the predictions of Replicate's clients.
+        """A page of the predictions of Replicate's clients, without their secret inputs.
 
         Args:
             cursor: `next` or `previous` of a neighbour, else a ValueError is raised; None for the newest page.
@@ -286,7 +286,10 @@ class Predictions:
     def adopt(
         self, session: Session, front: str, dead: Collection[str], running: Collection[str], limit: int
     ) -> Sequence[Prediction]:
-        """Take over predictions that are not done and that no front runs.
+        """Take over predictions that are not done and that no front runs, with their secret inputs.
+
+        First come those that the fewest fronts have died with, then the oldest; what the new owner itself has lost
+        comes last. So none that cannot be run keeps others from being taken.
 
         Args:
             front: the new owner.
@@ -305,23 +308,27 @@ class Predictions:
             ),
         )
         # PostgreSQL: two fronts at once lock different ones.
-        orphans = sa.select(Prediction.id).where(orphaned).order_by(Prediction.created_at).limit(limit)
+        ours = sa.case((Prediction.owner == front, 1), else_=0)
+        orphans = sa.select(Prediction.id).where(orphaned).limit(limit)
+        orphans = orphans.order_by(ours, Prediction.adoptions, Prediction.created_at)
         ids = list(session.scalars(orphans.with_for_update(skip_locked=True)))
         if not ids:
             return []
         # SQLite has locked nothing so far: another front may have been faster, so ask the condition again.
-        taken = sa.update(Prediction).where(Prediction.id.in_(ids), orphaned).values(owner=front).returning(Prediction)
-        return list(session.scalars(taken))
+        outlived = sa.case((Prediction.owner != front, 1), else_=0)  # an owner that was released is null: 0
+        taken = sa.update(Prediction).where(Prediction.id.in_(ids), orphaned).returning(Prediction)
+        taken = taken.values(owner=front, adoptions=Prediction.adoptions + outlived)
+        return sorted(session.scalars(taken.options(undefer(Prediction.secret_input))), key=lambda p: ids.index(p.id))
 
     @_transaction
     def release(self, session: Session, front: str, running: Collection[str]) -> None:
         """Free what a front owns and does not run."""
-        ours = sa.and_(Prediction.owner == front, Prediction.id.not_in(running), _NOT_DONE)
-        session.execute(sa.update(Prediction).where(ours).values(owner=None))
+        _release(session, front, running)
 
     @_transaction
     def leave(self, session: Session, front: str) -> None:
-        """Forget a front that ends in order, which frees its predictions."""
+        """Forget a front that ends in order, and free its predictions."""
+        _release(session, front, [])
         session.execute(sa.delete(Heartbeat).where(Heartbeat.id == front))
 
     async def secret(self, name: str) -> str:
@@ -385,6 +392,12 @@ def _change_ours(session: Session, prediction: Prediction, changes: dict[str, An
     return session.connection().execute(_CHANGE_OURS, {**changes, **named}).rowcount == 1
 
 
+def _release(session: Session, front: str, running: Collection[str]) -> None:
+    """Leave what a front has to the others, in order: it does not count as the front's death."""
+    ours = sa.and_(Prediction.owner == front, Prediction.id.not_in(running), _NOT_DONE)
+    session.execute(sa.update(Prediction).where(ours).values(owner=None))
+
+
 def _row(entry: Prediction | File) -> dict[str, Any]:
     """Values by column, not the object: a failed session may hold the object half attached, and another one tries."""
     columns = sa.inspect(type(entry)).column_attrs
@@ -393,14 +406,7 @@ def _row(entry: Prediction | File) -> dict[str, Any]:
 
 def _parse_cursor(cursor: str) -> tuple[bool, sa.ColumnElement[Any]]:
     """Whether a cursor leads to newer predictions, and the time and id from which it leads."""
-    direction, _, place = cursor.partition("~")
-    time, _, prediction_id = place.partition("~")
-    if direction not in ("n", "p") or not prediction_id:
+    found = re.fullmatch(r"([np])~([0-9TZ:.-]{1,40})~([ -~]{1,1000})", cursor)
+    if not found:
         raise ValueError(f"cursor is {cursor[:80]!r}; it must be one that a page of this list gave.")
-    return direction == "p", sa.tuple_(time, prediction_id)
-
-
-def _share_sqlite(connection: sqlite3.Connection, _: object) -> None:
-    """Several processes write: readers do not wait for them, writers queue, and a commit is on the disk."""
-    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL"):
-        connection.execute(f"PRAGMA {pragma}")
+    return found[1] == "p", sa.tuple_(found[2], found[3])

@@ -1,13 +1,21 @@
 """Every environment variable that the cluster reads itself, its default and its reason."""
 
+import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from settings import ROOT, prediction_seconds
+from cluster.addresses import Network, is_host
+from settings import MIB, ROOT, number, prediction_seconds
+from sources.shown import redact
 
 # A replica that is to go finishes what is being drawn, for so long.
 DRAIN_SECONDS = 900
+# Where predictions and files are unless the environment says otherwise.
+DATA = ROOT / "cluster-data"
+# Half of what a front holds of all bodies together.
+LARGEST_BODY_MAX = 512 * MIB
 
 
 @dataclass(frozen=True)
@@ -20,14 +28,21 @@ class ClusterSettings:
     files_url: str
     # API_TOKENS: who may ask, with commas between; without any, the cluster answers on loopback alone.
     api_tokens: frozenset[str] = field(repr=False)
+    # BODY_MAX_MB: the largest body of a request in MiB, as large as Cog's own since files may come as data URIs.
+    body_max_bytes: int
+    # PUBLIC_URL: where clients reach the cluster, such as https://example.com/flux; files' addresses begin with it.
+    public_url: str | None
+    # TRUSTED_PROXIES: addresses and networks, with commas between, whose X-Forwarded-Host and -Proto count; anybody can
+    # send these headers, and the addresses that come of them are stored and shown to others.
+    trusted_proxies: tuple[Network, ...]
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "ClusterSettings":
         """Read the variables; an empty one counts as unset.
 
         Raises:
-            ValueError: a sentence: PREDICTION_SECONDS, which the workers' predictors read, lets work on a device take
-                so long that its worker would be ended before, when it is to go.
+            ValueError: a sentence that names the variable, its value and what would be right. It may be
+                PREDICTION_SECONDS, which the workers' predictors read: a worker that is to go is ended after a while.
         """
         longest = prediction_seconds(cuda=False, environ=environ)
         if longest is not None and longest >= DRAIN_SECONDS:
@@ -35,9 +50,45 @@ class ClusterSettings:
                 f"PREDICTION_SECONDS is {longest:g}; in a cluster it must be below {DRAIN_SECONDS}, the seconds after "
                 "which a worker that is to go is ended."
             )
-        data = ROOT / "cluster-data"
+        proxies = filter(None, map(str.strip, environ.get("TRUSTED_PROXIES", "").split(",")))
         return cls(
-            database_url=environ.get("DATABASE_URL", "").strip() or f"sqlite:///{data / 'predictions.db'}",
-            files_url=environ.get("FILES_URL", "").strip() or str(data / "files"),
+            database_url=environ.get("DATABASE_URL", "").strip() or f"sqlite:///{DATA / 'predictions.db'}",
+            files_url=environ.get("FILES_URL", "").strip() or str(DATA / "files"),
             api_tokens=frozenset(filter(None, map(str.strip, environ.get("API_TOKENS", "").split(",")))),
+            body_max_bytes=_body_max_bytes(environ.get("BODY_MAX_MB", "").strip() or "100"),
+            public_url=_public_url(environ.get("PUBLIC_URL", "").strip()),
+            trusted_proxies=tuple(map(_network, proxies)),
         )
+
+
+def _body_max_bytes(text: str) -> int:
+    size = number(text) * MIB
+    if not 1 <= size <= LARGEST_BODY_MAX:
+        raise ValueError(
+            f"BODY_MAX_MB is {text!r}; it must be a number of MiB above 0 and up to {LARGEST_BODY_MAX // MIB}, such as "
+            "100."
+        )
+    return int(size)
+
+
+def _public_url(text: str) -> str | None:
+    """Without the slash at its end."""
+    found = re.fullmatch(r"https?://([^/]+)(/[\w.~%/-]*)?", text, re.ASCII)
+    if text and not (found and is_host(found[1])):
+        raise ValueError(
+            f"PUBLIC_URL is {redact(text)!r}; it must be an http or https URL without user and query, such as "
+            "https://example.com/flux."
+        )
+    return text.rstrip("/") or None
+
+
+def _network(text: str) -> Network:
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ValueError(
+            f"TRUSTED_PROXIES has {text!r}; it must have addresses and networks with commas between, such as "
+            f"10.0.0.0/8,192.168.1.7: {error}."
+        ) from None
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    return network if mapped is None else ipaddress.ip_network(f"{mapped}/{max(0, network.prefixlen - 96)}")

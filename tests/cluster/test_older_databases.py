@@ -5,43 +5,27 @@ tell their end; an upload, two outputs, the secret of webhooks, and the front th
 """
 
 import asyncio
-import contextlib
-import sqlite3
-from collections.abc import Iterator
-from pathlib import Path
+import json
 
 import pytest
 
 pytest.importorskip("sqlalchemy", reason="the cluster needs cluster/requirements.txt")
 
-import psycopg
-
 from cluster.predictions import Predictions, now
-from harness.postgres import Postgres, find_programs
+from tests.cluster import databases
 
-DUMPS = Path(__file__).parent / "older_databases"
 SHOWN = {"prompt": "a red fox", "replicate_weights": "https://host/lora.safetensors"}
 SECRET = SHOWN | {"replicate_weights": "https://user:pass@host/lora.safetensors?token=s3cret"}
 UNFINISHED = {"waiting": "starting", "processing": "processing", "unwanted": "starting"}
 ENDED = {"succeeded": "succeeded", "failed": "failed", "canceled": "canceled", "webhook-due": "succeeded"}
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def older(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, str]]:
+@pytest.fixture
+def older(database_url: str) -> tuple[str, str]:
     """The URL of the database, and its dump."""
-    dump = (DUMPS / f"{request.param}.sql").read_text()
-    if request.param == "sqlite":
-        with contextlib.closing(sqlite3.connect(tmp_path / "predictions.db")) as connection:
-            connection.executescript(dump)
-        yield f"sqlite:///{tmp_path / 'predictions.db'}", dump
-        return
-    programs = find_programs()
-    if programs is None:
-        pytest.skip("PostgreSQL is not installed")
-    with Postgres(programs) as running:
-        with psycopg.connect(running.url) as connection:
-            connection.execute(dump)
-        yield running.url, dump
+    dump = databases.older(database_url)
+    databases.run(database_url, dump)
+    return database_url, dump
 
 
 def test_everything_is_there(older: tuple[str, str]) -> None:
@@ -54,7 +38,10 @@ def test_everything_is_there(older: tuple[str, str]) -> None:
                 assert {name: prediction.status for name, prediction in found.items()} == UNFINISHED | ENDED
                 for name, prediction in found.items():
                     assert (prediction.owner, prediction.api, prediction.shown_input) == ("front-before", api, SHOWN)
-                    assert prediction.secret_input == (SECRET if name in UNFINISHED else None)
+                    (kept,) = databases.rows(url, f"SELECT request FROM predictions WHERE id = '{prediction.id}'")[0]
+                    kept = json.loads(kept) if isinstance(kept, str) else kept
+                    assert kept == (SECRET if name in UNFINISHED else None)
+                    assert (prediction.deaths, prediction.adoptions) == (name == "processing", 0)
                     asked = (prediction.model, prediction.version, prediction.base_url)
                     expected = ("someone/some-model", "0" * 64, "http://127.0.0.1:8000")
                     assert asked == (expected if api == "replicate" else ("", "", ""))
@@ -85,8 +72,10 @@ def test_everything_is_there(older: tuple[str, str]) -> None:
 
 
 def test_what_was_unfinished_is_adopted_and_ends(older: tuple[str, str]) -> None:
+    url, _ = older
+
     async def story() -> None:
-        async with Predictions(older[0]) as known:
+        async with Predictions(url) as known:
             await known.beat("front-now")
             adopted = await known.adopt("front-now", ["front-before"], [], 100)
             left = [*UNFINISHED, "webhook-due"]
@@ -99,7 +88,9 @@ def test_what_was_unfinished_is_adopted_and_ends(older: tuple[str, str]) -> None
                 else:
                     assert orphan.secret_input == SECRET
                     assert await known.finish(orphan, [], status="succeeded", completed_at=now())
-                    assert (await known.get(orphan.id)).secret_input is None
+                    found = databases.rows(url, f"SELECT request FROM predictions WHERE id = '{orphan.id}'")
+                    assert found == [(None,)]
+                assert orphan.adoptions == 1
             assert await known.adopt("front-later", ["front-now"], [], 100) == []
 
     asyncio.run(story())
