@@ -1,6 +1,7 @@
 """What Prometheus hears of a front, through Ray; `cluster/deploy/grafana.json` draws it."""
 
 from datetime import datetime
+from typing import Any
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -33,14 +34,21 @@ class Metrics:
         self.latency.observe((completed - created).total_seconds(), {"phase": "total"})
         if started:
             self.latency.observe((started - created).total_seconds(), {"phase": "queue"})
-        timings = {"predict": prediction.metrics.get("predict_time"), **(prediction.metrics.get("timing") or {})}
+        timings = {"predict": prediction.metrics.get("predict_time"), **_group(prediction, "timing")}
         for phase, seconds in timings.items():
             if isinstance(seconds, int | float):
                 self.latency.observe(seconds, {"phase": phase})
         if isinstance(prediction.output, list) and prediction.output:
             self.images.inc(len(prediction.output))
-        if dropped := (prediction.metrics.get("safety") or {}).get("dropped"):
+        dropped = _group(prediction, "safety").get("dropped")
+        if isinstance(dropped, list) and dropped:
             self.dropped.inc(len(dropped))
+
+
+def _group(prediction: Prediction, name: str) -> dict[str, Any]:
+    """The metrics under one name, if the predictor has made a group of them."""
+    group = prediction.metrics.get(name)
+    return group if isinstance(group, dict) else {}
 
 
 class Counted:

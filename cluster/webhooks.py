@@ -6,7 +6,10 @@ This module knows how often and in which order; what a webhook says, it is given
 import asyncio
 import base64
 import hmac
+import ipaddress
 import json
+import logging
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -15,14 +18,22 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import aiohttp
+from yarl import URL
 
+from cluster.failures import places
 from cluster.predictions import Prediction
 from cluster.tasks import spawn
+from sources.shown import redact
 
+logger = logging.getLogger("ray.serve")
+
+# A name as it is looked up, with what is beyond ASCII encoded, or an address.
+_HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}")
 EVENTS = ("start", "output", "logs", "completed")
 # The last webhook is tried this often, as by coglet, the pause doubling from a fifth of a second.
 TRIES = 12
 TIMEOUT = aiohttp.ClientTimeout(total=30)
+URL_CHARACTERS = 2048
 
 
 @dataclass(frozen=True)
@@ -37,42 +48,104 @@ class Webhooks:
     # The latest webhook of each prediction, by its id, for as long as it is on its way.
     sending: WeakValueDictionary[str, asyncio.Task[None]] = field(default_factory=WeakValueDictionary, init=False)
 
+    def wanted(self, prediction: Prediction, event: str) -> bool:
+        """Whether a client wants to hear of an event."""
+        events = prediction.webhook_events  # an older front may have left anything
+        return bool(prediction.webhook) and isinstance(events, list) and event in events
+
     async def notify(self, prediction: Prediction, event: str) -> None:
-        """Send a webhook on the way; one that does not arrive is not sent again, as by coglet."""
-        if not prediction.webhook or event not in prediction.webhook_events:
+        """Send a webhook on the way; one that does not arrive is not sent again, as by coglet. Nothing is raised."""
+        if not self.wanted(prediction, event):
             return
         before = self.sending.get(prediction.id)
         if event == "logs" and before and not before.done():
             return  # the next one holds these logs too; a slow listener hears fewer
-        body = json.dumps(await self.show(prediction))
+        body = await self._body(prediction)
 
         async def send() -> None:
             if before:
                 await asyncio.wait([before])
-            await self._post(prediction.webhook, f"{prediction.id}-{secrets.token_hex(6)}", body)
+            await self._post(prediction, secrets.token_hex(6), body)
 
         self.sending[prediction.id] = spawn(send())
 
     async def deliver(self, prediction: Prediction) -> None:
-        """Send the last webhook until it arrives or has been tried often enough; nothing comes after it."""
+        """Send the last webhook until it arrives or has been tried often enough; nothing comes after it.
+
+        Nothing is raised: what cannot be sent has been tried as well.
+        """
         if before := self.sending.get(prediction.id):
             await asyncio.wait([before])
-        body = json.dumps(await self.show(prediction))
+        body = None
         for attempt in range(TRIES):
-            if await self._post(prediction.webhook, f"{prediction.id}-completed", body):
+            body = body or await self._body(prediction)
+            if await self._post(prediction, "completed", body):
                 break
             await asyncio.sleep(min(30, 0.2 * 2**attempt))
 
-    async def _post(self, url: str, delivery: str, body: str) -> bool:
-        """One attempt; False where another may succeed."""
-        headers = {"content-type": "application/json", **signed(self.secret, delivery, body)}
+    async def _body(self, prediction: Prediction) -> str | None:
+        """What is sent; None where it cannot be made, as while the store of files is away."""
         try:
-            async with self.client.post(url, data=body.encode(), headers=headers, timeout=TIMEOUT) as answered:
+            return await asyncio.to_thread(json.dumps, await self.show(prediction))
+        except Exception as error:
+            logger.warning("A webhook of prediction %.130r cannot be made: %s", prediction.id, places(error))
+            return None
+
+    async def _post(self, prediction: Prediction, name: str, body: str | None) -> bool:
+        """One attempt; False where another may succeed."""
+        if body is None:
+            return False
+        delivery = f"{prediction.id}-{name}"
+        try:
+            headers = {"content-type": "application/json", **signed(self.secret, delivery, body)}
+            sent = self.client.post(prediction.webhook, data=body.encode(), headers=headers, timeout=TIMEOUT)
+            async with sent as answered:
                 return answered.status not in (429, 500, 502, 503, 504)
-        except aiohttp.InvalidURL:
+        # Such a URL, or such an id in a header, can never be sent; aiohttp's InvalidURL is a ValueError.
+        except (ValueError, TypeError, AssertionError, aiohttp.NonHttpUrlClientError) as error:
+            logger.warning("A webhook of prediction %.130r cannot be sent: %s", prediction.id, places(error))
             return True
         except (aiohttp.ClientError, TimeoutError):
             return False
+        except Exception as error:
+            logger.warning("A webhook of prediction %.130r was not sent: %s", prediction.id, places(error))
+            return False
+
+
+def check_url(text: object) -> None:
+    """Refuse what the client library could not send to, for whatever reason but the network's.
+
+    Raises:
+        ValueError: a sentence without user, password and query.
+    """
+    if not isinstance(text, str):
+        raise ValueError("webhook must be a string.")
+    wrong = f"webhook is {redact(text[: 2 * URL_CHARACTERS])[:120]!r}; it must be an http or https URL"
+    if len(text) > URL_CHARACTERS:
+        raise ValueError(f"{wrong} of at most {URL_CHARACTERS} characters, not {len(text)}.")
+    if not text.isprintable() or " " in text:
+        raise ValueError(f"{wrong} without spaces and control characters.")
+    try:
+        url = URL(text)
+        port = url.port
+    except ValueError:
+        raise ValueError(f"{wrong}, such as https://example.com/hook.") from None
+    if url.scheme not in ("http", "https") or not url.raw_host or not port:
+        raise ValueError(f"{wrong} with a host, and where it has a port, one from 1 to 65535.")
+    try:
+        if not _HOST.fullmatch(url.raw_host):
+            raise ValueError
+        if set(url.raw_host) <= set("0123456789."):
+            ipaddress.IPv4Address(url.raw_host)
+        url.raw_host.encode("idna")  # as the resolver does
+    except ValueError:
+        raise ValueError(f"{wrong} with a host that can be looked up.") from None
+    try:
+        f"{url.user}:{url.password}".encode("latin-1")  # as HTTP's basic authentication does
+    except UnicodeError:
+        raise ValueError(f"{wrong} whose user and password are in Latin-1.") from None
+    if ":" in (url.user or ""):
+        raise ValueError(f"{wrong} whose user has no colon.")
 
 
 def signed(secret: str, delivery: str, body: str) -> dict[str, str]:

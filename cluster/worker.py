@@ -5,11 +5,11 @@ ends, and Serve starts another. This module knows Cog's HTTP and weaknesses; it 
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
 import secrets
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from aiohttp import web
 from ray import serve
 from ray.serve import metrics
 
+from cluster.failures import ATTEMPTS, Again, Failure
 from cluster.predictions import UNFINISHED
+from cluster.privacy import redact_log, secrets_of
 from cluster.replica import LOGGING, listen_on_this_node_only
 from cluster.settings import DRAIN_SECONDS, ClusterSettings
-from local_cog.server import LOOPBACK, SECONDS_FOR_HEALTH, CogServer
+from local_cog.server import LOOPBACK, SECONDS_BETWEEN_CHECKS, SECONDS_FOR_HEALTH, CogServer, Verdict
+from service.faults import without_paths
 
 logger = logging.getLogger("ray.serve")
 
@@ -35,6 +38,8 @@ HEARD = ["start", "logs", "completed"]
 AUTHORITIES = Path("/etc/ssl/certs")
 AUTHORITIES_FILE = AUTHORITIES / "ca-certificates.crt"
 HEALTH_TIMEOUT = aiohttp.ClientTimeout(total=SECONDS_FOR_HEALTH)
+# How long Cog may be ready for the next prediction without having told the end of this one.
+SECONDS_FOR_END = 10
 # How many LoRAs a worker is taken to hold when requests are led to it.
 LORAS_HELD = 16
 
@@ -43,7 +48,7 @@ LORAS_HELD = 16
     max_ongoing_requests=1,  # as the predictor has it
     max_queued_requests=-1,  # the fronts bound what they accept, and what was accepted may wait
     graceful_shutdown_timeout_s=DRAIN_SECONDS,
-    health_check_period_s=5,
+    health_check_period_s=SECONDS_BETWEEN_CHECKS,
     logging_config=LOGGING,
 )
 class CogWorker:
@@ -53,7 +58,7 @@ class CogWorker:
         listen_on_this_node_only()
         ClusterSettings.from_environment()  # of this node: it may differ from the node where the cluster was started
         self.server = CogServer(Path(project), environment=_authorities()).__enter__()
-        self.keeper = _kill_with_this_process(self.server.process.pid)
+        self.verdict = Verdict(self.server)
         try:
             await asyncio.to_thread(self.server.wait_until_ready)
             await self._listen()
@@ -98,6 +103,9 @@ class CogWorker:
 
         Yields:
             Cog's descriptions of the prediction since the last time, the very last with a status that is an end.
+
+        Raises:
+            Failure: Cog refuses it, or does not tell its end; this worker goes on, or ends if Cog cannot.
         """
         # Serve frees the place of a cancelled call before the call has cleaned up: wait for that here.
         async with self.one_at_a_time:
@@ -109,9 +117,7 @@ class CogWorker:
             url = f"/predictions/{quote(prediction_id, safe='')}"
             ended = False
             try:
-                async with self.client.put(url, json=body, headers={"Prefer": "respond-async"}) as answered:
-                    if answered.status != 202:
-                        raise RuntimeError(f"Cog refused the prediction: {(await answered.text())[:500]}")
+                await self._hand_over(url, body)
                 while not ended:
                     states = await self._next_states()
                     ended = states[-1]["status"] not in UNFINISHED
@@ -123,13 +129,41 @@ class CogWorker:
                 # Free Cog's slot in the background: the caller already has its result.
                 self.settling = asyncio.create_task(self._settle(None if ended else url))
 
+    async def _hand_over(self, url: str, body: dict[str, Any]) -> None:
+        """Have Cog begin a prediction.
+
+        Raises:
+            Failure: it does not. What Cog calls the request's fault would be one for any Cog; else another may take it.
+        """
+        for _ in range(ATTEMPTS):
+            try:
+                async with self.client.put(url, json=body, headers={"Prefer": "respond-async"}) as answered:
+                    if answered.status == 202:
+                        return
+                    status, said = answered.status, (await answered.text(errors="replace"))[:300]
+            except (aiohttp.ClientError, TimeoutError) as error:
+                # It may have begun: what called this cancels it there, and ends this worker if Cog has died.
+                raise Failure(
+                    "Cog broke off the connection when it was given the prediction.", Again.UNDRAWN
+                ) from error
+            if status != 409:
+                break
+            await self._settle()  # its slot is not free yet
+        said = without_paths(redact_log(said, secrets_of(body["input"])))
+        own = 400 <= status < 500 and status != 409
+        raise Failure(f"Cog refused the prediction with {status}: {said}", Again.NEVER if own else Again.UNDRAWN)
+
     async def _next_states(self) -> list[dict[str, Any]]:
         """What Cog has said since the last time."""
+        idle = 0
         while True:
             try:
                 states = [await asyncio.wait_for(self.events.get(), 1)]
             except TimeoutError:
                 self._end_if(self.server.process.poll() is not None)
+                idle = idle + 1 if await self._status() == "READY" else 0
+                if idle == SECONDS_FOR_END:
+                    raise Failure("Cog has ended the prediction without saying how.") from None
                 continue
             # Cog does not wait until a log has arrived before it sends the end: ignore what comes after the end.
             while states[-1]["status"] in UNFINISHED and not self.events.empty():
@@ -145,18 +179,20 @@ class CogWorker:
         if cancelling:
             await asyncio.sleep(CANCEL_SECONDS)
         forgotten = 0
-        while True:
-            try:
-                status = (await self.health())["status"]
-                if status == "READY":
-                    return
-                if cancelling and status == "BUSY":
+        while (status := await self._status()) != "READY":
+            if cancelling and status == "BUSY":
+                with contextlib.suppress(aiohttp.ClientError, TimeoutError):  # its status will say so too
                     async with self.client.post(f"{cancelling}/cancel") as answered:
                         forgotten += answered.status == 404
-            except (aiohttp.ClientError, TimeoutError):
-                status = "DEFUNCT"
             self._end_if(status != "BUSY" or forgotten > 20)
             await asyncio.sleep(CANCEL_SECONDS if cancelling else 0.005)
+
+    async def _status(self) -> str:
+        """What Cog says that it is; DEFUNCT where it says nothing that can be read."""
+        try:
+            return (await self.health())["status"]
+        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError):
+            return "DEFUNCT"
 
     def _end_if(self, defunct: bool) -> None:
         """End this process if Cog is defunct: it would refuse everything for ever, and Serve replaces the worker."""
@@ -176,20 +212,20 @@ class CogWorker:
             aiohttp.ClientError: the connection broke; Serve replaces the worker if that happens again and again.
         """
         try:
-            status = (await self.health())["status"]
+            reason = self.verdict.reason(await self.health())
         except TimeoutError:
-            status = "DEFUNCT"
-        self._end_if(status in ("DEFUNCT", "UNHEALTHY"))
+            reason = "The Cog server does not answer."
+        if reason:
+            logger.error(reason)
+        self._end_if(bool(reason))
 
     def stop(self) -> None:
         """End the Cog server."""
         self.server.__exit__(None, None, None)
-        self.keeper.kill()
-        self.keeper.wait()
 
     def __del__(self) -> None:
         """Called by Serve when the worker is to go."""
-        if hasattr(self, "keeper"):
+        if hasattr(self, "server"):
             self.stop()
 
 
@@ -201,12 +237,3 @@ def _authorities() -> dict[str, str]:
     places = {"SSL_CERT_FILE": str(AUTHORITIES_FILE), "SSL_CERT_DIR": str(AUTHORITIES)}
     usual = AUTHORITIES_FILE.exists() and all(os.environ.get(name, place) == place for name, place in places.items())
     return {**places, "SSL_CERT_DIR": os.devnull} if usual else {}
-
-
-def _kill_with_this_process(group: int) -> subprocess.Popen[bytes]:
-    """Start a keeper that kills a process group when this process ends, however it ends: it would hold the GPU.
-
-    The keeper reads from a pipe that is never written to; the end of this process closes it.
-    """
-    command = ["sh", "-c", 'read -r _; kill -s KILL -- "-$0"', str(group)]  # the one form that every shell knows
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)

@@ -25,16 +25,17 @@ ASYNC = {"Prefer": "respond-async"}
 def test_what_a_dead_cluster_has_left_is_taken_up(cluster: Cluster) -> None:
     ends = {}
     give_up = time.monotonic() + 30
-    while len(ends) < 3:
+    while len(ends) < 4:
         assert time.monotonic() < give_up, ends
-        for name in ("waiting", "running", "unwanted"):
-            state = json.loads(cluster.request("PUT", f"/predictions/left-{name}", {})[2])
+        for name in ("left-waiting", "left-running", "left-unwanted", "poison-0"):
+            state = json.loads(cluster.request("PUT", f"/predictions/{name}", {})[2])
             if state["status"] in ENDS:
-                ends[name] = (state["status"], "output" in state and cog_output(state))
+                ends[name] = (state["status"], state.get("error") or ("output" in state and cog_output(state)))
     assert ends == {
-        "waiting": ("succeeded", "waiting 4 dev"),
-        "running": ("succeeded", "running 4 dev"),
-        "unwanted": ("canceled", False),
+        "left-waiting": ("succeeded", "waiting 4 dev"),
+        "left-running": ("succeeded", "running 4 dev"),
+        "left-unwanted": ("canceled", False),
+        "poison-0": ("failed", "The cluster failed with AttributeError; its log says where."),
     }
 
 

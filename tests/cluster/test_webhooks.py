@@ -1,5 +1,6 @@
 """Webhooks: a coglet's, in a coglet's order."""
 
+import asyncio
 import json
 import time
 from typing import Any
@@ -8,6 +9,9 @@ import pytest
 
 pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 
+import aiohttp
+
+from cluster.webhooks import check_url
 from harness.cluster import Cluster, Hooks, Server
 from tests.cluster.small_cluster import comparable
 
@@ -63,3 +67,56 @@ def test_the_end_is_the_last_that_a_slow_listener_hears(cluster: Cluster) -> Non
         time.sleep(1)
         assert len(hooks.received) == len(said) > 1
     assert [body["status"] for body in said] == ["processing"] * (len(said) - 1) + ["succeeded"]
+
+
+SENDABLE = [
+    "http://127.0.0.1:9/hook", "HTTP://127.0.0.1:9", "http://user:pass@127.0.0.1:9/a?token=s3cret#b", "http://[::1]:9/",
+    "http://%C3%BC:p@127.0.0.1:9/", "http://127.0.0.1:9/%zz?ü=%0a", "http://münchen.invalid/", "http://a_b.invalid./",
+    "http://127.0.0.1:9/" + "a" * 2000,
+]  # fmt: skip
+UNSENDABLE = {
+    "no url": "without spaces and control characters.",
+    "": "with a host, and where it has a port, one from 1 to 65535.",
+    "http://": "with a host, and where it has a port, one from 1 to 65535.",
+    "http:h": "with a host, and where it has a port, one from 1 to 65535.",
+    "//h/": "with a host, and where it has a port, one from 1 to 65535.",
+    "ftp://h/": "with a host, and where it has a port, one from 1 to 65535.",
+    "file:///etc/passwd": "with a host, and where it has a port, one from 1 to 65535.",
+    "http://h:0/": "with a host, and where it has a port, one from 1 to 65535.",
+    "http://h:65536/": "such as https://example.com/hook.",
+    "http://h:b/": "such as https://example.com/hook.",
+    "http://[::1": "such as https://example.com/hook.",
+    "http://%/": "with a host that can be looked up.",
+    "http://a..b/": "with a host that can be looked up.",
+    "http://" + "a" * 64 + ".com/": "with a host that can be looked up.",
+    "http://999.1.1.1/": "with a host that can be looked up.",
+    "http://1.2.3/": "with a host that can be looked up.",
+    "http://%E2%82%AC:s3cret@h/?s3cret": "whose user and password are in Latin-1.",
+    "http://u%3Au:s3cret@h/?s3cret": "whose user has no colon.",
+    "http://h/\n": "without spaces and control characters.",
+    "http://h/a b?s3cret": "without spaces and control characters.",
+    "http://\u200b/": "without spaces and control characters.",
+    "http://h/" + "a" * 2040: "of at most 2048 characters, not 2049.",
+    "http://h/?s3cret" + "a" * 10**6: "of at most 2048 characters, not 1000016.",
+}
+
+
+@pytest.mark.parametrize("url", SENDABLE)
+def test_a_webhook_is_accepted_where_it_can_be_sent(url: str) -> None:
+    async def send() -> None:
+        async with aiohttp.ClientSession() as client:
+            await client.post(url, data=b"a", timeout=aiohttp.ClientTimeout(total=5))
+
+    check_url(url)
+    with pytest.raises((aiohttp.ClientError, TimeoutError)) as failed:  # nobody listens there
+        asyncio.run(send())
+    assert not isinstance(failed.value, aiohttp.InvalidURL)
+
+
+@pytest.mark.parametrize(("url", "sentence"), UNSENDABLE.items(), ids=range(len(UNSENDABLE)))
+def test_a_webhook_that_cannot_be_sent_is_refused_in_a_sentence(url: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=r"^webhook is .*; it must be an http or https URL") as refused:
+        check_url(url)
+    assert str(refused.value).endswith(sentence)
+    assert "s3cret" not in str(refused.value)
+    assert len(str(refused.value)) < 300
