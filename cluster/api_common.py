@@ -6,6 +6,7 @@ This module knows HTTP and inputs; it knows nothing of either API's endpoints.
 import hmac
 import ipaddress
 import json
+import os
 import re
 import uuid
 from base64 import b32encode
@@ -13,22 +14,48 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jsonschema_rs
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, StatementError
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cluster.dispatcher import QueueFull
-from cluster.predictions import Prediction, now
-from cluster.privacy import redact_input
+from cluster.bodies import Unread
+from cluster.database import describe
+from cluster.failures import Failure
+from cluster.predictions import Prediction, QueueFull, now
+from cluster.privacy import SHOWN_CHARACTERS, show_input
+from service import strict_json
 
-MAX_BODY_BYTES = 100 * 1024**2
+# A prediction has some thirty inputs.
+MAX_VALUES = 10_000
 RETRY_AFTER_SECONDS = 5
 PROBLEM = {"content-type": "application/problem+json"}
 # Open to whoever knows the address: probes, and files and streams, whose addresses nobody can guess.
 OPEN_PATHS = re.compile(r"/-/healthz|/health-check|/files/[^/]+/[^/]+|/v1/files/[^/]+/stream/[^/]+")
+
+# What a prediction may be called: its id becomes part of paths, URLs and headers, here and in Cog's server.
+PREDICTION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.~-]{0,127}")
+
+
+# What else has a name in a path; those of files begin with any of these.
+PATH_NAME = r"[A-Za-z0-9_~-][A-Za-z0-9_.~-]{0,127}"
+
+
+class Name(Convertor[str]):
+    """A part of a path that names something which is known here, or nothing: no other is looked up."""
+
+    # Without the last part, the end of the pattern would also match before a line end.
+    regex = PATH_NAME + r"(?!\n)"
+
+    def convert(self, value: str) -> str:
+        """As it stands; uvicorn has decoded it."""
+        return value
+
+
+register_url_convertor("name", Name())
 
 
 class Refused(Exception):  # noqa: N818 (an answer, not an accident)
@@ -62,28 +89,62 @@ def exception_handlers() -> Mapping[Any, Callable[[Request, Any], Response]]:
     def refused(_: Request, error: Refused) -> Response:
         return error.response()
 
-    def full(request: Request, error: QueueFull) -> Response:
-        return _unavailable(request, str(error))
+    def unread(request: Request, error: Unread) -> Response:
+        cogs = "Failed to buffer the request body: length limit exceeded" if error.status == 413 else error.detail
+        refused = problem(error.status, error.title, error.detail)
+        if not _is_replicates(request):
+            refused = Refused(error.status, cogs)
+        if error.status == 408:
+            refused.headers["connection"] = "close"
+        return refused.response()
 
-    def away(request: Request, _: OperationalError) -> Response:
-        return _unavailable(request, "The database is away; try again.")
+    def full(request: Request, error: QueueFull) -> Response:
+        return unavailable(request, str(error)).response()
+
+    def failed(request: Request, error: DBAPIError) -> Response:
+        return unavailable(request, f"The {describe(error)}; try again.").response()
+
+    def unstorable(request: Request, _: StatementError) -> Response:
+        detail = "The request has text or a number in it that the database cannot store."
+        return (problem(422, "Bad request", detail) if _is_replicates(request) else Refused(422, detail)).response()
+
+    def store_failed(request: Request, error: Failure) -> Response:
+        return unavailable(request, error.sentence).response()
+
+    def left(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # nobody hears it
 
     def unknown(request: Request, error: HTTPException) -> Response:
-        if request.url.path.startswith("/v1/"):
+        if _is_replicates(request):
             title = {404: "Not found", 405: "Method not allowed"}.get(error.status_code, "Bad request")
             return problem(error.status_code, title, "The requested resource could not be found.").response()
         allow = ",".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
         return Response(status_code=error.status_code, headers={"allow": allow} if allow else None)
 
-    return {Refused: refused, QueueFull: full, OperationalError: away, HTTPException: unknown}
+    return {
+        Refused: refused,
+        Unread: unread,
+        QueueFull: full,
+        Failure: store_failed,
+        DBAPIError: failed,
+        DataError: unstorable,
+        StatementError: unstorable,
+        ClientDisconnect: left,
+        HTTPException: unknown,
+    }
 
 
-def _unavailable(request: Request, detail: str) -> Response:
+def unavailable(request: Request, detail: str) -> Refused:
     """Not now, but soon."""
-    cogs = Refused(503, {"error": detail, "status": "failed"})
-    refused = problem(503, "Unavailable", detail) if request.url.path.startswith("/v1/") else cogs
+    refused = problem(503, "Unavailable", detail)
+    if not _is_replicates(request):
+        refused = Refused(503, {"error": detail, "status": "failed"})
     refused.headers["retry-after"] = str(RETRY_AFTER_SECONDS)
-    return refused.response()
+    return refused
+
+
+def _is_replicates(request: Request) -> bool:
+    return request.scope["path"].startswith("/v1/")
 
 
 class Authorised:
@@ -105,7 +166,8 @@ class Authorised:
                 return None
             return problem(401, "Unauthenticated", "This cluster has no tokens; API_TOKENS must be set to open it.")
         kind, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
-        known = any(hmac.compare_digest(token.encode(), known.encode()) for known in self.tokens)
+        # Headers are read as Latin-1, whatever they are.
+        known = any(hmac.compare_digest(token.encode("latin-1"), os.fsencode(known)) for known in self.tokens)
         if known and kind.lower() in ("bearer", "token"):
             return None
         return problem(401, "Unauthenticated", "You did not pass a valid authentication token")
@@ -116,15 +178,24 @@ class InputSchema:
 
     def __init__(self, document: dict[str, Any]) -> None:
         self.document = document
-        self.required = document["components"]["schemas"]["Input"].get("required", [])
+        inputs = document["components"]["schemas"]["Input"]
+        self.names, self.required = frozenset(inputs["properties"]), inputs.get("required", [])
         root = {"$ref": "#/components/schemas/Input", "components": document["components"]}
         self.validator = jsonschema_rs.validator_for(root)
 
+    def known(self, value: Any) -> Any:  # noqa: ANN401 (JSON)
+        """An input without what the predictor does not know, which Cog drops too."""
+        return {name: value[name] for name in value if name in self.names} if isinstance(value, dict) else value
+
     def problems(self, value: Any) -> list[dict[str, Any]]:  # noqa: ANN401 (JSON)
         """What is wrong with an input, in pydantic's form; empty where nothing is."""
+        if self.validator.is_valid(value):
+            return []
+        # A message tells the value: of a long one, what may be shown. It may have been wrong for its length alone.
+        errors = list(self.validator.iter_errors(_cut(value))) or [*self.validator.iter_errors(value)]
         problems: list[dict[str, Any]] = []
         absent = [name for name in self.required if isinstance(value, dict) and name not in value]
-        for error in self.validator.iter_errors(value):
+        for error in errors:
             if "is a required property" in error.message:
                 while absent:
                     problems.append(_problem(absent.pop(0), "Field required", "value_error.missing"))
@@ -134,21 +205,31 @@ class InputSchema:
         return problems
 
 
+def _cut(value: Any, characters: int = 10 * SHOWN_CHARACTERS) -> Any:  # noqa: ANN401 (JSON)
+    """A value with the beginnings of its strings, the shorter the deeper they lie: there may be the more of them."""
+    match value:
+        case str():
+            return value[:characters]
+        case list():
+            return [_cut(item, characters // 10) for item in value]
+        case dict():
+            return {key[:characters]: _cut(item, characters // 10) for key, item in value.items()}
+    return value
+
+
 def _problem(field: str, message: str, kind: str) -> dict[str, Any]:
-    return {"loc": ["body", "input", field], "msg": message, "type": kind}
+    return {"loc": ["body", "input", field], "msg": message[:SHOWN_CHARACTERS], "type": kind}
 
 
-async def read_body(request: Request) -> bytes:
-    """The body, up to what Cog takes; Refused where it is larger."""
-    content = bytearray()
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > MAX_BODY_BYTES:
-            raise Refused(413, "Failed to buffer the request body: length limit exceeded")
-    return bytes(content)
+def read_json(content: bytes) -> Any:  # noqa: ANN401 (JSON)
+    """What a client's JSON says; a ValueError is a sentence that begins with "it"."""
+    return strict_json.read(content, MAX_VALUES)
 
 
 def new_prediction(front: str, inputs: Any, api: str, prediction_id: str | None = None, **fields: Any) -> Prediction:  # noqa: ANN401
-    """A new prediction of a front; the id, if its client gave none, has 26 letters and digits that nobody can guess."""
+    """A new prediction of a front; the id, if its client gave none, has 26 letters and digits that nobody can guess.
+
+    Takes time in proportion to the inputs.
+    """
     drawn = b32encode(uuid.uuid4().bytes).decode().lower().rstrip("=")
-    return Prediction(prediction_id or drawn, front, now(), inputs, redact_input(inputs), api, **fields)
+    return Prediction(prediction_id or drawn, front, now(), inputs, show_input(inputs), api, **fields)

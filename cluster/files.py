@@ -7,18 +7,28 @@ front, and an input names an upload by its URL. This module knows files and data
 import asyncio
 import contextlib
 import hashlib
+import logging
 import mimetypes
+import os
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from datetime import timedelta
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 
+from cluster.failures import Again, Failure, places
 from cluster.predictions import File, Predictions, now
 from local_cog.data_uri import OCTETS, decode, suffix, uri
+from service.faults import DISK_FULL
+from settings import MIB
 
+logger = logging.getLogger("ray.serve")
+
+# The URL of an upload, at whatever address of a front; the path of an output.
+_UPLOAD = re.compile(r"(https?://.{1,1000})/v1/files/([\w-]{1,128})", re.ASCII)
+_OUTPUT = re.compile(r"/files/([\w-]{1,128})/([^/]{1,128})", re.ASCII)
 # As long as at Replicate.
 FILE_LIFETIME = timedelta(hours=1)
 
@@ -31,21 +41,55 @@ class Files:
         self.system.makedirs(self.root, exist_ok=True)
 
     async def write(self, content: bytes, name: str, content_type: str, about: dict[str, Any] | None = None) -> File:
-        """Store a file under an id that nobody can guess; the database does not know it yet."""
-        file_id, digest = secrets.token_urlsafe(24), hashlib.sha256(content).hexdigest()
+        """Store a file under an id that nobody can guess; the database does not know it yet.
+
+        Raises:
+            Failure: the directory or bucket is full, or cannot be written to.
+        """
+        digest = (await asyncio.to_thread(hashlib.sha256, content)).hexdigest()
+        file_id = secrets.token_urlsafe(24)
         file = File(file_id, name, content_type, len(content), digest, now(), now(FILE_LIFETIME), about)
-        await asyncio.to_thread(self.system.pipe_file, self._path(file.id), content)
+        try:
+            await asyncio.to_thread(self.system.pipe_file, self._path(file.id), content)
+        except Exception as error:
+            with contextlib.suppress(OSError):
+                await self.delete([file.id])  # what there was room for
+            full = isinstance(error, OSError) and error.errno in DISK_FULL
+            state = "is full" if full else "cannot be written to"
+            raise Failure(f"The cluster's store of files {state}; try again later.") from error
         return file
 
     async def read(self, file_id: str) -> bytes:
         """The content; FileNotFoundError where it has expired."""
         return await asyncio.to_thread(self.system.cat_file, self._path(file_id))
 
+    async def open(self, file_id: str) -> tuple[int, AsyncIterator[bytes]]:
+        """The size of a file and its content in pieces; FileNotFoundError where it has expired."""
+
+        def opened() -> tuple[BinaryIO, int]:
+            file = self.system.open(self._path(file_id), "rb")
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            return file, size
+
+        file, size = await asyncio.to_thread(opened)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            with file:
+                while piece := await asyncio.to_thread(file.read, MIB):
+                    yield piece
+
+        return size, pieces()
+
     async def delete(self, file_ids: Collection[str]) -> None:
-        """Delete those of these that are there."""
+        """Delete those of these that are there, and can be deleted."""
         for file_id in file_ids:
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 await asyncio.to_thread(self.system.rm_file, self._path(file_id))
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                logger.warning("A file that nobody needs any more stays: %s", places(error))
 
     async def store_output(self, output: Any, stored: dict[str, File]) -> Any:  # noqa: ANN401 (JSON)
         """An output whose data URIs have become paths of the front, such as /files/<id>/output.webp.
@@ -56,9 +100,9 @@ class Files:
         async def path(text: str) -> str:
             if not text.startswith("data:"):
                 return text
-            key = hashlib.sha256(text.encode()).hexdigest()
+            key = await asyncio.to_thread(lambda: hashlib.sha256(text.encode()).hexdigest())
             if key not in stored:
-                kind, content = decode(text)
+                kind, content = await asyncio.to_thread(decode, text)
                 stored[key] = await self.write(content, f"output{suffix(kind)}", kind)
             return f"/files/{stored[key].id}/{stored[key].name}"
 
@@ -68,30 +112,56 @@ class Files:
         """A stored output with its files inside, as data URIs; None in the place of a file that has expired."""
 
         async def content(text: str) -> str | None:
-            if not text.startswith("/files/"):
+            named = _OUTPUT.fullmatch(text)
+            if named is None:
                 return text
-            _, _, file_id, name = text.split("/")
             try:
-                return uri(await self.read(file_id), content_type(name))
+                return await asyncio.to_thread(uri, await self.read(named[1]), content_type(named[2]))
             except FileNotFoundError:
                 return None
 
         return await _replace_strings(output, content)
 
-    async def inline_uploads(self, value: Any, predictions: Predictions) -> Any:  # noqa: ANN401 (JSON)
-        """An input whose uploads, named by URLs of a front, are inside as data URIs: a worker need not fetch them."""
+    async def inline_uploads(self, inputs: dict[str, Any], predictions: Predictions, base_url: str) -> dict[str, Any]:
+        """Inputs whose uploads, named by URLs of a front, are inside as data URIs: a worker need not fetch them.
+
+        Args:
+            base_url: the front's address, if the client has told it: what it names there, and is not there, has gone.
+
+        Raises:
+            Failure: an upload has gone, or cannot be read.
+        """
 
         async def content(text: str) -> str:
-            named = re.fullmatch(r"https?://[^/]+/v1/files/([\w-]+)", text)
-            file = await predictions.file(named[1]) if named else None
-            return text if file is None else uri(await self.read(file.id), file.content_type)
+            named = _UPLOAD.fullmatch(text)
+            file = await predictions.file(named[2]) if named else None
+            if file is not None:
+                return await asyncio.to_thread(uri, await self.read(file.id), file.content_type)
+            if named and named[1] == base_url:
+                raise FileNotFoundError
+            return text
 
-        return await _replace_strings(value, content)
+        inlined = {}
+        for name, value in inputs.items():
+            try:
+                inlined[name] = await _replace_strings(value, content)
+            except FileNotFoundError as error:
+                raise Failure(f"The uploaded file in {name[:80]} has expired; upload it again.") from error
+            except OSError as error:
+                sentence = f"The uploaded file in {name[:80]} cannot be read; try again later."
+                raise Failure(sentence, Again.UNDRAWN) from error
+        return inlined
 
     def _path(self, file_id: str) -> str:
         if not re.fullmatch(r"[\w-]+", file_id):
             raise FileNotFoundError(file_id)
         return f"{self.root}/{file_id}"
+
+
+def names_uploads(inputs: Any) -> bool:  # noqa: ANN401 (JSON)
+    """Whether an input names what may be an upload."""
+    values = inputs.values() if isinstance(inputs, dict) else ()
+    return any(isinstance(value, str) and _UPLOAD.fullmatch(value) for value in values)
 
 
 def content_type(name: str) -> str:

@@ -21,7 +21,9 @@ class Forms:
 
     async def show(self, prediction: Prediction) -> dict[str, Any]:
         """In the form of the API through which it came."""
-        return self.replicate(prediction) if prediction.api == "replicate" else await self.cog(prediction)
+        if prediction.api == "replicate":
+            return self.replicate(prediction, prediction.base_url)
+        return await self.cog(prediction)
 
     async def cog(self, prediction: Prediction) -> dict[str, Any]:
         """As Cog's webhooks and answers show it: files inside, as data URIs."""
@@ -32,9 +34,8 @@ class Forms:
             body["error"] = prediction.error
         return body
 
-    def replicate(self, prediction: Prediction) -> dict[str, Any]:
-        """As Replicate shows it: the output points to files of the front."""
-        base = prediction.base_url
+    def replicate(self, prediction: Prediction, base: str) -> dict[str, Any]:
+        """As Replicate shows it: the output points to files of the front, at the address by which the reader came."""
         address = f"{base}/v1/predictions/{prediction.id}"
         return {
             "id": prediction.id,

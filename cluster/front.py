@@ -5,6 +5,7 @@ processor time. This module knows when a front listens, beats and leaves; the AP
 """
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from collections import Counter
@@ -16,24 +17,28 @@ from typing import Any
 import aiohttp
 import uvicorn
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
+from sqlalchemy.exc import DBAPIError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
+from cluster.addresses import Addresses
 from cluster.api_common import Authorised, InputSchema, exception_handlers
+from cluster.bodies import Bodies
 from cluster.cog_api import CogApi
+from cluster.connections import UVICORN, allow_many_connections
 from cluster.dispatcher import Dispatcher
+from cluster.failures import places
 from cluster.files import Files
 from cluster.forms import Forms
 from cluster.metrics import Counted, Metrics
 from cluster.predictions import Predictions
 from cluster.replica import LOGGING, listen_on_this_node_only
 from cluster.replicate_api import ReplicateApi
+from cluster.run import Means
 from cluster.settings import DRAIN_SECONDS, ClusterSettings
 from cluster.tasks import spawn
 from cluster.webhooks import Webhooks
@@ -48,17 +53,6 @@ BEAT_SECONDS = 0.5
 BEATS_MISSED = 12
 # How many orphans a front takes at a beat; the rest is for the others.
 ADOPTED_AT_ONCE = 20
-UVICORN = {
-    "lifespan": "off",
-    "ws": "none",
-    "proxy_headers": False,
-    # Longer than load balancers hold an idle connection, Google's 600 s: it must not be closed under a request.
-    "timeout_keep_alive": 620,
-    # A client that vanished without closing its connection would be waited for without end.
-    "timeout_graceful_shutdown": DRAIN_SECONDS // 2,
-    "log_config": None,
-    "access_log": False,
-}
 
 
 @serve.deployment(
@@ -77,6 +71,7 @@ class Front:
         self, workers: DeploymentHandle, *, project: str, host: str, port: int, linger: float, queue: int, affinity: str
     ) -> None:
         listen_on_this_node_only()
+        allow_many_connections()
         self.id = uuid.uuid4().hex[:12]
         self.workers, self.queue, self.affinity = workers, queue, affinity
         self.address, self.linger = (host, port), linger
@@ -99,7 +94,10 @@ class Front:
         """From the first beat to the last; predictions that cannot be finished are left to the others."""
         # First of all: a front that cannot listen must adopt nothing.
         with listen(*self.address, shared=True) as listening:
-            async with self.predictions, aiohttp.ClientSession() as client:
+            # As many connections as there are webhooks: receivers that never answer must not keep others waiting. No
+            # cookies: one receiver's would go to others.
+            connection = {"connector": aiohttp.TCPConnector(limit=0), "cookie_jar": aiohttp.DummyCookieJar()}
+            async with self.predictions, aiohttp.ClientSession(**connection) as client:
                 server = await self._build(client)
                 asking, tidying = spawn(self._ask_health()), spawn(self._tidy())
                 self.beating = spawn(self._beat())
@@ -114,18 +112,22 @@ class Front:
                 await self.dispatcher.drain()
                 self.beating.cancel()
                 await asyncio.wait([self.beating])
-                await self.predictions.leave(self.id)
+                with contextlib.suppress(DBAPIError):  # else the others find that it beats no more
+                    await self.predictions.leave(self.id)
 
     async def _build(self, client: aiohttp.ClientSession) -> uvicorn.Server:
         """Put the dispatcher and both APIs together; told to exit, the server finishes what it was asked."""
         secret = await self.predictions.secret("webhooks")
         forms = Forms(self.files, secret)
         webhooks, workers = Webhooks(client, secret, forms.show), self.workers.options(stream=True)
-        self.dispatcher = Dispatcher(
-            self.id, workers, self.predictions, self.files, webhooks, self.metrics, self.queue, self.affinity
+        means = Means(workers, self.predictions, self.files, webhooks, self.metrics, self.affinity)
+        self.dispatcher = Dispatcher(self.id, means, self.queue)
+        bodies = Bodies(self.settings.body_max_bytes, lambda: self.dispatcher.held)
+        addresses = Addresses(self.settings.public_url, self.settings.trusted_proxies)
+        cog = CogApi(self.dispatcher, self.predictions, forms, self.schema, bodies, self._health)
+        replicate = ReplicateApi(
+            self.dispatcher, self.predictions, self.files, forms, self.schema, bodies, addresses, secret
         )
-        cog = CogApi(self.dispatcher, self.predictions, forms, self.schema, self._health)
-        replicate = ReplicateApi(self.dispatcher, self.predictions, self.files, forms, self.schema, secret)
         application = Starlette(
             routes=[Route("/-/healthz", self._probe), *cog.routes(), *replicate.routes()],
             middleware=[Middleware(Authorised, tokens=self.settings.api_tokens)],
@@ -142,6 +144,7 @@ class Front:
         """Show that this front lives, and take over the predictions of fronts that do not."""
         seen: dict[str, int] = {}
         missed: Counter[str] = Counter()
+        failing = False
         while True:
             try:
                 self.metrics.unfinished.set(self.dispatcher.unfinished)
@@ -153,8 +156,11 @@ class Front:
                 for prediction_id in cancelled:
                     self.dispatcher.stop(prediction_id)
                 await self.dispatcher.adopt(dead, 0 if self.leaving else ADOPTED_AT_ONCE)
-            except Exception:
-                logger.exception("A beat failed; the next one may not.")
+                failing = False
+            except Exception as error:
+                if not failing:  # a database that is full fails all of them
+                    logger.error("Beats fail, and are tried again: %s", places(error))
+                failing = True
             await asyncio.sleep(BEAT_SECONDS)
 
     async def _ask_health(self) -> None:
@@ -162,7 +168,8 @@ class Front:
         while self.worker_health is None:
             try:
                 self.worker_health = await self.workers.health.remote()
-            except (RayActorError, ReplicaUnavailableError):
+            except Exception as error:  # no worker yet, one that has ended, one that is slow
+                logger.info("No worker has told its health yet: %s", places(error))
                 await asyncio.sleep(1)
 
     async def _health(self) -> dict[str, Any]:

@@ -5,29 +5,39 @@
 """
 
 import argparse
+import asyncio
 import contextlib
+import ctypes
 import ipaddress
 import os
 import secrets
+import shutil
 import signal
 import sys
+import tempfile
+import time
 from pathlib import Path
-from typing import Any
 
 from cluster.settings import ClusterSettings
-from local_cog.server import LOOPBACK, exit_on_signals, free_port, listen
+from local_cog.server import LOOPBACK, check_address, free_port
 from settings import ROOT
 
 # Of Serve: no thread of their own for a front's or a worker's code and for finding a worker, since none of it blocks
 # (milliseconds for each request); and a short pause before a busy worker is asked again (idle GPUs otherwise). Serve's
 # gRPC between fronts and workers would save 5 ms more, and in 2.60 leaves some streams waiting for ever. Of Ray:
-# fronts, workers and their predictors are as urgent as anything else here; it would have them at nice 15.
+# fronts, workers and their predictors are as urgent as anything else here; it would have them at nice 15;
+# and a node may take its time to start on a machine that has other work.
 RAY = {
     "RAY_worker_niceness": "0",
+    "RAY_raylet_start_wait_time_s": "120",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_ROUTER_RETRY_MAX_BACKOFF_S": "0.05",
 }
+# Of the system call prctl.
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+# A process that waits for a device or a network disk ends later, or never.
+SECONDS_TO_KILL = 10
 # Requests and answers pass through it, nothing stays.
 OBJECT_STORE_BYTES = 100 * 1024**2
 
@@ -59,14 +69,21 @@ def descendants(ancestor: int) -> list[int]:
     return found
 
 
+def _count(text: str) -> int:
+    """A number of something, as an option says it."""
+    if not text.isdecimal() or not 1 <= int(text[:6]) <= 10_000:
+        raise argparse.ArgumentTypeError(f"it is {text[:80]!r}; it must be a whole number from 1 to 10000.")
+    return int(text)
+
+
 def main() -> None:
     """Serve until stopped."""
     parser = argparse.ArgumentParser(prog="script/cluster", description="Many workers behind one address.")
-    parser.add_argument("--workers", type=int, default=2, help="predictors (default: %(default)s)")
-    parser.add_argument("--fronts", type=int, default=2, help="processes that speak HTTP (default: %(default)s)")
-    parser.add_argument("--nodes", type=int, default=1, help="Ray nodes that share them (default: %(default)s)")
+    parser.add_argument("--workers", type=_count, default=2, help="predictors (default: %(default)s)")
+    parser.add_argument("--fronts", type=_count, default=2, help="processes that speak HTTP (default: %(default)s)")
+    parser.add_argument("--nodes", type=_count, default=1, help="Ray nodes that share them (default: %(default)s)")
     parser.add_argument("--affinity", choices=["none", "router"], default="none", help="(default: %(default)s)")
-    parser.add_argument("--queue", type=int, default=1000, help="what one front lets wait (default: %(default)s)")
+    parser.add_argument("--queue", type=_count, default=1000, help="what one front lets wait (default: %(default)s)")
     parser.add_argument("--project", type=Path, default=ROOT, help="where predict.py is (default: this project)")
     parser.add_argument(
         "--host",
@@ -80,26 +97,84 @@ def main() -> None:
         settings = ClusterSettings.from_environment()
     except ValueError as error:
         sys.exit(str(error))
+    if not (options.project / "predict.py").is_file():
+        sys.exit("--project must be a folder with a predict.py in it.")
     if not options.host.is_loopback and not settings.api_tokens:
         sys.exit(f"--host is {options.host}; API_TOKENS must be set before others than this machine may ask.")
     try:
         # Fronts share their port with whoever does so too, such as another cluster.
-        listen(str(options.host), options.port).close()
-    except (OSError, OverflowError) as error:
-        sys.exit(f"--port is {options.port}; it must be one that is free at {options.host}: {error}")
-    exit_on_signals()
-    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
-        _start(options, stack)
-        signal.pause()
+        check_address(str(options.host), options.port)
+    except ValueError as error:
+        sys.exit(str(error))
+    # What workers leave goes with the cluster: pictures, and files that were sent. Ray's logs and sockets stay where
+    # they are without this.
+    os.environ.setdefault("RAY_TMPDIR", tempfile.gettempdir())
+    os.environ["TMPDIR"] = scratch = tempfile.mkdtemp(prefix="flux-sprites-cluster-")
+    # Fork twice: if one of the three processes is killed, another one survives to end everything.
+    _go_on_in_a_child(scratch)
+    _go_on_in_a_child(scratch)
+    _start(options, settings)
+    signal.pause()
 
 
-def _start(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
+def _go_on_in_a_child(scratch: str) -> None:
+    """Fork, and return in the child; this process ends all that was started when the child ends or a signal comes.
+
+    Then it deletes the folder `scratch`.
+
+    Ray's processes learn late, or never, that the one that started them has been killed. So this process has the kernel
+    give it every process below it that loses its parent, and goes when none is left.
+    """
+    kernel, parent = ctypes.CDLL(None), os.getpid()
+    kernel.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    stops = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    awaited = {signal.SIGCHLD, *(it for it in stops if signal.getsignal(it) is not signal.SIG_IGN)}  # as under nohup
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    child = os.fork()
+    if child == 0:
+        kernel.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it was killed before that
+            os._exit(1)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; one is to act
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return
+    code = None
+    while code is None:
+        number = signal.sigwait(awaited)
+        code = _reap(child) if number == signal.SIGCHLD else 0 if number == signal.SIGINT else 128 + number
+    give_up = time.monotonic() + SECONDS_TO_KILL
+    while left := descendants(parent):
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        if time.monotonic() > give_up:
+            sys.exit(f"{len(left)} process(es) of the cluster cannot be ended; most often they wait for a device.")
+        time.sleep(0.01)
+        _reap(child)
+    shutil.rmtree(scratch, ignore_errors=True)
+    sys.exit(code)
+
+
+def _reap(child: int) -> int | None:
+    """Take note of processes that have ended; returns the exit code of the child if it is one of them."""
+    code = None
+    with contextlib.suppress(ChildProcessError):  # none is left
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if ended[0] == child:
+                code = os.waitstatus_to_exitcode(ended[1])
+    return code if code is None or code >= 0 else 128 - code
+
+
+def _start(options: argparse.Namespace, settings: ClusterSettings) -> None:
     """Start the nodes and the application on them."""
-    import torch  # heavy, and nothing else here needs it
-
-    gpus, project = torch.cuda.device_count(), str(options.project.resolve())
+    project = str(options.project.resolve())
     # Ray's processes look for modules first where this one is: a caller's own settings.py must not win.
     os.chdir(ROOT)
+    _open_stores(settings)
+    import torch  # heavy, and nothing else here needs it
+
+    gpus = torch.cuda.device_count()
     os.environ.update(environment())
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
@@ -119,11 +194,9 @@ def _start(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     }
     metrics_port = free_port()
     nodes = Cluster(initialize_head=True, head_node_args={**node, "metrics_export_port": metrics_port})
-    stack.callback(_stop, nodes)
     for _ in range(options.nodes - 1):
         nodes.add_node(**node | {"num_gpus": 0})
     ray.init(nodes.address, logging_level="WARNING")
-    stack.callback(ray.shutdown)
     named = {"project": project, "host": str(options.host), "gpus_per_worker": 1 if gpus else 0}
     arguments = Arguments(**vars(options) | named)
     serve.start(proxy_location="Disabled")
@@ -133,13 +206,31 @@ def _start(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     print(f"Ready: http://{host}:{options.port}", flush=True)
 
 
-def _stop(nodes: Any) -> None:  # noqa: ANN401 (Ray's, which is not imported yet)
-    """End all that runs here; unfinished predictions are taken up at the next start."""
-    processes = descendants(os.getpid())
-    nodes.shutdown()
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+def _open_stores(settings: ClusterSettings) -> None:
+    """Open the database, with its migrations, and the store of files once; SystemExit where that cannot be.
+
+    Serve would only try it again.
+    """
+    # Only now: whoever imports this module need not have cluster/requirements.txt.
+    from cluster.database import Unusable
+    from cluster.files import Files
+    from cluster.predictions import Predictions
+
+    async def opened() -> None:
+        async with Predictions(settings.database_url):
+            pass
+
+    try:
+        asyncio.run(opened())
+    except Unusable as error:
+        sys.exit(str(error))
+    try:
+        Files(settings.files_url)
+    except Exception as error:  # fsspec's, and those of what it opens the store with
+        sys.exit(
+            f"FILES_URL cannot be opened ({type(error).__name__}); it must be a directory that can be written, or what "
+            "fsspec opens here, such as s3://… with s3fs."
+        )
 
 
 if __name__ == "__main__":

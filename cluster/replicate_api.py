@@ -16,18 +16,21 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from cluster.api_common import InputSchema, new_prediction, problem, read_body
+from cluster.addresses import Addresses
+from cluster.api_common import PATH_NAME, InputSchema, new_prediction, problem, read_json
+from cluster.bodies import Bodies, read_form
 from cluster.dispatcher import Dispatcher
 from cluster.files import Files, content_type
 from cluster.forms import Forms, absolute, lines
 from cluster.predictions import File, Prediction, Predictions, now
-from cluster.webhooks import EVENTS
+from cluster.webhooks import EVENTS, check_url
+from local_cog.data_uri import OCTETS
 from local_cog.server import MAX_FILE_BYTES
+from sources.shown import printable
 
 # The name of what runs here, where the client gave none.
 OWNER, NAME = "flux-sprites", "flux-sprites"
@@ -35,6 +38,11 @@ ACCOUNT = {"type": "organization", "username": OWNER, "name": OWNER, "github_url
 # How long a client may make a request wait, as at Replicate.
 MAX_WAIT_SECONDS = 60
 STREAM_SECONDS = 0.5
+# What `version` may be; the parts are as in a path.
+VERSION = re.compile(rf"(?P<model>{PATH_NAME}/{PATH_NAME})(?::(?P<of>{PATH_NAME}))?|(?P<id>{PATH_NAME})")
+MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]{1,64}/[\w!#$&^.+-]{1,64}", re.ASCII)
+# Of an upload's own description.
+METADATA_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,8 @@ class ReplicateApi:
     files: Files
     forms: Forms
     schema: InputSchema
+    bodies: Bodies
+    addresses: Addresses
     # Signs webhooks; clients ask for it.
     secret: str
     started_at: str = field(default_factory=now)
@@ -54,48 +64,60 @@ class ReplicateApi:
         """Which endpoint answers where."""
         return [
             Route("/v1/predictions", self._create, methods=["POST"]),
-            Route("/v1/models/{owner}/{name}/predictions", self._create, methods=["POST"]),
-            Route("/v1/deployments/{owner}/{name}/predictions", self._create, methods=["POST"]),
+            Route("/v1/models/{owner:name}/{name:name}/predictions", self._create, methods=["POST"]),
+            Route("/v1/deployments/{owner:name}/{name:name}/predictions", self._create, methods=["POST"]),
             Route("/v1/predictions", self._list),
-            Route("/v1/predictions/{prediction_id}", self._get),
-            Route("/v1/predictions/{prediction_id}/cancel", self._cancel, methods=["POST"]),
-            Route("/v1/models/{owner}/{name}", self._model),
-            Route("/v1/models/{owner}/{name}/versions", self._versions),
-            Route("/v1/models/{owner}/{name}/versions/{version}", self._version),
-            Route("/v1/deployments/{owner}/{name}", self._deployment),
+            Route("/v1/predictions/{prediction_id:name}", self._get),
+            Route("/v1/predictions/{prediction_id:name}/cancel", self._cancel, methods=["POST"]),
+            Route("/v1/models/{owner:name}/{name:name}", self._model),
+            Route("/v1/models/{owner:name}/{name:name}/versions", self._versions),
+            Route("/v1/models/{owner:name}/{name:name}/versions/{version:name}", self._version),
+            Route("/v1/deployments/{owner:name}/{name:name}", self._deployment),
             Route("/v1/account", self._account),
             Route("/v1/webhooks/default/secret", self._secret),
             Route("/v1/files", self._upload, methods=["POST"]),
             Route("/v1/files", self._uploads),
-            Route("/v1/files/{file_id}", self._uploaded, methods=["GET", "DELETE"]),
-            Route("/v1/files/{prediction_id}/stream/{key}", self._stream),
-            Route("/files/{file_id}/{name}", self._download),
+            Route("/v1/files/{file_id:name}", self._uploaded, methods=["GET", "DELETE"]),
+            Route("/v1/files/{prediction_id:name}/stream/{key:name}", self._stream),
+            Route("/files/{file_id:name}/{name:name}", self._download),
         ]
 
     async def _create(self, request: Request) -> Response:
-        body = await _read(request)
+        wait = _wait_seconds(request.headers.get("prefer", ""))
+        prediction = await self._accept(request)
+        if wait is None:
+            return JSONResponse(self.forms.replicate(prediction, self._base(request)), 201)
+        prediction = await self.dispatcher.ended(prediction, wait)
+        shown = self.forms.replicate(prediction, self._base(request))
+        # Clients take any other status for the end.
+        return JSONResponse(shown, 201) if prediction.finished else JSONResponse({**shown, "status": "starting"}, 202)
+
+    async def _accept(self, request: Request) -> Prediction:
+        """The prediction that a request asks for; its body is gone when this returns."""
+        base = self._base(request)
+        async with self.bodies.read(request, lambda content: self._prediction(request, content, base)) as prediction:
+            await self.dispatcher.accept(prediction)
+            return prediction
+
+    def _prediction(self, request: Request, content: bytes, base: str) -> Prediction:
+        body = _read(content)
         if "owner" in request.path_params:
             model, number = "{owner}/{name}".format(**request.path_params), None
         else:
             model, number = _resolve(body.get("version"))
-        prediction = self._prediction(request, body, model, number)
-        wait = _wait_seconds(request.headers.get("prefer", ""))
-        await self.dispatcher.accept(prediction)
-        if wait is None:
-            return JSONResponse(self.forms.replicate(prediction), 201)
-        prediction = await self.dispatcher.ended(prediction, wait)
-        shown = self.forms.replicate(prediction)
-        # Clients take any other status for the end.
-        return JSONResponse(shown, 201) if prediction.finished else JSONResponse({**shown, "status": "starting"}, 202)
-
-    def _prediction(self, request: Request, body: dict[str, Any], model: str, number: str | None) -> Prediction:
-        inputs = body.get("input", {})
+        inputs = self.schema.known(body.get("input", {}))
         if problems := self.schema.problems(inputs):
             fields = [{"type": p["type"], "field": f"input.{p['loc'][-1]}", "description": p["msg"]} for p in problems]
             detail = "".join(f"- {item['field']}: {item['description']}\n" for item in fields)
             raise problem(422, "Input validation failed", detail, invalid_fields=fields)
-        names = {"model": model, "version": number or self._number(), "base_url": _base_url(request)}
+        names = {"model": model, "version": number or self._number(), "base_url": base}
         return new_prediction(self.dispatcher.front, inputs, "replicate", **names, **_webhook(body))
+
+    def _base(self, request: Request) -> str:
+        try:
+            return self.addresses.base(request)
+        except ValueError as error:
+            raise problem(400, "Bad host", str(error)) from None
 
     async def _known(self, request: Request) -> Prediction:
         prediction = await self.predictions.get(request.path_params["prediction_id"])
@@ -104,35 +126,41 @@ class ReplicateApi:
         return prediction
 
     async def _get(self, request: Request) -> Response:
-        return JSONResponse(self.forms.replicate(await self._known(request)))
+        return JSONResponse(self.forms.replicate(await self._known(request), self._base(request)))
 
     async def _list(self, request: Request) -> Response:
         try:
             page = await self.predictions.page(request.query_params.get("cursor"))
         except ValueError as error:
             raise problem(400, "Bad cursor", str(error)) from None
-        address = f"{_base_url(request)}/v1/predictions?cursor="
-        shown = [self.forms.replicate(prediction) for prediction in page.predictions]
+        base = self._base(request)
+        address = f"{base}/v1/predictions?cursor="
         previous, following = page.previous and address + page.previous, page.next and address + page.next
-        return JSONResponse({"previous": previous, "next": following, "results": shown})
+
+        def listed() -> Response:
+            shown = [self.forms.replicate(prediction, base) for prediction in page.predictions]
+            return JSONResponse({"previous": previous, "next": following, "results": shown})
+
+        return await asyncio.to_thread(listed)
 
     async def _cancel(self, request: Request) -> Response:
         prediction = await self._known(request)
         if await self.dispatcher.cancel(prediction.id):
             # One that only waited has ended at once; one that runs ends soon.
             prediction = await self.dispatcher.ended(prediction, 1)
-        return JSONResponse(self.forms.replicate(prediction))
+        return JSONResponse(self.forms.replicate(prediction, self._base(request)))
 
     async def _stream(self, request: Request) -> Response:
         prediction = await self._known(request)
         if not hmac.compare_digest(request.path_params["key"], self.forms.stream_key(prediction.id)):
             raise problem(404, "Not found", "There is no such stream.")
-        return StreamingResponse(_events(self.predictions, prediction.id), media_type="text/event-stream")
+        base = self._base(request)
+        return StreamingResponse(_events(self.predictions, prediction.id, base), media_type="text/event-stream")
 
     async def _model(self, request: Request) -> Response:
         owner, name = request.path_params["owner"], request.path_params["name"]
         model = {
-            "url": f"{_base_url(request)}/v1/models/{owner}/{name}",
+            "url": f"{self._base(request)}/v1/models/{owner}/{name}",
             "owner": owner,
             "name": name,
             "description": "FLUX.1 with LoRAs that change from one request to the next.",
@@ -177,27 +205,19 @@ class ReplicateApi:
         return JSONResponse({"key": f"whsec_{base64.b64encode(self.secret.encode()).decode()}"})
 
     async def _upload(self, request: Request) -> Response:
-        async with request.form(max_part_size=MAX_FILE_BYTES) as form:
-            content, metadata = form.get("content"), form.get("metadata")
-            if not isinstance(content, UploadFile):
-                raise problem(422, "No file", "content is missing; it must be the file.")
-            data = await content.read(MAX_FILE_BYTES + 1)
-            if len(data) > MAX_FILE_BYTES:
-                limit = f"it must be at most {MAX_FILE_BYTES // 10**6} MB; give larger ones as a URL."
-                raise problem(413, "File too large", f"The file is larger than that; {limit}")
-            about = await metadata.read() if isinstance(metadata, UploadFile) else metadata
-            try:
-                about = json.loads(about or "{}")
-            except ValueError:
-                raise problem(422, "Bad metadata", "metadata must be JSON.") from None
-            kind = content.content_type or "application/octet-stream"
-            name = content.filename or "file"
-            file = await self.files.write(data, name, kind, about={"metadata": about})
-        await self.predictions.add_file(file)
-        return JSONResponse(_file(request, file), 201)
+        kind, base = request.headers.get("content-type", ""), self._base(request)
+        async with self.bodies.read(request, lambda content: _read_upload(content, kind)) as upload:
+            file = await self.files.write(*upload)
+        try:
+            await self.predictions.add_file(file)
+        except BaseException:
+            await self.files.delete([file.id])  # what the database does not know never expires
+            raise
+        return JSONResponse(_file(file, base), 201)
 
     async def _uploads(self, request: Request) -> Response:
-        results = [_file(request, file) for file in await self.predictions.uploads()]
+        base = self._base(request)
+        results = [_file(file, base) for file in await self.predictions.uploads()]
         return JSONResponse({"previous": None, "next": None, "results": results})
 
     async def _uploaded(self, request: Request) -> Response:
@@ -205,29 +225,68 @@ class ReplicateApi:
         if file is None or file.about is None:
             raise problem(404, "Not found", "There is no such file; files are kept for an hour.")
         if request.method != "DELETE":
-            return JSONResponse(_file(request, file))
+            return JSONResponse(_file(file, self._base(request)))
         await self.predictions.delete_file(file.id)
         await self.files.delete([file.id])
         return Response(status_code=204)
 
     async def _download(self, request: Request) -> Response:
         try:
-            content = await self.files.read(request.path_params["file_id"])
+            size, pieces = await self.files.open(request.path_params["file_id"])
         except FileNotFoundError:
             raise problem(404, "Not found", "There is no such file; files are kept for an hour.") from None
         # A stranger's file must not act as a page of this host.
         headers = {"x-content-type-options": "nosniff", "content-security-policy": "sandbox"}
-        return Response(content, media_type=content_type(request.path_params["name"]), headers=headers)
+        # In pieces: a client that receives it slowly must not make a front hold it whole.
+        headers["content-length"] = str(size)
+        return StreamingResponse(pieces, media_type=content_type(request.path_params["name"]), headers=headers)
 
 
-async def _read(request: Request) -> dict[str, Any]:
+def _read(content: bytes) -> dict[str, Any]:
     try:
-        body = json.loads(await read_body(request) or b"{}")
-    except ValueError:
-        raise problem(400, "Bad request", "The body is no JSON.") from None
+        body = read_json(content or b"{}")
+    except ValueError as error:
+        raise problem(400, "Bad request", f"The body is no JSON as it must be: {error}") from None
     if not isinstance(body, dict) or not isinstance(body.get("input", {}), dict):
         raise problem(422, "Bad request", "The body must be an object whose input is one.")
     return body
+
+
+def _read_upload(content: bytes, kind: str) -> tuple[bytes, str, str, dict[str, Any]]:
+    """What a form uploads: content, name, media type, and what is kept about it."""
+    try:
+        form = read_form(content, kind)
+    except ValueError as error:
+        raise problem(400, "Bad form", str(error)) from None
+    if "content" not in form or (name := form["content"].option(b"filename")) is None:
+        raise problem(422, "No file", "content is missing; it must be the file.")
+    file = form["content"]
+    if len(file.content) > MAX_FILE_BYTES:
+        limit = f"it must be at most {MAX_FILE_BYTES // 10**6} MB; give larger ones as a URL."
+        raise problem(413, "File too large", f"The file is larger than that; {limit}")
+    media_type = file.headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip() or OCTETS
+    if not MEDIA_TYPE.fullmatch(media_type):
+        raise problem(422, "Bad type", f"The file's Content-Type is {media_type[:80]!r}; it must be like image/png.")
+    # A name may be a path, where the client is.
+    name = printable(re.split(r"[/\\]", name)[-1])[:128] or "file"
+    return (
+        file.content,
+        name,
+        media_type,
+        {"metadata": _metadata(form["metadata"].content if "metadata" in form else b"")},
+    )
+
+
+def _metadata(content: bytes) -> dict[str, Any]:
+    if len(content) > METADATA_BYTES:
+        raise problem(413, "Bad metadata", f"metadata has {len(content)} bytes; it may have {METADATA_BYTES}.")
+    try:
+        metadata = read_json(content or b"{}")
+    except ValueError as error:
+        raise problem(422, "Bad metadata", f"metadata must be JSON, and {error}") from None
+    if not isinstance(metadata, dict):
+        raise problem(422, "Bad metadata", "metadata must be an object of JSON.")
+    return metadata
 
 
 def _resolve(asked: object) -> tuple[str, str | None]:
@@ -235,8 +294,10 @@ def _resolve(asked: object) -> tuple[str, str | None]:
     if not isinstance(asked, str) or not asked:
         fields = [{"type": "required", "field": "version", "description": "version is required"}]
         raise problem(422, "Input validation failed", "- version is required\n", invalid_fields=fields)
-    model, _, number = asked.rpartition(":") if ":" in asked else (asked, "", "")
-    return (model, number or None) if "/" in model else (f"{OWNER}/{NAME}", asked)
+    if not (found := VERSION.fullmatch(asked)):
+        forms = "a version's id, owner/name or owner/name:id, each part of 1 to 128 letters, digits and _ . ~ -"
+        raise problem(422, "Bad version", f"version is {asked[:80]!r}; it must be {forms}.")
+    return found["model"] or f"{OWNER}/{NAME}", found["of"] or found["id"]
 
 
 def _webhook(body: dict[str, Any]) -> dict[str, Any]:
@@ -244,27 +305,23 @@ def _webhook(body: dict[str, Any]) -> dict[str, Any]:
     webhook, events = body.get("webhook"), body.get("webhook_events_filter") or list(EVENTS)
     if webhook is None and body.get("webhook_completed"):
         webhook, events = body["webhook_completed"], ["completed"]
-    if webhook is not None and not (isinstance(webhook, str) and re.match(r"https?://[^/]", webhook)):
-        raise problem(422, "Bad webhook", "webhook must be an http or https URL.")
-    if not isinstance(events, list) or not set(map(str, events)) <= set(EVENTS):
+    if webhook is not None:
+        try:
+            check_url(webhook)
+        except ValueError as error:
+            raise problem(422, "Bad webhook", str(error)) from None
+    if not isinstance(events, list) or any(event not in EVENTS for event in events):
         raise problem(422, "Bad webhook", f"webhook_events_filter must be a list of {', '.join(EVENTS)}.")
-    return {"webhook": webhook, "webhook_events": events}
+    return {"webhook": webhook, "webhook_events": [event for event in EVENTS if event in events]}
 
 
 def _wait_seconds(prefer: str) -> float | None:
     """How long `Prefer: wait` or `Prefer: wait=5` waits; None where it does not."""
-    found = re.search(r"\bwait(?:=(\d+))?", prefer)
-    return min(int(found[1] or MAX_WAIT_SECONDS), MAX_WAIT_SECONDS) if found else None
+    found = re.search(r"\bwait(?:=(\d+))?", prefer, re.ASCII)
+    return min(float(found[1] or MAX_WAIT_SECONDS), MAX_WAIT_SECONDS) if found else None  # the longest are infinite
 
 
-def _base_url(request: Request) -> str:
-    """This front's address as the client wrote it."""
-    scheme = request.headers.get("x-forwarded-proto", request.url.scheme)
-    host = request.headers.get("x-forwarded-host") or request.headers.get("host", "")
-    return f"{scheme}://{host}"
-
-
-async def _events(predictions: Predictions, prediction_id: str) -> AsyncIterator[str]:
+async def _events(predictions: Predictions, prediction_id: str, base: str) -> AsyncIterator[str]:
     """A prediction's progress as server-sent events: logs and outputs as they come, an error, the end."""
     told, shown, count = "", 0, 0
 
@@ -279,7 +336,7 @@ async def _events(predictions: Predictions, prediction_id: str) -> AsyncIterator
             yield event("logs", logs[len(told) :])
             told = logs
         outputs = known.output if isinstance(known.output, list) else [known.output] if known.output else []
-        for output in absolute(outputs[shown:], known.base_url):
+        for output in absolute(outputs[shown:], base):
             yield event("output", output)
         shown = len(outputs)
         if known.finished:
@@ -290,7 +347,7 @@ async def _events(predictions: Predictions, prediction_id: str) -> AsyncIterator
     yield event("done", json.dumps({"reason": known.status} if known and known.status != "succeeded" else {}))
 
 
-def _file(request: Request, file: File) -> dict[str, Any]:
+def _file(file: File, base: str) -> dict[str, Any]:
     return {
         "id": file.id,
         "name": file.name,
@@ -301,5 +358,5 @@ def _file(request: Request, file: File) -> dict[str, Any]:
         "metadata": (file.about or {}).get("metadata", {}),
         "created_at": file.created_at,
         "expires_at": file.expires_at,
-        "urls": {"get": f"{_base_url(request)}/v1/files/{file.id}"},
+        "urls": {"get": f"{base}/v1/files/{file.id}"},
     }

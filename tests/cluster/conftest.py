@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from harness.cluster import Cluster, Server
+from harness.postgres import Postgres, find_programs
 from local_cog.server import CogServer
+from tests.cluster.databases import run
 from tests.cluster.small_cluster import PREDICTOR, QUEUE, TOKEN
 
 
@@ -27,6 +29,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cog_server(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
     with CogServer(project, log=tmp_path_factory.mktemp("coglet") / "log") as running:
+        running.wait_until_ready()
         yield running
 
 
@@ -40,12 +43,37 @@ def coglet(cog_server: CogServer) -> Server:
     return Server(cog_server.port)
 
 
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    programs = find_programs()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed")
+    with Postgres(programs) as running:
+        yield running
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'predictions.db'}"
+    url = request.getfixturevalue("postgres").url
+    run(url, "DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    return url
+
+
 async def leave_predictions(database: str) -> None:
-    """What a front leaves that dies with all others: one that waits, one that runs, one that was to be cancelled."""
+    """What a front leaves that dies with all others: one that waits, one that runs, one that was to be cancelled.
+
+    Older than these are more than a front adopts at a beat that can neither be run nor be told of.
+    """
     from cluster.predictions import Prediction, Predictions, now  # here: they need cluster/requirements.txt
 
     async with Predictions(database) as known:
         await known.beat("dead")
+        for i in range(25):
+            hook = {"webhook": "http://a..b/?token=s3cret", "webhook_events": ["start", "completed"]}
+            await known.create(Prediction(f"poison-{i}", "dead", now(), None, {}, "cog", **hook))
         for name in ("waiting", "running", "unwanted"):
             inputs = {"prompt": name}
             made = Prediction(f"left-{name}", "dead", now(), secret_input=inputs, shown_input=inputs, api="cog")

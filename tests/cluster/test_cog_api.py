@@ -28,7 +28,6 @@ CASES: dict[str, tuple[Any, ...]] = {
     "put-with-its-id": ("PUT", "/predictions/case-4", {"id": "case-4", "input": {"prompt": "a"}}),
     "put-with-another-id": ("PUT", "/predictions/case-5", {"id": "other", "input": {"prompt": "a"}}),
     "put-async": ("PUT", "/predictions/case-6", {"input": {"prompt": "a"}}, ASYNC),
-    "put-with-a-space": ("PUT", "/predictions/case%207", {"input": {"prompt": "a"}}),
     "a-file": ("POST", "/predictions", {"input": {"prompt": "a", "image": "data:image/png;base64,aGVsbG8="}}),
     "a-file-that-is-not-there": ("POST", "/predictions", {"input": {"prompt": "a", "image": "http://127.0.0.1:9/a.png"}}),
     "an-unknown-input": ("POST", "/predictions", {"input": {"prompt": "a", "promt": "b"}}),
@@ -46,7 +45,6 @@ CASES: dict[str, tuple[Any, ...]] = {
     "a-list": ("POST", "/predictions", [1]),
     "an-id-that-is-a-number": ("POST", "/predictions", {"id": 3, "input": {"prompt": "a"}}),
     "a-webhook-that-is-a-number": ("POST", "/predictions", {"webhook": 3, "input": {"prompt": "a"}}),
-    "a-webhook-that-is-no-url": ("POST", "/predictions", {"webhook": "no url", "input": {"prompt": "a"}}),
     "an-unknown-event": ("POST", "/predictions", {"webhook_events_filter": ["x"], "input": {"prompt": "a"}}),
     "no-json": ("POST", "/predictions", "{no", JSON),
     "an-empty-body": ("POST", "/predictions", "", JSON),
@@ -64,10 +62,80 @@ CASES: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+# What coglet takes and the cluster refuses: the status, and what the answer says.
+AN_ID = "it must have 1 to 128 letters, digits and _ . ~ - of ASCII, and begin with a letter or digit."
+A_BODY = {"input": {"prompt": "a", "steps": 1}}
+REFUSED: dict[str, tuple[tuple[Any, ...], int, str]] = {
+    **{f"put-{name}": (("PUT", f"/predictions/{name}", A_BODY), 422, AN_ID) for name in (
+        "case%207", ".", "..", "%2e%2e", "%252e", "a" * 129, "a" * 256, "a%0a", "a%00", "%01", "%C3%A9", "%FF", "-a",
+        "a%3Fb",
+    )},
+    **{f"post-{index}": (("POST", "/predictions", {**A_BODY, "id": name}), 422, AN_ID) for index, name in enumerate(
+        ["", ".", "..", "../../x", "a/b", "a" * 129, "a\n", "\x01", "é", "%2e", " a"]
+    )},
+    "a-webhook-that-is-no-url": (("POST", "/predictions", {**A_BODY, "webhook": "no url"}), 422, "webhook is 'no url'"),
+    "a-webhook-without-a-host": (("POST", "/predictions", {**A_BODY, "webhook": "http://a..b/"}), 422, "'http://a..b/'"),
+    **{f"json-{index}": (("POST", "/predictions", body, JSON), 400, sentence) for index, (body, sentence) in enumerate([
+        (b'{"input":{"prompt":"a","strength":NaN}}', "it has NaN, which is no number in JSON."),
+        (b'{"input":{"prompt":"a","strength":1e999}}', "numbers must be below 1.8e308."),
+        (b'{"input":{"prompt":"a","strength":' + b"9" * 400 + b"}}", "it has a number of 400 characters"),
+        (rb'{"input":{"prompt":"\ud800"}}', "it has half of a surrogate pair, U+D800"),
+        (rb'{"input":{"prompt":"a","\ud800":1}}', "it has half of a surrogate pair, U+D800"),
+        (rb'{"input":{"prompt":"a\u0000"}}', "it has the character U+0000"),
+        (b'{"input":{"prompt":"a"},"input":{"prompt":"b"}}', "it has the name 'input' twice in one object."),
+        (b'{"input":' + b"[" * 400 + b"]" * 400 + b"}", "it is nested more than 32 deep."),
+        (b'{"input":{"prompt":"a","x":[' + b"[]," * 10_000 + b"1]}}", "it has more than 10000 values"),
+        (b'{"input":{"prompt":"' + b"\\n" * 4_000_001 + b'"}}', "it has more than 4000000 backslashes"),
+    ])},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_cluster_answers_as_one_coglet_does(case: str, coglet: Server, cluster: Cluster) -> None:
     expected = coglet.request(*CASES[case])
     assert comparable(cluster.request(*CASES[case])) == comparable(expected)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_cluster_refuses_what_coglet_takes_and_cannot_use(case: str, cluster: Cluster) -> None:
+    request, status, sentence = REFUSED[case]
+    answered = cluster.request(*request)
+    assert (answered[0], sentence in answered[2]) == (status, True), answered[2]
+    if status == 422:
+        assert json.loads(answered[2])["detail"][0]["loc"] in (["body", "id"], ["body", "webhook"])
+
+
+def test_an_id_may_have_128_characters_and_is_decoded_once(cluster: Cluster) -> None:
+    name = "0" + "a_.~-" * 25 + "Zz"
+    assert len(name) == 128
+    first = cluster.request("PUT", f"/predictions/{name.replace('~', '%7E')}", {"input": {"prompt": "a", "steps": 1}})
+    assert json.loads(first[2])["id"] == name
+    assert cluster.request("PUT", f"/predictions/{name}", {})[2] == first[2]
+
+
+@pytest.mark.parametrize("name", ["..", "%252e", "a%0a", "a" * 129, "%00"])
+def test_what_cannot_be_an_id_is_not_found(cluster: Cluster, name: str) -> None:
+    assert cluster.request("POST", f"/predictions/{name}/cancel")[::2] == (404, "{}")
+    assert cluster.request("GET", f"/v1/predictions/{name}")[0] == 404
+
+
+@pytest.mark.parametrize(
+    "prompt", ["//[a://b", "http://[x", "http://[::1", "http://a:b@c:d?e", "\u2028\ud83d\ude00", "a" * 10**6]
+)
+def test_odd_prompts_and_large_numbers_are_drawn(cluster: Cluster, prompt: str) -> None:
+    inputs = {"prompt": prompt, "steps": 1, "strength": 2**64, "unknown": ["a" * 10_000], "replicate_weights": prompt}
+    status, _, text = cluster.request("POST", "/predictions", {"input": inputs, "webhook_events_filter": []})
+    assert (status, json.loads(text)["status"]) == (200, "succeeded")
+
+
+def test_what_is_shown_of_an_input_is_short_and_known(cluster: Cluster) -> None:
+    inputs = {"prompt": "slow " * 10**5, "steps": 1, "unknown": "a" * 10**6}
+    cluster.predict({"prompt": "slow", "steps": 50}, "before-the-long-one")
+    cluster.predict(inputs, "the-long-one")
+    shown = json.loads(cluster.request("PUT", "/predictions/the-long-one", {})[2])
+    assert "unknown" not in shown.get("input", {})
+    assert len(shown.get("input", {}).get("prompt", "")) < 11_000
+    cluster.request("POST", "/predictions/before-the-long-one/cancel")
 
 
 def test_the_discovery_document_lacks_only_the_shutdown(coglet: Server, cluster: Cluster) -> None:

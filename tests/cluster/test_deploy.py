@@ -7,6 +7,7 @@ pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 import yaml
 
 from cluster.local import RAY
+from cluster.settings import ClusterSettings
 from settings import ROOT
 
 
@@ -19,7 +20,10 @@ def test_the_manifests_hold_the_same_configuration() -> None:
     configuration = yaml.safe_load((ROOT / "cluster" / "deploy" / "serve.yaml").read_text())
     service, address, _ = yaml.safe_load_all((ROOT / "cluster" / "deploy" / "rayservice.yaml").read_text())
     assert yaml.safe_load(service["spec"]["serveConfigV2"]) == configuration
-    deployments = {each["name"]: each for each in configuration["applications"][0]["deployments"]}
+    (application,) = configuration["applications"]
+    settings = ClusterSettings.from_environment(application["runtime_env"]["env_vars"])
+    assert settings.public_url or settings.trusted_proxies
+    deployments = {each["name"]: each for each in application["deployments"]}
     assert deployments["CogWorker"]["max_ongoing_requests"] == 1
     nodes = service["spec"]["rayClusterConfig"]
     assert f"ray[serve]=={nodes['rayVersion']}\n" in (ROOT / "cluster" / "requirements.txt").read_text()

@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 from cluster.local import descendants
 from cluster.settings import ClusterSettings
 from harness.cluster import Cluster
-from local_cog.server import LOOPBACK
+from local_cog.server import LOOPBACK, free_port
 from settings import ROOT
 
 
@@ -32,6 +34,43 @@ def test_nothing_listens_beyond_this_machine(cluster: Cluster) -> None:
                 listening.append(address.partition(":")[0])
     assert len(listening) > 5
     assert {address[-8:] for address in listening} == {"0100007F"}  # 127.0.0.1, as the kernel writes it
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_cluster_that_is_killed_leaves_no_process(project: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """In the middle of its start: the first node runs, with its agents, which outlive it if nobody ends them."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    environment = {"FILES_URL": str(tmp_path), "TMPDIR": str(scratch), "RAY_TMPDIR": "/tmp"}
+    starting = Cluster("--project", str(project), "--nodes", "2", environment=environment, log=tmp_path)
+    process = subprocess.Popen(
+        starting.command,
+        env=starting.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    give_up = time.monotonic() + 120
+    while "ray::DashboardAgent" not in map(command_line, started := descendants(process.pid)):
+        assert process.poll() is None
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    assert [folder.name[:21] for folder in scratch.iterdir()] == ["flux-sprites-cluster-"]
+    process.send_signal(number)
+    said = process.communicate(timeout=20)[1].decode()  # nobody has its end of the pipe any more
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number]
+    assert "SIGTERM" not in said
+    assert "Traceback" not in said
+    assert [line for line in map(command_line, started) if line] == []
+    assert list(scratch.iterdir()) == []
+
+
+def command_line(process: int) -> str:
+    """How a process was called, or calls itself; empty if it has ended."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ").strip()
+    except OSError:
+        return ""
 
 
 def start_of_cluster(*options: str, **variables: str) -> str:
@@ -53,6 +92,13 @@ def test_a_port_that_is_taken_is_not_shared() -> None:
     with socket.create_server((LOOPBACK, 0)) as taken:
         port = taken.getsockname()[1]
         assert f"--port is {port}; it must be one that is free" in start_of_cluster("--port", str(port))
+
+
+def test_a_database_that_cannot_be_used_is_one_sentence_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "notes.db").write_text("no database at all " * 100)
+    assert start_of_cluster("--port", str(free_port()), DATABASE_URL=f"sqlite:///{tmp_path / 'notes.db'}") == (
+        "DATABASE_URL: the database's file is no SQLite database: file is not a database.\n"
+    )
 
 
 def test_a_prediction_may_not_take_longer_than_its_worker_gets_to_finish_it() -> None:

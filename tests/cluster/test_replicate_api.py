@@ -57,6 +57,124 @@ def test_a_version_may_be_named_in_every_form(client: replicate.Client, cluster:
     assert (status, json.loads(text)["detail"]) == (422, "- version is required\n")
 
 
+@pytest.mark.parametrize(
+    "version", ["a/b/c", "a" * 129, "a/b:" + "c" * 129, "a\nb", "é/b", "../..", "a/b:", "a:b", ":a", "a/b:c:d"]
+)
+def test_a_version_that_is_none_is_refused(cluster: Cluster, version: str) -> None:
+    body = {"version": version, "input": {"prompt": "a"}}
+    status, headers, text = cluster.request("POST", "/v1/predictions", body)
+    assert (status, headers["content-type"]) == (422, "application/problem+json")
+    assert "; it must be a version's id, owner/name or owner/name:id" in json.loads(text)["detail"]
+
+
+WRONG: dict[str, tuple[bytes, int, str]] = {
+    "nan": (b'{"input":{"prompt":"a","strength":NaN}}', 400, "it has NaN, which is no number in JSON."),
+    "surrogate": (rb'{"input":{"prompt":"\ud800"}}', 400, "it has half of a surrogate pair, U+D800"),
+    "twice": (b'{"input":{"prompt":"a"},"input":{"prompt":"b"}}', 400, "it has the name 'input' twice in one object."),
+    "list": (b"[1]", 422, "The body must be an object whose input is one."),
+    "input": (b'{"input":3}', 422, "The body must be an object whose input is one."),
+    "events": (
+        b'{"input":{"prompt":"a"},"webhook_events_filter":[[1],{}]}',
+        422,
+        "webhook_events_filter must be a list of",
+    ),
+    "text": (
+        b'{"input":{"prompt":"a"},"webhook_events_filter":"start"}',
+        422,
+        "webhook_events_filter must be a list of",
+    ),
+    "webhook": (
+        b'{"input":{"prompt":"a"},"webhook":"http://u:s3cret@a..b/"}',
+        422,
+        "webhook is 'http://a..b/'; it must be",
+    ),
+    "number": (b'{"input":{"prompt":"a"},"webhook":3}', 422, "webhook must be a string."),
+    "completed": (b'{"input":{"prompt":"a"},"webhook_completed":"ftp://h/"}', 422, "webhook is 'ftp://h/'; it must be"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_body_is_told_in_replicates_form(cluster: Cluster, case: str) -> None:
+    body, status, sentence = WRONG[case]
+    answered = cluster.request("POST", "/v1/models/a/b/predictions", body)
+    assert (answered[0], answered[1]["content-type"]) == (status, "application/problem+json")
+    assert sentence in json.loads(answered[2])["detail"]
+
+
+@pytest.mark.parametrize("wait", ["9" * 5000, "0" * 5000, "-1", "1e400", "²"])
+def test_any_wait_is_a_number_or_none(cluster: Cluster, wait: str) -> None:
+    body = {"input": {"prompt": "a", "steps": 1}}
+    status = cluster.request("POST", "/v1/models/a/b/predictions", body, {"Prefer": f"wait={wait}"})[0]
+    assert status in (201, 202)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/models/%00/b", "/v1/models/../b", "/v1/models/a/" + "b" * 129, "/v1/deployments/a%0A/b",
+        "/v1/files/x/stream/%C3%A9", "/v1/files/..%2Fx", "/files/x%00/y", "/files/../etc", "/v1/predictions/%FF",
+        "/v1/models/a/b/versions/%20", "/v1/files/%C3%A9",
+    ],
+)  # fmt: skip
+def test_what_has_no_name_is_not_found(cluster: Cluster, path: str) -> None:
+    assert cluster.request("GET", path)[0] == 404
+
+
+@pytest.mark.parametrize("cursor", ["%00", "n~%00~x", "n~~", "n~2026~a%0A", "%FF", "a" * 60_000, "x~2026~a"])
+def test_a_cursor_that_is_none_is_refused(cluster: Cluster, cursor: str) -> None:
+    assert cluster.request("GET", f"/v1/predictions?cursor={cursor}")[0] == 400
+
+
+def test_others_than_a_proxy_cannot_say_where_files_are(cluster: Cluster) -> None:
+    headers = {"X-Forwarded-Host": "evil.com", "X-Forwarded-Proto": "https"}
+    body = {"input": {"prompt": "a", "steps": 1}}
+    made = json.loads(cluster.request("POST", "/v1/models/a/b/predictions", body, {**headers, "Prefer": "wait"})[2])
+    assert made["urls"]["get"] == f"{cluster.url}/v1/predictions/{made['id']}"
+    assert made["output"][0].startswith(f"{cluster.url}/files/")
+    status, _, text = cluster.request("POST", "/v1/models/a/b/predictions", body, {"Host": "[x"})
+    assert (status, json.loads(text)["detail"][:14]) == (400, "Host is '[x'; ")
+
+
+def upload(cluster: Cluster, name: bytes, kind: bytes = b"image/png", metadata: bytes = b"{}") -> tuple[int, str]:
+    field = b'--x\r\nContent-Disposition: form-data; name="%s"'
+    file = field % b"content" + b'; filename="%s"\r\nContent-Type: %s\r\n\r\nabc\r\n' % (name, kind)
+    form = file + field % b"metadata" + b"\r\n\r\n" + metadata + b"\r\n--x--\r\n"
+    return cluster.request("POST", "/v1/files", form, {"Content-Type": "multipart/form-data; boundary=x"})[::2]
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        (b"a\0b.png", "a?b.png"),
+        (b"../../etc/passwd", "passwd"),
+        (b"C:\\\\x\\\\y.png", "y.png"),
+        (b"\xed\xa0\x80", "\ufffd\ufffd\ufffd"),
+        (b"a" * 4000, "a" * 128),
+        (b"", "file"),
+    ],
+)
+def test_a_file_has_a_safe_name(cluster: Cluster, name: bytes, kept: str) -> None:
+    status, text = upload(cluster, name)
+    assert (status, json.loads(text)["name"]) == (201, kept)
+
+
+@pytest.mark.parametrize(
+    ("kind", "metadata", "status", "sentence"),
+    [
+        (b"no type", b"{}", 422, "The file's Content-Type is 'no type'; it must be like image/png."),
+        (b"a" * 100 + b"/b", b"{}", 422, "it must be like image/png."),
+        (b"image/png", b"{", 422, "metadata must be JSON, and it is no JSON"),
+        (b"image/png", rb'{"a":"\ud800"}', 422, "metadata must be JSON, and it has half of a surrogate pair"),
+        (b"image/png", b"[NaN]", 422, "metadata must be JSON, and it has NaN"),
+        (b"image/png", b"[1]", 422, "metadata must be an object of JSON."),
+        (b"image/png", b'"' + b"a" * 70_000 + b'"', 413, "metadata has 70002 bytes; it may have 65536."),
+    ],
+)
+def test_a_wrong_upload_is_refused(cluster: Cluster, kind: bytes, metadata: bytes, status: int, sentence: str) -> None:
+    answered, text = upload(cluster, b"a.png", kind, metadata)
+    assert (answered, sentence in json.loads(text)["detail"]) == (status, True), text
+
+
 def test_a_failure_is_the_models(client: replicate.Client) -> None:
     with pytest.raises(ModelError, match=r"A mask needs an image\."):
         client.run(MODEL, input={"prompt": "fail"})
