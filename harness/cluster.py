@@ -31,17 +31,17 @@ serve.run(application(Arguments(**json.loads(sys.argv[2]))), name=APPLICATION, r
 
 
 class Server:
-    """HTTP to one address of this machine, raw."""
+    """HTTP to one address of this machine, raw; an answer is waited for as many seconds as are given."""
 
-    def __init__(self, port: int, headers: Mapping[str, str] | None = None) -> None:
-        self.port, self.headers = port, dict(headers or {})
+    def __init__(self, port: int, headers: Mapping[str, str] | None = None, seconds: float = 60) -> None:
+        self.port, self.headers, self.seconds = port, dict(headers or {}), seconds
         self.url = f"http://{LOOPBACK}:{port}"
 
     def request(
         self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None
     ) -> tuple[int, dict[str, str], str]:
         """Status, headers, text; a body that is no string is sent as JSON."""
-        connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=60)
+        connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=self.seconds)
         sent = {**self.headers, **(headers or {})}
         if body is not None and not isinstance(body, str | bytes):
             body, sent = json.dumps(body), {"Content-Type": "application/json", **sent}
@@ -83,13 +83,24 @@ class Cluster(Server):
             self.process = subprocess.Popen(
                 self.command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
-        give_up = time.monotonic() + 240
+        try:
+            self.wait_until_ready()
+        except BaseException:  # also being told to end
+            self.__exit__()
+            raise
+        return self
+
+    def wait_until_ready(self, seconds: float = 240) -> None:
+        """Wait until it says so.
+
+        Raises:
+            RuntimeError: it has ended, or the time has.
+        """
+        give_up = time.monotonic() + seconds
         while "Ready: " not in (said := self.log.read_text()):
             if self.process.poll() is not None or time.monotonic() > give_up:
-                self.__exit__()
                 raise RuntimeError(f"The cluster did not start: {said[-3000:]}")
             time.sleep(0.2)
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Stop it, by force where it does not end."""
