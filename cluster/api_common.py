@@ -38,8 +38,6 @@ OPEN_PATHS = re.compile(r"/-/healthz|/health-check|/files/[^/]+/[^/]+|/v1/files/
 
 # What a prediction may be called: its id becomes part of paths, URLs and headers, here and in Cog's server.
 PREDICTION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.~-]{0,127}")
-
-
 # What else has a name in a path; those of files begin with any of these.
 PATH_NAME = r"[A-Za-z0-9_~-][A-Za-z0-9_.~-]{0,127}"
 
@@ -99,17 +97,17 @@ def exception_handlers() -> Mapping[Any, Callable[[Request, Any], Response]]:
         return refused.response()
 
     def full(request: Request, error: QueueFull) -> Response:
-        return unavailable(request, str(error)).response()
+        return _unavailable(request, str(error))
 
     def failed(request: Request, error: DBAPIError) -> Response:
-        return unavailable(request, f"The {describe(error)}; try again.").response()
+        return _unavailable(request, f"The {describe(error)}; try again.")
 
     def unstorable(request: Request, _: StatementError) -> Response:
         detail = "The request has text or a number in it that the database cannot store."
         return (problem(422, "Bad request", detail) if _is_replicates(request) else Refused(422, detail)).response()
 
     def store_failed(request: Request, error: Failure) -> Response:
-        return unavailable(request, error.sentence).response()
+        return _unavailable(request, error.sentence)
 
     def left(_: Request, __: ClientDisconnect) -> Response:
         return Response(status_code=400)  # nobody hears it
@@ -134,13 +132,13 @@ def exception_handlers() -> Mapping[Any, Callable[[Request, Any], Response]]:
     }
 
 
-def unavailable(request: Request, detail: str) -> Refused:
+def _unavailable(request: Request, detail: str) -> Response:
     """Not now, but soon."""
     refused = problem(503, "Unavailable", detail)
     if not _is_replicates(request):
         refused = Refused(503, {"error": detail, "status": "failed"})
     refused.headers["retry-after"] = str(RETRY_AFTER_SECONDS)
-    return refused
+    return refused.response()
 
 
 def _is_replicates(request: Request) -> bool:
