@@ -89,9 +89,7 @@ def exception_handlers() -> Mapping[Any, Callable[[Request, Any], Response]]:
 
     def unread(request: Request, error: Unread) -> Response:
         cogs = "Failed to buffer the request body: length limit exceeded" if error.status == 413 else error.detail
-        refused = problem(error.status, error.title, error.detail)
-        if not _is_replicates(request):
-            refused = Refused(error.status, cogs)
+        refused = _refuse(request, error.status, error.title, error.detail, cogs)
         if error.status == 408:
             refused.headers["connection"] = "close"
         return refused.response()
@@ -104,7 +102,7 @@ def exception_handlers() -> Mapping[Any, Callable[[Request, Any], Response]]:
 
     def unstorable(request: Request, _: StatementError) -> Response:
         detail = "The request has text or a number in it that the database cannot store."
-        return (problem(422, "Bad request", detail) if _is_replicates(request) else Refused(422, detail)).response()
+        return _refuse(request, 422, "Bad request", detail, detail).response()
 
     def store_failed(request: Request, error: Failure) -> Response:
         return _unavailable(request, error.sentence)
@@ -134,11 +132,14 @@ def exception_handlers() -> Mapping[Any, Callable[[Request, Any], Response]]:
 
 def _unavailable(request: Request, detail: str) -> Response:
     """Not now, but soon."""
-    refused = problem(503, "Unavailable", detail)
-    if not _is_replicates(request):
-        refused = Refused(503, {"error": detail, "status": "failed"})
+    refused = _refuse(request, 503, "Unavailable", detail, {"error": detail, "status": "failed"})
     refused.headers["retry-after"] = str(RETRY_AFTER_SECONDS)
     return refused.response()
+
+
+def _refuse(request: Request, status: int, title: str, detail: str, cogs: object) -> Refused:
+    """An answer in Replicate's form under /v1, else what Cog would answer."""
+    return problem(status, title, detail) if _is_replicates(request) else Refused(status, cogs)
 
 
 def _is_replicates(request: Request) -> bool:
