@@ -115,10 +115,10 @@ class Cluster(Server):
         """What the head node tells Prometheus."""
         return self.log.read_text().partition("Metrics: ")[2].partition("\n")[0]
 
-    def processes(self, title: str) -> list[int]:
-        """What runs with these words in its command line, the oldest first."""
+    def processes(self, title: str, below: int | None = None) -> list[int]:
+        """What runs with these words in its command line, in the order of process ids: all, or what one has started."""
         found = []
-        for process in sorted(descendants(self.process.pid)):
+        for process in sorted(descendants(below or self.process.pid)):
             with contextlib.suppress(OSError):
                 if title in Path(f"/proc/{process}/cmdline").read_text():
                     found.append(process)
@@ -129,20 +129,28 @@ class Cluster(Server):
 
         A cluster whose RAY_AUTH_TOKEN the caller knows alone can be updated.
         """
-        raylet = Path(f"/proc/{self.processes('raylet/raylet')[0]}/cmdline").read_text()
+        raylet = Path(f"/proc/{self.wait_for('raylet/raylet')[0]}/cmdline").read_text()
         address = re.search(r"gcs-address=([\d.:]+)", raylet).group(1)
         command = [sys.executable, "-c", UPDATE, address, json.dumps({**arguments, "port": self.port})]
         joining = {**self.environment, **environment()}
         subprocess.run(command, env=joining, cwd=ROOT, check=True, timeout=240, capture_output=True)
 
-    def kill_one(self, title: str, seconds: float = 120) -> None:
-        """End the youngest process of a title by force; one that is being replaced is waited for."""
+    def wait_for(self, title: str, count: int = 1, *, below: int | None = None, seconds: float = 120) -> list[int]:
+        """`processes`, once there are so many.
+
+        Raises:
+            TimeoutError: there are fewer.
+        """
         give_up = time.monotonic() + seconds
-        while not (found := self.processes(title)):
+        while len(found := self.processes(title, below)) < count:
             if time.monotonic() > give_up:
-                raise TimeoutError(f"There is no process {title!r} among {[*self.processes('')]}.")
+                raise TimeoutError(f"There are {len(found)} processes {title!r} among {self.processes('', below)}.")
             time.sleep(0.1)
-        os.kill(found[-1], signal.SIGKILL)
+        return found
+
+    def kill_one(self, title: str) -> None:
+        """End the youngest process of a title by force; one that is being replaced is waited for."""
+        os.kill(self.wait_for(title)[-1], signal.SIGKILL)
 
     def kill(self) -> None:
         """End all of it at once, as a power failure would."""

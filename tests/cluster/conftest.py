@@ -10,7 +10,7 @@ from harness.cluster import Cluster, Server
 from harness.postgres import Postgres, find_programs
 from local_cog.server import CogServer
 from tests.cluster.databases import run
-from tests.cluster.small_cluster import PREDICTOR, QUEUE, TOKEN
+from tests.cluster.small_cluster import PREDICTOR, QUEUE, TOKEN, WORKERS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -84,7 +84,7 @@ async def leave_predictions(database: str) -> None:
 
 @pytest.fixture(scope="session")
 def cluster(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Three workers and two fronts on two nodes, over SQLite; a cluster that died has left predictions there."""
+    """Workers and two fronts on two nodes, over SQLite; a cluster that died has left predictions there."""
     data = tmp_path_factory.mktemp("cluster")
     asyncio.run(leave_predictions(f"sqlite:///{data / 'predictions.db'}"))
     environment = {
@@ -93,6 +93,6 @@ def cluster(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "API_TOKENS": f"another,{TOKEN}",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
-    options = ("--project", str(project), "--workers", "3", "--nodes", "2", "--queue", str(QUEUE))
+    options = ("--project", str(project), "--workers", str(WORKERS), "--nodes", "2", "--queue", str(QUEUE))
     with Cluster(*options, environment=environment, log=data / "log", token=TOKEN) as running:
         yield running

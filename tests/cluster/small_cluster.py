@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 TOKEN = "t0ken-of-the-tests"
-QUEUE = 60
+QUEUE, WORKERS = 60, 3
 # As much as a cluster needs of a predictor: it draws, fails, takes long, or takes its process with it.
 PREDICTOR = """
 import os

@@ -17,14 +17,14 @@ pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 
 from cluster.local import descendants
 from harness.cluster import ENDS, Cluster, Hooks
-from tests.cluster.small_cluster import QUEUE
+from tests.cluster.small_cluster import QUEUE, WORKERS
 
 ASYNC = {"Prefer": "respond-async"}
 
 
 def test_what_a_dead_cluster_has_left_is_taken_up(cluster: Cluster) -> None:
     ends = {}
-    give_up = time.monotonic() + 30
+    give_up = time.monotonic() + 120
     while len(ends) < 4:
         assert time.monotonic() < give_up, ends
         for name in ("left-waiting", "left-running", "left-unwanted", "poison-0"):
@@ -59,7 +59,7 @@ def test_what_waits_for_a_worker_is_cancelled_at_once(cluster: Cluster) -> None:
             cluster.predict({"prompt": "slow", "steps": 50}, f"crowd-{i}", webhook=hooks.url)
         waiting = "crowd-4"
         assert cluster.request("POST", f"/predictions/{waiting}/cancel")[0] == 200
-        assert hooks.until_ended(waiting, 10)[-1]["status"] == "canceled"
+        assert hooks.until_ended(waiting, 20)[-1]["status"] == "canceled"
         for i in range(5):
             cluster.request("POST", f"/predictions/crowd-{i}/cancel")
             hooks.until_ended(f"crowd-{i}")
@@ -77,9 +77,10 @@ def test_an_update_finishes_what_is_being_drawn(cluster: Cluster, project: Path)
             cluster.update(project=str(project), workers=3, gpus_per_worker=0, queue=QUEUE)
             for i in range(12):
                 assert hooks.until_ended(f"updated-{i}")[-1]["status"] == "succeeded"
-        told = [(status, json.loads(text)["status"]) for status, _, text in (answer.result() for answer in answers)]
-    assert told == [(200, "succeeded")] * 12
-    give_up = time.monotonic() + 30
+        told = [answer.result() for answer in answers]
+    assert [status for status, _, _ in told] == [200] * 12, told
+    assert {json.loads(text)["status"] for _, _, text in told} == {"succeeded"}
+    give_up = time.monotonic() + 120
     for title, old in before.items():
         while left := set(old).intersection(cluster.processes(title)):
             assert time.monotonic() < give_up, (title, left)
@@ -88,13 +89,12 @@ def test_an_update_finishes_what_is_being_drawn(cluster: Cluster, project: Path)
 
 
 def test_a_worker_that_is_killed_takes_its_cog_server_and_its_predictor_along(cluster: Cluster) -> None:
-    worker = cluster.processes("CogWorker")[-1]
+    worker = cluster.wait_for("CogWorker")[-1]
+    for title in ("cog.server.http", "import coglet"):
+        cluster.wait_for(title, below=worker)
     own = descendants(worker)
-    commands = [Path(f"/proc/{process}/cmdline").read_text() for process in own]
-    assert any("cog.server.http" in command for command in commands)
-    assert any("import coglet" in command for command in commands)
     os.kill(worker, signal.SIGKILL)
-    give_up = time.monotonic() + 10
+    give_up = time.monotonic() + 60
     while left := [process for process in own if _runs(process)]:
         assert time.monotonic() < give_up, left
         time.sleep(0.1)
@@ -111,7 +111,7 @@ def _runs(process: int) -> bool:
 def test_a_predictor_that_always_crashes_is_given_up(cluster: Cluster) -> None:
     with Hooks() as hooks:
         cluster.predict({"prompt": "crash"}, "crashing", webhook=hooks.url, webhook_events_filter=["completed"])
-        end = hooks.until_ended("crashing", 120)[-1]
+        end = hooks.until_ended("crashing", 300)[-1]
     assert (end["status"], end["error"]) == (
         "failed",
         "The prediction was given up: 3 workers ended while they ran it.",
@@ -124,17 +124,19 @@ def test_every_accepted_prediction_ends_once_whatever_is_killed(cluster: Cluster
     with Hooks() as hooks, ThreadPoolExecutor(6) as pool:
 
         def accepted(name: str) -> None:
-            give_up = time.monotonic() + 60
+            give_up = time.monotonic() + 120
             while time.monotonic() < give_up:
                 # A front may die before it has answered: then the client does not know, and asks again.
-                with contextlib.suppress(OSError, http.client.HTTPException, AssertionError):
-                    cluster.predict({"prompt": name, "steps": 20}, name, webhook=hooks.url)
-                    return
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    body = {"input": {"prompt": name, "steps": 20}, "webhook": hooks.url}
+                    status, _, _ = cluster.request("PUT", f"/predictions/{name}", body, ASYNC)
+                    if status in (200, 202):  # 200: it has ended meanwhile
+                        return
                 time.sleep(0.2)
             raise TimeoutError(name)
 
         asked = [pool.submit(accepted, name) for name in names]
-        stopped = cluster.processes("cog.server.http")[0]
+        stopped = cluster.wait_for("cog.server.http", WORKERS)[0]  # those that crashed before are being replaced
         os.kill(stopped, signal.SIGSTOP)
         for title in ("CogWorker", "cog.server.http", "Front", "raylet/raylet"):
             time.sleep(1.5)
@@ -143,7 +145,7 @@ def test_every_accepted_prediction_ends_once_whatever_is_killed(cluster: Cluster
             done.result()
         for name in names:
             hooks.until_ended(name, 120)
-        give_up = time.monotonic() + 40  # its worker is asked every 5 seconds, and waits for 10
+        give_up = time.monotonic() + 120  # its worker is asked every 5 seconds, and waits for 10
         while _runs(stopped):
             assert time.monotonic() < give_up
             time.sleep(0.2)
