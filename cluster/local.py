@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from cluster.settings import ClusterSettings
-from local_cog.server import LOOPBACK, check_address, free_port
+from local_cog.server import LOOPBACK, check_address
 from settings import ROOT
 
 # Of Serve: no thread of their own for a front's or a worker's code and for finding a worker, since none of it blocks
@@ -192,8 +192,7 @@ def _start(options: argparse.Namespace, settings: ClusterSettings) -> None:
         "object_store_memory": OBJECT_STORE_BYTES,
         "include_dashboard": False,
     }
-    metrics_port = free_port()
-    nodes = Cluster(initialize_head=True, head_node_args={**node, "metrics_export_port": metrics_port})
+    nodes = Cluster(initialize_head=True, head_node_args=node)
     for _ in range(options.nodes - 1):
         nodes.add_node(**node | {"num_gpus": 0})
     ray.init(nodes.address, logging_level="WARNING")
@@ -201,7 +200,7 @@ def _start(options: argparse.Namespace, settings: ClusterSettings) -> None:
     arguments = Arguments(**vars(options) | named)
     serve.start(proxy_location="Disabled")
     serve.run(application(arguments), name=APPLICATION, route_prefix=None)
-    print(f"Metrics: http://{LOOPBACK}:{metrics_port}/metrics")
+    print(f"Metrics: http://{LOOPBACK}:{nodes.head_node.metrics_export_port}/metrics")
     host = f"[{options.host}]" if options.host.version == 6 else options.host
     print(f"Ready: http://{host}:{options.port}", flush=True)
 

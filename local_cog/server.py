@@ -12,6 +12,7 @@ import ipaddress
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -29,6 +30,9 @@ from service.occupancy import Look
 from settings import ROOT
 
 LOOPBACK = "127.0.0.1"
+# The range of ports that the kernel gives away, and where ours begin: Ray's workers have those below.
+KERNELS_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+LOWEST_PORT = 20_000
 # Cog takes bodies up to 100 MiB, and base64 makes four bytes of three.
 MAX_FILE_BYTES = 70_000_000
 # Cog asks for BaseRunner instead of BasePredictor, which older command-line tools do not know.
@@ -228,10 +232,20 @@ def files(answer: Mapping[str, Any]) -> list[tuple[str, bytes]]:
 
 
 def free_port() -> int:
-    """A port of this machine on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return probe.getsockname()[1]
+    """A port of this machine on which nothing listens.
+
+    Outgoing connections, and servers that ask for any port, get one of the kernel's own range, where a server that
+    takes seconds to start would find its port taken now and then. So it is one below that range, if there are enough.
+    """
+    below = range(0)
+    with contextlib.suppress(OSError):  # there may be no /proc
+        below = range(LOWEST_PORT, int(KERNELS_PORTS.read_text().split()[0]))
+    for _ in range(100 if len(below) > 1000 else 0):
+        port = secrets.choice(below)
+        with contextlib.suppress(OSError), listen(LOOPBACK, port):
+            return port
+    with listen(LOOPBACK, 0) as listening:
+        return listening.getsockname()[1]
 
 
 def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:

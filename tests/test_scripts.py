@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import local_cog.server
 from local_cog.server import CogServer, check_address, failure, files
 from settings import ROOT
 
@@ -320,3 +321,17 @@ def test_a_machine_without_python_is_told_so(bare_project: Path, tmp_path: Path)
     assert done.returncode == 1
     assert done.stderr == "flux-sprites needs Python 3.11 or newer as python3.11 or python3; there is none on PATH.\n"
     assert not (bare_project / ".venv").exists()
+
+
+@pytest.mark.parametrize("kernels", ["32768\t60999\n", "1024\t65535\n", None])
+def test_a_port_is_free_and_no_connection_of_the_kernels_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: str | None
+) -> None:
+    """As far as the kernel's range leaves room; where it does not, or is not told, any port that is free now."""
+    told = tmp_path / "ip_local_port_range"
+    if kernels:
+        told.write_text(kernels)
+    monkeypatch.setattr(local_cog.server, "KERNELS_PORTS", told)
+    ports = [local_cog.server.free_port() for _ in range(20)]
+    if kernels and kernels.startswith("32768"):
+        assert all(local_cog.server.LOWEST_PORT <= port < 32768 for port in ports)
