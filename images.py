@@ -8,6 +8,7 @@ import io
 import json
 import mmap
 import re
+import struct
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -58,6 +59,18 @@ MAX_SCANNED_PIXELS = 15 * MAX_PIXELS
 # What begins a segment of a JPEG, or ends the file: no byte of pixels, no marker without a segment, no filling.
 MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
 SCAN, END = b"\xda", b"\xd9"
+
+# How many numbers a TIFF may have under one tag, such as one for each of its strips: Pillow makes objects of them, and
+# of the strips, in one call for all, at 20 microseconds and 360 bytes each.
+MAX_NUMBERS = 100_000
+# In how many entries it may say what it is.
+MAX_ENTRIES = 65_535
+TIFF_HEADS = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")
+# The types that are bytes or text, which Pillow leaves as they are.
+TIFF_BYTES = (1, 2, 6, 7)
+
+# How often a reader may ask for more of a file: once for each part of it, such as a comment, whose object it keeps.
+MAX_READS = 1_000_000
 
 # A JPEG segment holds 65,533 bytes; this leaves room for the EXIF headers around one text.
 JPEG_TEXT_BYTES = 65_000
@@ -178,12 +191,18 @@ def _nearest(side: float) -> int:
 class _Watched(io.BufferedReader):
     """A file that is read no longer than somebody waits for it: Pillow's readers ask for a little at a time."""
 
+    reads = 0
+
     def read(self, size: int | None = -1, /) -> bytes:
         check_cancelled()
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise _PartsError("a file of too many parts")
         return super().read(size)
 
 
-class _ScansError(Exception): ...
+class _PartsError(Exception):
+    """A file that is small, and takes long: what it is."""
 
 
 def _check_scans(file: io.BufferedReader, pixels: int) -> None:
@@ -194,30 +213,48 @@ def _check_scans(file: io.BufferedReader, pixels: int) -> None:
             check_cancelled()
             scans += found[1] == SCAN
             if scans > MAX_SCANS or scans * pixels > MAX_SCANNED_PIXELS:
-                raise _ScansError
+                raise _PartsError(f"a JPEG of too many scans: more than {MAX_SCANS}, or than its size allows")
             position = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
+
+
+def _check_numbers(file: io.BufferedReader) -> None:
+    """Refuse a TIFF of too many numbers under one tag of its first frame, whose tags are read as Pillow reads them."""
+    head = file.read(16)
+    if head.startswith(TIFF_HEADS):
+        order, large = "<" if head.startswith(b"I") else ">", head[2:3] == b"+"
+        offset, count, entry = (order + code for code in (("8xQ", "Q", "2xHQ8x") if large else ("4xI", "H", "2xHI4x")))
+        file.seek(*struct.unpack_from(offset, head))
+        entries = struct.unpack(count, file.read(struct.calcsize(count)))[0]
+        content = file.read(min(entries, MAX_ENTRIES) * struct.calcsize(entry))
+        # Of a directory that is cut off, Pillow takes the entries that are there.
+        whole = content[: len(content) - len(content) % struct.calcsize(entry)]
+        numbers = [number for kind, number in struct.iter_unpack(entry, whole) if kind not in TIFF_BYTES]
+        if entries > MAX_ENTRIES or any(number > MAX_NUMBERS for number in numbers):
+            most = f"{MAX_NUMBERS:,} strips, tiles or other numbers under one tag, or {MAX_ENTRIES:,} tags"
+            raise _PartsError(f"a TIFF of too many parts: more than {most}")
+    file.seek(0)
 
 
 def _read(path: Path, name: str, background: str) -> Image.Image:
     """The first frame of a file, upright, as RGB on a background; `name` is the input that the errors speak of."""
     try:
         # An open file, for Pillow maps one that it opens by name into memory and then garbles TIFFs that lie on a side.
-        with _Watched(io.FileIO(path)) as file, Image.open(file, formats=READ_FORMATS) as picture:
-            if picture.format in ("JPEG", "MPO"):
-                _check_scans(file, picture.width * picture.height)
-            picture.load()
-            with suppress(Exception):  # broken EXIF is no reason to refuse good pixels: they stay as they lie
-                ImageOps.exif_transpose(picture, in_place=True)
-            flat = _flatten(picture, background)
+        with _Watched(io.FileIO(path)) as file:
+            _check_numbers(file)
+            with Image.open(file, formats=READ_FORMATS) as picture:
+                if picture.format in ("JPEG", "MPO"):
+                    _check_scans(file, picture.width * picture.height)
+                picture.load()
+                with suppress(Exception):  # broken EXIF is no reason to refuse good pixels: they stay as they lie
+                    ImageOps.exif_transpose(picture, in_place=True)
+                flat = _flatten(picture, background)
     except Image.DecompressionBombError as error:
         pixels = int(re.search(r"\d+", str(error)).group())
         raise ValueError(
             f"{name} is too large: it has {pixels / 1e6:,.1f} megapixels, of at most {MAX_PIXELS / 1e6:g}."
         ) from None
-    except _ScansError:
-        raise ValueError(
-            f"{name} is a JPEG of too many scans: more than {MAX_SCANS}, or than its size allows."
-        ) from None
+    except _PartsError as error:
+        raise ValueError(f"{name} is {error}.") from None
     except UnidentifiedImageError:
         accepted = f"{', '.join(READ_FORMATS[:-1])} or {READ_FORMATS[-1]}"
         raise ValueError(f"{name} is not a picture in a known format; send {accepted}.") from None

@@ -417,6 +417,66 @@ def test_a_jpeg_of_more_scans_than_any_encoder_makes_is_refused(tmp_path: Path) 
     assert images.read_image(file).size == (64, 64)
 
 
+@pytest.mark.parametrize("large", [False, True], ids=["TIFF", "BigTIFF"])
+def test_a_tiff_in_more_strips_than_any_program_writes_is_refused(tmp_path: Path, large: bool) -> None:
+    """Pillow takes minutes and gigabytes for 64 MB of them, much of it in a call that nothing can interrupt."""
+    most = r"100,000 strips, tiles or other numbers under one tag, or 65,535 tags\."
+    refused = f"^image is a TIFF of too many parts: more than {most}$"
+    rows, path = images.MAX_NUMBERS, tmp_path / "a.tiff"
+    options = {"big_tiff": large, "tiffinfo": {278: 1}}  # RowsPerStrip
+    assert images.read_image(written(Image.new("L", (1, rows)), path, **options)).size == (1, rows)
+    with pytest.raises(ValueError, match=refused):
+        images.read_image(written(Image.new("L", (1, rows + 1)), path, **options))
+
+
+@pytest.mark.parametrize(
+    ("head", "entry"),
+    [
+        (struct.pack("<2sHIH", b"II", 42, 8, 1), struct.pack("<HHII", 324, 4, 200_000, 0)),
+        (struct.pack("<2sHIH", b"II", 42, 8, 1), struct.pack("<HHII", 700, 5, 200_000, 0)),
+        (struct.pack(">2sHIH", b"MM", 42, 8, 1), struct.pack(">HHII", 273, 4, 200_000, 0)),
+        (struct.pack("<2sHHHQQ", b"II", 43, 8, 0, 16, 1), struct.pack("<HHQQ", 324, 16, 200_000, 0)),
+        (struct.pack("<2sHHHQQ", b"II", 43, 8, 0, 16, 65_536), b""),
+        # Pillow takes the offset where it stands in others.
+        (struct.pack(">2sHIH", b"MM", 43, 8, 1), struct.pack(">HHII", 273, 4, 200_000, 0)),
+    ],
+    ids=["II", "another tag", "MM", "BigTIFF", "entries", "BigTIFF MM"],
+)
+def test_a_tiff_says_in_several_ways_of_how_many_parts_it_is(tmp_path: Path, head: bytes, entry: bytes) -> None:
+    path = tmp_path / "a.tiff"
+    path.write_bytes(head + entry + bytes(16))
+    with pytest.raises(ValueError, match=r"^image is a TIFF of too many parts"):
+        images.read_image(path)
+
+
+@pytest.mark.filterwarnings(r"ignore:Corrupt EXIF data\.")
+def test_a_tiff_whose_directory_is_cut_off_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    path = tmp_path / "a.tiff"
+    directory = tiff(1, 1)[10:-200]
+    path.write_bytes(b"II*\0" + struct.pack("<I", 300) + bytes(292) + struct.pack("<H", 100) + directory)
+    assert images.read_image(path).size == (1, 1)
+
+
+def test_bytes_in_a_tiff_are_not_counted(tmp_path: Path) -> None:
+    """Such as a colour profile, or what an editor keeps there."""
+    path = written(Image.new("L", (8, 8)), tmp_path / "a.tiff", tiffinfo={700: b"x" * 200_000})
+    assert images.read_image(path).size == (8, 8)
+
+
+def test_a_file_of_more_parts_than_any_program_writes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow keeps 2 GB of 6,000,000 comments, which are a file of 29 MB."""
+    monkeypatch.setattr(images, "MAX_READS", 3000)
+    path = tmp_path / "a.gif"
+    head, rest = gif(8, 8)[:13], gif(8, 8)[13:]
+    path.write_bytes(head + b"!\xfe\x01a\0" * 100 + rest)
+    assert images.read_image(path).size == (8, 8)
+    path.write_bytes(head + b"!\xfe\x01a\0" * 3000 + rest)
+    with pytest.raises(ValueError, match=r"^image is a file of too many parts\.$"):
+        images.read_image(path)
+
+
 def test_damaged_bytes_give_a_picture_or_a_sentence(tmp_path: Path) -> None:
     chance = random.Random(0)
     path = tmp_path / "photo"
