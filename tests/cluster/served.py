@@ -33,7 +33,8 @@ def served(application: ASGIApp) -> Iterator[int]:
             yield listening.getsockname()[1]
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(60)
+            assert not thread.is_alive()
 
 
 def exchange(port: int, *pieces: bytes, pause: float = 0, seconds: float = 5) -> bytes:
@@ -48,8 +49,8 @@ def exchange(port: int, *pieces: bytes, pause: float = 0, seconds: float = 5) ->
 
 def received(connection: socket.socket) -> bytes:
     """All that comes until the server closes."""
-    content = b""
+    content = bytearray()
     with contextlib.suppress(ConnectionResetError):
         while piece := connection.recv(65536):
             content += piece
-    return content
+    return bytes(content)
