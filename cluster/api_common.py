@@ -3,14 +3,16 @@
 This module knows HTTP and inputs; it knows nothing of either API's endpoints.
 """
 
+import asyncio
 import hmac
 import ipaddress
-import json
+import logging
 import os
 import re
 import uuid
 from base64 import b32encode
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import jsonschema_rs
@@ -19,15 +21,17 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.bodies import Unread
 from cluster.database import describe
-from cluster.failures import Failure
+from cluster.failures import Failure, places
 from cluster.predictions import Prediction, QueueFull, now
 from cluster.privacy import SHOWN_CHARACTERS, show_input
 from service import strict_json
+
+logger = logging.getLogger("ray.serve")
 
 # A prediction has some thirty inputs.
 MAX_VALUES = 10_000
@@ -36,9 +40,7 @@ PROBLEM = {"content-type": "application/problem+json"}
 # Open to whoever knows the address: probes, and files and streams, whose addresses nobody can guess.
 OPEN_PATHS = re.compile(r"/-/healthz|/health-check|/files/[^/]+/[^/]+|/v1/files/[^/]+/stream/[^/]+")
 
-# What a prediction may be called: its id becomes part of paths, URLs and headers, here and in Cog's server.
-PREDICTION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.~-]{0,127}")
-# What else has a name in a path; those of files begin with any of these.
+# What else than a prediction has a name in a path; those of files begin with any of these.
 PATH_NAME = r"[A-Za-z0-9_~-][A-Za-z0-9_.~-]{0,127}"
 
 
@@ -71,9 +73,20 @@ class Refused(Exception):  # noqa: N818 (an answer, not an accident)
 
 
 def answer(body: object, status: int = 200, headers: Mapping[str, str] | None = None, *, sort: bool = True) -> Response:
-    """JSON as coglet writes it: compact, keys in order."""
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), sort_keys=sort)
+    """JSON as coglet writes it."""
+    text = strict_json.compact(body, sort=sort)
     return Response(text, status, {"content-type": "application/json", **(headers or {})})
+
+
+class Streamed(StreamingResponse):
+    """An answer in pieces; where one cannot be made, the connection ends before the answer does."""
+
+    async def stream_response(self, send: Send) -> None:
+        """Send all of it."""
+        try:
+            await super().stream_response(send)
+        except Exception as error:
+            logger.warning("An answer is cut off: %s", places(error))
 
 
 def problem(status: int, title: str, detail: str, **more: object) -> Refused:
@@ -170,6 +183,31 @@ class Authorised:
         if known and kind.lower() in ("bearer", "token"):
             return None
         return problem(401, "Unauthenticated", "You did not pass a valid authentication token")
+
+
+class Turns:
+    """Lets a few at a time do what takes much, and some more wait."""
+
+    def __init__(self, at_once: int, waiting: int) -> None:
+        self.running, self.asked, self.most = asyncio.Semaphore(at_once), 0, at_once + waiting
+
+    @asynccontextmanager
+    async def take(self, request: Request) -> AsyncIterator[None]:
+        """Wait for a turn.
+
+        Raises:
+            QueueFull: too many wait; ClientDisconnect: the client has not waited.
+        """
+        if self.asked >= self.most:
+            raise QueueFull("Too many ask for this at once. Try again later.")
+        self.asked += 1
+        try:
+            async with self.running:
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+                yield
+        finally:
+            self.asked -= 1
 
 
 class InputSchema:

@@ -17,11 +17,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from cluster.api_common import PREDICTION_ID, InputSchema, Refused, answer, new_prediction, read_json
+from cluster.api_common import InputSchema, Refused, Streamed, answer, new_prediction, read_json
 from cluster.bodies import Bodies
 from cluster.dispatcher import Dispatcher
 from cluster.forms import Forms
-from cluster.predictions import Prediction, Predictions
+from cluster.predictions import PREDICTION_ID, Prediction, Predictions
 from cluster.webhooks import EVENTS, check_url
 
 UNREADABLE = "Failed to deserialize the JSON body into the target type: "
@@ -130,13 +130,17 @@ class CogApi:
     async def _show_known(self, prediction: Prediction) -> Response:
         if prediction.finished:
             return await self._final(prediction)
-        body = {**await self.forms.cog(prediction), "input": prediction.shown_input}
-        return await asyncio.to_thread(answer, body, 202)
+        return await self._show(prediction, 202, input=prediction.shown_input)
 
     async def _final(self, prediction: Prediction) -> Response:
         """The answer to a synchronous request; coglet leaves the logs out of it where there is no output."""
-        body = await self.forms.cog(prediction)
-        return await asyncio.to_thread(answer, body if prediction.status == "succeeded" else {**body, "logs": ""})
+        changes = {} if prediction.status == "succeeded" else {"logs": ""}
+        return await self._show(prediction, 200, **changes)
+
+    async def _show(self, prediction: Prediction, status: int, **changes: object) -> Response:
+        shown = await self.forms.cog(prediction, **changes)
+        headers = {"content-type": "application/json", "content-length": str(shown.length)}
+        return Streamed(shown.pieces(), status, headers)
 
 
 def _read(content: bytes, kind: str | None, path_id: str | None) -> dict[str, Any]:

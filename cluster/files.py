@@ -5,6 +5,7 @@ front, and an input names an upload by its URL. This module knows files and data
 """
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import logging
@@ -12,7 +13,8 @@ import mimetypes
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, BinaryIO
 
@@ -22,15 +24,21 @@ from cluster.failures import Again, Failure, places
 from cluster.predictions import File, Predictions, now
 from local_cog.data_uri import OCTETS, decode, suffix, uri
 from service.faults import DISK_FULL
+from service.strict_json import compact
 from settings import MIB
 
 logger = logging.getLogger("ray.serve")
 
 # The URL of an upload, at whatever address of a front; the path of an output.
 _UPLOAD = re.compile(r"(https?://.{1,1000})/v1/files/([\w-]{1,128})", re.ASCII)
-_OUTPUT = re.compile(r"/files/([\w-]{1,128})/([^/]{1,128})", re.ASCII)
+# In JSON without spaces: from the quote that begins a string, before which there is no backslash, to the one that ends
+# it, after which a colon would make it the name of a member.
+_OUTPUT = re.compile(r'(?<!\\)"/files/([\w-]{1,128})/([^/"\\]{1,128})"(?!:)', re.ASCII)
 # As long as at Replicate.
 FILE_LIFETIME = timedelta(hours=1)
+# How much is read of a file at once; a client that receives slowly makes a front hold as much. Base64 turns three bytes
+# into four characters.
+PIECE_BYTES = 3 * 32 * 1024
 
 
 class Files:
@@ -63,23 +71,16 @@ class Files:
         """The content; FileNotFoundError where it has expired."""
         return await asyncio.to_thread(self.system.cat_file, self._path(file_id))
 
-    async def open(self, file_id: str) -> tuple[int, AsyncIterator[bytes]]:
-        """The size of a file and its content in pieces; FileNotFoundError where it has expired."""
+    async def open(self, file_id: str) -> tuple[int, BinaryIO]:
+        """The size of a file, and itself; FileNotFoundError where it has expired."""
 
-        def opened() -> tuple[BinaryIO, int]:
+        def opened() -> tuple[int, BinaryIO]:
             file = self.system.open(self._path(file_id), "rb")
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
-            return file, size
+            return size, file
 
-        file, size = await asyncio.to_thread(opened)
-
-        async def pieces() -> AsyncIterator[bytes]:
-            with file:
-                while piece := await asyncio.to_thread(file.read, MIB):
-                    yield piece
-
-        return size, pieces()
+        return await asyncio.to_thread(opened)
 
     async def delete(self, file_ids: Collection[str]) -> None:
         """Delete those of these that are there, and can be deleted."""
@@ -102,60 +103,107 @@ class Files:
                 return text
             key = await asyncio.to_thread(lambda: hashlib.sha256(text.encode()).hexdigest())
             if key not in stored:
-                kind, content = await asyncio.to_thread(decode, text)
+                try:
+                    kind, content = await asyncio.to_thread(decode, text)
+                except ValueError:
+                    return text  # a text of the predictor's that only begins like a file
                 stored[key] = await self.write(content, f"output{suffix(kind)}", kind)
             return f"/files/{stored[key].id}/{stored[key].name}"
 
         return await _replace_strings(output, path)
 
-    async def inline_output(self, output: Any) -> Any:  # noqa: ANN401 (JSON)
-        """A stored output with its files inside, as data URIs; None in the place of a file that has expired."""
+    async def inline_output(self, output: Any) -> "Inlined":  # noqa: ANN401 (JSON)
+        """A stored output with its files inside, as data URIs; null for one that has expired."""
 
-        async def content(text: str) -> str | None:
-            named = _OUTPUT.fullmatch(text)
-            if named is None:
-                return text
-            try:
-                return await asyncio.to_thread(uri, await self.read(named[1]), content_type(named[2]))
-            except FileNotFoundError:
-                return None
+        def plan() -> tuple[list[bytes | str], int]:
+            before, *rest = _OUTPUT.split(compact(output))
+            parts, length = [before.encode()], 0
+            for file_id, name, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+                try:
+                    length += _characters(self.system.size(self._path(file_id)))
+                except FileNotFoundError:
+                    parts.append(f"null{after}".encode())
+                else:
+                    parts += [f'"data:{content_type(name)};base64,'.encode(), file_id, f'"{after}'.encode()]
+            return parts, length + sum(len(part) for part in parts if isinstance(part, bytes))
 
-        return await _replace_strings(output, content)
+        return Inlined(self, *await asyncio.to_thread(plan))
 
-    async def inline_uploads(self, inputs: dict[str, Any], predictions: Predictions, base_url: str) -> dict[str, Any]:
+    async def inline_uploads(
+        self, inputs: dict[str, Any], predictions: Predictions, base_url: str, limit: int
+    ) -> dict[str, Any]:
         """Inputs whose uploads, named by URLs of a front, are inside as data URIs: a worker need not fetch them.
 
         Args:
             base_url: the front's address, if the client has told it: what it names there, and is not there, has gone.
+            limit: how many characters all strings may have together.
 
         Raises:
-            Failure: an upload has gone, or cannot be read.
+            Failure: an upload has gone, or cannot be read; or there would be more characters.
         """
+        known: dict[str, File] = {}
+        size = 0
 
-        async def content(text: str) -> str:
+        async def find(text: str) -> str:
+            nonlocal size
             named = _UPLOAD.fullmatch(text)
-            file = await predictions.file(named[2]) if named else None
-            if file is not None:
-                return await asyncio.to_thread(uri, await self.read(file.id), file.content_type)
-            if named and named[1] == base_url:
-                raise FileNotFoundError
+            if named and text not in known:
+                if file := await predictions.file(named[2]):
+                    known[text] = file
+                elif named[1] == base_url:
+                    raise FileNotFoundError
+            size += _characters(known[text].size) if text in known else len(text)
             return text
 
-        inlined = {}
-        for name, value in inputs.items():
-            try:
-                inlined[name] = await _replace_strings(value, content)
-            except FileNotFoundError as error:
-                raise Failure(f"The uploaded file in {name[:80]} has expired; upload it again.") from error
-            except OSError as error:
-                sentence = f"The uploaded file in {name[:80]} cannot be read; try again later."
-                raise Failure(sentence, Again.UNDRAWN) from error
-        return inlined
+        contents: dict[str, str] = {}
+
+        async def content(text: str) -> str:
+            if text in known and text not in contents:
+                file = known[text]
+                contents[text] = await asyncio.to_thread(uri, await self.read(file.id), file.content_type)
+            return contents.get(text, text)
+
+        await _replace_in_each(inputs, find)
+        if size > limit:
+            most = f"at most {limit / MIB:.0f}"
+            raise Failure(f"The files in the input are too large together: {size / MIB:.0f} MiB of JSON; {most}.")
+        return await _replace_in_each(inputs, content)
 
     def _path(self, file_id: str) -> str:
         if not re.fullmatch(r"[\w-]+", file_id):
             raise FileNotFoundError(file_id)
         return f"{self.root}/{file_id}"
+
+
+@dataclass(frozen=True)
+class Inlined:
+    """JSON with files inside, which are read when its pieces are: it may have tens of megabytes."""
+
+    files: Files
+    # Bytes, and ids of files whose contents stand there, in base64.
+    parts: Sequence[bytes | str]
+    # Of all, in bytes.
+    length: int
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """All of it, in order; FileNotFoundError where a file has gone since."""
+        for part in self.parts:
+            if isinstance(part, bytes):
+                yield part
+                continue
+            # Here, not by `read_pieces`: of two generators, one in the other, that are left alone when a client goes,
+            # Python may end the inner one first, and complain.
+            size, file = await self.files.open(part)
+            with file:
+                for _ in range(0, size, PIECE_BYTES):
+                    yield base64.b64encode(await asyncio.to_thread(file.read, PIECE_BYTES))
+
+
+async def read_pieces(file: BinaryIO, size: int) -> AsyncIterator[bytes]:
+    """An open file's content; it is closed then."""
+    with file:
+        for _ in range(0, size, PIECE_BYTES):
+            yield await asyncio.to_thread(file.read, PIECE_BYTES)
 
 
 def names_uploads(inputs: Any) -> bool:  # noqa: ANN401 (JSON)
@@ -167,6 +215,24 @@ def names_uploads(inputs: Any) -> bool:  # noqa: ANN401 (JSON)
 def content_type(name: str) -> str:
     """What a file holds, by its name."""
     return mimetypes.guess_type(name)[0] or OCTETS
+
+
+def _characters(size: int) -> int:
+    """How long so many bytes are in base64."""
+    return (size + 2) // 3 * 4
+
+
+async def _replace_in_each(inputs: dict[str, Any], replacement: Callable[[str], Awaitable[str]]) -> dict[str, Any]:
+    replaced = {}
+    for name, value in inputs.items():
+        try:
+            replaced[name] = await _replace_strings(value, replacement)
+        except FileNotFoundError as error:
+            raise Failure(f"The uploaded file in {name[:80]} has expired; upload it again.") from error
+        except OSError as error:
+            sentence = f"The uploaded file in {name[:80]} cannot be read; try again later."
+            raise Failure(sentence, Again.UNDRAWN) from error
+    return replaced
 
 
 async def _replace_strings(value: Any, replacement: Callable[[str], Awaitable[Any]]) -> Any:  # noqa: ANN401 (JSON)

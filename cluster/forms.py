@@ -3,12 +3,14 @@
 This module knows JSON; it knows nothing of HTTP and of how a prediction runs.
 """
 
+import asyncio
 import hmac
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.files import Files
+from cluster.files import Files, Inlined
 from cluster.predictions import Prediction
+from service.strict_json import compact
 
 
 @dataclass(frozen=True)
@@ -19,20 +21,26 @@ class Forms:
     # All fronts share it; the address of a stream is derived from it, so that nobody can guess one.
     secret: str
 
-    async def show(self, prediction: Prediction) -> dict[str, Any]:
-        """In the form of the API through which it came."""
-        if prediction.api == "replicate":
-            return self.replicate(prediction, prediction.base_url)
-        return await self.cog(prediction)
+    async def show(self, prediction: Prediction) -> Inlined:
+        """JSON in the form of the API through which it came."""
+        if prediction.api != "replicate":
+            return await self.cog(prediction)
+        body = (await asyncio.to_thread(compact, self.replicate(prediction, prediction.base_url))).encode()
+        return Inlined(self.files, [body], len(body))
 
-    async def cog(self, prediction: Prediction) -> dict[str, Any]:
-        """As Cog's webhooks and answers show it: files inside, as data URIs."""
-        body = {key: getattr(prediction, key) for key in ("id", "logs", "metrics", "status")}
-        if prediction.output is not None:
-            body["output"] = await self.files.inline_output(prediction.output)
+    async def cog(self, prediction: Prediction, **changes: object) -> Inlined:
+        """JSON as Cog's webhooks and answers have it: files inside, as data URIs."""
+        # The names come in order: of all that there may be, only the status comes after the output.
+        before = {"id": prediction.id, "logs": prediction.logs, "metrics": prediction.metrics, **changes}
         if prediction.error is not None:
-            body["error"] = prediction.error
-        return body
+            before["error"] = prediction.error
+        head = (await asyncio.to_thread(compact, before)).removesuffix("}").encode()
+        tail = f',"status":{compact(prediction.status)}}}'.encode()
+        if prediction.output is None:
+            return Inlined(self.files, [head, tail], len(head) + len(tail))
+        head += b',"output":'
+        output = await self.files.inline_output(prediction.output)
+        return Inlined(self.files, [head, *output.parts, tail], len(head) + output.length + len(tail))
 
     def replicate(self, prediction: Prediction, base: str) -> dict[str, Any]:
         """As Replicate shows it: the output points to files of the front, at the address by which the reader came."""

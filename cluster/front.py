@@ -40,8 +40,9 @@ from cluster.replica import LOGGING, listen_on_this_node_only
 from cluster.replicate_api import ReplicateApi
 from cluster.run import Means
 from cluster.settings import DRAIN_SECONDS, ClusterSettings
+from cluster.streams import Streams
 from cluster.tasks import spawn
-from cluster.webhooks import Webhooks
+from cluster.webhooks import Webhooks, open_client
 from local_cog import schema
 from local_cog.server import listen
 
@@ -94,10 +95,7 @@ class Front:
         """From the first beat to the last; predictions that cannot be finished are left to the others."""
         # First of all: a front that cannot listen must adopt nothing.
         with listen(*self.address, shared=True) as listening:
-            # As many connections as there are webhooks: receivers that never answer must not keep others waiting. No
-            # cookies: one receiver's would go to others.
-            connection = {"connector": aiohttp.TCPConnector(limit=0), "cookie_jar": aiohttp.DummyCookieJar()}
-            async with self.predictions, aiohttp.ClientSession(**connection) as client:
+            async with self.predictions, open_client() as client:
                 server = await self._build(client)
                 asking, tidying = spawn(self._ask_health()), spawn(self._tidy())
                 self.beating = spawn(self._beat())
@@ -125,8 +123,9 @@ class Front:
         bodies = Bodies(self.settings.body_max_bytes, lambda: self.dispatcher.held)
         addresses = Addresses(self.settings.public_url, self.settings.trusted_proxies)
         cog = CogApi(self.dispatcher, self.predictions, forms, self.schema, bodies, self._health)
+        streams = Streams(self.predictions)
         replicate = ReplicateApi(
-            self.dispatcher, self.predictions, self.files, forms, self.schema, bodies, addresses, secret
+            self.dispatcher, self.predictions, self.files, forms, streams, self.schema, bodies, addresses, secret
         )
         application = Starlette(
             routes=[Route("/-/healthz", self._probe), *cog.routes(), *replicate.routes()],

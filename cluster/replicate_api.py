@@ -11,22 +11,22 @@ import hashlib
 import hmac
 import json
 import re
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from cluster.addresses import Addresses
-from cluster.api_common import PATH_NAME, InputSchema, new_prediction, problem, read_json
+from cluster.api_common import PATH_NAME, InputSchema, Streamed, Turns, new_prediction, problem, read_json
 from cluster.bodies import Bodies, read_form
 from cluster.dispatcher import Dispatcher
-from cluster.files import Files, content_type
-from cluster.forms import Forms, absolute, lines
+from cluster.files import Files, content_type, read_pieces
+from cluster.forms import Forms
 from cluster.predictions import File, Prediction, Predictions, now
+from cluster.streams import Streams
 from cluster.webhooks import EVENTS, check_url
 from local_cog.data_uri import OCTETS
 from local_cog.server import MAX_FILE_BYTES
@@ -37,7 +37,6 @@ OWNER, NAME = "flux-sprites", "flux-sprites"
 ACCOUNT = {"type": "organization", "username": OWNER, "name": OWNER, "github_url": None}
 # How long a client may make a request wait, as at Replicate.
 MAX_WAIT_SECONDS = 60
-STREAM_SECONDS = 0.5
 # What `version` may be; the parts are as in a path.
 VERSION = re.compile(rf"(?P<model>{PATH_NAME}/{PATH_NAME})(?::(?P<of>{PATH_NAME}))?|(?P<id>{PATH_NAME})")
 MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]{1,64}/[\w!#$&^.+-]{1,64}", re.ASCII)
@@ -53,12 +52,15 @@ class ReplicateApi:
     predictions: Predictions
     files: Files
     forms: Forms
+    streams: Streams
     schema: InputSchema
     bodies: Bodies
     addresses: Addresses
     # Signs webhooks; clients ask for it.
     secret: str
     started_at: str = field(default_factory=now)
+    # A page may have megabytes, and SQLite answers one question at a time.
+    lists: Turns = field(default_factory=lambda: Turns(2, 50))
 
     def routes(self) -> list[BaseRoute]:
         """Which endpoint answers where."""
@@ -129,19 +131,20 @@ class ReplicateApi:
         return JSONResponse(self.forms.replicate(await self._known(request), self._base(request)))
 
     async def _list(self, request: Request) -> Response:
-        try:
-            page = await self.predictions.page(request.query_params.get("cursor"))
-        except ValueError as error:
-            raise problem(400, "Bad cursor", str(error)) from None
         base = self._base(request)
         address = f"{base}/v1/predictions?cursor="
-        previous, following = page.previous and address + page.previous, page.next and address + page.next
+        async with self.lists.take(request):
+            try:
+                page = await self.predictions.page(request.query_params.get("cursor"))
+            except ValueError as error:
+                raise problem(400, "Bad cursor", str(error)) from None
 
-        def listed() -> Response:
-            shown = [self.forms.replicate(prediction, base) for prediction in page.predictions]
-            return JSONResponse({"previous": previous, "next": following, "results": shown})
+            def listed() -> Response:
+                previous, following = page.previous and address + page.previous, page.next and address + page.next
+                shown = [self.forms.replicate(prediction, base) for prediction in page.predictions]
+                return JSONResponse({"previous": previous, "next": following, "results": shown})
 
-        return await asyncio.to_thread(listed)
+            return await asyncio.to_thread(listed)
 
     async def _cancel(self, request: Request) -> Response:
         prediction = await self._known(request)
@@ -154,8 +157,8 @@ class ReplicateApi:
         prediction = await self._known(request)
         if not hmac.compare_digest(request.path_params["key"], self.forms.stream_key(prediction.id)):
             raise problem(404, "Not found", "There is no such stream.")
-        base = self._base(request)
-        return StreamingResponse(_events(self.predictions, prediction.id, base), media_type="text/event-stream")
+        events = self.streams.events(prediction.id, self._base(request))
+        return Streamed(events, media_type="text/event-stream")
 
     async def _model(self, request: Request) -> Response:
         owner, name = request.path_params["owner"], request.path_params["name"]
@@ -232,14 +235,14 @@ class ReplicateApi:
 
     async def _download(self, request: Request) -> Response:
         try:
-            size, pieces = await self.files.open(request.path_params["file_id"])
+            size, file = await self.files.open(request.path_params["file_id"])
         except FileNotFoundError:
             raise problem(404, "Not found", "There is no such file; files are kept for an hour.") from None
         # A stranger's file must not act as a page of this host.
         headers = {"x-content-type-options": "nosniff", "content-security-policy": "sandbox"}
         # In pieces: a client that receives it slowly must not make a front hold it whole.
         headers["content-length"] = str(size)
-        return StreamingResponse(pieces, media_type=content_type(request.path_params["name"]), headers=headers)
+        return Streamed(read_pieces(file, size), media_type=content_type(request.path_params["name"]), headers=headers)
 
 
 def _read(content: bytes) -> dict[str, Any]:
@@ -319,32 +322,6 @@ def _wait_seconds(prefer: str) -> float | None:
     """How long `Prefer: wait` or `Prefer: wait=5` waits; None where it does not."""
     found = re.search(r"\bwait(?:=(\d+))?", prefer, re.ASCII)
     return min(float(found[1] or MAX_WAIT_SECONDS), MAX_WAIT_SECONDS) if found else None  # the longest are infinite
-
-
-async def _events(predictions: Predictions, prediction_id: str, base: str) -> AsyncIterator[str]:
-    """A prediction's progress as server-sent events: logs and outputs as they come, an error, the end."""
-    told, shown, count = "", 0, 0
-
-    def event(kind: str, data: str) -> str:
-        nonlocal count
-        count += 1
-        text = "".join(f"data: {line}\n" for line in data.split("\n"))
-        return f"event: {kind}\nid: {prediction_id}-{count}\n{text}\n"
-
-    while known := await predictions.get(prediction_id):
-        if len(logs := lines(known.logs)) > len(told):
-            yield event("logs", logs[len(told) :])
-            told = logs
-        outputs = known.output if isinstance(known.output, list) else [known.output] if known.output else []
-        for output in absolute(outputs[shown:], base):
-            yield event("output", output)
-        shown = len(outputs)
-        if known.finished:
-            if known.status == "failed":
-                yield event("error", json.dumps({"detail": known.error}))
-            break
-        await asyncio.sleep(STREAM_SECONDS)
-    yield event("done", json.dumps({"reason": known.status} if known and known.status != "succeeded" else {}))
 
 
 def _file(file: File, base: str) -> dict[str, Any]:

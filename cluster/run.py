@@ -28,7 +28,7 @@ from cluster.database import may_be_repaired, may_pass
 from cluster.failures import ATTEMPTS, Again, Failure, places
 from cluster.files import Files, names_uploads
 from cluster.metrics import Metrics
-from cluster.predictions import UNFINISHED, File, Prediction, Predictions, now
+from cluster.predictions import PREDICTION_ID, UNFINISHED, File, Prediction, Predictions, now
 from cluster.privacy import redact_log, secrets_of
 from cluster.ray_failures import judge
 from cluster.tasks import spawn
@@ -138,7 +138,7 @@ class Run:
         prediction = self.prediction
         while not prediction.finished:
             try:
-                _spare_this_front(prediction)
+                _check_runnable(prediction)
                 if prediction.cancel_requested:
                     _end_cancelled(prediction)
                 else:
@@ -198,11 +198,9 @@ class Run:
     async def _inputs(self) -> Any:  # noqa: ANN401 (JSON, or Ray's reference to it)
         """The inputs as a worker gets them, with their uploads inside."""
         prediction, means = self.prediction, self.means
-        asked = (prediction.secret_input, means.predictions, prediction.base_url)
+        asked = (prediction.secret_input, means.predictions, prediction.base_url, COG_BYTES)
         inputs = await _lasting(lambda: means.files.inline_uploads(*asked), prediction)
-        if (size := _size(inputs)) > COG_BYTES:
-            raise Failure(f"The files in the input are too large together: {size / MIB:.0f} MiB of JSON; at most 100.")
-        if size > LARGE_BYTES:
+        if _size(inputs) > LARGE_BYTES:
             # Ray would put them into its store now, and block the event loop for seconds if there is no room.
             return await asyncio.get_running_loop().run_in_executor(_putting, ray.put, inputs)
         return inputs
@@ -326,8 +324,10 @@ async def _lasting(ask: Callable[[], Awaitable[T]], prediction: Prediction) -> T
             await asyncio.sleep(1)
 
 
-def _spare_this_front(prediction: Prediction) -> None:
-    """Raise a Failure where it has been adopted from so many dead fronts that it may be what ends them."""
+def _check_runnable(prediction: Prediction) -> None:
+    """Raise a Failure where it cannot be run, or has been adopted from so many fronts that it may be what ends them."""
+    if not PREDICTION_ID.fullmatch(prediction.id):  # an older front took it, and Cog's server would lose its slot to it
+        raise Failure("The prediction's id must have 1 to 128 letters, digits and _ . ~ -.")
     if prediction.adoptions > MAX_ADOPTIONS:
         raise Failure(f"The prediction was given up: {prediction.adoptions} fronts ended while they had it.")
 

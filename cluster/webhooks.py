@@ -7,20 +7,22 @@ import asyncio
 import base64
 import hmac
 import ipaddress
-import json
 import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
 import aiohttp
+from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from cluster.failures import places
+from cluster.files import Inlined
 from cluster.predictions import Prediction
 from cluster.tasks import spawn
 from sources.shown import redact
@@ -34,6 +36,36 @@ EVENTS = ("start", "output", "logs", "completed")
 TRIES = 12
 TIMEOUT = aiohttp.ClientTimeout(total=30)
 URL_CHARACTERS = 2048
+# Of an answer only the status matters; what a receiver sends beyond this is not heard.
+ANSWER_BYTES = 16 * 1024
+
+
+class _Answer(ResponseHandler):
+    """aiohttp's, with a bound: it reads interim answers (100 Continue) without end, and nothing else meanwhile."""
+
+    heard = 0
+
+    def set_response_params(self, **params: Any) -> None:  # noqa: ANN401 (aiohttp's)
+        """Another request is sent."""
+        self.heard = 0
+        super().set_response_params(**params)
+
+    def data_received(self, data: bytes) -> None:
+        """Some of the answer has come."""
+        room = ANSWER_BYTES - self.heard
+        self.heard += len(data)
+        if room > 0:
+            super().data_received(data[:room])
+        if len(data) > room and self.transport is not None:
+            self.transport.abort()
+
+
+def open_client() -> aiohttp.ClientSession:
+    """A client that sends webhooks: all at once, since receivers that never answer must not keep others waiting."""
+    connector = aiohttp.TCPConnector(limit=0)
+    connector._factory = partial(_Answer, loop=asyncio.get_running_loop())
+    # No cookies: one receiver's would go to others.
+    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
 
 
 @dataclass(frozen=True)
@@ -43,8 +75,8 @@ class Webhooks:
     client: aiohttp.ClientSession
     # Signs what is sent.
     secret: str
-    # Gives a prediction in the form that its client expects.
-    show: Callable[[Prediction], Awaitable[dict[str, Any]]]
+    # Gives a prediction as JSON in the form that its client expects.
+    show: Callable[[Prediction], Awaitable[Inlined]]
     # The latest webhook of each prediction, by its id, for as long as it is on its way.
     sending: WeakValueDictionary[str, asyncio.Task[None]] = field(default_factory=WeakValueDictionary, init=False)
 
@@ -76,31 +108,33 @@ class Webhooks:
         """
         if before := self.sending.get(prediction.id):
             await asyncio.wait([before])
-        body = None
         for attempt in range(TRIES):
-            body = body or await self._body(prediction)
-            if await self._post(prediction, "completed", body):
+            if await self._post(prediction, "completed", await self._body(prediction)):
                 break
             await asyncio.sleep(min(30, 0.2 * 2**attempt))
 
-    async def _body(self, prediction: Prediction) -> str | None:
+    async def _body(self, prediction: Prediction) -> Inlined | None:
         """What is sent; None where it cannot be made, as while the store of files is away."""
         try:
-            return await asyncio.to_thread(json.dumps, await self.show(prediction))
+            return await self.show(prediction)
         except Exception as error:
             logger.warning("A webhook of prediction %.130r cannot be made: %s", prediction.id, places(error))
             return None
 
-    async def _post(self, prediction: Prediction, name: str, body: str | None) -> bool:
+    async def _post(self, prediction: Prediction, name: str, body: Inlined | None) -> bool:
         """One attempt; False where another may succeed."""
         if body is None:
             return False
         delivery = f"{prediction.id}-{name}"
         try:
-            headers = {"content-type": "application/json", **signed(self.secret, delivery, body)}
-            sent = self.client.post(prediction.webhook, data=body.encode(), headers=headers, timeout=TIMEOUT)
+            # Its files are read twice rather than held: a receiver may take minutes to hear of them.
+            signature = await signed(self.secret, delivery, body.pieces())
+            headers = {"content-type": "application/json", "content-length": str(body.length), **signature}
+            sent = self.client.post(
+                prediction.webhook, data=body.pieces(), headers=headers, timeout=TIMEOUT, allow_redirects=False
+            )
             async with sent as answered:
-                return answered.status not in (429, 500, 502, 503, 504)
+                return answered.status < 300 or 400 <= answered.status not in (429, 500, 502, 503, 504)
         # Such a URL, or such an id in a header, can never be sent; aiohttp's InvalidURL is a ValueError.
         except (ValueError, TypeError, AssertionError, aiohttp.NonHttpUrlClientError) as error:
             logger.warning("A webhook of prediction %.130r cannot be sent: %s", prediction.id, places(error))
@@ -148,12 +182,14 @@ def check_url(text: object) -> None:
         raise ValueError(f"{wrong} whose user has no colon.")
 
 
-def signed(secret: str, delivery: str, body: str) -> dict[str, str]:
+async def signed(secret: str, delivery: str, body: AsyncIterator[bytes]) -> dict[str, str]:
     """The headers by which a client knows that a webhook is from here, as Replicate's.
 
     `delivery` names it, and is the same for every attempt, so that the receiver can drop what it has.
     """
     timestamp = str(int(time.time()))
-    digest = hmac.digest(secret.encode(), f"{delivery}.{timestamp}.{body}".encode(), "sha256")
-    signature = f"v1,{base64.b64encode(digest).decode()}"
+    digest = hmac.new(secret.encode(), f"{delivery}.{timestamp}.".encode(), "sha256")
+    async for piece in body:
+        digest.update(piece)
+    signature = f"v1,{base64.b64encode(digest.digest()).decode()}"
     return {"webhook-id": delivery, "webhook-timestamp": timestamp, "webhook-signature": signature}

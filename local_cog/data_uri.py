@@ -18,9 +18,11 @@ def file_uri(path: Path) -> str:
 
 
 def decode(text: str) -> tuple[str, bytes]:
-    """The media type of a base64 data URI, and its bytes."""
+    """The media type of a base64 data URI, and its bytes; ValueError where it is none."""
     header, _, content = text.partition(",")
-    return header.removeprefix("data:").removesuffix(";base64"), base64.b64decode(content)
+    if not header.endswith(";base64"):
+        raise ValueError("It is no data URI in base64.")
+    return header.removeprefix("data:").removesuffix(";base64"), base64.b64decode(content, validate=True)
 
 
 def suffix(kind: str) -> str:

@@ -119,6 +119,11 @@ def _check_text(text: str, zeros: bool) -> None:
         raise ValueError(f"it has half of a surrogate pair, {half}, in a string, which is no character.") from None
 
 
+def compact(value: Any, *, sort: bool = True) -> str:  # noqa: ANN401 (JSON)
+    """JSON as coglet writes it: without spaces, most often with the names in order."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=sort)
+
+
 def storable(value: Any) -> Any:  # noqa: ANN401 (JSON)
     """A value of the predictor's, in which U+FFFD stands for what `read` would refuse in strings, null for NaN."""
     match value:

@@ -218,7 +218,7 @@ def test_poison_that_a_dead_front_has_left_ends_and_keeps_nothing_from_being_dra
         for i, address in enumerate(BAD_URLS)
     }
     sorts |= {
-        "drawn\nunsendable": {"webhook": f"{hooks.url}?token=s3cret", "webhook_events": ["start", "completed"]},
+        "no\nid": {"webhook": f"{hooks.url}?token=s3cret", "webhook_events": ["start", "completed"]},
         "no-input": {"secret_input": None},
         "list": {"secret_input": [1]},
         "expired": {"secret_input": expired, "base_url": "http://front"},
@@ -251,6 +251,7 @@ def test_poison_that_a_dead_front_has_left_ends_and_keeps_nothing_from_being_dra
     said = {sort: {(ends[name].status, ends[name].error) for name in some} for sort, some in sorted_names.items()}
     assert said == {
         **{sort: {("succeeded", None)} for sort in sorts if "unsendable" in sort},
+        "no\nid": {("failed", "The prediction's id must have 1 to 128 letters, digits and _ . ~ -.")},
         "no-input": {("failed", "The cluster failed with AttributeError; its log says where.")},
         "list": {("failed", "The cluster failed with AttributeError; its log says where.")},
         "expired": {("failed", "The uploaded file in image has expired; upload it again.")},

@@ -1,8 +1,12 @@
 """Webhooks: a coglet's, in a coglet's order."""
 
 import asyncio
+import contextlib
 import json
+import threading
 import time
+from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any
 
 import pytest
@@ -11,8 +15,12 @@ pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 
 import aiohttp
 
-from cluster.webhooks import check_url
+from cluster import webhooks
+from cluster.files import Files, Inlined
+from cluster.predictions import Prediction, now
+from cluster.webhooks import Webhooks, check_url, open_client
 from harness.cluster import Cluster, Hooks, Server
+from local_cog.server import LOOPBACK
 from tests.cluster.small_cluster import comparable
 
 
@@ -47,6 +55,57 @@ def test_webhooks_are_coglets(
     if events is None:  # how often the log is told depends on the clock
         expected, seen = ([said[0], said[-1]] for said in (expected, seen))
     assert seen == expected
+
+
+ANSWERS = {
+    "interim": (b"HTTP/1.1 100 Continue\r\n\r\n" * 20_000, False),
+    "a long page": (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 500_000, True),
+    "nothing": (b"HTTP/1.1 204 No Content\r\n\r\n", True),
+    "elsewhere": (b"HTTP/1.1 307 Temporary Redirect\r\nLocation: /\r\nContent-Length: 0\r\n\r\n", False),
+    "headers": (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 100_000, False),
+}
+
+
+@pytest.mark.parametrize(("answer", "arrived"), ANSWERS.values(), ids=ANSWERS)
+def test_of_an_answer_little_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes, arrived: bool
+) -> None:
+    """However much a receiver sends, the event loop goes on, and the next try comes soon."""
+    monkeypatch.setattr(webhooks, "TRIES", 3)
+    asked = 0
+
+    class Receiver(StreamRequestHandler):
+        def handle(self) -> None:
+            nonlocal asked
+            asked += 1
+            while self.rfile.readline() != b"\r\n":
+                pass
+            assert self.rfile.read(7) == b'{"a":1}'
+            with contextlib.suppress(ConnectionError):
+                for _ in range(200 if len(answer) > 1000 else 1):
+                    self.wfile.write(answer)
+
+    async def show(_: Prediction) -> Inlined:
+        return Inlined(Files(str(tmp_path)), [b'{"a"', b":1}"], 7)
+
+    async def story(port: int) -> float:
+        slowest, before = 0.0, time.monotonic()
+        async with open_client() as client:
+            prediction = Prediction("one", "front", now(), {}, {}, "cog", webhook=f"http://{LOOPBACK}:{port}/")
+            delivering = asyncio.create_task(Webhooks(client, "secret", show).deliver(prediction))
+            while not delivering.done():
+                await asyncio.sleep(0.01)
+                slowest, before = max(slowest, time.monotonic() - before), time.monotonic()
+        return slowest
+
+    with ThreadingTCPServer((LOOPBACK, 0), Receiver) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            slowest = asyncio.run(asyncio.wait_for(story(server.server_address[1]), 60))
+        finally:
+            server.shutdown()
+    assert slowest < 3  # without a bound it is as long as the receiver goes on
+    assert asked == (1 if arrived else 3)
 
 
 def test_an_output_is_told_before_the_end(cluster: Cluster) -> None:

@@ -1,0 +1,110 @@
+"""A prediction's progress as server-sent events, in Replicate's form.
+
+However many clients hear of one prediction, the database is asked once each half second, and they are woken when it has
+changed. This module knows what has been told; it knows nothing of HTTP, and of who may hear it.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from sqlalchemy.exc import DBAPIError
+
+from cluster.failures import places
+from cluster.forms import absolute, lines
+from cluster.predictions import Prediction, Predictions
+from cluster.tasks import spawn
+from service.strict_json import compact
+
+logger = logging.getLogger("ray.serve")
+
+SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class _Watch:
+    """What is known of one prediction, for as long as anybody hears of it."""
+
+    def __init__(self, predictions: Predictions, prediction_id: str) -> None:
+        self.known: Prediction | None = None
+        self.logs, self.outputs = "", []
+        # Nothing more will be known.
+        self.over = False
+        # Set, and replaced by another one, when there is news.
+        self.news = asyncio.Event()
+        self.listeners = 0
+        self.task = spawn(self._look(predictions, prediction_id))
+
+    async def _look(self, predictions: Predictions, prediction_id: str) -> None:
+        try:
+            while known := await predictions.get(prediction_id):
+                if known != self.known:
+                    self._tell(known)
+                if known.finished:
+                    break
+                await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+        except DBAPIError as error:
+            logger.warning("The streams of prediction %.130r end early: %s", prediction_id, places(error))
+        finally:
+            self.over = True
+            self.news.set()
+
+    def _tell(self, known: Prediction) -> None:
+        output = known.output
+        self.known, self.logs = known, lines(known.logs)
+        self.outputs = output if isinstance(output, list) else [] if output is None else [output]
+        self.over = known.finished
+        self.news.set()
+        self.news = asyncio.Event()
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The streams of one front."""
+
+    predictions: Predictions
+    watches: dict[str, _Watch] = field(default_factory=dict, init=False)
+
+    async def events(self, prediction_id: str, base: str) -> AsyncIterator[str]:
+        """Logs and outputs as they come, an error, the end; files among the outputs are URLs that begin with `base`."""
+        told, shown, count = 0, 0, 0
+
+        def event(kind: str, data: str) -> str:
+            nonlocal count
+            count += 1
+            text = "".join(f"data: {line}\n" for line in data.split("\n"))
+            return f"event: {kind}\nid: {prediction_id}-{count}\n{text}\n"
+
+        with self._watch(prediction_id) as watch:
+            over = False
+            while not over:
+                news, over, known = watch.news, watch.over, watch.known
+                if logs := watch.logs[told:]:
+                    told += len(logs)
+                    yield event("logs", logs)
+                for output in absolute(watch.outputs[shown:], base):
+                    shown += 1
+                    yield event("output", output if isinstance(output, str) else compact(output))
+                if not over:
+                    await news.wait()
+        if known is not None and known.status == "failed":
+            yield event("error", json.dumps({"detail": known.error}))
+        reason = "error" if known is None or not known.finished else known.status
+        yield event("done", json.dumps({} if reason == "succeeded" else {"reason": reason}))
+
+    @contextmanager
+    def _watch(self, prediction_id: str) -> Iterator[_Watch]:
+        watch = self.watches.get(prediction_id)
+        if watch is None or watch.over:
+            watch = self.watches[prediction_id] = _Watch(self.predictions, prediction_id)
+        watch.listeners += 1
+        try:
+            yield watch
+        finally:
+            watch.listeners -= 1
+            if not watch.listeners:
+                watch.task.cancel()
+                if self.watches.get(prediction_id) is watch:
+                    del self.watches[prediction_id]

@@ -1,0 +1,101 @@
+"""What both APIs answer alike: what takes much has turns, and an answer may end early."""
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from cluster.api_common import Streamed, Turns, exception_handlers
+from local_cog.server import LOOPBACK
+from tests.cluster.served import exchange, served
+
+GET = b"GET /v1/%s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+
+
+def test_what_takes_much_has_turns() -> None:
+    turns, go_on, running, most = Turns(2, 3), threading.Event(), 0, 0
+
+    async def slow(request: Request) -> Response:
+        nonlocal running, most
+        async with turns.take(request):
+            running += 1
+            most = max(most, running)
+            while not go_on.is_set():
+                await asyncio.sleep(0.01)
+            running -= 1
+        return PlainTextResponse("done")
+
+    application = Starlette(routes=[Route("/v1/slow", slow)], exception_handlers=exception_handlers())
+    with served(application) as port, ThreadPoolExecutor(5) as pool:
+        waiting = [pool.submit(exchange, port, GET % b"slow", seconds=60) for _ in range(5)]
+        until(lambda: turns.asked == 5)
+        refused = exchange(port, GET % b"slow", seconds=60)
+        go_on.set()
+        assert {answer.result()[9:12] for answer in waiting} == {b"200"}
+        assert (most, turns.asked) == (2, 0)
+    head, _, body = refused.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert b"retry-after: 5" in head
+    assert json.loads(body)["detail"] == "Too many ask for this at once. Try again later."
+
+
+def test_who_has_left_has_no_turn() -> None:
+    turns, go_on, took = Turns(1, 9), threading.Event(), 0
+
+    async def slow(request: Request) -> Response:
+        nonlocal took
+        async with turns.take(request):
+            took += 1
+            while not go_on.is_set():
+                await asyncio.sleep(0.01)
+        return PlainTextResponse("done")
+
+    application = Starlette(routes=[Route("/v1/slow", slow)], exception_handlers=exception_handlers())
+    with served(application) as port:
+        clients = [socket.create_connection((LOOPBACK, port)) for _ in range(5)]
+        for client in clients:
+            client.sendall(GET % b"slow")
+        until(lambda: turns.asked == 5)
+        for client in clients:
+            client.close()
+        time.sleep(0.5)  # until the server has heard of it
+        go_on.set()
+        until(lambda: turns.asked == 0)
+    assert took == 1
+
+
+def until(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+def test_an_answer_that_cannot_be_made_to_its_end_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"some"
+        raise PermissionError(13, "Permission denied", "/s3cret/path")
+
+    async def cut(_: Request) -> Response:
+        return Streamed(pieces(), headers={"content-length": "9"})
+
+    with served(Starlette(routes=[Route("/v1/cut", cut)])) as port:
+        said = exchange(port, GET % b"cut")
+    assert said.startswith(b"HTTP/1.1 200 ")
+    assert said.endswith(b"\r\n\r\nsome")
+    assert [record.levelno for record in caplog.records if record.name == "ray.serve"] == [logging.WARNING]
+    assert "s3cret" not in caplog.text
+    assert "Traceback" not in caplog.text
