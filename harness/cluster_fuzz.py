@@ -71,7 +71,7 @@ class Predictor(BasePredictor):
         time.sleep(0.02)
         self.made += 1
         output = Path(os.environ["TMPDIR"]) / f"flux-sprites-{self.made % 4}.webp"
-        output.write_bytes(prompt.encode())
+        output.write_bytes(prompt.encode() * (400 if prompt.startswith("LARGE") else 1))
         return [output]
 """
 HEALTH_S = 1.0
@@ -673,6 +673,9 @@ def deaf_receivers() -> Iterator[str]:
                 self.end_headers()
             elif way == "junk":
                 self.wfile.write(b"\xff\0junk\r\n\r\n" * 100)
+            elif way == "1xx":
+                for _ in range(100):
+                    self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 20_000)
             elif way == "head":
                 self.wfile.write(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 100_000)
             elif way in ("endless", "slow"):

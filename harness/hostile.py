@@ -19,6 +19,8 @@ MARK = "n0t-to-be-sh0wn"
 EVIL = "evil.example"
 # A receiver of webhooks with this path may be deaf: its predictions' last webhooks may be due for minutes.
 DEAF = "/deaf"
+# What the predictor of `harness.cluster_fuzz` draws for a prompt that begins so is many times as large.
+LARGE = "LARGE"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from harness.hostile import (
     DEAF,
     EVIL,
     INNER,
+    LARGE,
     MARK,
     MIB,
     PLACES,
@@ -281,6 +282,15 @@ def broken_chunks(s: Stranger) -> Script:
         due=0)
 
 
+@kind(cost=20)
+def small_chunks(s: Stranger) -> Script:
+    """Bodies of half a megabyte, in chunks of a byte."""
+    head = s.head(*s.door(), "Content-Type: application/json", "Transfer-Encoding: chunked")
+    chunks = b"1\r\n \r\n" * 80_000
+    answers = yield [Sent([head, chunks, b"0\r\n\r\n"], "half", 10, due=0) for _ in range(40)]
+    _refused(answers)
+
+
 @kind()
 def length_and_chunks(s: Stranger) -> Script:
     """Two lengths of one body: who is in between may see another request."""
@@ -487,7 +497,7 @@ def webhook_types(s: Stranger) -> Script:
 @kind(cost=2)
 def webhook_receivers(s: Stranger) -> Script:
     """Receivers that hang, close, fail, send elsewhere, answer without end."""
-    way = s.turn(["hang", "close", "500", "redirect", "endless", "junk", "429", "slow", "302-self", "head"])
+    way = s.turn(["1xx", "hang", "close", "500", "redirect", "endless", "junk", "429", "slow", "302-self", "head"])
     filters = s.any([{}, {"webhook_events_filter": ["completed"]}, {"webhook_events_filter": ["start"]}])
     yield s.create({**SMALL, "webhook": f"{s.scene.receivers}{DEAF}/{way}", **filters})
     yield s.create({**SMALL, "webhook": f"http://{MARK}:{MARK}@127.0.0.1:9{DEAF}?{MARK}"})
@@ -723,6 +733,15 @@ def slow_readers(s: Stranger) -> Script:
     yield [Sent(asked, "stall", 3, due=0) for _ in range(4)]
 
 
+@kind(cost=30)
+def large_answers(s: Stranger) -> Script:
+    """Ask dozens of times for the same tens of megabytes, and read none."""
+    body = json.dumps({"input": {"prompt": LARGE * 10_000}}).encode()
+    asked = s.request("PUT", f"/predictions/{s.name()}", body, "Content-Type: application/json")
+    if [answer.status for answer in (yield asked)] == [200]:
+        yield [Sent(asked.content, "stall", 3, due=0) for _ in range(80)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Forms and files
 
@@ -839,6 +858,16 @@ def uploads_that_go(s: Stranger) -> Script:
         yield [s.create(body), delete, delete, s.create(body)]
     other = f"http://127.0.0.1:9/v1/files/{s.any(['x', '-', 'a' * 5000])}"
     yield s.create({"version": "v", "input": {"prompt": other, "unknown": url}})
+
+
+@kind(cost=40)
+def uploads_named_often(s: Stranger) -> Script:
+    """A large file in several inputs of several predictions: together they are more than any may have."""
+    megabytes = 60 if s.scene.large else 30
+    answers = yield _upload(s, _form((FILE_HEAD, b"x" * megabytes * MIB)))
+    for url in [answer.json().get("urls", {}).get("get") for answer in answers if answer.status == 201]:
+        body = {"version": "v", "input": dict.fromkeys(("prompt", "image", "replicate_weights"), url)}
+        yield [s.create(body, door=SHOWING) for _ in range(12)]
 
 
 @kind()
