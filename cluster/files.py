@@ -22,7 +22,7 @@ import fsspec
 
 from cluster.failures import Again, Failure, places
 from cluster.predictions import File, Predictions, now
-from local_cog.data_uri import OCTETS, decode, suffix, uri
+from local_cog.data_uri import OCTETS, decode, head, suffix, uri
 from service.faults import DISK_FULL
 from service.strict_json import compact
 from settings import MIB
@@ -124,7 +124,7 @@ class Files:
                 except FileNotFoundError:
                     parts.append(f"null{after}".encode())
                 else:
-                    parts += [f'"data:{content_type(name)};base64,'.encode(), file_id, f'"{after}'.encode()]
+                    parts += [f'"{head(content_type(name))}'.encode(), file_id, f'"{after}'.encode()]
             return parts, length + sum(len(part) for part in parts if isinstance(part, bytes))
 
         return Inlined(self, *await asyncio.to_thread(plan))

@@ -9,7 +9,12 @@ OCTETS = "application/octet-stream"
 
 def uri(content: bytes, kind: str = OCTETS) -> str:
     """Bytes and their media type as a data URI."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return f"{head(kind)}{base64.b64encode(content).decode()}"
+
+
+def head(kind: str) -> str:
+    """What a data URI of a media type begins with, before the content in base64."""
+    return f"data:{kind};base64,"
 
 
 def file_uri(path: Path) -> str:
