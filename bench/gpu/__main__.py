@@ -98,9 +98,12 @@ def main() -> None:
                     go_on_anew(options, options.stages[number + 1 :])
         watchdog.cancel()
         faulthandler.cancel_dump_traceback_later()
-    print(f"Wrote {options.out.name}; python -m bench.report makes tables of it.")
+    print(f"Wrote {options.out.name}; python -m bench.report makes tables of it.", flush=True)
     if failed:
-        sys.exit(f"Some rows failed, in {', '.join(failed)}.")
+        print(f"Some rows failed, in {', '.join(failed)}.", file=sys.stderr, flush=True)
+    # Without tidying up: torch's profiler keeps a native thread, and now and then a process that waits for it aborts
+    # ("terminate called without an active exception"), with all results written.
+    os._exit(1 if failed else 0)
 
 
 def start_watchdog(seconds: float, results: Results, bench: Bench) -> threading.Timer:
