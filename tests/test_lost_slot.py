@@ -14,12 +14,12 @@ from harness.hosts import File, Host
 from local_cog.server import CogServer, Verdict, serve
 from settings import ROOT
 
-# A server is given up after a second here.
-LOOKS, SECONDS = 10, 0.1
-ENOUGH = 2.0
+# A server is given up after two seconds here.
+LOOKS, SECONDS = 10, 0.2
+ENOUGH = 4.0
 # After this request Cog has lost its slot: no folder can have such a name.
 LONG_ID = "a" * 256
-SENTENCE = "The server cannot go on: it has been busy for 1 seconds while its predictor had nothing to do"
+SENTENCE = "The server cannot go on: it has been busy for 2 seconds while its predictor had nothing to do"
 # As much as these tests need of a predictor.
 SHOWING = """
 import time

@@ -25,7 +25,7 @@ from tests.support.lora_files import EXACT, changes, is_block
 SMALL = {"prompt": "a red fox", "megapixels": "0.25", "num_inference_steps": 2, "seed": 3, "output_format": "png"}
 UNSAFE = {"disable_safety_checker": True}
 # The longest that a cancelled prediction may keep the server busy.
-SECONDS_TO_FREE = 1.0
+SECONDS_TO_FREE = 3.0
 
 
 def encoded(image: Image.Image, form: str = "png", **options: object) -> bytes:

@@ -83,6 +83,12 @@ def when_idle(server: CogServer, seconds: float = 10) -> tuple[str, str | None]:
     return health["status"], health.get("user_healthcheck_error")
 
 
+def health_seconds(server: CogServer) -> float:
+    began = time.monotonic()
+    assert server.health()["status"] == "READY"
+    return time.monotonic() - began
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Faults
 
@@ -334,9 +340,7 @@ def test_a_health_check_takes_far_less_than_a_second(server: CogServer) -> None:
     for inputs in (TINY, TINY | {"aspect_ratio": "1:1", "megapixels": "0.25", "go_fast": True}):
         picture(server, **inputs)
         assert when_idle(server) == ("READY", None)
-        began = time.monotonic()
-        assert server.health()["status"] == "READY"
-        assert time.monotonic() - began < 1
+        assert min(health_seconds(server) for _ in range(3)) < 0.5
 
 
 def test_metrics_tell_seeds_scores_and_memory(server: CogServer) -> None:

@@ -281,7 +281,7 @@ def test_a_second_setup_says_nothing_and_takes_no_time(project: Path) -> None:
     started = time.monotonic()
     done = script(project, "setup", PIP_INDEX_URL="http://127.0.0.1:9/")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
 
 
 @pytest.fixture

@@ -175,16 +175,16 @@ def lora_for_the_miniature(seed: int) -> bytes:
 
 def test_a_prediction_cancelled_while_its_lora_comes_frees_the_server_at_once(server: CogServer, host: Host) -> None:
     lora = lora_for_the_miniature(seed=1)
-    file = host.routes["/a"] = File(lora, delay=0.3, slice=2048)
+    file = host.routes["/a"] = File(lora, delay=0.3, slice=256)  # more than 7 seconds
     inputs = SMALL | {"replicate_weights": host.url(f"/a?token={SECRET}")}
     server.start(inputs, "cancelled-download")
     wait_until(lambda: file.sent > 0)
     assert server.cancel("cancelled-download") == 200
     began = time.monotonic()
     wait_until(lambda: server.health()["status"] == "READY")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 3
     sent = file.sent
-    time.sleep(0.7)
+    time.sleep(1.5)
     assert file.sent <= sent + 2 * file.slice
     file.delay = 0
     answer = server.predict(inputs)

@@ -37,7 +37,7 @@ def served(application: ASGIApp) -> Iterator[int]:
             assert not thread.is_alive()
 
 
-def exchange(port: int, *pieces: bytes, pause: float = 0, seconds: float = 5) -> bytes:
+def exchange(port: int, *pieces: bytes, pause: float = 0, seconds: float = 30) -> bytes:
     """All that comes until the server closes, which must be soon, for pieces sent with pauses between them."""
     with socket.create_connection((LOOPBACK, port), timeout=seconds) as connection:
         with contextlib.suppress(ConnectionError):

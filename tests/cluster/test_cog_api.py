@@ -229,7 +229,7 @@ def test_wrong_input_is_refused_at_once_while_all_workers_are_busy(cluster: Clus
     for headers in ({}, ASYNC):
         started = time.monotonic()
         assert cluster.request("POST", "/predictions", {"input": {"steps": 3}}, headers)[0] == 422
-        assert time.monotonic() - started < 2  # each of the others takes 25
+        assert time.monotonic() - started < 10  # each of the others takes 25
     for name in names:  # those that wait are cancelled as well as those that run
         assert cluster.request("POST", f"/predictions/{name}/cancel")[0] == 200
 

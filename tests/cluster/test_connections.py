@@ -109,7 +109,7 @@ def test_what_all_clients_leave_unreceived_is_bounded(monkeypatch: pytest.Monkey
 
 
 def test_a_client_may_receive_slowly_and_keep_its_connection(port: int) -> None:
-    with socket.create_connection((LOOPBACK, port), timeout=5) as connection:
+    with socket.create_connection((LOOPBACK, port), timeout=30) as connection:
         connection.sendall(b"GET /?size=%d HTTP/1.1\r\nHost: a\r\n\r\n" % (LARGE // 5))
         content = b""
         while len(content) < LARGE // 5:
@@ -123,7 +123,7 @@ def test_a_client_may_receive_slowly_and_keep_its_connection(port: int) -> None:
 def test_many_clients_that_say_nothing_shut_nobody_out(port: int) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(500):
-            stack.enter_context(socket.create_connection((LOOPBACK, port), timeout=5))
+            stack.enter_context(socket.create_connection((LOOPBACK, port), timeout=30))
         assert exchange(port, GET + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200 ")
 
 

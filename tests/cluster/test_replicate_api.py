@@ -225,7 +225,7 @@ def test_waiting_ends_in_time(client: replicate.Client, cluster: Cluster) -> Non
     started = time.monotonic()
     body = {"version": MODEL, "input": {"prompt": "slow", "steps": 50}}
     status, _, text = cluster.request("POST", "/v1/predictions", body, {"Prefer": "wait=1"})
-    assert 0.9 < time.monotonic() - started < 5
+    assert 0.9 < time.monotonic() - started < 15
     assert (status, json.loads(text)["status"]) == (202, "starting")  # clients take any other status for the end
     client.predictions.cancel(json.loads(text)["id"])
 

@@ -124,12 +124,15 @@ def cancel_when(condition: Callable[[], bool], work: Callable[[], object]) -> fl
     kind = ctypes.py_object(cog.CancelationException)
     assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), kind) == 1
     began = time.monotonic()
-    thread.join(10)
+    thread.join(30)
     seconds = time.monotonic() - began
     assert [type(error) for error in caught] == [cog.CancelationException]
     return seconds
 
 
+# What is waited for otherwise takes at least twice as long.
+SOON = 5
+PATIENT = replace(QUICK, stall=20, longest_pause=20)
 STALLING = {
     "in the middle": lambda: File(LARGE, delay=0.01, slice=4096),
     "one stream": lambda: File(LARGE, delay=0.01, slice=4096, ranges="none"),
@@ -142,13 +145,12 @@ STALLING = {
 @pytest.mark.parametrize("where", STALLING)
 def test_a_cancelled_prediction_stops_its_download_at_once(environment: Settings, host: Host, where: str) -> None:
     host.routes["/a"] = STALLING[where]()
-    patient = replace(QUICK, stall=20, longest_pause=20)
     seconds = cancel_when(
         lambda: len(host.seen) >= (3 if where == "in the middle" else 1),
-        lambda: fetch(environment, host.url("/a"), patient),
+        lambda: fetch(environment, host.url("/a"), PATIENT),
     )
-    assert seconds < 0.7
-    wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith(("weights", "download"))], 1)
+    assert seconds < SOON
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith(("weights", "download"))])
     check_cache(environment.cache_dir)
     assert list(environment.cache_dir.glob("loras/*")) == []
     host.routes["/a"] = File(LORA, etag='"2"')
@@ -156,14 +158,14 @@ def test_a_cancelled_prediction_stops_its_download_at_once(environment: Settings
 
 
 def test_looking_a_repo_up_can_be_cancelled_too(places: Settings, host: Host, storage: Host) -> None:
-    host.routes["/api/models/o/r/revision/main"] = File(b"{}", delay=1.5)
-    assert cancel_when(lambda: len(host.seen) > 0, lambda: fetch(places, "huggingface.co/o/r")) < 0.9
+    host.routes["/api/models/o/r/revision/main"] = silent
+    assert cancel_when(lambda: len(host.seen) > 0, lambda: fetch(places, "huggingface.co/o/r", PATIENT)) < SOON
     hugging_face(host, storage, "o/r", {"a.safetensors": LORA})
     assert fetch(places, "huggingface.co/o/r") == LORA
 
 
 def test_waiting_for_another_request_can_be_cancelled_too(environment: Settings, host: Host) -> None:
-    file = host.routes["/a"] = File(LARGE, delay=0.02, ranges="none")
+    file = host.routes["/a"] = File(LARGE, delay=0.05, ranges="none")
     first = threading.Thread(target=fetch, args=(environment, host.url("/a")))
     first.start()
     wait_until(lambda: file.sent > 0)
@@ -171,7 +173,7 @@ def test_waiting_for_another_request_can_be_cancelled_too(environment: Settings,
     def both_run() -> bool:
         return sum(thread.name == "weights" and thread.is_alive() for thread in threading.enumerate()) == 2
 
-    assert cancel_when(both_run, lambda: fetch(environment, host.url("/a"))) < 0.7
+    assert cancel_when(both_run, lambda: fetch(environment, host.url("/a"))) < SOON
     file.delay = 0
     first.join()
     assert len(host.seen) == 2  # the download, and its question about ranges
@@ -194,7 +196,7 @@ def test_private_addresses_are_refused_without_being_connected_to(
     began = time.monotonic()
     said = refusal(replace(environment, allow_private_hosts=False), f"http://{address}:{port}/a?token={SECRET}")
     assert "address of the server's own network" in said or "no host" in said
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < SOON
     assert host.seen == []
 
 
