@@ -13,6 +13,7 @@ import local_cog.server
 from harness.hosts import File, Host
 from local_cog.server import CogServer, Verdict, serve
 from settings import ROOT
+from tests.support.waiting import wait_until
 
 # A server is given up after two seconds here.
 LOOKS, SECONDS = 10, 0.2
@@ -183,14 +184,8 @@ def test_a_worker_whose_slot_is_lost_ends_and_its_server_with_it(tmp_path: Path)
     assert done.returncode == 1
     assert "The Cog server cannot go on; its worker ends." in done.stderr
     server, scratch = done.stdout.split()
-    until = time.monotonic() + 10
-    while Path(f"/proc/{server}/fd/0").exists() or Path(scratch).exists():
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_until(lambda: not (Path(f"/proc/{server}/fd/0").exists() or Path(scratch).exists()), 10)
 
 
 def wait_until_ready(server: CogServer) -> None:
-    until = time.monotonic() + 20
-    while server.health()["status"] != "READY":
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    wait_until(lambda: server.health()["status"] == "READY", 20)

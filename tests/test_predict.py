@@ -21,6 +21,7 @@ from local_cog.data_uri import uri
 from local_cog.server import CogServer, failure, files
 from settings import GIB, ROOT
 from tests.support.lora_files import EXACT, changes, is_block
+from tests.support.waiting import wait_until
 
 SMALL = {"prompt": "a red fox", "megapixels": "0.25", "num_inference_steps": 2, "seed": 3, "output_format": "png"}
 UNSAFE = {"disable_safety_checker": True}
@@ -236,20 +237,13 @@ def test_a_cancelled_prediction_frees_the_server_and_leaves_no_trace(
     (before,) = draw()
     long = SMALL | {"num_inference_steps": 50, "num_outputs": 4, "megapixels": "1", "replicate_weights": uri(lora)}
     server.start(long, "to-be-cancelled")
-    _wait(lambda: server.health()["status"] == "BUSY", 5)
+    wait_until(lambda: server.health()["status"] == "BUSY", 5)
     time.sleep(1)  # into the denoising
     assert server.cancel("to-be-cancelled") == 200
     cancelled = time.monotonic()
-    _wait(lambda: server.health()["status"] == "READY", 5)
+    wait_until(lambda: server.health()["status"] == "READY", 5)
     assert time.monotonic() - cancelled < SECONDS_TO_FREE
     assert same(draw()[0], before)
-
-
-def _wait(condition: Callable[[], bool], seconds: float) -> None:
-    give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.02)
 
 
 def test_loras_that_fit_the_cache_one_by_one_are_used_together(tmp_path: Path) -> None:

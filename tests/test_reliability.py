@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from service.measure import PeakMemory
 from settings import ROOT
 from tests.support.faulty import HUNGRY, PLANTED
 from tests.support.lora_files import EXACT, changes, is_block
+from tests.support.waiting import wait_until
 from tests.test_predict import SECONDS_TO_FREE, encoded, photo
 
 CPU = torch.device("cpu")
@@ -65,13 +66,6 @@ def picture(server: CogServer, **inputs: object) -> bytes:
         time.sleep(0.05)
     assert failure(answer) is None
     return files(answer)[0][1]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.05)
 
 
 def when_idle(server: CogServer, seconds: float = 10) -> tuple[str, str | None]:
@@ -222,14 +216,14 @@ def test_sigterm_lets_the_prediction_end_and_takes_no_other(own_server: CogServe
         target=lambda: answers.append(own_server.request("POST", "/predictions", {"input": LONG}))
     )
     waiting.start()
-    wait_for(lambda: own_server.health()["status"] == "BUSY", 5)
+    wait_until(lambda: own_server.health()["status"] == "BUSY", 5)
     own_server.process.send_signal(signal.SIGTERM)
     with pytest.raises(OSError, match=r"refused|reset|broke off"):
-        wait_for(lambda: own_server.health()["status"] == "READY", 5)
+        wait_until(lambda: own_server.health()["status"] == "READY", 5)
     waiting.join(60)
     ((status, answer),) = answers
     assert (status, answer["status"], len(answer["output"])) == (200, "succeeded", 4)
-    wait_for(lambda: own_server.process.poll() is not None, 10)
+    wait_until(lambda: own_server.process.poll() is not None, 10)
 
 
 def test_a_server_that_stands_still_is_given_up_and_so_is_one_whose_worker_is_killed(
@@ -245,9 +239,9 @@ def test_a_server_that_stands_still_is_given_up_and_so_is_one_whose_worker_is_ki
     folder = Path(own_server.scratch.name)
     assert list(folder.rglob("output.*"))
     own_server.start(LONG, "doomed")
-    wait_for(lambda: own_server.health()["status"] == "BUSY", 5)
+    wait_until(lambda: own_server.health()["status"] == "BUSY", 5)
     os.kill(worker_of(own_server), signal.SIGKILL)
-    wait_for(lambda: own_server.health()["status"] == "UNHEALTHY", 5)
+    wait_until(lambda: own_server.health()["status"] == "UNHEALTHY", 5)
     status, answer = own_server.request("POST", "/predictions", {"input": TINY})
     assert (status, answer["error"]) == (409, "At capacity - all prediction slots busy")
     with pytest.raises(SystemExit, match="The predictor cannot go on"):
@@ -379,7 +373,7 @@ def test_files_of_a_prediction_go_however_it_ended(tmp_path: Path) -> None:
     with suppress(KeyboardInterrupt), leftovers.folder() as interrupted:
         (interrupted / "output.0.png").write_bytes(b"half a pic")
         raise KeyboardInterrupt
-    wait_for(lambda: not kept.exists() and not interrupted.exists(), 5)
+    wait_until(lambda: not kept.exists() and not interrupted.exists(), 5)
 
 
 def test_an_input_that_cog_forgot_is_gone_when_the_next_prediction_starts(server: CogServer) -> None:

@@ -13,6 +13,7 @@ import pytest
 import local_cog.server
 from local_cog.server import CogServer, check_address, failure, files
 from settings import ROOT
+from tests.support.waiting import wait_until
 
 # As much as the scripts need of a predictor: it succeeds, fails, takes long, or does not even start.
 PREDICTOR = """
@@ -206,10 +207,7 @@ def test_a_killed_server_leaves_neither_process_nor_folder(project: Path, tmp_pa
             assert process.poll() is None
         assert list(tmp_path.iterdir()) != []
         process.kill()
-    give_up = time.monotonic() + 10
-    while processes_in(project) or list(tmp_path.iterdir()):
-        assert time.monotonic() < give_up
-        time.sleep(0.05)
+    wait_until(lambda: not (processes_in(project) or list(tmp_path.iterdir())), 10)
 
 
 @pytest.mark.parametrize(

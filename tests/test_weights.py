@@ -12,7 +12,8 @@ from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, s
 from local_cog.server import CogServer, failure
 from settings import MIB, MINIATURE, Settings
 from tests.support.caches import SECRET
-from tests.support.fetching import LARGE, LORA, OTHER, PACKED, fetch, make_tar, refusal, start, wait_until
+from tests.support.fetching import LARGE, LORA, OTHER, PACKED, fetch, make_tar, refusal, start
+from tests.support.waiting import wait_until
 from weights import WeightsCache
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_behind")

@@ -6,7 +6,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -21,6 +21,7 @@ from starlette.routing import Route
 from cluster.api_common import Streamed, Turns, exception_handlers
 from local_cog.server import LOOPBACK
 from tests.cluster.served import exchange, served
+from tests.support.waiting import wait_until
 
 GET = b"GET /v1/%s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
@@ -41,7 +42,7 @@ def test_what_takes_much_has_turns() -> None:
     application = Starlette(routes=[Route("/v1/slow", slow)], exception_handlers=exception_handlers())
     with served(application) as port, ThreadPoolExecutor(5) as pool:
         waiting = [pool.submit(exchange, port, GET % b"slow", seconds=60) for _ in range(5)]
-        until(lambda: turns.asked == 5)
+        wait_until(lambda: turns.asked == 5, 60)
         refused = exchange(port, GET % b"slow", seconds=60)
         go_on.set()
         assert {answer.result()[9:12] for answer in waiting} == {b"200"}
@@ -68,20 +69,13 @@ def test_who_has_left_has_no_turn() -> None:
         clients = [socket.create_connection((LOOPBACK, port)) for _ in range(5)]
         for client in clients:
             client.sendall(GET % b"slow")
-        until(lambda: turns.asked == 5)
+        wait_until(lambda: turns.asked == 5, 60)
         for client in clients:
             client.close()
         time.sleep(0.5)  # until the server has heard of it
         go_on.set()
-        until(lambda: turns.asked == 0)
+        wait_until(lambda: turns.asked == 0, 60)
     assert took == 1
-
-
-def until(condition: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.01)
 
 
 def test_an_answer_that_cannot_be_made_to_its_end_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:

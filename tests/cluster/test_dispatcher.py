@@ -74,7 +74,7 @@ def test_an_update_finishes_what_is_being_drawn(cluster: Cluster, project: Path)
         with Hooks() as hooks:
             for i in range(12):
                 cluster.predict({"prompt": "slow", "steps": 2}, f"updated-{i}", webhook=hooks.url)
-            cluster.update(project=str(project), workers=3, gpus_per_worker=0, queue=QUEUE)
+            cluster.update(project=str(project), workers=WORKERS, gpus_per_worker=0, queue=QUEUE)
             for i in range(12):
                 assert hooks.until_ended(f"updated-{i}")[-1]["status"] == "succeeded"
         told = [answer.result() for answer in answers]

@@ -6,8 +6,7 @@ import logging
 import pickle
 import resource
 import sqlite3
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +49,7 @@ from cluster.worker import CogWorker
 from harness.cluster import Hooks
 from harness.postgres import Postgres, find_programs
 from local_cog.data_uri import uri
+from tests.support.waiting import until
 
 STARTED = {"status": "processing", "logs": "begun", "metrics": {}}
 DRAWN = {"status": "succeeded", "logs": "done", "metrics": {"predict_time": 1.0}, "output": [uri(b"a picture")]}
@@ -123,16 +123,6 @@ async def front(url: str, files: Path, workers: Workers) -> AsyncIterator[Dispat
 def made(name: str, **fields: Any) -> Prediction:  # noqa: ANN401
     fields = {"owner": "dead", "secret_input": {"prompt": "s3cret"}, "shown_input": {}, "api": "cog", **fields}
     return Prediction(name, created_at=now(), **fields)
-
-
-async def until(condition: Callable[[], bool | Awaitable[bool]], seconds: float = 20) -> None:
-    give_up = time.monotonic() + seconds
-    while True:
-        held = condition()
-        if held if isinstance(held, bool) else await held:
-            return
-        assert time.monotonic() < give_up
-        await asyncio.sleep(0.02)
 
 
 async def all_done(dispatcher: Dispatcher) -> None:

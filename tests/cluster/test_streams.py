@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from sqlalchemy import event
 
 from cluster.predictions import Prediction, Predictions, now
 from cluster.streams import SECONDS_BETWEEN_LOOKS, Streams
+from tests.support.waiting import until
 
 LISTENERS = 300
 
@@ -30,12 +30,6 @@ class Listener:
             self.heard += text
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 def test_streams_of_one_prediction_share_their_looks_at_it(tmp_path: Path) -> None:
     async def story() -> None:
         async with Predictions(f"sqlite:///{tmp_path / 'predictions.db'}") as known:
@@ -46,11 +40,11 @@ def test_streams_of_one_prediction_share_their_looks_at_it(tmp_path: Path) -> No
             event.listen(known.engine, "before_cursor_execute", lambda *of: statements.append(of[2]))
             streams = Streams(known)
             first, *others = (Listener(streams) for _ in range(1 + LISTENERS))
-            await until(lambda: bool(streams.watches))
+            await until(lambda: bool(streams.watches), 60)
             first.task.cancel()  # while it waits for what the others wait for too
-            await until(lambda: all("data: a" in one.heard for one in others))
+            await until(lambda: all("data: a" in one.heard for one in others), 60)
             await known.record(prediction, logs="a\rb")
-            await until(lambda: all("data: b" in one.heard for one in others))
+            await until(lambda: all("data: b" in one.heard for one in others), 60)
             end = {"status": "succeeded", "output": ["/files/x/a.webp"], "completed_at": now(), "logs": "a\rb"}
             await known.finish(prediction, [], **end)
             await asyncio.gather(*(one.task for one in others))

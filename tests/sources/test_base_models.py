@@ -10,7 +10,8 @@ from harness.hosts import File, Host, hugging_face
 from settings import MIB, Settings
 from sources.base_models import outline, snapshot
 from tests.support.caches import SECRET
-from tests.support.fetching import LARGE, LORA, OTHER, QUICK, make_lora, start, wait_until
+from tests.support.fetching import LARGE, LORA, OTHER, QUICK, make_lora, start
+from tests.support.waiting import wait_until
 
 PIPELINE = {
     "model_index.json": b"{}",

@@ -20,7 +20,8 @@ from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, s
 from settings import ROOT, Settings
 from sources.client import _is_public
 from tests.support.caches import SECRET, check_cache
-from tests.support.fetching import LARGE, LORA, QUICK, fetch, refusal, wait_until
+from tests.support.fetching import LARGE, LORA, QUICK, fetch, refusal
+from tests.support.waiting import wait_until
 from weights import WeightsCache
 
 

@@ -11,7 +11,8 @@ import pytest
 from harness.hosts import File, Host
 from settings import MIB, Settings
 from tests.support.caches import DISK, check_cache
-from tests.support.fetching import LARGE, LORA, OTHER, QUICK, fetch, make_lora, refusal, start, wait_until
+from tests.support.fetching import LARGE, LORA, OTHER, QUICK, fetch, make_lora, refusal, start
+from tests.support.waiting import wait_until
 from weights import WeightsCache
 
 

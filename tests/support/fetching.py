@@ -5,7 +5,6 @@ import hashlib
 import io
 import multiprocessing
 import tarfile
-import time
 import zipfile
 from collections.abc import Callable
 
@@ -90,13 +89,6 @@ PACKED = {
     "gz": gzip.compress(LORA),
     "raw": LORA,
 }
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.005)
 
 
 def start(*arguments: object, target: Callable = fetch) -> multiprocessing.Process:
