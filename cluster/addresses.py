@@ -6,8 +6,10 @@ This module knows the headers of HTTP that say so, and whose are believed.
 import ipaddress
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from starlette.requests import Request
+if TYPE_CHECKING:  # the settings, and with them the harness, are read where the cluster's packages are not installed
+    from starlette.requests import Request
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _HOST = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\])(?::(\d{1,5}))?", re.ASCII)
@@ -28,7 +30,7 @@ class Addresses:
     # Whose X-Forwarded-Host and X-Forwarded-Proto count.
     trusted_proxies: tuple[Network, ...]
 
-    def base(self, request: Request) -> str:
+    def base(self, request: "Request") -> str:
         """Where the client of a request reaches this front, such as https://example.com.
 
         Of several values the last counts: it is the trusted proxy's own, and those before are what it was sent.
@@ -51,7 +53,7 @@ class Addresses:
             raise ValueError(f"Host is {host[:80]!r}; it must be a host's name or address, such as example.com:8000.")
         return f"{scheme}://{host}"
 
-    def _trusts(self, request: Request) -> bool:
+    def _trusts(self, request: "Request") -> bool:
         if request.client is None:
             return False
         address = ipaddress.ip_address(request.client.host)
@@ -59,6 +61,6 @@ class Addresses:
         return any(address in network for network in self.trusted_proxies)
 
 
-def _last(request: Request, header: str) -> str | None:
+def _last(request: "Request", header: str) -> str | None:
     values = ",".join(request.headers.getlist(header)).split(",")
     return values[-1].strip() or None

@@ -1,4 +1,5 @@
-"""What requirements.txt names is enough to draw: nothing is there only because a development package brought it."""
+"""What requirements.txt names is enough to draw, and with requirements-dev.txt to run the tests: nothing is there only
+because a development package, or one of the cluster's, brought it."""
 
 import os
 import subprocess
@@ -49,14 +50,12 @@ def required(wanted: Iterator[Requirement]) -> dict[str, Distribution]:
     return found
 
 
-@pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of a virtual environment with what requirements.txt names and needs, linked file by file."""
-    folder = tmp_path_factory.mktemp("environment")
+def linked(folder: Path, *files: str) -> Path:
+    """The interpreter of a virtual environment with what these files name and that needs, linked file by file."""
     venv.create(folder, symlinks=True)
     packages = folder / Path(distribution("torch").locate_file("")).relative_to(sys.prefix)
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    for installed in required(Requirement(line) for line in lines if line and not line.startswith("#")).values():
+    lines = [line for file in files for line in (ROOT / file).read_text().splitlines()]
+    for installed in required(Requirement(line) for line in lines if line and line[0] not in "#-").values():
         for file in installed.files:
             if ".." not in file.parts:  # a script in bin/
                 link = packages / file
@@ -65,13 +64,18 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin" / "python"
 
 
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return linked(tmp_path_factory.mktemp("environment"), "requirements.txt")
+
+
 def run(python: Path, *words: str) -> str:
     """What a command of this project prints in that environment."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [python, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
@@ -90,3 +94,10 @@ def test_development_packages_are_not_there(python: Path) -> None:
     """Else the other tests here would prove nothing."""
     code = "import importlib.util as it; print([name for name in ('peft', 'pytest') if it.find_spec(name)])"
     assert run(python, "-c", code) == "[]\n"
+
+
+def test_without_the_cluster_s_packages_its_tests_are_skipped(tmp_path: Path) -> None:
+    python = linked(tmp_path, "requirements.txt", "requirements-dev.txt")
+    said = run(python, "-m", "pytest", "--collect-only", "-q", "-rs", "-p", "no:cacheprovider", "tests/cluster")
+    assert "the cluster needs cluster/requirements.txt" in said
+    assert "tests/cluster/test_privacy.py" in said

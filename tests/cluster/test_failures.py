@@ -13,11 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import aiohttp
 import pytest
 
 pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 
+import aiohttp
 from aiohttp import web
 from ray.exceptions import (
     ActorDiedError,
