@@ -2,11 +2,12 @@
 
 What a file says about a layer of FLUX or CLIP is applied exactly, or the file is refused in one sentence before
 anything is changed. What belongs to nothing here (a T5, embeddings) is ignored and reported. This module knows files
-and keeps parsed ones; `lora.names` knows what a layer may be called, `lora.reader` what its tensors say.
+and keeps parsed ones; `lora.names` knows what a layer may be called, `lora.reader` what its tensors say, `lora.adapter`
+what is said of all of them.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lora import deltas
+from lora.adapter import BESIDE, Adapter, Factors, read_config, read_header
 from lora.deltas import Delta
 from lora.names import Content, Layer, assign, claim, layers_by_name, refuse_what_is_no_lora
-from lora.reader import LayerReader, read_adapters
+from lora.reader import LayerReader, factors_of, name_full_ranks
 from request import LoraFile
 from service import slabs
 from service.device_thread import check_cancelled
@@ -37,6 +39,7 @@ class Report:
     applied: int
     total: int
     ignored: Mapping[str, int]  # tensors by reason
+    config: str = ""  # what was done with the one beside the file
 
     def __str__(self) -> str:
         """One line."""
@@ -44,7 +47,8 @@ class Report:
         ranks += f" to {self.ranks[-1]}" if len(self.ranks) > 1 else ""
         ignored = "".join(f"; {reason} ({count})" for reason, count in self.ignored.items())
         kinds = " + ".join(self.kinds)
-        return f"{self.format} {kinds}{ranks}, applied {self.applied} of {self.total} tensors{ignored}."
+        config = f"; {self.config}" if self.config else ""
+        return f"{self.format} {kinds}{ranks}, applied {self.applied} of {self.total} tensors{ignored}{config}."
 
     def metric(self) -> dict[str, object]:
         """The same for a machine."""
@@ -55,6 +59,7 @@ class Report:
             "applied": self.applied,
             "tensors": self.total,
             "ignored": dict(self.ignored),
+            "config": self.config,
         }
 
 
@@ -73,13 +78,15 @@ class Lora:
         return slabs.taken(tensor for several in changes for delta in several for tensor in delta.tensors())
 
 
-def read_lora(file: Path, transformer: nn.Module, text_encoder: nn.Module) -> Lora:
+def read_lora(file: Path, transformer: nn.Module, text_encoder: nn.Module, config: str = "") -> Lora:
     """Read a LoRA.
 
     Args:
         file: safetensors, by anyone.
         transformer: a FluxTransformer2DModel of any dimensions; only its names and shapes are looked at.
         text_encoder: a CLIPTextModel, likewise.
+        config: text of the adapter_config.json that lay beside the file. It counts where the file says nothing itself,
+            and where it can be that file's.
 
     Raises:
         ValueError: one sentence, if anything in it cannot be applied exactly or nothing at all can.
@@ -92,7 +99,13 @@ def read_lora(file: Path, transformer: nn.Module, text_encoder: nn.Module) -> Lo
             names = sorted(tensors.keys())
             found, ignored = assign(names, layers_by_name(transformer, text_encoder))
             refuse_what_is_no_lora(found, ignored, names)
-            adapters = read_adapters(tensors.metadata() or {})
+
+            def shape(name: str) -> list[int]:
+                return tensors.get_slice(name).get_shape()
+
+            name_full_ranks(found, shape)
+            factors = (it for content in found.values() for it in factors_of(content, shape))
+            adapters, said = _adapters(tensors.metadata() or {}, {layer.model for layer in found}, config, factors)
             for layer, content in found.items():
                 check_cancelled()
                 claim(layer, claimed)
@@ -104,10 +117,23 @@ def read_lora(file: Path, transformer: nn.Module, text_encoder: nn.Module) -> Lo
         reason = f" ({error})" if isinstance(error, SafetensorError) else ""
         raise ValueError(f"The LoRA is not a safetensors file that can be read{reason}.") from error
     packed = {model: deltas.pack(by_parameter) for model, by_parameter in by_model.items()}
-    return Lora(**packed, report=_report(found, readers, ignored))
+    return Lora(**packed, report=_report(found, readers, ignored, said))
 
 
-def _report(found: Mapping[Layer, Content], readers: Iterable[LayerReader], ignored: Counter[str]) -> Report:
+def _adapters(
+    metadata: Mapping[str, str], models: Collection[str], config: str, factors: Iterable[Factors]
+) -> tuple[dict[str, Adapter], str]:
+    """Strengths by model: the header's, else those of the config beside the file; and what was done with that."""
+    header = read_header(metadata, models)
+    if header is not None:
+        return header, f"its {BESIDE} is left aside: the header has one" if config else ""
+    adapter, said = read_config(config, factors) if config else (Adapter(), "")
+    return dict.fromkeys(models, adapter), said
+
+
+def _report(
+    found: Mapping[Layer, Content], readers: Iterable[LayerReader], ignored: Counter[str], config: str
+) -> Report:
     kinds = Counter(kind for reader in readers for kind in sorted(reader.kinds))
     applied = sum(len(content.tensors) for content in found.values())
     return Report(
@@ -117,6 +143,7 @@ def _report(found: Mapping[Layer, Content], readers: Iterable[LayerReader], igno
         applied=applied,
         total=applied + ignored.total(),
         ignored=dict(ignored),
+        config=config,
     )
 
 
@@ -140,14 +167,14 @@ class LoraCache:
         Raises:
             ValueError: see `read_lora`.
         """
-        lora = self._loras.get(file.sha256)
+        lora = self._loras.get(file.content)
         if lora is None:
-            lora = read_lora(file.path, *self._models)
+            lora = read_lora(file.path, *self._models, file.config)
             if lora.nbytes <= self._max_bytes:
                 self._make_room(lora.nbytes)
-                self._loras[file.sha256] = lora
+                self._loras[file.content] = lora
         else:
-            self._loras.move_to_end(file.sha256)
+            self._loras.move_to_end(file.content)
         return lora
 
     def _make_room(self, size: int) -> None:

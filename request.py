@@ -2,6 +2,7 @@
 
 import secrets
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
 # torch takes larger seeds, but clients and databases keep them as signed 64-bit integers.
@@ -36,6 +37,12 @@ class LoraFile:
     sha256: str  # of its content, in hex
     name: str  # what it was called, as it may be shown
     trigger_words: tuple[str, ...] = ()  # what wakes it in a prompt, where its source says so
+    config: str = ""  # text of the adapter_config.json that PEFT had saved beside it
+
+    @property
+    def content(self) -> str:
+        """What identifies the LoRA: the same weights under another config are another one."""
+        return sha256(f"{self.sha256} {self.config}".encode()).hexdigest() if self.config else self.sha256
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,11 @@ DOUBLE_BLOCK = {
     "qkv_lora2": ADDED_QKV,
     "proj_lora1": ("attn.to_out.0",),
     "proj_lora2": ("attn.to_add_out",),
+    # MLX keeps the layers of a sequence in a list of this name.
+    "img_mlp.layers.0": ("ff.net.0.proj",),
+    "img_mlp.layers.2": ("ff.net.2",),
+    "txt_mlp.layers.0": ("ff_context.net.0.proj",),
+    "txt_mlp.layers.2": ("ff_context.net.2",),
 }
 SINGLE_BLOCK = {
     "linear1": (*QKV, "proj_mlp"),
@@ -50,10 +55,14 @@ SINGLE_BLOCK = {
     "norm.key_norm": ("attn.norm_k",),
     "qkv": QKV,
     "proj": ("proj_out",),
-    # DiffSynth-Studio keeps diffusers' names for the rest of a single block.
+    "qkv_lora": QKV,
+    "proj_lora": ("proj_out",),
+    # DiffSynth-Studio, which keeps diffusers' names for the rest of a single block.
     "to_qkv_mlp": (*QKV, "proj_mlp"),
     "proj_out": ("proj_out",),
     "norm.linear": ("norm.linear",),
+    "norm_q_a": ("attn.norm_q",),
+    "norm_k_a": ("attn.norm_k",),
 }
 DIFFSYNTH_BLOCK = {
     "attn.a_to_qkv": QKV,
@@ -66,6 +75,10 @@ DIFFSYNTH_BLOCK = {
     "ff_b.2": ("ff_context.net.2",),
     "norm1_a.linear": ("norm1.linear",),
     "norm1_b.linear": ("norm1_context.linear",),
+    "attn.norm_q_a": ("attn.norm_q",),
+    "attn.norm_k_a": ("attn.norm_k",),
+    "attn.norm_q_b": ("attn.norm_added_q",),
+    "attn.norm_k_b": ("attn.norm_added_k",),
 }
 OUTSIDE_BLOCKS = {
     "img_in": "x_embedder",
@@ -78,69 +91,126 @@ OUTSIDE_BLOCKS = {
     "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
     "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
     "final_layer.linear": "proj_out",
+    # DiffSynth-Studio
+    "time_embedder.timestep_embedder.0": "time_text_embed.timestep_embedder.linear_1",
+    "time_embedder.timestep_embedder.2": "time_text_embed.timestep_embedder.linear_2",
+    "guidance_embedder.timestep_embedder.0": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_embedder.timestep_embedder.2": "time_text_embed.guidance_embedder.linear_2",
+    "pooled_text_embedder.0": "time_text_embed.text_embedder.linear_1",
+    "pooled_text_embedder.2": "time_text_embed.text_embedder.linear_2",
+    "final_proj_out": "proj_out",
 }
-# What diffusers' `fuse_qkv_projections` calls its layers, in every block that has the parts.
-FUSED = {"attn.to_qkv": QKV, "attn.to_added_qkv": ADDED_QKV}
+# Black Forest Labs, MLX and DiffSynth-Studio: shift and scale, where diffusers has scale and shift.
+FINAL_MODULATION = ("final_layer.adaLN_modulation.1", "final_layer.adaLN_modulation.layers.1", "final_norm_out.linear")
+DIFFUSERS_BLOCK = {
+    # What `fuse_qkv_projections` calls its layers, in every block that has the parts.
+    "attn.to_qkv": QKV,
+    "attn.to_added_qkv": ADDED_QKV,
+    # Older versions kept factors in attention processors: to_out_lora.
+    "attn.to_out": ("attn.to_out.0",),
+    # mflux
+    "ff.linear1": ("ff.net.0.proj",),
+    "ff.linear2": ("ff.net.2",),
+    "ff_context.linear1": ("ff_context.net.0.proj",),
+    "ff_context.linear2": ("ff_context.net.2",),
+}
 CLIP = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 # What may stand before a layer's name, with dots as underscores, and which format writes it so.
 PREFIXES = {
     "base_model_model": "PEFT",
+    "base_model": "PEFT",
     "lora_unet": "kohya",
     "lora_transformer": "OneTrainer",
     "lycoris": "LyCORIS",
     "model_diffusion_model": "ComfyUI",
     "diffusion_model": "ComfyUI",
+    "model": "PEFT",
+    "pipe_dit": "DiffSynth",
+    "dit": "DiffSynth",
+    "pipe": "diffusers",
     "transformer": "diffusers",
     "unet": "diffusers",
     "text_encoders_clip_l_transformer": "ComfyUI",
     "text_encoders_clip_l": "ComfyUI",
     "clip_l_transformer": "ComfyUI",
     "clip_l": "ComfyUI",
+    "text_encoder_1": "diffusers",
     "text_encoder": "diffusers",
     "lora_te1": "kohya",
     "lora_te": "kohya",
     "te1": "kohya",
     "te": "kohya",
 }
-PREFIX = re.compile(f"({'|'.join(PREFIXES)})_")
-# Words within names that say nothing about the layer.
-NOISE = re.compile(r"(?:^|(?<=\.))(?:processor|_orig_mod)\.")
+PREFIX = re.compile(f"({'|'.join(PREFIXES)})_+")
+# What stands before the name that PEFT knew a layer by, which its patterns are for.
+OUTSIDE_PEFT = re.compile(r"((transformer|unet|diffusion_model|text_encoder)\.)?(base_model\.model\.)?")
+# The name of the adapter, where it stands within a tensor's.
+ADAPTER = re.compile(r"\.(?:lora_[ABab]|lora_up|lora_down|lora_magnitude_vector)\.([^.]+)\.")
+# Whose own names of layers begin so, where no prefix tells.
+OWN = (
+    (r"(double|single)_blocks_\d+_(qkv|proj)(_lora\d?)?$", "XLabs"),
+    (r"blocks_|single_blocks_\d+_(to_|proj_|norm_)|(time|pooled_text)_embedder|final_(proj|norm)_out", "DiffSynth"),
+    (r"(double|single)_blocks|(img|txt|time|vector|guidance)_in|final_layer", "BFL"),
+    (r"", "diffusers"),
+)
+# Words that wrappers put anywhere within names, and that say nothing about the layer: of torch.compile, FSDP,
+# checkpointing, DDP, attention processors and PEFT.
+WRAPPER = re.compile(
+    r"(?:(?<![._])[._]+|^)(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|module|processor|base_layer)(?=[._]|$)"
+)
 
-# What may stand behind a layer's name; each group is one role that a tensor can have for its layer.
+# What may stand behind a layer's name; each group is one role that a tensor can have for its layer. PEFT puts the
+# adapter's name within, whatever somebody called it.
 TENSOR = re.compile(
     r"(?P<stem>.+?)(?:"
-    r"(?P<up>\.lora_B(?:\.\w+)?\.weight|\.lora_B|\.lora_up\.weight|(?:_lora|\.lora|\.lora_linear_layer)?\.up\.weight)|"
-    r"(?P<down>\.lora_A(?:\.\w+)?\.weight|\.lora_A|\.lora_down\.weight"
+    r"(?P<up>\.(?:lora_[Bb]|lora_up)(?:\.[^.]+)?\.weight|\.lora_[Bb]"
+    r"|(?:_lora|\.lora|\.lora_linear_layer)?\.up\.weight)|"
+    r"(?P<down>\.(?:lora_[Aa]|lora_down)(?:\.[^.]+)?\.weight|\.lora_[Aa]"
     r"|(?:_lora|\.lora|\.lora_linear_layer)?\.down\.weight)|"
-    r"(?P<up_bias>\.lora_B(?:\.\w+)?\.bias|\.lora_up\.bias)|"
+    r"(?P<up_bias>\.lora_B(?:\.[^.]+)?\.bias|\.lora_up\.bias)|"
     r"(?P<mid>\.lora_mid\.weight)|"
     r"(?P<alpha>(?:_lora|\.lora)?\.alpha)|"
-    r"(?P<magnitude>\.dora_scale|\.lora_magnitude_vector(?:\.(?!weight$)\w+)?(?:\.weight)?)|"
-    r"\.(?:"
+    r"(?P<magnitude>\.dora_scale(?:\.weight)?|\.magnitude|\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?)|"
+    r"\.(?:(?:"
     r"(?P<lokr_w1>lokr_w1)|(?P<lokr_w1_a>lokr_w1_a)|(?P<lokr_w1_b>lokr_w1_b)|"
     r"(?P<lokr_w2>lokr_w2)|(?P<lokr_w2_a>lokr_w2_a)|(?P<lokr_w2_b>lokr_w2_b)|(?P<lokr_t2>lokr_t2)|"
     r"(?P<hada_w1_a>hada_w1_a)|(?P<hada_w1_b>hada_w1_b)|(?P<hada_t1>hada_t1)|"
-    r"(?P<hada_w2_a>hada_w2_a)|(?P<hada_w2_b>hada_w2_b)|(?P<hada_t2>hada_t2)|"
-    r"(?P<diff>diff|w_norm)|(?P<diff_b>diff_b|b_norm)|"
-    r"(?P<value>weight|scale|set_weight)|(?P<value_b>bias)"
+    r"(?P<hada_w2_a>hada_w2_a)|(?P<hada_w2_b>hada_w2_b)|(?P<hada_t2>hada_t2)"
+    r")(?:\.[^.]+)?|"
+    r"(?P<diff>(?:scale\.)?diff|w_norm)|(?P<diff_b>diff_b|b_norm)|"
+    r"(?P<value>(?:modules_to_save\.[^.]+\.)?weight|(?:scale\.)?set_weight|scale)|(?P<value_b>bias)"
     r"))"
 )
 # Names of no layer here, and why the file can be applied all the same. Matched against names with dots as underscores.
 IGNORED = (
-    (r"lora_te3_|lora_te2_(encoder|shared|final)_|text_encoders_t5|(^|_)t5(xxl)?_", "the T5 part is ignored"),
-    (r"text_encoder_[23]_", "the T5 part is ignored"),
+    (r"(^|_)(te3|te2_(encoder|shared|final))_|text_encoders_t5|(^|_)[tT]5(xxl)?_", "the T5 part is ignored"),
+    (r"text_encoder_([23]|two)_|(^|_)encoder_block_\d+_layer_\d+_", "the T5 part is ignored"),
     (r"(^|_)(text_projection|logit_scale)(_|$)", "FLUX.1 does not use CLIP's projection"),
     (r"bundle_emb_|emb_params", "embeddings (textual inversions) are ignored"),
-    (r"guidance_(in|embedder)_", "this FLUX has no guidance embedder"),
+    (r"(^|_)position_ids$", "positions are counted, not learned"),
 )
+NO_LAYER = "no layer of FLUX.1 has such a name"
+NO_GUIDANCE = (r"guidance_(in|embedder)_", "this FLUX has no guidance embedder")
+SVDQUANT = "packed for SVDQuant (Nunchaku), in an order that only its kernels read"
 # Words that give away files of other kinds, the surest ones first. Matched like the above, but only where a name fits
 # neither a layer nor what is ignored.
 OTHERS = (
     (r"^(first_stage_model_|vae_)?(encoder|decoder)_(conv|down|up|mid)|^first_stage_model_|^quant_conv", "a VAE"),
-    (r"^clip_[lg]$|^string_to_param|^text_encoders_[01]$|^emb_params$", "an embedding"),
+    (r"^clip_[lg]$|^string_to_param|^text_encoders_[01]$", "an embedding"),
+    (r"(^|_)(q|k|v|proj)_loras_\d+_", "made for EasyControl, which needs a condition image"),
+    (r"ip_adapter|(^|_)(pulid|id_projection|image_proj)", "an adapter for reference images, such as an IP-Adapter"),
+    (
+        r"transformer_blocks_\d+_((qkv_proj|out_proj|mlp_(context_)?fc[12])|.*_lora_(down|up)$)|_(qweight|wscales)$",
+        SVDQUANT,
+    ),
+    (r"_boft_[a-zA-Z]", "a BOFT, which turns weights and adds nothing to them"),
+    (r"_oft_[a-zA-Z]", "an OFT, which turns weights and adds nothing to them"),
+    (r"_[ab][12]_weight$|_bm_weight$|_glora_", "a GLoRA, which multiplies weights"),
+    (r"_on_input$|_ia3_l(_|$)", "an IA3, which multiplies weights"),
     (r"distilled_guidance_layer", "made for Chroma"),
-    (r"(double|single)_stream_modulation|to_qkv_mlp_proj", "made for FLUX.2"),
+    (r"(double|single)_stream_modulation|to_qkv_mlp_proj|time_guidance_embed_", "made for FLUX.2"),
+    (r"_ff(_context)?_linear_(in|out)_|single_transformer_blocks_\d+_attn_to_out_", "made for FLUX.2"),
     (r"transformer_blocks_\d+_(img|txt)_(mlp|mod)_", "made for Qwen-Image"),
     (r"individual_token_refiner|_(img|txt)_mlp_fc[12]|_mod_linear", "made for HunyuanVideo"),
     (r"single_blocks_\d+_modulation_linear", "made for HunyuanVideo"),
@@ -155,8 +225,16 @@ OTHERS = (
     (r"transformer_blocks_\d+_attn[12]_", "made for LTX-Video, PixArt or Sana"),
     (r"^(base_model_model_)?model_layers_\d+_", "made for a language model"),
 )
-# Blocks of a FLUX or a CLIP: a block index beyond ours means another architecture.
-BLOCK = re.compile(r"(?:^|_)(double_blocks|single_blocks|(?:single_)?transformer_blocks|encoder_layers)_\d+_")
+# Words of which PEFT and LyCORIS make names of tensors: a name with one of them is not ignored, whatever it means.
+CHANGE = re.compile(
+    r"(?<![a-z])(lo(ra|ha|kr)|(ada|d|g|gra|rand|tiny|uni|v|vb|x)lora|hada|lycoris|dora|adapter|delta|diff|b?oft|ia3|vera"
+    r"|hi?ra|c3a|miss|bone|road|shira|waveft|fourierft|psoft|osf)(?![a-z])",
+    re.IGNORECASE,
+)
+# Blocks of a FLUX or a CLIP, and the name of a layer from there on.
+BLOCK = re.compile(
+    r"(?:^|_)((?:double_|single_)?blocks|(?:single_)?transformer_blocks|(?:text_model_)?encoder_layers)_(\d+)(_.*)"
+)
 
 
 @dataclass(frozen=True)
@@ -188,7 +266,7 @@ class Content:
     """What a file has for a layer."""
 
     format: str  # whose way of writing names it is
-    stem: str  # the layer's name in the file
+    names: tuple[str, ...]  # the layer's, as PEFT may have known it: without wrappers, and with them
     tensors: dict[str, str] = field(default_factory=dict)  # tensor names by role
 
 
@@ -200,8 +278,8 @@ def layers_by_name(transformer: nn.Module, text_encoder: nn.Module) -> dict[str,
         ("transformer_blocks", "double_blocks", DOUBLE_BLOCK),
         ("single_transformer_blocks", "single_blocks", SINGLE_BLOCK),
         ("transformer_blocks", "blocks", DIFFSYNTH_BLOCK),
-        ("transformer_blocks", "transformer_blocks", FUSED),
-        ("single_transformer_blocks", "single_transformer_blocks", FUSED),
+        ("transformer_blocks", "transformer_blocks", DIFFUSERS_BLOCK),
+        ("single_transformer_blocks", "single_transformer_blocks", DIFFUSERS_BLOCK),
     ):
         for index in range(len(getattr(transformer, ours))):
             for alias, names in aliases.items():
@@ -212,7 +290,7 @@ def layers_by_name(transformer: nn.Module, text_encoder: nn.Module) -> dict[str,
                 if len(parts) > 1:  # OneTrainer numbers the parts of a fused layer
                     spelled |= {f"{theirs}.{index}.{alias}.{number}": part for number, part in enumerate(parts)}
     spelled |= {alias: own[name] for alias, name in OUTSIDE_BLOCKS.items() if name in own}
-    spelled["final_layer.adaLN_modulation.1"] = _swap_halves(own["norm_out.linear"])
+    spelled |= dict.fromkeys(FINAL_MODULATION, _swap_halves(own["norm_out.linear"]))
     for name, layer in _own_layers("text_encoder", text_encoder).items():
         bare = name.removeprefix("text_model.")
         for spelling in (bare, f"text_model.{bare}"):
@@ -249,8 +327,8 @@ def _swap_halves(layer: Layer) -> Layer:
 
 
 def _find(table: Mapping[str, Layer], name: str) -> tuple[Layer, str] | None:
-    """The layer of a name, with any prefixes, and the format that writes it so."""
-    key = NOISE.sub("", name).replace(".", "_").rstrip("_")  # some trainers leave a _ at the end of names
+    """The layer of a name with any prefixes, and the format that writes it so."""
+    key = name.replace(".", "_").rstrip("_")  # some trainers leave a _ at the end of names
     formats = []
     while key not in table:
         prefix = PREFIX.match(key)
@@ -258,12 +336,10 @@ def _find(table: Mapping[str, Layer], name: str) -> tuple[Layer, str] | None:
             return None
         formats.append(PREFIXES[prefix[1]])
         key = key[prefix.end() :]
-    if re.match(r"(double|single)_blocks_\d+_(qkv|proj)(_lora\d)?$", key):
-        return table[key], "XLabs"
-    if formats:
-        return table[key], formats[0]
-    own = re.match(r"double_|single_blocks|(img|txt|time|vector|guidance)_in|final_layer", key)
-    return table[key], "BFL" if own else "diffusers"
+    formats += [written for pattern, written in OWN if re.match(pattern, key)]
+    # XLabs' layers have names of their own, whatever stands before them.
+    written = "XLabs" if "XLabs" in formats else formats[0]
+    return table[key], written
 
 
 def assign(names: Collection[str], table: Mapping[str, Layer]) -> tuple[dict[Layer, Content], Counter[str]]:
@@ -278,23 +354,37 @@ def assign(names: Collection[str], table: Mapping[str, Layer]) -> tuple[dict[Lay
     if len(names) > MAX_TENSORS:
         raise ValueError(f"The file has {len(names)} tensors; a LoRA has at most {MAX_TENSORS}.")
     found: dict[Layer, Content] = {}
-    unknown = []
+    adapters: dict[Layer, str] = {}
+    unknown = {}
     for name in names:
         check_cancelled()
         _check_length(name)
-        match = TENSOR.fullmatch(name)
+        plain = WRAPPER.sub("", name).lstrip("._")
+        match = TENSOR.fullmatch(plain)
         layer_and_format = match and _find(table, match["stem"])
         if not layer_and_format:
-            unknown.append(name)
+            unknown[name] = plain
             continue
         layer, written = layer_and_format
-        content = found.setdefault(layer, Content(written, match["stem"]))
+        if (adapter := ADAPTER.search(plain)) and adapters.setdefault(layer, adapter[1]) != adapter[1]:
+            raise ValueError(
+                f"The LoRA changes {layer} by two adapters, {short(adapters[layer])} and {short(adapter[1])}; it must "
+                "have one."
+            )
+        if layer not in found:
+            stems = (match["stem"], name.removesuffix(plain[match.end("stem") :]))
+            found[layer] = Content(written, tuple(dict.fromkeys(map(_as_peft_knew, stems))))
+        content = found[layer]
         other = content.tensors.setdefault(match.lastgroup, name)
         if other != name:
             raise ValueError(
                 f"The LoRA changes {layer} twice, as {other} and as {name}; which one counts cannot be told."
             )
-    return found, Counter(_reason_to_ignore(name, table) for name in unknown)
+    return found, _reasons_to_ignore(unknown, table)
+
+
+def _as_peft_knew(stem: str) -> str:
+    return stem[OUTSIDE_PEFT.match(stem).end() :].rstrip("._")
 
 
 def _check_length(name: str) -> None:
@@ -304,25 +394,56 @@ def _check_length(name: str) -> None:
         raise ValueError(f"{short(name)} has {name.count('.')} dots; the name of a tensor has at most {MAX_DOTS}.")
 
 
-def _reason_to_ignore(name: str, table: Mapping[str, Layer]) -> str:
-    check_cancelled()
-    key = name.replace(".", "_")
-    for pattern, reason in IGNORED:
-        if re.search(pattern, key):
-            return reason
+def _reasons_to_ignore(names: Mapping[str, str], table: Mapping[str, Layer]) -> Counter[str]:
+    """Why names that fit no layer may be ignored: how many, by reason.
+
+    Args:
+        names: each with what it is without wrappers.
+        table: see `assign`.
+
+    Raises:
+        ValueError: a sentence about one that may not.
+    """
+    listed = IGNORED if "guidance_in_in_layer" in table else (*IGNORED, NO_GUIDANCE)
+    reasons: Counter[str] = Counter()
+    strange = {}
+    for name, plain in names.items():
+        check_cancelled()
+        key = plain.replace(".", "_")
+        if reason := next((reason for pattern, reason in listed if re.search(pattern, key)), None):
+            reasons[reason] += 1
+        else:
+            strange[name] = key
     for pattern, what in OTHERS:
-        if re.search(pattern, key):
-            raise ValueError(f"The file is {what}; it must be a LoRA for FLUX.1 (it has {short(name)}).")
-    for dot in re.finditer(r"\.", name):
-        if layer := _find(table, name[: dot.start()]):
-            raise ValueError(f"The LoRA has {short(name)}, a kind of change to {layer[0]} that cannot be applied here.")
-    if block := BLOCK.search(key):
-        counts = Counter(m[1] for spelling in table if (m := re.match(rf"({block[1]}_\d+)_", spelling)))
-        raise ValueError(
-            f"The LoRA has {short(name)}, a layer that this FLUX lacks: of {block[1]} it has {len(counts)}, "
-            "counted from 0."
-        )
-    return "no layer of FLUX.1 has such a name"
+        for name, key in strange.items():
+            check_cancelled()
+            if re.search(pattern, key):
+                raise ValueError(f"The file is {what}; it must be a LoRA for FLUX.1 (it has {short(name)}).")
+    for name in strange:
+        check_cancelled()
+        if what := _change(names[name], table):
+            raise ValueError(f"The LoRA has {short(name)}, {what}.")
+        reasons[NO_LAYER] += 1
+    return reasons
+
+
+def _change(name: str, table: Mapping[str, Layer]) -> str | None:
+    """What a name of nothing here would change, as the end of a sentence; None where it does not look like a change."""
+    for end in [*(dot.start() for dot in re.finditer(r"\.", name)), len(name)]:
+        if layer_and_format := _find(table, name[:end]):
+            return (
+                f"a kind of change to {layer_and_format[0]} that cannot be applied here; it must be a LoRA, DoRA, "
+                "LoHa, LoKr or a full difference"
+            )
+    match = TENSOR.fullmatch(name)
+    block = BLOCK.search((match["stem"] if match else name).rstrip("._").replace(".", "_"))
+    if block and f"{block[1]}_0{block[3]}" in table:
+        count = len({m[1] for spelling in table if (m := re.match(rf"{block[1]}_(\d+)_", spelling))})
+        if int(block[2]) >= count:
+            return f"a layer that this FLUX lacks: of {block[1]} it has {count}, counted from 0"
+    if match or block or CHANGE.search(name):
+        return "and FLUX.1 has no layer of such a name; what it would change cannot be applied"
+    return None
 
 
 def refuse_what_is_no_lora(found: Mapping[Layer, Content], ignored: Iterable[str], names: list[str]) -> None:
@@ -330,9 +451,8 @@ def refuse_what_is_no_lora(found: Mapping[Layer, Content], ignored: Iterable[str
     if not names:
         raise ValueError("The file holds no tensors; it must be a LoRA for FLUX.1.")
     if not found:
-        raise ValueError(
-            f"The file has nothing for FLUX.1 in it, only the like of {short(names[0])} ({'; '.join(ignored)})."
-        )
+        reasons = f" ({'; '.join(ignored)})" if ignored else ""
+        raise ValueError(f"The file has nothing for FLUX.1 in it, only the like of {short(names[0])}{reasons}.")
     if all(role in ("value", "value_b") for content in found.values() for role in content.tensors):
         raise ValueError("The file holds whole weights, a checkpoint; it must be a LoRA, which holds changes.")
 

@@ -2,19 +2,17 @@
 
 A layer's tensors have roles (`up`, `alpha`, `lokr_w1`, `diff_b` ...). What they say is applied exactly, or refused in
 one sentence. Where nothing has to be converted, the deltas' tensors are views of the mapped file: `deltas.pack` copies
-them. This module knows shapes, number types and strengths, the header's too; it knows no spelling of a layer.
+them. This module knows shapes, number types and arithmetic; it knows no spelling of a layer.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from lora.adapter import Adapter, Factors
 from lora.deltas import Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, Replacement
 from lora.names import Content, Layer, Part, short
-from service import strict_json
 from service.device_thread import check_cancelled
 
 # How numbers may be stored. Float4 is packed in pairs that torch cannot take apart.
@@ -26,83 +24,62 @@ MAX_DIMENSION = 21_504
 # Looked through at a time, between two looks at whether somebody still waits.
 PIECE = 2**22
 INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+# Pairs of roles whose product has a rank, by PEFT's name for their kind; LoKr may have whole matrices instead.
+PAIRS = {
+    ("up", "down"): "LORA",
+    ("hada_w1_a", "hada_w1_b"): "LOHA",
+    ("lokr_w1_a", "lokr_w1_b"): "LOKR",
+    ("lokr_w2_a", "lokr_w2_b"): "LOKR",
+}
+
+# Each alone says what a weight or a bias becomes. A magnitude is that of the base with a product, and of nothing else.
+CONTRADICTIONS = ({"value", "diff"}, {"value_b", "diff_b"}, {"magnitude", "value"}, {"magnitude", "diff"})
+# What FLUX.1's relatives are given beside the noisy image, by how many times as many channels that makes.
+WIDER = {
+    2: "This is a control LoRA, and a control LoRA needs a control image, which cannot be given here",
+    6: "This LoRA is made for FLUX.1 Fill, which is given an image and its mask as channels",
+}
+OTHER_INPUT = "This LoRA is made for another model than FLUX.1 [dev] and [schnell]"
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """What PEFT calls an adapter's config, as diffusers writes it into the header."""
+def factors_of(content: Content, shape: Callable[[str], Sequence[int]]) -> Iterator[Factors]:
+    """What a layer's tensors say that a config may say too.
 
-    alpha: float | None = None
-    rank: float | None = None
-    # By layer name, or the end of one, each with its place among the others.
-    alphas: Mapping[str, tuple[int, float]] = field(default_factory=dict)
-    ranks: Mapping[str, tuple[int, float]] = field(default_factory=dict)
-    rank_stabilized: bool = False
-
-    def strength(self, stem: str, rank: int | None, alpha: float | None) -> float:
-        """What the product of a layer's factors is multiplied by.
-
-        Args:
-            stem: the layer's name in the file.
-            rank: of its factors; None where they have none.
-            alpha: the layer's own; wins over the header's.
-        """
-        if alpha is None:
-            alpha = _by_ending(self.alphas, stem, self.alpha)
-            rank = rank or _by_ending(self.ranks, stem, self.rank)
-        if alpha is None or rank is None:
-            return 1.0
-        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
-
-
-def read_adapters(metadata: Mapping[str, str]) -> dict[str, Adapter]:
-    """The header's strengths for "transformer" and "text_encoder"; where it says nothing, those of an empty config.
-
-    Raises:
-        ValueError: a sentence about a header that makes no sense.
+    Args:
+        content: the names of its tensors by role.
+        shape: gives a tensor's shape by its name.
     """
-    try:
-        configs: dict[str, dict[str, object]] = {"transformer": {}, "text_encoder": {}}
-        for key, value in strict_json.read(metadata.get("lora_adapter_metadata", "{}").encode()).items():
-            if key.startswith("text_encoder."):
-                configs["text_encoder"][key.removeprefix("text_encoder.")] = value
-            elif not key.startswith("text_encoder"):
-                configs["transformer"][key.removeprefix("transformer.")] = value
-        return {model: _adapter(config) for model, config in configs.items()}
-    except (ValueError, TypeError, AttributeError, OverflowError):
-        raise ValueError("The LoRA's header has a lora_adapter_metadata that makes no sense.") from None
+    tensors = content.tensors
+    for (left, right), kind in PAIRS.items():
+        if {left, right} <= tensors.keys():
+            yield Factors(content.names, kind, _rank(shape(tensors[left]), shape(tensors[right])), "alpha" in tensors)
+    if {"lokr_w1", "lokr_w2"} <= tensors.keys():
+        yield Factors(content.names, "LOKR", None, "alpha" in tensors)
 
 
-def _adapter(config: Mapping[str, object]) -> Adapter:
-    alpha, rank = config.get("lora_alpha", config.get("alpha")), config.get("r")
-    return Adapter(
-        None if alpha is None else _number(alpha),
-        None if rank is None else _number(rank, above=0),
-        _pattern(config.get("alpha_pattern"), -math.inf),
-        _pattern(config.get("rank_pattern"), 0),
-        bool(config.get("use_rslora")),
-    )
+def _rank(left: Sequence[int], right: Sequence[int]) -> int | None:
+    """The rank of a pair [out, rank], [rank, in], or of one that is stored transposed; None where it is neither."""
+    if min(len(left), len(right)) < 2:
+        return None
+    return next((r for r, same in ((right[0], left[1]), (right[1], left[0])) if r == same), None)
 
 
-def _pattern(values: Mapping[str, object] | None, above: float) -> dict[str, tuple[int, float]]:
-    pattern: dict[str, tuple[int, float]] = {}
-    for place, (name, value) in enumerate((values or {}).items()):
-        pattern.setdefault(name.removeprefix("^"), (place, _number(value, above)))
-    return pattern
+def name_full_ranks(contents: Mapping[Layer, Content], shape: Callable[[str], Sequence[int]]) -> None:
+    """Call the lone factors that ai-toolkit's fullrank writes what they are: differences.
 
+    Such a factor has the rows of its layer. Where a pair of the file is of that rank, it may also be half of a pair.
 
-def _number(value: object, above: float = -math.inf) -> float:
-    if not math.isfinite(float(value)) or float(value) <= above:
-        raise ValueError(value)
-    return float(value)
-
-
-def _by_ending(values: Mapping[str, tuple[int, float]], stem: str, otherwise: float | None) -> float | None:
-    """PEFT's rule, for names: the first key that the layer's name ends with."""
-    parts = stem.split(".")
-    endings = (".".join(parts[first:]) for first in range(len(parts)))
-    found = [values[ending] for ending in endings if ending in values]
-    return min(found)[1] if found else otherwise
+    Args:
+        contents: what the file has for each layer.
+        shape: gives a tensor's shape by its name.
+    """
+    ranks = {it.rank for content in contents.values() for it in factors_of(content, shape)}
+    for layer, content in contents.items():
+        tensors = content.tensors
+        if "down" in tensors and not tensors.keys() & {"up", "mid", "magnitude", "diff"}:
+            rows = next(iter(shape(tensors["down"])), None)
+            if rows == layer.shape[0] and rows not in ranks:
+                tensors["diff"] = tensors.pop("down")
 
 
 class LayerReader:
@@ -112,7 +89,7 @@ class LayerReader:
         layer: whose parameters change.
         content: the names of its tensors by role.
         get: gives a tensor of the file by its name.
-        adapter: the header's strengths.
+        adapter: the strengths that the header says, or the config beside the file.
     """
 
     def __init__(self, layer: Layer, content: Content, get: Callable[[str], Tensor], adapter: Adapter) -> None:
@@ -155,7 +132,7 @@ class LayerReader:
             )
             if roles & own
         ]
-        if len(products) > 1 or {"value", "diff"} <= roles or {"value_b", "diff_b"} <= roles:
+        if len(products) > 1 or any(pair <= roles for pair in CONTRADICTIONS):
             raise ValueError(f"The LoRA changes {self._layer} in two ways at once: {', '.join(sorted(roles))}.")
         if not products and "magnitude" in roles:
             raise self._incomplete("magnitude")
@@ -164,12 +141,27 @@ class LayerReader:
         return products[0] if products else None
 
     def _lora(self) -> list[Delta]:
-        up, down = self._matrix("up"), self._matrix("down")
+        if self._adapter.decomposed and "magnitude" not in self._content.tensors:
+            raise ValueError(f"The LoRA's {self._adapter.source} says use_dora, but {self._layer} has no magnitude.")
+        up, down = self._pair_of_factors()
         down = self._tucker("mid", down)
         self._check_fit(up.shape[1] == down.shape[0], (up.shape[0], down.shape[1]), "up", "down")
         self.kinds.add("DoRA" if "magnitude" in self._content.tensors else "LoRA")
         strength = self._strength(down.shape[0])
         return [LowRank(part.start, part.height, _rows(up, part), down, strength) for part in self._layer.parts]
+
+    def _pair_of_factors(self) -> tuple[Tensor, Tensor]:
+        """[out, rank] and [rank, in]; MLX keeps them transposed, and calls them by no `.weight`."""
+        up, down = self._matrix("up"), self._matrix("down")
+        out = self._layer.shape[0]
+        usual = up.shape == (out, down.shape[0])
+        transposed = up.shape == (down.shape[1], out)
+        if usual and transposed and down.shape == self._layer.shape and not self._name("down").endswith(".weight"):
+            raise ValueError(
+                f"{self._name('down')} is {_size(down.shape)}, as large as {self._layer}: whether its rows or its "
+                "columns are the rank cannot be told; lora_A.weight would be [rank, in]."
+            )
+        return (up.T, down.T) if transposed and not usual else (up, down)
 
     def _loha(self) -> list[Delta]:
         (a, b), (c, d) = self._pair("hada_w1", "hada_t1"), self._pair("hada_w2", "hada_t2")
@@ -198,7 +190,7 @@ class LayerReader:
         self._check_fit(True, (o1 * o2, i1 * i2), *present)
         self.kinds.add("LoKr")
         # Where both sides are whole, the file's alpha means nothing: LyCORIS writes it and does not use it.
-        strength = self._strength(ranks[-1]) if ranks else self._adapter.strength(self._content.stem, None, None)
+        strength = self._strength(ranks[-1]) if ranks else self._adapter.strength(self._content.names, None, None)
         return [Kronecker(part.start, part.height, *sides, part.source, strength) for part in self._layer.parts]
 
     def _decomposed(self, parts: list[tuple[str, Delta]]) -> Iterator[tuple[str, Delta]]:
@@ -225,13 +217,13 @@ class LayerReader:
             tensor = self._matrix(role)
         expected = self._layer.shape[:1] if bias else self._layer.shape
         if tuple(tensor.shape) != expected:
-            raise self._misfit(expected, role)
+            raise self._misfit(tuple(tensor.shape), role)
         for part in self._layer.parts:
             name = f"{part.name}.{'bias' if bias else 'weight'}"
             yield name, make(part.start, part.height, _rows(tensor, part))
 
     def _up_bias(self, start: int, height: int, bias: Tensor) -> Delta:
-        return Full(start, height, bias, self._strength(self._matrix("down").shape[0]))
+        return Full(start, height, bias, self._strength(self._pair_of_factors()[1].shape[0]))
 
     def _pair(self, side: str, core: str) -> tuple[Tensor, Tensor]:
         """[out, rank] and [rank, in]; with a core, LyCORIS stores the first transposed."""
@@ -259,13 +251,13 @@ class LayerReader:
             if tensor.numel() != 1:
                 raise ValueError(f"{self._name('alpha')} is {_size(tensor.shape)}; it must be one number.")
             alpha = tensor.item()
-        return self._adapter.strength(self._content.stem, rank, alpha)
+        return self._adapter.strength(self._content.names, rank, alpha)
 
     def _matrix(self, role: str) -> Tensor:
         """A matrix, which some tools store as the kernel of a 1x1 convolution."""
         tensor = self._read(role)
         if tensor.ndim < 2 or len(self._layer.shape) != 2:
-            raise self._misfit(self._layer.shape, role)
+            raise self._misfit(tuple(tensor.shape), role)
         return tensor.flatten(1)
 
     def _read(self, role: str) -> Tensor:
@@ -295,23 +287,26 @@ class LayerReader:
         return short(self._content.tensors[role])
 
     def _incomplete(self, role: str) -> ValueError:
-        return ValueError(f"The LoRA is incomplete: {short(self._content.stem)} lacks its counterpart of {role}.")
+        return ValueError(f"The LoRA is incomplete: {short(self._content.names[0])} lacks its counterpart of {role}.")
 
     def _check_fit(self, agree: bool, shape: tuple[int, ...], *roles: str) -> None:
         """Refuse factors that do not agree with each other, or whose product has another shape than the layer."""
         if not agree or tuple(shape) != self._layer.shape:
-            raise self._misfit(self._layer.shape, *roles)
+            raise self._misfit(shape if agree else (), *roles)
 
-    def _misfit(self, expected: tuple[int, ...], *roles: str) -> ValueError:
-        shapes = {role: tuple(self._get(self._content.tensors[role]).shape) for role in roles}
-        columns = shapes.get("down", (0, 0))[1:]
-        if any(part.name == "x_embedder" for part in self._layer.parts) and columns and columns[0] > expected[-1]:
+    def _misfit(self, shape: tuple[int, ...], *roles: str) -> ValueError:
+        """Why a change of a shape does not fit the layer; without one, its factors do not even fit each other."""
+        expected = self._layer.shape
+        if self._layer.parts[0].name == "x_embedder" and len(shape) == 2 and shape[1] > expected[1]:
             return ValueError(
-                f"This is a control LoRA: it widens the image input from {expected[-1]} to {columns[0]} channels; "
-                "a control LoRA needs a control image, which cannot be given here."
+                f"{WIDER.get(shape[1] / expected[1], OTHER_INPUT)}: it widens the image input from {expected[1]} to "
+                f"{shape[1]} channels."
             )
-        given = " and ".join(f"{self._name(role)} is {_size(shape)}" for role, shape in shapes.items())
+        given = " and ".join(f"{self._name(role)} is {_size(self._shape(role))}" for role in roles)
         return ValueError(f"The LoRA does not fit: {given}, but {self._layer} is {_size(expected)}.")
+
+    def _shape(self, role: str) -> tuple[int, ...]:
+        return tuple(self._get(self._content.tensors[role]).shape)
 
 
 def _is_finite(piece: Tensor) -> bool:

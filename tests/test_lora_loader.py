@@ -128,6 +128,7 @@ def test_the_report_says_what_was_applied_and_what_was_not(reader: Reader) -> No
         "applied": 3,
         "tensors": 6,
         "ignored": {"the T5 part is ignored": 2, "no layer of FLUX.1 has such a name": 1},
+        "config": "",
     }
 
 

@@ -94,6 +94,76 @@ def test_halves_of_the_final_modulation_change_places(reader: Reader) -> None:
     torch.testing.assert_close(bias, torch.cat([torch.arange(32.0, 64.0), torch.arange(32.0)]))
 
 
+Q_OUT = "transformer_blocks.0.attn.to_out.0"
+# The same layer as its name may be wrapped, prefixed and old: each of them before, within or behind it.
+SPELLINGS = {
+    "DDP": f"module.{Q_OUT}",
+    "DDP within": f"transformer.module.{Q_OUT}",
+    "torch.compile": f"transformer._orig_mod.{Q_OUT}",
+    "FSDP, compiled": "_fsdp_wrapped_module._orig_mod.transformer_blocks.0._fsdp_wrapped_module.attn.to_out.0",
+    "checkpointing": "transformer.transformer_blocks.0._checkpoint_wrapped_module.attn.to_out.0",
+    "wrapped itself": f"{Q_OUT}.module._orig_mod",
+    "kohya, compiled": "lora_unet__orig_mod_double_blocks_0_img_attn_proj",
+    "kohya, DDP": "lora_unet_module_double_blocks_0__checkpoint_wrapped_module_img_attn_proj",
+    "LyCORIS, two underscores": "lycoris__transformer_blocks_0_attn_to_out_0",
+    "kohya, compiled itself": "lora_unet_double_blocks_0_img_attn_proj__orig_mod",
+    "PEFT, twice": f"transformer.{Q_OUT}.base_layer",
+    "model.": f"model.{Q_OUT}",
+    "base_model.": f"base_model.{Q_OUT}",
+    "pipe.dit.": "pipe.dit.blocks.0.attn.a_to_out",
+    "pipe.transformer.": f"pipe.transformer.{Q_OUT}",
+    "dit.": f"dit.{Q_OUT}",
+    "SimpleTuner": f"transformer.base_model.model.{Q_OUT}",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_wrappers_and_prefixes_mean_nothing(reader: Reader, spelling: str) -> None:
+    live = reader.live(pair(SPELLINGS[spelling]))
+    assert changed(reader, live) == {f"{Q_OUT}.weight"}
+    assert same(live, reader.live(pair(f"transformer.{Q_OUT}")))
+
+
+SUFFIXES = {
+    "a name with a hyphen": (".lora_A.my-style.weight", ".lora_B.my-style.weight"),
+    "a name with a space": (".lora_A.my style 2.weight", ".lora_B.my style 2.weight"),
+    "a wrapper within": (".lora_A.module.default.weight", ".lora_B._orig_mod.default.weight"),
+    "a wrapper at the end": (".lora_A.default.module.weight", ".lora_B.default.module.weight"),
+}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_adapter_s_name_means_nothing(reader: Reader, suffix: str) -> None:
+    down, up = SUFFIXES[suffix]
+    given = pair(Q)
+    live = reader.live({f"{Q}{down}": given[f"{Q}.lora_A.weight"], f"{Q}{up}": given[f"{Q}.lora_B.weight"]})
+    assert same(live, reader.live(given))
+
+
+def test_old_attention_processors(reader: Reader) -> None:
+    old = {
+        "to_q_lora": "to_q",
+        "to_out_lora": "to_out.0",
+        "add_k_proj_lora": "add_k_proj",
+        "to_add_out_lora": "to_add_out",
+    }
+    tensors, given = {}, {}
+    for seed, (theirs, ours) in enumerate(old.items()):
+        stem = f"transformer_blocks.1.attn.{ours}"
+        given |= (made := pair(stem, seed=seed))
+        processor = f"transformer.transformer_blocks.1.attn.processor.{theirs}"
+        tensors |= {f"{processor}.down.weight": made[f"{stem}.lora_A.weight"]}
+        tensors |= {f"{processor}.up.weight": made[f"{stem}.lora_B.weight"]}
+    assert same(reader.live(tensors), reader.live(given))
+
+
+def test_peft_s_biases_are_the_layer_s_own(reader: Reader) -> None:
+    """With bias="lora_only", PEFT saves what the biases became, under the layer that its own wraps."""
+    bias = torch.arange(32.0)
+    live = reader.live(pair() | {"base_model.model.transformer_blocks.0.attn.to_q.base_layer.bias": bias})
+    torch.testing.assert_close(live["transformer_blocks.0.attn.to_q.bias"], bias)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Names of nothing here
 
@@ -109,6 +179,10 @@ def test_halves_of_the_final_modulation_change_places(reader: Reader) -> None:
         ("lora_te1_text_projection.lora_down.weight", "projection"),
         ("bundle_emb.cat.t5_out", "T5"),
         ("bundle_emb.cat.clip_l", "embeddings"),
+        ("lora_te1_text_model_embeddings.position_ids", "positions"),
+        ("diffusion_model.num_updates", "no layer of FLUX.1 has such a name"),
+        ("base_model.model.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight", "T5"),
+        ("something.else", "no layer of FLUX.1 has such a name"),
     ],
 )
 def test_what_belongs_to_nothing_here_is_ignored_with_its_reason(reader: Reader, name: str, reason: str) -> None:
@@ -146,10 +220,47 @@ OTHERS: dict[str, tuple[Tensors, str]] = {
     "nothing that we know": (of("a.b.c"), "nothing for FLUX.1"),
     "T5 alone": (of("lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight"), "T5 part is ignored"),
     "one block too many": (of("lora_unet_double_blocks_2_img_attn_qkv.lora_down.weight"), "double_blocks it has 2"),
-    "an IP-Adapter": (of("double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight"), "ip_adapter"),
+    "two adapters": (
+        of(f"{Q}.lora_A.a.weight", f"{Q}.lora_B.b.weight"),
+        "changes transformer_blocks.0.attn.to_q by two adapters, a and b",
+    ),
+    "a number with a 0 before it": (
+        pair() | of("transformer_blocks.01.attn.to_q.lora_A.weight"),
+        "no layer of such a name",
+    ),
+    "a layer behind an unknown word": (pair() | of("net.double_blocks.0.img_attn.qkv.diff"), "no layer of such a name"),
+    "a layer's name alone": (pair() | of("transformer.x_embedder"), "a kind of change to x_embedder"),
+    "a factor of PEFT's of no layer": (pair() | of("foo.vera_lambda_b"), "no layer of such a name"),
+    "one DiffSynth block too many": (pair() | of("blocks.2.attn.a_to_qkv.lora_A.weight"), "of blocks it has 2"),
+    "one layer of CLIP too many": (of("lora_te1_text_model_encoder_layers_2_mlp_fc1.alpha"), "encoder_layers it has 2"),
+    "a layer that no block has": (
+        pair() | of("transformer_blocks.0.attn.to_z.lora_A.weight"),
+        "no layer of such a name",
+    ),
+    "a layer outside of blocks": (pair() | of("transformer.pos_embed.lora_A.weight"), "no layer of such a name"),
+    "a difference of nothing": (pair() | of("diffusion_model.img_out.diff"), "no layer of such a name"),
+    "a weight of nothing": (pair() | of("adapter.proj.weight"), "no layer of such a name"),
+    "a factor of an unknown kind": (pair() | of("transformer.pos_embed.lora_E"), "no layer of such a name"),
+    "FLUX.2, a single block": (of("single_transformer_blocks.0.attn.to_out.lora_A.weight"), "FLUX.2"),
+    "FLUX.2, a double block": (of("transformer_blocks.0.ff.linear_in.lora_A.weight"), "FLUX.2"),
+    "an IP-Adapter": (of("double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight"), "IP-Adapter"),
+    "EasyControl": (pair() | of("transformer_blocks.0.attn.processor.q_loras.0.down.weight"), "EasyControl"),
+    "EasyControl, XLabs' names": (of("double_blocks.0.processor.proj_loras.0.up.weight"), "EasyControl"),
+    "SVDQuant": (of("transformer_blocks.0.qkv_proj.lora_down", "transformer_blocks.0.qkv_proj.lora_up"), "SVDQuant"),
+    "SVDQuant, a layer like ours": (of("transformer_blocks.0.norm1.linear.lora_down"), "SVDQuant"),
+    "OFT, kohya": (of("oft_unet_double_blocks_0_img_attn_proj.oft_blocks.0", shape=(4, 8, 8)), "an OFT"),
+    "OFT, LyCORIS": (of(f"{Q}.oft_blocks", shape=(4, 8, 8)), "an OFT"),
+    "OFT, PEFT and OneTrainer": (of(f"{Q}.oft_R.weight"), "an OFT"),
+    "BOFT": (of(f"{Q}.boft_R", f"{Q}.boft_s"), "a BOFT"),
+    "GLoRA": (of(f"{Q}.a1.weight", f"{Q}.a2.weight", f"{Q}.b1.weight", f"{Q}.b2.weight"), "a GLoRA"),
+    "IA3, LyCORIS": (of(f"{Q}.weight", f"{Q}.on_input"), "an IA3"),
+    "IA3, PEFT": (of(f"{Q}.ia3_l"), "an IA3"),
+    "AdaLoRA": (of(f"{Q}.lora_A", f"{Q}.lora_B", f"{Q}.lora_E"), "lora_E, a kind of change"),
+    "a LoRA that changes with time": (pair() | of(f"{Q}.lora_time_gamma.weight"), "lora_time_gamma.weight, a kind of"),
+    "scaled fp8": (pair() | of(f"{Q}.scale_weight"), "scale_weight, a kind of change"),
     "a name of many characters": (of("a" * 257), "has 257 characters; the name of a tensor has at most 256"),
     "a name of many parts": (of("a." * 33), "has 33 dots; the name of a tensor has at most 32"),
-    "a kind of change that we lack": (pair() | of(f"{Q}.oft_blocks"), "oft_blocks"),
+    "a kind of change that we lack": (pair() | of(f"{Q}.hra_u"), "hra_u, a kind of change to transformer_blocks.0"),
 }
 
 

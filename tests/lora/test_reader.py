@@ -99,7 +99,9 @@ def dora(weight: Tensor, delta: Tensor, magnitude: Tensor, axis: int) -> Tensor:
 @pytest.mark.parametrize(
     ("suffix", "shape"),
     [
+        ("magnitude", (32,)),  # ai-toolkit
         ("lora_magnitude_vector", (32,)),
+        ("lora_magnitude_vector.my-style.weight", (32,)),
         ("lora_magnitude_vector.weight", (32,)),
         ("lora_magnitude_vector.default.weight", (32,)),
         ("dora_scale", (32, 1)),
@@ -188,6 +190,98 @@ def test_tucker_cores_are_multiplied_in(reader: Reader) -> None:
     torch.testing.assert_close(reader.live(mid)[Q_WEIGHT], reader.base[Q_WEIGHT] + delta)
 
 
+@pytest.mark.parametrize(
+    ("stem", "layers"),
+    [
+        ("double_blocks.0.img_mlp.layers.0", ["transformer_blocks.0.ff.net.0.proj"]),
+        ("double_blocks.1.txt_mlp.layers.2", ["transformer_blocks.1.ff_context.net.2"]),
+        ("double_blocks.0.img_attn.qkv", [f"transformer_blocks.0.attn.to_{name}" for name in "qkv"]),
+        ("transformer.transformer_blocks.0.ff.linear1", ["transformer_blocks.0.ff.net.0.proj"]),
+    ],
+)
+def test_mlx_stores_factors_transposed(reader: Reader, stem: str, layers: list[str]) -> None:
+    sizes = [reader.base[f"{layer}.weight"].shape for layer in layers]
+    down, up = torch.randn(sizes[0][1], RANK), torch.randn(RANK, sum(rows for rows, _ in sizes))
+    live = reader.live({f"{stem}.lora_a": down, f"{stem}.lora_b": up})
+    for layer, rows in zip(layers, (down @ up).T.split([rows for rows, _ in sizes]), strict=True):
+        torch.testing.assert_close(live[f"{layer}.weight"], reader.base[f"{layer}.weight"] + rows)
+    assert same(live, reader.live({f"{stem}.lora_A": down.T, f"{stem}.lora_B": up.T}))
+
+
+def test_factors_that_may_be_transposed_or_not_are_refused(reader: Reader) -> None:
+    square = {f"{Q}.lora_a": torch.ones(32, 32), f"{Q}.lora_b": torch.ones(32, 32)}
+    assert "whether its rows or its columns are the rank cannot be told" in reader.refusal(square)
+    named = {f"{Q}.lora_A.weight": torch.ones(32, 32), f"{Q}.lora_B.weight": torch.eye(32)}
+    assert reader.read(named).report.ranks == (32,)
+
+
+@pytest.mark.parametrize("stem", [Q, "transformer.proj_out", "diffusion_model.double_blocks.1.txt_attn.qkv"])
+def test_a_lone_factor_of_the_layer_s_size_is_ai_toolkit_s_full_rank(reader: Reader, stem: str) -> None:
+    shapes = {Q: (32, 32), "transformer.proj_out": (16, 32)}
+    difference = torch.randn(shapes.get(stem, (96, 32)))
+    alpha = {f"{stem}.alpha": torch.tensor(7.0)}
+    live = reader.live({f"{stem}.lora_A.weight": difference} | alpha)
+    assert same(live, reader.live({f"{stem}.diff": difference}))
+    assert changed(reader, live)
+
+
+def test_a_lone_factor_that_may_be_half_of_a_pair_is_incomplete(reader: Reader) -> None:
+    """proj_out has 16 rows here, and a pair of rank 16 has a factor of its size."""
+    half = {"transformer.proj_out.lora_A.weight": torch.ones(16, 32)}
+    assert reader.read(half | pair(rank=4)).report.applied == 3
+    assert "proj_out lacks its counterpart of up" in reader.refusal(half | pair(rank=16))
+
+
+def test_a_full_rank_with_its_bias(reader: Reader) -> None:
+    bias = {f"{Q}.diff_b": torch.ones(32)}
+    given = {f"{Q}.lora_A.weight": torch.ones(32, 32)} | bias
+    assert same(reader.live(given), reader.live({f"{Q}.diff": torch.ones(32, 32)} | bias))
+
+
+@pytest.mark.parametrize("kind", ["weight", "diff"])
+def test_a_magnitude_is_of_the_base_and_of_no_other_weight(reader: Reader, kind: str) -> None:
+    """PEFT's DoRA saved with its base would be normed over that base."""
+    given = pair() | {f"{Q}.magnitude": torch.ones(32), f"{Q}.base_layer.{kind}": torch.ones(32, 32)}
+    assert "in two ways at once" in reader.refusal(given)
+
+
+def test_a_bias_of_transposed_factors_has_their_strength(reader: Reader) -> None:
+    given = {f"{Q}.lora_a": torch.ones(32, 4), f"{Q}.lora_b": torch.ones(4, 32), f"{Q}.alpha": torch.tensor(4.0)}
+    lora = reader.read(given | {f"{Q}.lora_B.bias": torch.ones(32)})
+    assert lora.report.ranks == (4,)
+    assert [lora.transformer[f"transformer_blocks.0.attn.to_q.{name}"][0].strength for name in ("weight", "bias")] == [
+        1.0,
+        1.0,
+    ]
+
+
+RAW = {
+    "LoKr": (lokr_of_q(w1=(4, 8), w2=(8, 4)), ("lokr_w1", "lokr_w2"), ".default"),
+    "DoRA": (pair() | {f"{Q}.dora_scale": torch.ones(32, 1)}, ("dora_scale",), ".weight"),
+    "difference": ({f"{Q}.diff": torch.ones(32, 32)}, (), ""),
+}
+
+
+@pytest.mark.parametrize("kind", RAW)
+def test_names_as_state_dicts_have_them(reader: Reader, kind: str) -> None:
+    tensors, roles, behind = RAW[kind]
+    raw = {name + (behind if name.endswith(roles or ("nothing",)) else ""): it for name, it in tensors.items()}
+    assert same(reader.live(raw), reader.live(tensors))
+
+
+def test_norms_and_modules_by_their_whole_names(reader: Reader) -> None:
+    norm, weight = torch.randn(16), torch.randn(16, 32)
+    live = reader.live(
+        pair()
+        | {"diffusion_model.double_blocks.0.img_attn.norm.query_norm.scale.diff": norm}
+        | {"base_model.model.proj_out.modules_to_save.default.weight": weight}
+    )
+    torch.testing.assert_close(
+        live["transformer_blocks.0.attn.norm_q.weight"], reader.base["transformer_blocks.0.attn.norm_q.weight"] + norm
+    )
+    torch.testing.assert_close(live["proj_out.weight"], weight)
+
+
 TXT_KEY_NORM = "double_blocks_1_txt_attn_norm_key_norm"
 SINGLE_KEY_NORM = "single_transformer_blocks.2.attn.norm_k.weight"
 
@@ -244,6 +338,23 @@ CONTROL = {
 }
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (pair("transformer.x_embedder", columns=96), "made for FLUX.1 Fill, which is given an image and its mask"),
+        ({"lora_unet_img_in.diff": torch.ones(32, 96)}, "made for FLUX.1 Fill"),
+        ({"transformer.x_embedder.lora_A.weight": torch.ones(32, 96)}, "made for FLUX.1 Fill"),
+        ({"img_in.lora_a": torch.ones(96, 32), "img_in.lora_b": torch.ones(32, 32)}, "made for FLUX.1 Fill"),
+        ({"img_in.lora_a": torch.ones(32, 4), "img_in.lora_b": torch.ones(4, 32)}, "a control LoRA needs"),
+        (pair("transformer.x_embedder", columns=48), "made for another model than FLUX.1 [dev] and [schnell]"),
+    ],
+)
+def test_a_wider_image_input_is_another_model_s(reader: Reader, change: Tensors, sentence: str) -> None:
+    said = reader.refusal(pair() | change)
+    assert sentence in said
+    assert "it widens the image input from 16 to " in said
+
+
 @pytest.mark.parametrize("form", CONTROL)
 def test_a_control_lora_needs_a_control_image(reader: Reader, form: str) -> None:
     assert "a control LoRA needs a control image" in reader.refusal(pair() | CONTROL[form])
@@ -252,6 +363,10 @@ def test_a_control_lora_needs_a_control_image(reader: Reader, form: str) -> None
 Q_UP, Q_DOWN = f"{Q}.lora_B.weight", f"{Q}.lora_A.weight"
 MISFITS: dict[str, tuple[Tensors, str]] = {
     "rows": (pair(out=48), "32x32"),
+    "an image input of factors that do not fit each other": (
+        {"img_in.lora_A.weight": torch.ones(4, 96), "img_in.lora_B.weight": torch.ones(32, 5)},
+        "does not fit: img_in.lora_B.weight is 32x5 and img_in.lora_A.weight is 4x96",
+    ),
     "columns": (pair(columns=48), "4x48"),
     "ranks": (pair() | {Q_UP: torch.ones(32, 5)}, "32x5"),
     "rank 0": ({Q_DOWN: torch.ones(0, 32), Q_UP: torch.ones(32, 0)}, "rank 0"),

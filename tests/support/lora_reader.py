@@ -26,13 +26,15 @@ class Reader:
         self.base, self._live = _live_copy(transformer)
         self.clip_base, self._live_clip = _live_copy(text_encoder)
 
-    def read(self, tensors: Tensors, header: dict[str, str] | None = None) -> Lora:
+    def read(self, tensors: Tensors, header: dict[str, str] | None = None, config: str = "") -> Lora:
         file = lora_files.write(self.folder / "a.safetensors", tensors, header)
-        return read_lora(file, self.transformer, self.text_encoder)
+        return read_lora(file, self.transformer, self.text_encoder, config)
 
-    def live(self, tensors: Tensors, header: dict[str, str] | None = None, scale: float = 1.0) -> Tensors:
+    def live(
+        self, tensors: Tensors, header: dict[str, str] | None = None, scale: float = 1.0, config: str = ""
+    ) -> Tensors:
         """The transformer's weights with this LoRA in."""
-        return _held(self._live, Term("a", scale, self.read(tensors, header).transformer))
+        return _held(self._live, Term("a", scale, self.read(tensors, header, config).transformer))
 
     def live_clip(self, tensors: Tensors) -> Tensors:
         return _held(self._live_clip, Term("a", 1.0, self.read(tensors).text_encoder))
@@ -40,13 +42,16 @@ class Reader:
     def hold(self, lora: Lora) -> Tensors:
         return _held(self._live, Term("a", 1.0, lora.transformer))
 
+    def hold_clip(self, lora: Lora) -> Tensors:
+        return _held(self._live_clip, Term("a", 1.0, lora.text_encoder))
+
     def unchanged(self) -> Tensors:
         """The transformer's weights without a LoRA."""
         return _held(self._live, Term("a", 0.0, {}))
 
-    def refusal(self, tensors: Tensors, header: dict[str, str] | None = None) -> str:
+    def refusal(self, tensors: Tensors, header: dict[str, str] | None = None, config: str = "") -> str:
         with pytest.raises(ValueError, match=r"\.$") as caught:
-            self.read(tensors, header)
+            self.read(tensors, header, config)
         assert_is_one_sentence(str(caught.value), self)
         return str(caught.value)
 

@@ -1,0 +1,349 @@
+"""What a LoRA's header, or a config beside its file, says of the whole: its strengths, and what its base was.
+
+PEFT calls this an adapter's config: diffusers writes it into the header, PEFT beside the file. What it says is done, or
+refused by the name that PEFT has for it. This module knows configs; it knows no layer of any model.
+"""
+
+import math
+import re
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import regex
+
+from service import strict_json
+from service.device_thread import check_cancelled
+
+# What files have something for.
+MODELS = ("transformer", "text_encoder")
+# Where diffusers writes a config, and PEFT: a field of the header, a file beside the weights.
+IN_HEADER, BESIDE = "lora_adapter_metadata", "adapter_config.json"
+# FLUX.1 and its CLIP have some 600 layers; a config may have an expression for each.
+MAX_EXPRESSIONS = 2_000
+# Characters of an expression, with what must occur often written out as often: so it is compiled, and ten characters
+# may take gigabytes.
+MAX_EXPRESSION = 4_096
+# What the expressions of a pattern may take together, and one of them for one name.
+PATTERN_SECONDS, MATCH_SECONDS = 5.0, 1.0
+# Letters and dots, escaped or not: such an expression takes no time to speak of, in Python's own engine too.
+PLAIN = re.compile(r"\^?(?:\w|\\?\.)+", re.ASCII)
+UNSURE = re.compile(r"\{(?!\d+(,\d*)?\}|,\d+\})|\[[^\]]*(\[|--|&&|~~|\|\|)")
+# PEFT's names for the kinds of change that are applied here, and its defaults of rank and alpha.
+KINDS = ("LORA", "LOHA", "LOKR")
+DEFAULT = 8
+# How factors may init. These leave the base alone; with the others it was changed, and they mean nothing without that.
+INITS = ("true", "false", "none", "gaussian", "eva", "mica", "orthogonal")
+INITS_OF_BASE = re.compile(r"pissa(_niter_\d+)?|olora|corda|lora_ga|loftq")
+CONVERT = "save it for the base as it was, with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+# Switches of PEFT that are followed here; the last means nothing for matrices.
+SWITCHES = ("use_rslora", "use_dora", "use_effective_conv2d")
+# What changes how factors are applied, where it is set at all.
+REFUSED = {
+    "alora_invocation_tokens": "it acts only behind certain tokens",
+    "arrow_config": "it chooses among several LoRAs for each token",
+    "kasa_config": "it was trained on a base that was changed",
+    "layer_replication": "it repeats layers of the model",
+    "monteclora_config": "its factors are drawn anew for each step",
+    "target_parameters": "it changes parameters that are no layer's weight",
+    "trainable_token_indices": "it changes single tokens of a text encoder",
+    "use_bdlora": "its factors are made of blocks",
+    "use_qalora": "it takes averages of what goes into a layer",
+}
+# Where headers name the model that a file was trained for, and what has FLUX.1's names and shapes and is another.
+BASES = ("modelspec.architecture", "modelspec.implementation", "ss_base_model_version")
+OTHER_BASES = {r"flux[ ._-]?2(?!\d)": "FLUX.2", r"(?<![a-z])chroma(?![a-z])": "Chroma"}
+# For Python's own engine, or for the one that can be stopped.
+Expression = re.Pattern[str] | regex.Pattern[str]
+
+
+class Factors(NamedTuple):
+    """What a file has for a layer, as far as a config says so too."""
+
+    names: tuple[str, ...]  # the layer's
+    kind: str  # PEFT's name of it
+    rank: int | None  # None where there is none: LoKr's whole matrices
+    has_alpha: bool
+
+
+class Pattern:
+    """PEFT's rank_pattern or alpha_pattern: numbers for the layers whose names regular expressions fit.
+
+    Args:
+        source: of the config, as errors name it.
+        numbers: by expression.
+        above: what each must be larger than.
+
+    Raises:
+        ValueError: a sentence about what is wrong with them.
+    """
+
+    def __init__(self, source: str, numbers: object, above: float = -math.inf) -> None:
+        self._source = source
+        if not isinstance(numbers, dict):
+            raise ValueError(f"The LoRA's {source} has {_shown(numbers)} where numbers by expression must be.")
+        if len(numbers) > MAX_EXPRESSIONS:
+            raise ValueError(
+                f"The LoRA's {source} has {len(numbers)} expressions in a pattern; it may have {MAX_EXPRESSIONS}."
+            )
+        self._seconds = PATTERN_SECONDS
+        self._numbers = [
+            (self._compile(expression), _number(source, number, above)) for expression, number in numbers.items()
+        ]
+
+    def find(self, names: Iterable[str]) -> float | None:
+        """The number for a layer, by PEFT's rule: of the first expression that fits its name, or what follows a dot.
+
+        Args:
+            names: what the layer is called, where it is called several things.
+        """
+        for expression, number in self._numbers:
+            if any(self._fits(expression, name) for name in names):
+                return number
+        return None
+
+    def _fits(self, expression: Expression, name: str) -> bool:
+        if isinstance(expression, re.Pattern):
+            return expression.match(name) is not None
+        with self._timed(f"{_shown(expression.pattern)} with {_shown(name)}"):
+            return expression.match(name, timeout=min(MATCH_SECONDS, self._seconds)) is not None
+
+    def _compile(self, expression: str) -> Expression:
+        """An expression as PEFT takes it; for an engine that can be stopped, unless it is plain.
+
+        What that engine reads otherwise is refused: braces that count nothing, and sets of sets.
+        """
+        counts = [max(1, int(count)) for count in re.findall(r"\{(\d+)", expression[:MAX_EXPRESSION])]
+        if len(expression) * math.prod(counts) > MAX_EXPRESSION:
+            raise ValueError(
+                f"The LoRA's {self._source} has {_shown(expression)} in a pattern, which has more than "
+                f"{MAX_EXPRESSION} characters, with what it repeats written out."
+            )
+        try:
+            if UNSURE.search(expression):
+                raise re.error("unsure")
+            compiled = re.compile(text := rf"(.*\.)?({expression})$")
+            if PLAIN.fullmatch(expression):
+                return compiled
+            with self._timed(_shown(expression)):
+                return regex.compile(text)
+        except (re.error, regex.error, OverflowError, RecursionError):
+            raise ValueError(
+                f"The LoRA's {self._source} has {_shown(expression)} in a pattern, which is no regular expression that "
+                "can be used for names here."
+            ) from None
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        """Count the time of what may take long, and give up where all the time has been used."""
+        check_cancelled()
+        began = time.monotonic()
+        try:
+            if self._seconds <= 0:
+                raise TimeoutError
+            yield
+        except TimeoutError:
+            raise ValueError(
+                f"The LoRA's {self._source} has expressions that take too long to compare with names, such as {what}."
+            ) from None
+        finally:
+            self._seconds -= time.monotonic() - began
+
+
+def _number(source: str, value: object, above: float = -math.inf) -> float:
+    try:
+        number = float(value)
+    except (ValueError, TypeError, OverflowError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number) or number <= above:
+        beyond = "" if math.isinf(above) else f" above {above:g}"
+        raise ValueError(f"The LoRA's {source} says {_shown(value)} where a number{beyond} must be.")
+    return number
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+NO_PATTERN = Pattern(IN_HEADER, {})
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The strengths of a LoRA's layers, and what else its config says of them; without one, what is usual."""
+
+    source: str = IN_HEADER  # of the config, as errors name it
+    alpha: float | None = None
+    rank: float | None = None
+    alphas: Pattern = NO_PATTERN
+    ranks: Pattern = NO_PATTERN
+    rank_stabilized: bool = False
+    decomposed: bool = False  # DoRA: each layer has a magnitude
+
+    def strength(self, names: Iterable[str], rank: int | None, alpha: float | None) -> float:
+        """What the product of a layer's factors is multiplied by.
+
+        Args:
+            names: the layer's in the file.
+            rank: of its factors; None where they have none.
+            alpha: the layer's own; wins over the config's, and is divided by the rank whatever that says.
+        """
+        if alpha is not None:
+            return alpha / rank if rank else 1.0
+        alpha, rank = self.alpha_of(names), rank or self.rank_of(names)
+        if alpha is None or rank is None:
+            return 1.0
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+    def alpha_of(self, names: Iterable[str]) -> float | None:
+        """What the config says for a layer; None where it says nothing."""
+        found = self.alphas.find(names)
+        return self.alpha if found is None else found
+
+    def rank_of(self, names: Iterable[str]) -> float | None:
+        """The same of its rank."""
+        found = self.ranks.find(names)
+        return self.rank if found is None else found
+
+    def misfit(self, factors: Iterable[Factors]) -> str | None:
+        """Whose rank in a file is another than this says; None where the config may be that file's."""
+        for names, _, rank, _ in factors:
+            stated = self.rank_of(names)
+            if None not in (rank, stated) and rank != stated:
+                return f"it says rank {stated:g} for {_shown(names[0])}, whose factors have {rank}"
+        return None
+
+
+def read_header(metadata: Mapping[str, str], models: Collection[str] = MODELS) -> dict[str, Adapter] | None:
+    """The configs in a header, for "transformer" and "text_encoder"; None where there are none.
+
+    Args:
+        metadata: the header's.
+        models: those that the file has something for; of others, the header may say what cannot be done here.
+
+    Raises:
+        ValueError: a sentence about a config that makes no sense, about what it says and cannot be done here, or about
+            another model that the file is made for.
+    """
+    for key in BASES:
+        _refuse_other_base("header", key, metadata.get(key))
+    stated = _parse(metadata.get(IN_HEADER, "{}"), IN_HEADER)
+    if not stated:
+        return None
+    configs: dict[str, dict[str, object]] = {model: {} for model in MODELS}
+    for key, value in stated.items():
+        component, _, name = key.rpartition(".")
+        model = "transformer" if component in ("", "unet") else component
+        configs.setdefault(model, {})[name] = value
+    adapters = {}
+    for model in models:
+        _refuse(configs[model], IN_HEADER)
+        adapters[model] = _adapter(configs[model], IN_HEADER) if configs[model] else Adapter()
+    return adapters
+
+
+def read_config(text: str, factors: Iterable[Factors]) -> tuple[Adapter, str]:
+    """The config that lay beside a file.
+
+    Args:
+        text: JSON.
+        factors: what the file has.
+
+    Returns:
+        The adapter that counts, and what was done with the config, for the log.
+
+    Raises:
+        ValueError: see `read_header`.
+    """
+    factors = list(factors)
+    if all(it.has_alpha for it in factors):
+        reason = "the file has alphas of its own" if factors else "the file has no factors"
+    elif (reason := _another_s(config := _parse(text, BESIDE), factors)) is None:
+        adapter = _adapter(config, BESIDE)
+        reason = adapter.misfit(factors)
+    if reason is not None:
+        return Adapter(), f"its {BESIDE} is left aside: {reason}"
+    _refuse(config, BESIDE)
+    return adapter, f"its {BESIDE} counts"
+
+
+def _another_s(config: Mapping[str, object], factors: Iterable[Factors]) -> str | None:
+    """Why a config is none of PEFT's, or of another kind than a file; None where it may be that file's."""
+    if not config.keys() & {"peft_type", "r", "lora_alpha", "alpha"}:
+        return "it says nothing that PEFT says"
+    for names, kind, _, _ in factors:
+        # Some kinds that are called so have LoRA's factors and more.
+        if kind != _kind(config) and not (kind == "LORA" and _kind(config).endswith("LORA")):
+            return f"it is for {_shown(_kind(config))}, and {_shown(names[0])} has factors of {kind}"
+    return None
+
+
+def _kind(config: Mapping[str, object]) -> str:
+    return str(config.get("peft_type") or "LORA").upper().removeprefix("PEFTTYPE.")
+
+
+def _parse(text: str, source: str) -> dict[str, object]:
+    try:
+        config = strict_json.read(text.encode())
+    except ValueError as error:
+        raise ValueError(f"The LoRA's {source} makes no sense: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"The LoRA's {source} makes no sense: it is no JSON object.")
+    return config
+
+
+def _adapter(config: Mapping[str, object], source: str) -> Adapter:
+    def switch(name: str) -> bool:
+        value = config.get(name)
+        if value not in (None, True, False):
+            raise ValueError(f"The LoRA's {source} says {name} {_shown(value)}; it must be true or false.")
+        return bool(value)
+
+    return Adapter(
+        source,
+        _number(source, config.get("lora_alpha", config.get("alpha", DEFAULT))),
+        _number(source, config.get("r", DEFAULT), above=0),
+        Pattern(source, config.get("alpha_pattern") or {}),
+        Pattern(source, config.get("rank_pattern") or {}, above=0),
+        switch("use_rslora"),
+        switch("use_dora"),
+    )
+
+
+def _refuse(config: Mapping[str, object], source: str) -> None:
+    """Refuse what a config says and cannot be done here."""
+    init = str(config.get("init_lora_weights", True)).lower()
+    if INITS_OF_BASE.fullmatch(init):
+        remedy = "train it with another, such as true" if init == "loftq" else CONVERT
+        raise ValueError(
+            f"The LoRA's {source} says init_lora_weights {init}, which changed the base that it was trained on, so it "
+            f"means something only beside that; {remedy}."
+        )
+    if init not in INITS:
+        raise ValueError(
+            f"The LoRA's {source} says init_lora_weights {_shown(init)}, which is not known to leave the base alone; "
+            f"it must be one of {', '.join(INITS)}."
+        )
+    kind = _kind(config)
+    if kind not in KINDS:
+        raise ValueError(f"The LoRA's {source} says peft_type {_shown(kind)}; it must be one of {', '.join(KINDS)}.")
+    for name, value in config.items():
+        reason = REFUSED.get(name)
+        if reason is None and name.startswith("use_") and name not in SWITCHES:
+            reason = "what it does is not known here"
+        if value and reason:
+            raise ValueError(f"The LoRA's {source} sets {_shown(name)}, which cannot be done here: {reason}.")
+    base = config.get("base_model_name_or_path")
+    # Of a path, its end: the rest tells of the trainer's machine.
+    _refuse_other_base(source, "base_model_name_or_path", base.rpartition("/")[2] if isinstance(base, str) else None)
+
+
+def _refuse_other_base(source: str, key: str, value: object) -> None:
+    for pattern, model in OTHER_BASES.items():
+        if isinstance(value, str) and re.search(pattern, value, re.IGNORECASE):
+            raise ValueError(
+                f"The file is made for {model}: its {source} says {key} {_shown(value)}; it must be a LoRA for FLUX.1."
+            )
