@@ -259,8 +259,8 @@ class Flux:
             pairs = zip(request.loras, loras, strict=True)
             applied = tuple(self._apply(choice, file, request.model, live, factor) for choice, file in pairs)
         with stopwatch("swap"):
-            live.hold(request.model, [Term(it.file.sha256, it.scale, it.lora.transformer) for it in applied])
-            words = [Term(it.file.sha256, it.scale, it.lora.text_encoder) for it in applied if it.lora.text_encoder]
+            live.hold(request.model, [Term(it.file.content, it.scale, it.lora.transformer) for it in applied])
+            words = [Term(it.file.content, it.scale, it.lora.text_encoder) for it in applied if it.lora.text_encoder]
             self._live_text_encoder.hold("shared", words)
         pipeline = self._pipeline(request, live)
         with stopwatch("prompt"):

@@ -2,7 +2,8 @@
 
 What a reference means is looked up anew at each request; its record says what it was when it was last looked up.
 references says what is meant, hosts where that lies now, download fetches it, contents and archives tell what it is,
-and the store keeps it: a file there was checked and complete before it got its name, and needs no other proof.
+configs what lies beside it, and the store keeps it: a file there was checked and complete before it got its name, and
+needs no other proof.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from typing import BinaryIO
 from request import LoraFile
 from service.outline import Outline
 from settings import Models, Settings
+from sources import configs
 from sources.archives import choose, unpack
 from sources.base_models import outline, snapshot
 from sources.client import Client, Patience, Source, Stream, UnavailableError
@@ -114,6 +116,7 @@ class WeightsCache:
 class _Record:
     """What a reference was when it was last looked up."""
 
+    config: str  # beside it; records of versions that did not look for one are not read
     sha256: str | None = None
     trigger_words: list[str] = field(default_factory=list)
     key: str | None = None  # what its source stated: a version, a commit, a hash
@@ -122,10 +125,15 @@ class _Record:
     checked: float = 0.0  # when: seconds since the epoch
 
     def remember(
-        self, sha256: str, trigger_words: Iterable[str], key: str | None = None, answer: Stream | None = None
+        self,
+        sha256: str,
+        trigger_words: Iterable[str],
+        config: str,
+        key: str | None = None,
+        answer: Stream | None = None,
     ) -> None:
         """Forget what was, and remember this."""
-        self.sha256, self.trigger_words, self.key = sha256, list(trigger_words), key
+        self.sha256, self.trigger_words, self.config, self.key = sha256, list(trigger_words), config, key
         self.validators, self.place = (answer.validators, answer.place) if answer else ({}, None)
 
     def conditions(self) -> dict[str, str]:
@@ -172,29 +180,46 @@ class _Lookup:
         if isinstance(wanted, Data):
             return self._take(io.BytesIO(wanted.content), "The data: URI", record)
         source = resolve(wanted, self._settings, self._client, hasty=cached is not None)
-        return self._find(source, record, cached) or self._download(source, record, cached)
-
-    def _find(self, source: Source, record: _Record, cached: BinaryIO | None) -> BinaryIO | None:
-        """The file, where what its host states of it is enough to know that the store has it."""
         if cached is not None and source.key is not None and source.key == record.key:
             return cached
+        # Before the weights: it is short, and what is wrong with it is known before they have come.
+        config = self._fetch_config(source.config, hasty=cached is not None)
+        return self._find(source, record, config) or self._download(source, record, cached, config)
+
+    def _fetch_config(self, source: Source | None, hasty: bool) -> str:
+        """The config that lies beside a file at its host."""
+        if source is None:
+            return ""
+        configs.admit(source.size or 0, source.name)
+        content = self._client.read(source, configs.MAX_BYTES + 1, hasty)
+        if source.size not in (None, len(content)):
+            raise UnavailableError(
+                f"{source.name} arrived damaged: it has {len(content)} bytes, but its host states {source.size}."
+            )
+        return configs.text(content, source.name)
+
+    def _find(self, source: Source, record: _Record, config: str) -> BinaryIO | None:
+        """The file, where what its host states of it is enough to know that the store has it."""
         file = self._store.open(source.sha256)
         if file is not None:
-            record.remember(source.sha256, source.trigger_words, source.key)
+            record.remember(source.sha256, source.trigger_words, config, source.key)
         return file
 
-    def _download(self, source: Source, record: _Record, cached: BinaryIO | None) -> BinaryIO:
+    def _download(self, source: Source, record: _Record, cached: BinaryIO | None, config: str) -> BinaryIO:
         """The file as its host sends it; the cached one, where the host answers that nothing has changed."""
         with self._ask(source, record, hasty=cached is not None) as stream:
-            if cached is not None and record.describes(stream):
+            # A key that is another one says that something has changed, be it only the config.
+            if cached is not None and source.key is None and record.describes(stream):
                 return cached
             file, contents = self._receive(stream)
-        record.remember(contents.sha256, source.trigger_words or contents.trigger_words, source.key, stream)
+        if contents.config is not None:  # an archive has its own
+            config = contents.config
+        record.remember(contents.sha256, source.trigger_words or contents.trigger_words, config, source.key, stream)
         return file
 
     def _ask(self, source: Source, record: _Record, hasty: bool) -> Stream:
         """Ask for the file; where there is a cached one, only for what has changed since it was recorded."""
-        conditions = record.conditions() if hasty else {}
+        conditions = record.conditions() if hasty and source.key is None else {}
         stream = self._client.persist(lambda: self._client.open(source, conditions), hasty)
         if stream.status == HTTPStatus.NOT_MODIFIED and record.place != stream.place:
             stream = self._client.persist(lambda: self._client.open(source))
@@ -226,10 +251,11 @@ class _Lookup:
                 contents = Contents(path.name, state.st_size)
                 admit = partial(self._store.admit, name=path.name)
                 copy_checked(content, None, contents, admit, self._client.check)
-                record.remember(contents.sha256, contents.trigger_words, contents.kind)
+                record.remember(contents.sha256, contents.trigger_words, "", contents.kind)
             if record.key == "safetensors":
+                held = _held(content, path, record, path.name, configs.read_beside(path))
                 stack.pop_all()
-                return _held(content, path, record, path.name)
+                return held
             content.seek(0)
             file = self._store.open(record.sha256) or self._take(content, path.name, record)
             return _held(file, self._store.path(record.sha256), record, path.name)
@@ -240,7 +266,7 @@ class _Lookup:
         with self._store.incoming(name) as (file, reserve):
             copy_checked(content, file, contents, reserve, self._client.check)
             file, contents = self._keep(file, contents)
-        record.remember(contents.sha256, contents.trigger_words)
+        record.remember(contents.sha256, contents.trigger_words, contents.config or "")
         return file
 
     def _keep(self, file: BinaryIO, contents: Contents) -> tuple[BinaryIO, Contents]:
@@ -258,17 +284,19 @@ class _Lookup:
             try:
                 record = _Record(**json.loads(note.read()))
             except (ValueError, TypeError):  # new, or left half written
-                record = _Record()
+                record = _Record("")
             before = asdict(record)
             yield record
             if asdict(record) != before:
                 note.seek(0)
                 note.truncate()
-                note.write(json.dumps(asdict(record)))
+                note.write(json.dumps(asdict(record), ensure_ascii=False))
 
 
-def _held(file: BinaryIO, path: Path, record: _Record, name: str) -> Held:
-    return file, LoraFile(path.absolute(), record.sha256, name, tuple(record.trigger_words))
+def _held(file: BinaryIO, path: Path, record: _Record, name: str, config: str | None = None) -> Held:
+    """A file with what its record says of it; the config beside one on the disk is read anew each time."""
+    config = (record.config or "") if config is None else config
+    return file, LoraFile(path.absolute(), record.sha256, name, tuple(record.trigger_words), config)
 
 
 def _identity(wanted: Reference) -> str:

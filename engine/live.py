@@ -33,7 +33,7 @@ UPLOADS = 4 * SLAB
 class Term:
     """One LoRA of a mix, as far as one module is concerned."""
 
-    content: str  # identifies the deltas: the SHA-256 of the LoRA's file
+    content: str  # identifies the deltas: `LoraFile.content`, a hash of the LoRA's file and of its config
     scale: float
     deltas: Mapping[str, Sequence[Delta]]  # by parameter name
 

@@ -19,6 +19,7 @@ from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple, TypeVar
 
 from settings import MIB
+from sources import configs
 from sources.client import StoppedError
 from sources.contents import Check, Contents, Reserve, UnfitError, copy_checked
 from sources.shown import brief
@@ -29,7 +30,7 @@ MAX_RATIO, ALWAYS_ALLOWED = 100, 64 * MIB
 MAX_MEMBERS = 10_000
 # Of a tar: each member may have one of its own, a long name and an extended one, which others follow.
 MAX_HEADERS = 4 * MAX_MEMBERS
-MAX_CONFIG_BYTES = 65_536
+MAX_TRAINING_BYTES = 65_536
 # zipfile reads the list of all members at once, however long it says that it is: here for 300 bytes of each.
 MAX_READ = 3 * MIB
 # Linux has no longer paths. A tar's extended header has one, and what else is known of the file.
@@ -82,7 +83,8 @@ def unpack(file: BinaryIO, packed: Contents, target: BinaryIO, reserve: Reserve,
                 print(f"{packed.name}: {brief(member.name)} of the archive.")
                 contents = Contents(f"{packed.name} ({brief(member.name)})", kinds=("safetensors",))
                 copy_checked(member.content, target, contents, bounded, check)
-            contents.trigger_words = contents.trigger_words or _trigger_words(member.config)
+            contents.trigger_words = contents.trigger_words or _trigger_words(member.training)
+            contents.config = member.config
             return contents
         except (UnfitError, StoppedError):
             raise
@@ -93,11 +95,12 @@ def unpack(file: BinaryIO, packed: Contents, target: BinaryIO, reserve: Reserve,
 
 
 class _Member(NamedTuple):
-    """The one file of an archive that matters, and how it was trained."""
+    """The one file of an archive that matters, and what lies beside it."""
 
     name: str
     content: BinaryIO
-    config: bytes
+    training: bytes  # how it was trained: config.yaml
+    config: str  # see `configs`
 
 
 @contextmanager
@@ -201,18 +204,24 @@ def _open_zip(archive: BinaryIO, name: str) -> Iterator[_Member]:
 
 @contextmanager
 def _open_member(members: Mapping[str, T], opened: Callable[[T], BinaryIO], container: str) -> Iterator[_Member]:
-    chosen, config = choose(members, container), b""
-    beside = str(PurePosixPath(chosen).with_name("config.yaml"))
-    if beside in members:
-        with opened(members[beside]) as file:
-            config = file.read(MAX_CONFIG_BYTES)
+    chosen = choose(members, container)
+
+    def read(path: str | None, size: int) -> bytes:
+        if path not in members:
+            return b""
+        with opened(members[path]) as file:
+            return file.read(size)
+
+    training = read(chosen[: chosen.rfind("/") + 1] + "config.yaml", MAX_TRAINING_BYTES)
+    found = configs.beside(chosen, members)
+    config = configs.text(read(found, configs.MAX_BYTES + 1), f"{container} ({brief(found or '')})")
     with opened(members[chosen]) as content:
-        yield _Member(chosen, content, config)
+        yield _Member(chosen, content, training, config)
 
 
-def _trigger_words(config: bytes) -> tuple[str, ...]:
+def _trigger_words(training: bytes) -> tuple[str, ...]:
     """What ai-toolkit, which Replicate trains with, was told to teach."""
-    found = re.search(rb"""^[ \t-]*["']?trigger_word["']?[ \t]*:[ \t]*["']?([^"'#\r\n]+)""", config, re.MULTILINE)
+    found = re.search(rb"""^[ \t-]*["']?trigger_word["']?[ \t]*:[ \t]*["']?([^"'#\r\n]+)""", training, re.MULTILINE)
     word = brief(found[1].decode(errors="replace")).strip() if found else ""
     return (word,) if word and word != "null" else ()
 

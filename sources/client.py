@@ -115,6 +115,7 @@ class Source:
     # What to do about a status, and about a web page instead of the file, as the end of a sentence.
     advice: Mapping[int, str] = field(default_factory=dict)
     web_page: str | None = None
+    config: "Source | None" = None  # what lies beside it, see `configs`
 
 
 class UnavailableError(ValueError):
@@ -317,6 +318,20 @@ class Client:
             self.check()
             raise _broken(source, url, error) from error
 
+    def read(self, source: Source, size: int, hasty: bool = False) -> bytes:
+        """The first `size` bytes of a file, fewer where it has no more.
+
+        Raises:
+            UnavailableError: the host is down, and stays so.
+            ValueError: it refuses.
+        """
+
+        def attempt() -> bytes:
+            with self.open(source) as stream:
+                return stream.peek(size)
+
+        return self.persist(attempt, hasty)
+
     def json(self, source: Source, hasty: bool = False) -> object:
         """A host's answer about a file.
 
@@ -324,12 +339,7 @@ class Client:
             UnavailableError: the host is down, and stays so.
             ValueError: it refuses, or answers something else.
         """
-
-        def attempt() -> bytes:
-            with self.open(source) as stream:
-                return stream.peek(MAX_JSON_BYTES)
-
-        answer = self.persist(attempt, hasty)
+        answer = self.read(source, MAX_JSON_BYTES, hasty)
         try:
             return json.loads(answer)
         except (ValueError, RecursionError):

@@ -58,6 +58,7 @@ class Contents:
         self.name, self.size = name, 0
         self.kind: str | None = None
         self.trigger_words: tuple[str, ...] = ()
+        self.config: str | None = None  # what lay beside it in its archive; None where it came from none
         self._stated_size, self._web_page, self._kinds = size, web_page or WEB_PAGE, kinds
         self._head: bytearray | None = bytearray()  # until the header is complete
         self._hash = hashlib.sha256()

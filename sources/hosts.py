@@ -5,7 +5,7 @@ Asks the interfaces of Hugging Face, CivitAI and Replicate; fetching the file is
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 
 from settings import Settings
+from sources import configs
 from sources.client import Client, Source, UnavailableError
 from sources.references import COMMIT, Civitai, HuggingFace, Replicate, Url
 from sources.shown import brief, printable
@@ -73,7 +74,12 @@ def _resolve_hugging_face(reference: HuggingFace, settings: Settings, client: Cl
     if path not in repo.files:
         raise ValueError(f"{reference.name} does not exist; the repo has {_some(_weights_in(repo, ''))}.")
     print(f"{reference.name}: {printable(path)} of commit {repo.commit[:8]}.")
-    return repo.files[path]
+    source, beside = repo.files[path], configs.beside(path, repo.files)
+    if beside is None:
+        return source
+    # One key for both: where either has changed, the LoRA is another one.
+    config = repo.files[beside]
+    return replace(source, key=f"{source.key} {config.key}", config=config)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from sources.shown import gigabytes
 
 # Seconds that a note is kept after its last use; signed URLs leave one each.
 NOTES_KEPT = 30 * 24 * 3600
+# And bytes that they may take together. Most have a few hundred; those with a config in them may have 200 KB.
+NOTES_BYTES, SHORT_NOTE = 256 * MIB, 4096
 
 
 class Store:
@@ -91,8 +93,13 @@ class Store:
         """What was noted under a name, empty at first, to be read and written; `pause`: see `locked`."""
         path = self._notes / hashlib.sha256(name.encode()).hexdigest()
         with locked(path, pause) as file:
+            before = os.fstat(file.fileno()).st_size
             yield file
+            file.flush()
             os.utime(path)
+            if os.fstat(file.fileno()).st_size > before + SHORT_NOTE:
+                with self._alone():
+                    self._sweep()
 
     def admit(self, size: int, name: str) -> None:
         """Raise `UnfitError`, a sentence with `name`, about what is larger than a file may be."""
@@ -128,12 +135,14 @@ class Store:
             yield
 
     def _sweep(self) -> None:
-        """Delete what killed processes have left, and notes that nobody has used for long."""
+        """Delete what killed processes have left, and notes that nobody has used for long or has room for."""
         for file in self._incoming.iterdir():
             _delete_unless_held(file)
-        for note in self._notes.iterdir():
-            if _last_use(note)[0] < time.time() - NOTES_KEPT:
-                _delete_unless_held(note)
+        notes = sorted((*_last_use(note), note) for note in self._notes.iterdir())
+        taken = sum(size for _, size, _ in notes)
+        for used, size, note in notes:
+            if (used < time.time() - NOTES_KEPT or taken > NOTES_BYTES) and _delete_unless_held(note):
+                taken -= size
 
     def _make_room(self, needed: int, name: str) -> None:
         """Delete the least recently used files until `needed` bytes fit."""

@@ -1,6 +1,9 @@
 """LoRAs from anywhere, cached: real hosts on loopback, many processes, the operator's own paths, the real server."""
 
+import json
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,19 @@ from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, s
 from local_cog.server import CogServer, failure
 from settings import MIB, MINIATURE, Settings
 from tests.support.caches import SECRET
-from tests.support.fetching import LARGE, LORA, OTHER, PACKED, fetch, make_tar, refusal, start
+from tests.support.fetching import (
+    LARGE,
+    LORA,
+    OTHER,
+    OTHER_PEFT,
+    PACKED,
+    PEFT,
+    fetch,
+    fetch_config,
+    make_tar,
+    refusal,
+    start,
+)
 from tests.support.waiting import wait_until
 from weights import WeightsCache
 
@@ -92,6 +107,26 @@ def test_a_record_that_cannot_be_read_is_forgotten(environment: Settings, host: 
     assert fetch(environment, host.url("/a")) == LORA
 
 
+@pytest.mark.parametrize("reference", ["main", "c" * 40, "url"])
+def test_a_record_from_before_configs_were_kept_is_made_anew(
+    places: Settings, host: Host, storage: Host, reference: str
+) -> None:
+    hugging_face(host, storage, "o/r", {"adapter_model.safetensors": LORA, "adapter_config.json": PEFT})
+    storage.routes["/a"] = File(make_tar({"a.safetensors": LORA, "adapter_config.json": PEFT}))
+    name = storage.url("/a") if reference == "url" else f"https://huggingface.co/o/r/tree/{reference}"
+    fetch(places, name)
+    (record,) = places.cache_dir.glob("references/*")
+    kept = json.loads(record.read_text())
+    del kept["config"]
+    kept["key"] = kept["key"] and kept["key"].partition(" o/r/adapter_config.json")[0]
+    record.write_text(json.dumps(kept))
+    host.seen.clear()
+    for _ in range(2):
+        assert fetch_config(places, name) == PEFT
+    assert len([request for request in host.seen if request.path.endswith(".safetensors")]) == 0
+    assert len(storage.asked("/a")) == (3 if reference == "url" else 0)
+
+
 def test_a_file_that_was_deleted_is_fetched_again(environment: Settings, host: Host) -> None:
     host.routes["/a"] = File(LORA)
     fetch(environment, host.url("/a"))
@@ -150,6 +185,40 @@ def test_the_operators_folder(environment: Settings, tmp_path: Path) -> None:
         assert weights.path == folder / "lora.safetensors"
 
 
+@pytest.mark.parametrize("of", ["folder", "file"])
+def test_the_config_beside_the_operators_file_is_read_at_each_request(
+    environment: Settings, tmp_path: Path, of: str
+) -> None:
+    file = tmp_path / "trained" / "output" / "adapter_model.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(LORA)
+    (tmp_path / "trained" / "adapter_config.json").write_bytes(b"in another folder")
+    reference = str(file if of == "file" else tmp_path / "trained")
+    assert fetch_config(environment, reference, trusted=True) == b""
+    for config in (PEFT, OTHER_PEFT, b""):
+        (file.parent / "adapter_config.json").write_bytes(config)
+        assert fetch_config(environment, reference, trusted=True) == config
+    (file.parent / "adapter_config.json").write_bytes(bytes(MIB // 4 + 1))
+    with pytest.raises(ValueError, match=r"^adapter_config.json has more than 0.25 MB, which no config of a LoRA"):
+        fetch_config(environment, reference, trusted=True)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_regular_file_is_no_config(environment: Settings, tmp_path: Path, make: Callable) -> None:
+    (tmp_path / "a.safetensors").write_bytes(LORA)
+    make(tmp_path / "adapter_config.json")
+    assert fetch_config(environment, str(tmp_path), trusted=True) == b""
+
+
+def test_a_config_is_that_of_peft_s_own_file_where_there_is_one(environment: Settings, tmp_path: Path) -> None:
+    (tmp_path / "lora.safetensors").write_bytes(LORA)
+    (tmp_path / "adapter_config.json").write_bytes(PEFT)
+    assert fetch_config(environment, str(tmp_path), trusted=True) == PEFT
+    (tmp_path / "adapter_model.safetensors").write_bytes(LORA)
+    assert fetch_config(environment, str(tmp_path), trusted=True) == b""
+    assert fetch_config(environment, str(tmp_path / "adapter_model.safetensors"), trusted=True) == PEFT
+
+
 def test_the_operators_reference(environment: Settings, host: Host) -> None:
     host.routes["/a"] = File(LORA)
     with WeightsCache(environment).open_local(host.url("/a")) as weights:
@@ -200,6 +269,22 @@ def test_what_a_download_says_is_in_the_log_of_its_prediction(server: CogServer,
     assert "x/lora.safetensors of the archive" in answer["logs"]
     host.stop()
     assert "The cached file is used." in server.predict(SMALL | {"extra_lora": host.url("/a")})["logs"]
+
+
+def test_the_same_weights_under_another_config_draw_another_picture(server: CogServer, host: Host) -> None:
+    answers = []
+    for place, alpha in enumerate((4, 16, 4, 5)):
+        config = {"peft_type": "LORA", "r": 5 if alpha == 5 else 4, "lora_alpha": alpha}
+        members = {"a/adapter_model.safetensors": lora_for_the_miniature(seed=3)}
+        packed = make_tar(members | {"a/adapter_config.json": json.dumps(config).encode()})
+        host.routes["/a"] = File(packed, etag=f'"{place}"')
+        answers.append(server.predict(SMALL | {"seed": 1, "extra_lora": host.url("/a")}))
+    usual, strong, again, unfit = answers
+    assert usual["output"] == again["output"] != strong["output"]
+    assert "; its adapter_config.json counts." in strong["logs"]
+    # At strength 1, as without one.
+    assert unfit["output"] == usual["output"]
+    assert "left aside: it says rank 5 for 'transformer_blocks.0.attn.to_q', whose factors have 4." in unfit["logs"]
 
 
 def test_cog_itself_fetches_images_and_masks_without_our_rules(server: CogServer, host: Host) -> None:

@@ -207,6 +207,8 @@ class PlainDiffusers:
 
     def _draw_with_lora(self, request: Request) -> Reference:
         """Draw at the first scale at which the LoRA has its effect; the request of the reference names that scale."""
+        if self._lora.config:
+            return Reference(request, None, "There is no reference: diffusers reads no adapter_config.json.")
         plain = self._draw(request)
         pipeline = self._pipeline(request.model)
         pipeline.load_lora_weights(self._lora.path, adapter_name="lora")

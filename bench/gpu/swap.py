@@ -44,7 +44,7 @@ def swap(bench: Bench) -> Iterator[Row]:
 def term(bench: Bench, rank: int, seed: int) -> Term:
     """A LoRA at its full strength, read as the product reads it."""
     file = bench.lora(rank, seed)
-    return Term(file.sha256, 1.0, bench.flux.lora_cache.read(file).transformer)
+    return Term(file.content, 1.0, bench.flux.lora_cache.read(file).transformer)
 
 
 def at(term: Term, scale: float) -> Term:

@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -638,6 +638,15 @@ def test_the_cache_goes_by_content(files: list[LoraFile], tmp_path: Path) -> Non
     cache = make_cache(2.5, files)
     elsewhere = LoraFile(tmp_path / "gone.safetensors", files[0].sha256, "lora")
     assert cache.read(files[0]) is cache.read(elsewhere)
+
+
+def test_the_same_weights_under_another_config_are_another_lora(files: list[LoraFile]) -> None:
+    cache = make_cache(2.5, files)
+    configured = replace(files[0], config='{"peft_type": "LORA", "r": 64, "lora_alpha": 64}')
+    bare, other = cache.read(files[0]), cache.read(configured)
+    assert bare is not other
+    assert (cache.read(files[0]), cache.read(configured)) == (bare, other)
+    assert files[0].content != configured.content
 
 
 def test_what_is_larger_than_the_cache_is_read_and_drives_nothing_out(files: list[LoraFile], tmp_path: Path) -> None:

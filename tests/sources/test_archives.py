@@ -7,6 +7,7 @@ import random
 import tarfile
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,20 @@ from safetensors.numpy import save
 
 from harness.hosts import File, Host
 from settings import MIB, MINIATURE, Settings
-from tests.support.fetching import LORA, OTHER, PACKED, TRAINED, fetch, make_tar, make_zip, nested, refusal
+from tests.support.fetching import (
+    LORA,
+    OTHER,
+    OTHER_PEFT,
+    PACKED,
+    PEFT,
+    TRAINED,
+    fetch,
+    fetch_config,
+    make_tar,
+    make_zip,
+    nested,
+    refusal,
+)
 from weights import WeightsCache
 
 
@@ -91,6 +105,61 @@ def test_every_tar_is_read_as_tarfile_reads_it(environment: Settings, layout: st
     assert fetch(environment, f"data:;base64,{base64.b64encode(content).decode()}") == LORA
 
 
+LONGEST = b'{"r": 4}'.ljust(MIB // 4)
+BESIDE = {
+    "beside it": ({"adapter_config.json": PEFT, "adapter_model.safetensors": LORA}, PEFT),
+    "in its folder": ({"./out/lora.safetensors": LORA, "./out/adapter_config.json": OTHER_PEFT}, OTHER_PEFT),
+    "LyCORIS' means nothing": ({"lycoris_config.json": PEFT, "a.safetensors": LORA}, b""),
+    "in other folders": (
+        {"adapter_config.json": PEFT, "a/lora.safetensors": LORA, "a/b/adapter_config.json": PEFT, "aa": b""},
+        b"",
+    ),
+    "of another file": (
+        {"lora.safetensors": LORA, "adapter_model.safetensors": OTHER, "adapter_config.json": PEFT},
+        b"",
+    ),
+    "with a mark of its encoding": ({"a.safetensors": LORA, "adapter_config.json": b"\xef\xbb\xbf" + PEFT}, PEFT),
+    "longest": ({"a.safetensors": LORA, "adapter_config.json": LONGEST}, LONGEST),
+    "empty": ({"a.safetensors": LORA, "adapter_config.json": b""}, b""),
+    "no text": ({"a.safetensors": LORA, "adapter_config.json": b"\xff{"}, "\ufffd{".encode()),
+}
+
+
+PACKERS = {"tar": make_tar, "tar.gz": partial(make_tar, mode="w:gz"), "zip": make_zip}
+
+
+@pytest.mark.parametrize(
+    ("layout", "form"),
+    [
+        *((layout, "tar") for layout in BESIDE),
+        ("in its folder", "tar.gz"),
+        ("in its folder", "zip"),
+        ("longest", "zip"),
+    ],
+)
+def test_the_config_beside_the_chosen_member_comes_along(
+    environment: Settings, host: Host, tmp_path: Path, layout: str, form: str
+) -> None:
+    members, config = BESIDE[layout]
+    file, packed = tmp_path / "packed", PACKERS[form](members)
+    file.write_bytes(packed)
+    (tmp_path / "adapter_config.json").write_bytes(b"that of another file")
+    host.routes["/a"] = File(packed)
+    for _ in range(2):
+        assert fetch_config(environment, host.url("/a")) == config
+        assert fetch_config(environment, str(file), trusted=True) == config
+    assert fetch_config(environment, f"data:;base64,{base64.b64encode(packed).decode()}") == config
+
+
+def test_a_config_that_is_no_regular_member_is_none(environment: Settings) -> None:
+    buffer = io.BytesIO(make_tar({"a.safetensors": LORA, "b.json": PEFT}))
+    with tarfile.open(fileobj=buffer, mode="a") as archive:
+        member = tarfile.TarInfo("adapter_config.json")
+        member.type, member.linkname = tarfile.SYMTYPE, "b.json"
+        archive.addfile(member)
+    assert fetch_config(environment, f"data:;base64,{base64.b64encode(buffer.getvalue()).decode()}") == b""
+
+
 REFUSED_ARCHIVES = {
     "no weights": (make_tar({"readme.txt": b"hello"}), "no regular .safetensors file"),
     "two": (make_tar({"a.safetensors": LORA, "b.safetensors": OTHER}), "a.safetensors, b.safetensors"),
@@ -117,6 +186,14 @@ REFUSED_ARCHIVES = {
     "long list in a zip": (
         make_zip({"a" * 60_000 + str(number): b"" for number in range(60)}),
         "entry of it is too long",
+    ),
+    "long config": (
+        make_tar({"x/a.safetensors": LORA, "x/adapter_config.json": LONGEST + b" "}),
+        "(x/adapter_config.json) has more than 0.25 MB, which no config of a LoRA needs",
+    ),
+    "long config in a zip": (
+        make_zip({"a.safetensors": LORA, "adapter_config.json": bytes(50 * MIB)}),
+        "(adapter_config.json) has more than 0.25 MB",
     ),
     "many in a zip": (make_zip({f"{number}.txt": b"" for number in range(10_001)}), "more than 10000 members"),
 }

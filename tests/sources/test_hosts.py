@@ -1,14 +1,29 @@
 """Replicate, Hugging Face and CivitAI, played on loopback: which file they mean, and what they refuse."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from harness.hosts import File, Host, civitai, hugging_face, in_json, in_turn, page, redirect, replicate, status
-from settings import Settings
+from settings import MIB, Settings
 from tests.support.caches import SECRET
-from tests.support.fetching import LORA, OTHER, PACKED, QUICK, VERSION, fetch, make_lora, make_tar, nested, refusal
+from tests.support.fetching import (
+    LORA,
+    OTHER,
+    OTHER_PEFT,
+    PACKED,
+    PEFT,
+    QUICK,
+    VERSION,
+    fetch,
+    fetch_config,
+    make_lora,
+    make_tar,
+    nested,
+    refusal,
+)
 from weights import WeightsCache
 
 
@@ -91,6 +106,101 @@ def test_several_files_of_one_day_are_listed(places: Settings, host: Host, stora
     assert "huggingface.co/o/r/resolve/main/" in said
     assert "no .safetensors file" in refusal(places, "huggingface.co/o/r/tree/main/empty")
     assert "v1.safetensors, v2.safetensors" in refusal(places, "huggingface.co/o/r/blob/main/v3.safetensors")
+
+
+ROOT, DEEP = "huggingface.co/o/r", "huggingface.co/o/r/resolve/main/sub/a.safetensors"
+PEFT_REPO = {"adapter_model.safetensors": LORA, "adapter_config.json": PEFT}
+CONFIGS = [
+    (PEFT_REPO, ROOT, PEFT),
+    ({"a.safetensors": LORA, "adapter_config.json": OTHER_PEFT, "sub/adapter_config.json": PEFT}, ROOT, OTHER_PEFT),
+    ({"a.safetensors": OTHER, "adapter_config.json": OTHER_PEFT, "sub/a.safetensors": LORA}, DEEP, b""),
+    ({"adapter_config.json": OTHER_PEFT, "sub/a.safetensors": LORA, "sub/adapter_config.json": PEFT}, DEEP, PEFT),
+    ({"adapter_config.json": OTHER_PEFT, "sub/a.safetensors": LORA, "sub/adapter_config.json": PEFT}, ROOT, PEFT),
+    ({"adapter_config.json": PEFT, "a.tar": nested(LORA)}, f"{ROOT}/blob/main/a.tar", b""),
+    (PEFT_REPO | {"adapter_model.safetensors": OTHER, "lora.safetensors": LORA}, ROOT, b""),
+    (PEFT_REPO | {"other.safetensors": OTHER}, ROOT, PEFT),
+]
+
+
+@pytest.mark.parametrize(("files", "reference", "config"), CONFIGS)
+def test_the_config_beside_the_file_in_a_repo_comes_along_and_is_fetched_once(
+    places: Settings, host: Host, storage: Host, files: dict[str, bytes], reference: str, config: bytes
+) -> None:
+    hugging_face(host, storage, "o/r", files)
+    for _ in range(2):
+        assert fetch_config(places, reference) == config
+    asked = [request.path for request in storage.seen]
+    assert len(asked) == len(set(asked)) <= 2
+
+
+def test_where_the_config_alone_has_changed_the_weights_are_not_fetched_again(
+    places: Settings, host: Host, storage: Host
+) -> None:
+    for number, configs in enumerate(({}, {"adapter_config.json": PEFT}, {"adapter_config.json": OTHER_PEFT}, {})):
+        hugging_face(host, storage, "o/r", {"a.safetensors": LORA} | configs, commit=str(number) * 40)
+        host.seen.clear()
+        for _ in range(2):
+            assert fetch_config(places, ROOT) == configs.get("adapter_config.json", b"")
+        assert len(host.seen) == (3 if configs or number == 0 else 2)  # two look-ups, and what has changed
+    assert len(storage.seen) == 3  # the weights and two configs
+
+
+def test_the_same_weights_under_two_configs_are_two_loras(places: Settings, host: Host, storage: Host) -> None:
+    hugging_face(host, storage, "o/r", PEFT_REPO)
+    hugging_face(host, storage, "o/x", PEFT_REPO | {"adapter_config.json": OTHER_PEFT})
+    storage.routes["/bare"] = File(LORA)
+    cache = WeightsCache(places, QUICK)
+    for _ in range(2):
+        with cache.open(ROOT) as one, cache.open("huggingface.co/o/x") as other, cache.open(storage.url("/bare")) as it:
+            assert one.path == other.path == it.path
+            assert [file.config.encode() for file in (one, other, it)] == [PEFT, OTHER_PEFT, b""]
+            assert len({one.content, other.content, it.content}) == 3
+            assert it.content == it.sha256
+
+
+@pytest.mark.parametrize("trouble", ["down", 503, 404, 403])
+def test_a_config_that_cannot_be_had_is_a_look_up_that_failed(
+    places: Settings, host: Host, storage: Host, trouble: str | int, capfd: pytest.CaptureFixture
+) -> None:
+    hugging_face(host, storage, "o/r", PEFT_REPO)
+    assert fetch_config(places, ROOT) == PEFT
+    hugging_face(host, storage, "o/r", PEFT_REPO | {"adapter_config.json": OTHER_PEFT}, commit="d" * 40)
+    if trouble == "down":
+        host.stop()
+    else:
+        host.routes[f"/o/r/resolve/{'d' * 40}/adapter_config.json"] = status(trouble)
+    assert "cannot be" in refusal(replace(places, cache_dir=places.cache_dir / "empty"), ROOT)
+    if trouble in ("down", 503):
+        assert fetch_config(places, ROOT) == PEFT
+        assert "The cached file is used." in capfd.readouterr().out
+    else:
+        assert f"adapter_config.json cannot be fetched: 127.0.0.1 answered {trouble}" in refusal(places, ROOT)
+
+
+def test_a_config_that_arrives_cut_is_not_kept(places: Settings, host: Host, storage: Host) -> None:
+    stated = {"adapter_config.json": len(PEFT) + 1}
+    hugging_face(host, storage, "o/r", {"a.safetensors": LORA, "adapter_config.json": PEFT}, stated=stated)
+    said = refusal(places, ROOT)
+    assert f"adapter_config.json arrived damaged: it has {len(PEFT)} bytes, but its host states {len(PEFT) + 1}" in said
+
+
+def test_a_record_that_says_nothing_of_a_config_is_not_believed(places: Settings, host: Host, storage: Host) -> None:
+    """Older versions looked for none."""
+    hugging_face(host, storage, "o/r", PEFT_REPO)
+    assert fetch_config(places, ROOT) == PEFT
+    (note,) = (places.cache_dir / "references").iterdir()
+    record = json.loads(note.read_text())
+    note.write_text(json.dumps({name: value for name, value in record.items() if name != "config"}))
+    storage.seen.clear()
+    assert fetch_config(places, ROOT) == PEFT
+    assert len(storage.seen) == 1  # the config; the weights are here
+
+
+def test_a_config_that_is_too_long_is_not_even_asked_for(places: Settings, host: Host, storage: Host) -> None:
+    hugging_face(host, storage, "o/r", {"a.safetensors": LORA}, stated={"adapter_config.json": MIB // 4 + 1})
+    assert "resolve/main/adapter_config.json has more than 0.25 MB" in refusal(places, ROOT)
+    assert storage.seen == []
+    assert len(host.seen) == 1
 
 
 def test_private_repos(places: Settings, host: Host, storage: Host) -> None:

@@ -43,6 +43,20 @@ def test_a_cache_that_is_too_small_says_so(environment: Settings, host: Host) ->
     assert fetch(small, host.url("/b")) == OTHER
 
 
+def test_notes_that_take_too_much_go_the_least_recently_used_first(environment: Settings, host: Host) -> None:
+    host.routes = {"/a": File(LORA), "/b": File(OTHER)}
+    fetch(environment, host.url("/a"))
+    notes = environment.cache_dir / "references"
+    for age, name in enumerate(("new", "old", "oldest")):
+        with (notes / name).open("wb") as note:
+            note.truncate(100 * MIB)
+        os.utime(note.name, (time.time() - age - 1,) * 2)
+    fetch(environment, host.url("/b"))
+    assert {note.name for note in notes.iterdir()} >= {"new", "old"}
+    assert len(list(notes.iterdir())) == 4
+    assert fetch(environment, host.url("/a")) == LORA
+
+
 def test_compiled_code_in_the_cache_is_neither_counted_nor_evicted(environment: Settings, host: Host) -> None:
     compiled = environment.cache_dir / "compile" / "kernel"
     compiled.parent.mkdir(parents=True)

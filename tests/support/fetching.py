@@ -30,6 +30,8 @@ def make_lora(size: int = 20_000, seed: int = 0, **metadata: str) -> bytes:
 
 LORA, OTHER = make_lora(seed=1), make_lora(seed=2)
 LARGE = make_lora(20 * MIB, seed=3)
+# As PEFT and LyCORIS save them beside the weights, as far as fetching them is concerned.
+PEFT, OTHER_PEFT = b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8}', b'{"peft_type": "LORA", "r": 4, "lora_alpha": 2}'
 
 
 def fetch(settings: Settings, reference: str, patience: Patience = QUICK) -> bytes:
@@ -38,6 +40,14 @@ def fetch(settings: Settings, reference: str, patience: Patience = QUICK) -> byt
         assert hashlib.sha256(content).hexdigest() == weights.sha256
         assert SECRET not in f"{weights.name} {weights.path}"
         return content
+
+
+def fetch_config(settings: Settings, reference: str, trusted: bool = False) -> bytes:
+    """The config that comes with LORA."""
+    cache = WeightsCache(settings, QUICK)
+    with cache.open_local(reference) if trusted else cache.open(reference) as weights:
+        assert weights.path.read_bytes() == LORA
+        return weights.config.encode()
 
 
 def refusal(settings: Settings, reference: str, patience: Patience = QUICK) -> str:
