@@ -126,6 +126,111 @@ def changes(
     return made
 
 
+# DiffSynth-Studio's and MLX's names for what Black Forest Labs has outside of blocks, where they differ.
+DIFFSYNTH_OUTSIDE = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_embedder.timestep_embedder.0",
+    "time_in.out_layer": "time_embedder.timestep_embedder.2",
+    "vector_in.in_layer": "pooled_text_embedder.0",
+    "vector_in.out_layer": "pooled_text_embedder.2",
+    "guidance_in.in_layer": "guidance_embedder.timestep_embedder.0",
+    "guidance_in.out_layer": "guidance_embedder.timestep_embedder.2",
+    "final_layer.linear": "final_proj_out",
+    "final_layer.adaLN_modulation.1": "final_norm_out.linear",
+}
+MLX = {"img_mlp.": "img_mlp.layers.", "txt_mlp.": "txt_mlp.layers.", "adaLN_modulation.": "adaLN_modulation.layers."}
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A layer as a trainer names it: its rows are those of diffusers' layers, one under the other."""
+
+    name: str
+    parts: tuple[str, ...]
+    swapped: bool = False  # shift above scale, where diffusers has scale above shift
+
+    def stack(self, parameters: Tensors, kind: str = "weight") -> Tensor:
+        """The layer's weight or bias as the trainer has it, in float64."""
+        rows = torch.cat([parameters[f"{part}.{kind}"].double() for part in self.parts])
+        return torch.cat(rows.chunk(2)[::-1]) if self.swapped else rows
+
+    def split(self, rows: Tensor, parameters: Tensors, kind: str = "weight") -> Tensors:
+        """Such a weight or bias by diffusers' names of parameters."""
+        rows = torch.cat(rows.chunk(2)[::-1]) if self.swapped else rows
+        names = [f"{part}.{kind}" for part in self.parts]
+        return dict(zip(names, rows.split([len(parameters[name]) for name in names]), strict=True))
+
+
+def _bfl_spellings(transformer: FluxTransformer2DModel, rename: Callable[[str], str] = str) -> list[Spelling]:
+    return [
+        Spelling(rename(bfl), parts, bfl.endswith("adaLN_modulation.1"))
+        for bfl, parts in bfl_layers(transformer).items()
+    ]
+
+
+def _diffusers_spellings(transformer: FluxTransformer2DModel) -> list[Spelling]:
+    return [Spelling(part, (part,)) for parts in bfl_layers(transformer).values() for part in parts]
+
+
+def _fused_spellings(transformer: FluxTransformer2DModel) -> list[Spelling]:
+    """As after diffusers' `fuse_qkv_projections`."""
+    spellings = []
+    for parts in bfl_layers(transformer).values():
+        if len(parts) == 1:
+            spellings.append(Spelling(parts[0], parts))
+            continue
+        stem, _, first = parts[0].rpartition(".")
+        spellings.append(Spelling(f"{stem}.{'to_qkv' if first == 'to_q' else 'to_added_qkv'}", parts[:3]))
+        spellings += [Spelling(part, (part,)) for part in parts[3:]]
+    return spellings
+
+
+def _omi_spellings(transformer: FluxTransformer2DModel) -> list[Spelling]:
+    """Black Forest Labs' names, the parts of fused layers apart and numbered."""
+    spellings = []
+    for whole in _bfl_spellings(transformer, lambda bfl: bfl.replace("img_in", "img_in.proj")):
+        if len(whole.parts) == 1:
+            spellings.append(whole)
+        else:
+            spellings += [Spelling(f"{whole.name}.{number}", (part,)) for number, part in enumerate(whole.parts)]
+    return spellings
+
+
+def _xlabs_spellings(transformer: FluxTransformer2DModel) -> list[Spelling]:
+    spellings = [Spelling(xlabs_name(bfl), parts) for bfl, parts in bfl_layers(transformer).items() if is_xlabs(bfl)]
+    for bfl, parts in bfl_layers(transformer).items():
+        if bfl.endswith("linear1"):
+            spellings.append(Spelling(bfl.replace("linear1", "processor.qkv_lora"), parts[:3]))
+    return spellings
+
+
+def _mlx_name(bfl: str) -> str:
+    for theirs, ours in MLX.items():
+        bfl = bfl.replace(theirs, ours)
+    return bfl
+
+
+def clip_spellings(text_encoder: CLIPTextModel, before: str = "text_model.") -> list[Spelling]:
+    """CLIP's linear layers; its newer versions have no text_model."""
+    return [
+        Spelling(before + name.removeprefix("text_model."), (name,))
+        for name, module in text_encoder.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+
+
+SPELLINGS: dict[str, Callable[[FluxTransformer2DModel], list[Spelling]]] = {
+    "BFL": _bfl_spellings,
+    "diffusers": _diffusers_spellings,
+    "diffusers, fused": _fused_spellings,
+    "OMI": _omi_spellings,
+    "XLabs": _xlabs_spellings,
+    "DiffSynth": lambda transformer: _bfl_spellings(transformer, diffsynth_name),
+    "MLX": lambda transformer: _bfl_spellings(transformer, _mlx_name),
+}
+
+
 def is_block(bfl: str) -> bool:
     return "_blocks." in bfl
 
@@ -216,6 +321,8 @@ DIFFSYNTH = {
 
 
 def diffsynth_name(bfl: str) -> str:
+    if not is_block(bfl):
+        return DIFFSYNTH_OUTSIDE[bfl]
     block, index, layer = bfl.split(".", 2)
     return f"{block.removeprefix('double_')}.{index}.{DIFFSYNTH[layer]}"
 
