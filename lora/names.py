@@ -378,7 +378,8 @@ def assign(names: Collection[str], table: Mapping[str, Layer]) -> tuple[dict[Lay
         other = content.tensors.setdefault(match.lastgroup, name)
         if other != name:
             raise ValueError(
-                f"The LoRA changes {layer} twice, as {other} and as {name}; which one counts cannot be told."
+                f"The LoRA changes {layer} twice, as {short(other)} and as {short(name)}; which one counts cannot be "
+                "told."
             )
     return found, _reasons_to_ignore(unknown, table)
 
@@ -409,11 +410,13 @@ def _reasons_to_ignore(names: Mapping[str, str], table: Mapping[str, Layer]) -> 
     strange = {}
     for name, plain in names.items():
         check_cancelled()
-        key = plain.replace(".", "_")
-        if reason := next((reason for pattern, reason in listed if re.search(pattern, key)), None):
-            reasons[reason] += 1
+        match = TENSOR.fullmatch(plain)
+        key = (match["stem"] if match else plain).replace(".", "_")
+        reason = next((reason for pattern, reason in listed if re.search(pattern, key)), None)
+        if reason is None or _changed_layer(plain, table) is not None:
+            strange[name] = plain.replace(".", "_")
         else:
-            strange[name] = key
+            reasons[reason] += 1
     for pattern, what in OTHERS:
         for name, key in strange.items():
             check_cancelled()
@@ -427,14 +430,19 @@ def _reasons_to_ignore(names: Mapping[str, str], table: Mapping[str, Layer]) -> 
     return reasons
 
 
+def _changed_layer(name: str, table: Mapping[str, Layer]) -> Layer | None:
+    """The layer whose name a name begins with."""
+    ends = [*(dot.start() for dot in re.finditer(r"\.", name)), len(name)]
+    return next((found[0] for end in ends if (found := _find(table, name[:end]))), None)
+
+
 def _change(name: str, table: Mapping[str, Layer]) -> str | None:
     """What a name of nothing here would change, as the end of a sentence; None where it does not look like a change."""
-    for end in [*(dot.start() for dot in re.finditer(r"\.", name)), len(name)]:
-        if layer_and_format := _find(table, name[:end]):
-            return (
-                f"a kind of change to {layer_and_format[0]} that cannot be applied here; it must be a LoRA, DoRA, "
-                "LoHa, LoKr or a full difference"
-            )
+    if layer := _changed_layer(name, table):
+        return (
+            f"a kind of change to {layer} that cannot be applied here; it must be a LoRA, DoRA, LoHa, LoKr or a full "
+            "difference"
+        )
     match = TENSOR.fullmatch(name)
     block = BLOCK.search((match["stem"] if match else name).rstrip("._").replace(".", "_"))
     if block and f"{block[1]}_0{block[3]}" in table:
@@ -472,5 +480,6 @@ def claim(layer: Layer, claimed: dict[str, Layer]) -> None:
 
 
 def short(name: str) -> str:
-    """A name as errors show it: at most 120 characters."""
+    """A name as errors show it: at most 120 characters, in one line."""
+    name = "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
     return name if len(name) <= 120 else f"{name[:117]}..."

@@ -21,6 +21,8 @@ FLOATS |= {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.
 # The rows of FLUX.1's largest layer. No dimension of a tensor is larger: with such a rank, factors would have more
 # numbers than the difference that they stand for.
 MAX_DIMENSION = 21_504
+# Of alpha / rank. Trainers use 0.1 to 100; factors of float32 times 10^30 are no numbers any more.
+MAX_STRENGTH = 1e6
 # Looked through at a time, between two looks at whether somebody still waits.
 PIECE = 2**22
 INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
@@ -251,7 +253,12 @@ class LayerReader:
             if tensor.numel() != 1:
                 raise ValueError(f"{self._name('alpha')} is {_size(tensor.shape)}; it must be one number.")
             alpha = tensor.item()
-        return self._adapter.strength(self._content.names, rank, alpha)
+        strength = self._adapter.strength(self._content.names, rank, alpha)
+        if abs(strength) > MAX_STRENGTH:
+            raise ValueError(
+                f"The LoRA's factors for {self._layer} have the strength {strength:g}; none is above {MAX_STRENGTH:g}."
+            )
+        return strength
 
     def _matrix(self, role: str) -> Tensor:
         """A matrix, which some tools store as the kernel of a 1x1 convolution."""

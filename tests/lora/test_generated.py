@@ -462,6 +462,9 @@ UNKNOWN_SUFFIXES = (
     ".dora",
     ".mask",
     ".step",
+    ".lora_C.t5_x.weight",
+    ".text_projection.lora_A.weight",
+    ".two\nlines",
 )
 UNKNOWN_LAYERS = (
     "double_blocks.2.img_attn.qkv",

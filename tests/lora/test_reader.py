@@ -383,6 +383,7 @@ MISFITS: dict[str, tuple[Tensors, str]] = {
         pair(rank=1) | {Q_UP: torch.ones(32, 20_000), f"{Q}.lora_mid.weight": torch.ones(20_000, 1)},
         "lora_mid.weight is 20000x1",
     ),
+    "a strength of no LoRA": (pair() | {f"{Q}.alpha": torch.tensor(1e30)}, "have the strength 2.5e+29; none is above"),
     "two alphas": (pair() | {f"{Q}.alpha": torch.ones(2)}, "one number"),
     "whole numbers": (pair() | {Q_UP: torch.ones(32, 4, dtype=torch.int32)}, "int32"),
     "complex numbers": (pair() | {Q_UP: torch.ones(32, 4, dtype=torch.complex64)}, "complex64"),
