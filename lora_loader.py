@@ -104,7 +104,7 @@ def read_lora(file: Path, transformer: nn.Module, text_encoder: nn.Module, confi
                 return tensors.get_slice(name).get_shape()
 
             name_full_ranks(found, shape)
-            factors = (it for content in found.values() for it in factors_of(content, shape))
+            factors = (it for layer, content in found.items() for it in factors_of(layer, content, shape))
             adapters, said = _adapters(tensors.metadata() or {}, {layer.model for layer in found}, config, factors)
             for layer, content in found.items():
                 check_cancelled()

@@ -25,7 +25,7 @@ IN_HEADER, BESIDE = "lora_adapter_metadata", "adapter_config.json"
 MAX_EXPRESSIONS = 2_000
 # Characters of an expression, with what must occur often written out as often: so it is compiled, and ten characters
 # may take gigabytes.
-MAX_EXPRESSION = 4_096
+MAX_EXPRESSION = 1_024
 # What the expressions of a pattern may take together, and one of them for one name.
 PATTERN_SECONDS, MATCH_SECONDS = 5.0, 1.0
 # Letters and dots, escaped or not: such an expression takes no time to speak of, in Python's own engine too.
@@ -99,16 +99,16 @@ class Pattern:
         Args:
             names: what the layer is called, where it is called several things.
         """
-        for expression, number in self._numbers:
-            if any(self._fits(expression, name) for name in names):
-                return number
+        with self._timed(_shown(next(iter(names), ""))):
+            for expression, number in self._numbers:
+                if any(self._fits(expression, name) for name in names):
+                    return number
         return None
 
     def _fits(self, expression: Expression, name: str) -> bool:
         if isinstance(expression, re.Pattern):
             return expression.match(name) is not None
-        with self._timed(f"{_shown(expression.pattern)} with {_shown(name)}"):
-            return expression.match(name, timeout=min(MATCH_SECONDS, self._seconds)) is not None
+        return expression.match(name, timeout=min(MATCH_SECONDS, self._seconds)) is not None
 
     def _compile(self, expression: str) -> Expression:
         """An expression as PEFT takes it; for an engine that can be stopped, unless it is plain.
@@ -124,11 +124,9 @@ class Pattern:
         try:
             if UNSURE.search(expression):
                 raise re.error("unsure")
-            compiled = re.compile(text := rf"(.*\.)?({expression})$")
-            if PLAIN.fullmatch(expression):
-                return compiled
             with self._timed(_shown(expression)):
-                return regex.compile(text)
+                compiled = re.compile(text := rf"(.*\.)?({expression})$")
+                return compiled if PLAIN.fullmatch(expression) else regex.compile(text)
         except (re.error, regex.error, OverflowError, RecursionError):
             raise ValueError(
                 f"The LoRA's {self._source} has {_shown(expression)} in a pattern, which is no regular expression that "

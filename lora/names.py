@@ -179,7 +179,7 @@ TENSOR = re.compile(
     r"(?P<hada_w2_a>hada_w2_a)|(?P<hada_w2_b>hada_w2_b)|(?P<hada_t2>hada_t2)"
     r")(?:\.[^.]+)?|"
     r"(?P<diff>(?:scale\.)?diff|w_norm)|(?P<diff_b>diff_b|b_norm)|"
-    r"(?P<value>(?:modules_to_save\.[^.]+\.)?weight|(?:scale\.)?set_weight|scale)|(?P<value_b>bias)"
+    r"(?P<value>(?:modules_to_save\.[^.]+\.)?weight|(?:scale\.)?set_weight|scale)|(?P<value_b>(?:modules_to_save\.[^.]+\.)?bias)"
     r"))"
 )
 # Names of no layer here, and why the file can be applied all the same. Matched against names with dots as underscores.

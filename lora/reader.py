@@ -44,26 +44,31 @@ WIDER = {
 OTHER_INPUT = "This LoRA is made for another model than FLUX.1 [dev] and [schnell]"
 
 
-def factors_of(content: Content, shape: Callable[[str], Sequence[int]]) -> Iterator[Factors]:
+def factors_of(layer: Layer, content: Content, shape: Callable[[str], Sequence[int]]) -> Iterator[Factors]:
     """What a layer's tensors say that a config may say too.
 
     Args:
+        layer: whose they are.
         content: the names of its tensors by role.
         shape: gives a tensor's shape by its name.
     """
     tensors = content.tensors
     for (left, right), kind in PAIRS.items():
         if {left, right} <= tensors.keys():
-            yield Factors(content.names, kind, _rank(shape(tensors[left]), shape(tensors[right])), "alpha" in tensors)
+            rows = layer.shape[0] if kind == "LORA" else None
+            rank = _rank(shape(tensors[left]), shape(tensors[right]), rows)
+            yield Factors(content.names, kind, rank, "alpha" in tensors)
     if {"lokr_w1", "lokr_w2"} <= tensors.keys():
         yield Factors(content.names, "LOKR", None, "alpha" in tensors)
 
 
-def _rank(left: Sequence[int], right: Sequence[int]) -> int | None:
-    """The rank of a pair [out, rank], [rank, in], or of one that is stored transposed; None where it is neither."""
+def _rank(left: Sequence[int], right: Sequence[int], rows: int | None) -> int | None:
+    """The rank of a pair [rows, rank], [rank, in], or of one that is stored transposed; None where it is neither."""
     if min(len(left), len(right)) < 2:
         return None
-    return next((r for r, same in ((right[0], left[1]), (right[1], left[0])) if r == same), None)
+    if left[1] == right[0] and rows in (None, left[0]):
+        return right[0]
+    return left[0] if left[0] == right[1] and rows == left[1] else None
 
 
 def name_full_ranks(contents: Mapping[Layer, Content], shape: Callable[[str], Sequence[int]]) -> None:
@@ -75,7 +80,7 @@ def name_full_ranks(contents: Mapping[Layer, Content], shape: Callable[[str], Se
         contents: what the file has for each layer.
         shape: gives a tensor's shape by its name.
     """
-    ranks = {it.rank for content in contents.values() for it in factors_of(content, shape)}
+    ranks = {it.rank for layer, content in contents.items() for it in factors_of(layer, content, shape)}
     for layer, content in contents.items():
         tensors = content.tensors
         if "down" in tensors and not tensors.keys() & {"up", "mid", "magnitude", "diff"}:
@@ -192,7 +197,9 @@ class LayerReader:
         self._check_fit(True, (o1 * o2, i1 * i2), *present)
         self.kinds.add("LoKr")
         # Where both sides are whole, the file's alpha means nothing: LyCORIS writes it and does not use it.
-        strength = self._strength(ranks[-1]) if ranks else self._adapter.strength(self._content.names, None, None)
+        strength = 1.0
+        if ranks or "alpha" not in self._content.tensors:
+            strength = self._strength(ranks[-1]) if ranks else self._adapter.strength(self._content.names, None, None)
         return [Kronecker(part.start, part.height, *sides, part.source, strength) for part in self._layer.parts]
 
     def _decomposed(self, parts: list[tuple[str, Delta]]) -> Iterator[tuple[str, Delta]]:

@@ -96,6 +96,16 @@ def test_a_header_and_alphas_win_over_the_config_beside_the_file(reader: Reader)
         assert f"; its adapter_config.json is left aside: {reason}" in report
 
 
+def test_the_rank_of_transposed_factors_of_a_square_layer(reader: Reader) -> None:
+    given = {f"{Q}.lora_a": torch.ones(32, RANK), f"{Q}.lora_b": torch.ones(RANK, 32)}
+    assert strength(reader, beside(), given) == 4.0
+
+
+def test_an_alpha_of_a_whole_lokr_leaves_it_at_1(reader: Reader) -> None:
+    whole = {f"{Q}.lokr_w1": torch.ones(4, 4), f"{Q}.lokr_w2": torch.ones(8, 8), f"{Q}.alpha": torch.tensor(1e10)}
+    assert strength(reader, "", whole, lora_files.metadata(16)) == 1.0
+
+
 def test_peft_s_defaults_count_where_a_config_leaves_them_out(reader: Reader) -> None:
     assert strength(reader, json.dumps({"peft_type": "LORA", "r": RANK})) == 8 / RANK
     assert strength(reader, json.dumps({"lora_alpha": 2}), pair(rank=8)) == 2 / 8
@@ -233,7 +243,7 @@ TOO_LONG = ["a{99999999999}", "[a-z]{1000000000}", "((a{99}){99}){99}", "x" * 40
 def test_what_is_no_expression_or_would_take_gigabytes_is_refused(reader: Reader, expression: str) -> None:
     said = reader.refusal(pair(), lora_files.metadata(alpha_pattern={expression: 1}))
     assert "in a pattern, which is no regular expression that can be used for names here" in said or (
-        expression in TOO_LONG and "in a pattern, which has more than 4096 characters" in said
+        expression in TOO_LONG and "in a pattern, which has more than 1024 characters" in said
     )
 
 
