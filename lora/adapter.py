@@ -7,6 +7,7 @@ refused by the name that PEFT has for it. This module knows configs; it knows no
 import math
 import re
 import time
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,6 @@ import regex
 from service import strict_json
 from service.device_thread import check_cancelled
 
-# What files have something for.
-MODELS = ("transformer", "text_encoder")
 # Where diffusers writes a config, and PEFT: a field of the header, a file beside the weights.
 IN_HEADER, BESIDE = "lora_adapter_metadata", "adapter_config.json"
 # FLUX.1 and its CLIP have some 600 layers; a config may have an expression for each.
@@ -34,7 +33,7 @@ UNSURE = re.compile(r"\{(?!\d+(,\d*)?\}|,\d+\})|\[[^\]]*(\[|--|&&|~~|\|\|)")
 # PEFT's names for the kinds of change that are applied here, and its defaults of rank and alpha.
 KINDS = ("LORA", "LOHA", "LOKR")
 DEFAULT = 8
-# How factors may init. These leave the base alone; with the others it was changed, and they mean nothing without that.
+# How factors are initialized. These leave the base alone; the others changed it, and factors mean nothing without that.
 INITS = ("true", "false", "none", "gaussian", "eva", "mica", "orthogonal")
 INITS_OF_BASE = re.compile(r"pissa(_niter_\d+)?|olora|corda|lora_ga|loftq")
 CONVERT = "save it for the base as it was, with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
@@ -88,7 +87,7 @@ class Pattern:
             raise ValueError(
                 f"The LoRA's {source} has {len(numbers)} expressions in a pattern; it may have {MAX_EXPRESSIONS}."
             )
-        self._seconds = PATTERN_SECONDS
+        self._seconds = PATTERN_SECONDS  # what is left of them
         self._numbers = [
             (self._compile(expression), _number(source, number, above)) for expression, number in numbers.items()
         ]
@@ -108,7 +107,11 @@ class Pattern:
     def _fits(self, expression: Expression, name: str) -> bool:
         if isinstance(expression, re.Pattern):
             return expression.match(name) is not None
-        return expression.match(name, timeout=min(MATCH_SECONDS, self._seconds)) is not None
+        check_cancelled()
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return expression.match(name, timeout=min(MATCH_SECONDS, left)) is not None
 
     def _compile(self, expression: str) -> Expression:
         """An expression as PEFT takes it; for an engine that can be stopped, unless it is plain.
@@ -138,6 +141,7 @@ class Pattern:
         """Count the time of what may take long, and give up where all the time has been used."""
         check_cancelled()
         began = time.monotonic()
+        self._until = began + self._seconds
         try:
             if self._seconds <= 0:
                 raise TimeoutError
@@ -215,7 +219,7 @@ class Adapter:
         return None
 
 
-def read_header(metadata: Mapping[str, str], models: Collection[str] = MODELS) -> dict[str, Adapter] | None:
+def read_header(metadata: Mapping[str, str], models: Collection[str]) -> dict[str, Adapter] | None:
     """The configs in a header, for "transformer" and "text_encoder"; None where there are none.
 
     Args:
@@ -231,11 +235,11 @@ def read_header(metadata: Mapping[str, str], models: Collection[str] = MODELS) -
     stated = _parse(metadata.get(IN_HEADER, "{}"), IN_HEADER)
     if not stated:
         return None
-    configs: dict[str, dict[str, object]] = {model: {} for model in MODELS}
+    configs: defaultdict[str, dict[str, object]] = defaultdict(dict)
     for key, value in stated.items():
         component, _, name = key.rpartition(".")
         model = "transformer" if component in ("", "unet") else component
-        configs.setdefault(model, {})[name] = value
+        configs[model][name] = value
     adapters = {}
     for model in models:
         _refuse(configs[model], IN_HEADER)

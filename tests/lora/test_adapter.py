@@ -263,6 +263,9 @@ def test_many_expressions_that_take_long_together_are_given_up(monkeypatch: pyte
     pattern = Pattern("header", {"." + ".*" * 6 + f"[{number}](?#i)": 1 for number in range(9)})
     with pytest.raises(ValueError, match="take too long to compare with names"):
         [pattern.find(["transformer_blocks.0.attn.to_q"]) for _ in range(10_000)]
+    slow = Pattern("header", {f"(a|a_|aa)+$b(?#{number})": 1 for number in range(200)})
+    with pytest.raises(ValueError, match="take too long to compare with names"):
+        slow.find(["a" * 22])
     assert time.thread_time() - began < 10
 
 
