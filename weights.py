@@ -173,7 +173,7 @@ class _Lookup:
                     print(f"{error} The cached file is used.")
             if file is cached:
                 stack.pop_all()  # it stays open
-            return _held(file, self._store.path(record.sha256), record, wanted.name)
+            return _held(file, self._store.path(record.sha256), record, wanted.name, record.config)
 
     def _look_up(self, wanted: Reference, record: _Record, cached: BinaryIO | None) -> BinaryIO:
         """Make the record say what the reference means now, and give the file: the cached one, where it is the same."""
@@ -258,7 +258,7 @@ class _Lookup:
                 return held
             content.seek(0)
             file = self._store.open(record.sha256) or self._take(content, path.name, record)
-            return _held(file, self._store.path(record.sha256), record, path.name)
+            return _held(file, self._store.path(record.sha256), record, path.name, record.config)
 
     def _take(self, content: BinaryIO, name: str, record: _Record) -> BinaryIO:
         """A file that is here already, but not in the store."""
@@ -293,9 +293,8 @@ class _Lookup:
                 note.write(json.dumps(asdict(record), ensure_ascii=False))
 
 
-def _held(file: BinaryIO, path: Path, record: _Record, name: str, config: str | None = None) -> Held:
+def _held(file: BinaryIO, path: Path, record: _Record, name: str, config: str) -> Held:
     """A file with what its record says of it; the config beside one on the disk is read anew each time."""
-    config = (record.config or "") if config is None else config
     return file, LoraFile(path.absolute(), record.sha256, name, tuple(record.trigger_words), config)
 
 

@@ -66,9 +66,15 @@ def _rank(left: Sequence[int], right: Sequence[int], rows: int | None) -> int | 
     """The rank of a pair [rows, rank], [rank, in], or of one that is stored transposed; None where it is neither."""
     if min(len(left), len(right)) < 2:
         return None
-    if left[1] == right[0] and rows in (None, left[0]):
-        return right[0]
-    return left[0] if left[0] == right[1] and rows == left[1] else None
+    if _is_transposed(left, right, rows):
+        return left[0]
+    return right[0] if left[1] == right[0] and rows in (None, left[0]) else None
+
+
+def _is_transposed(left: Sequence[int], right: Sequence[int], rows: int | None) -> bool:
+    """Whether a pair is [rank, rows], [in, rank], and not the usual way too."""
+    usual = (left[0], left[1]) == (rows, right[0])
+    return not usual and (left[0], left[1]) == (right[1], rows)
 
 
 def name_full_ranks(contents: Mapping[Layer, Content], shape: Callable[[str], Sequence[int]]) -> None:
@@ -161,14 +167,13 @@ class LayerReader:
         """[out, rank] and [rank, in]; MLX keeps them transposed, and calls them by no `.weight`."""
         up, down = self._matrix("up"), self._matrix("down")
         out = self._layer.shape[0]
-        usual = up.shape == (out, down.shape[0])
-        transposed = up.shape == (down.shape[1], out)
-        if usual and transposed and down.shape == self._layer.shape and not self._name("down").endswith(".weight"):
+        both_ways = up.shape == (out, out) and down.shape == self._layer.shape == (out, out)
+        if both_ways and not self._name("down").endswith(".weight"):
             raise ValueError(
                 f"{self._name('down')} is {_size(down.shape)}, as large as {self._layer}: whether its rows or its "
                 "columns are the rank cannot be told; lora_A.weight would be [rank, in]."
             )
-        return (up.T, down.T) if transposed and not usual else (up, down)
+        return (up.T, down.T) if _is_transposed(up.shape, down.shape, out) else (up, down)
 
     def _loha(self) -> list[Delta]:
         (a, b), (c, d) = self._pair("hada_w1", "hada_t1"), self._pair("hada_w2", "hada_t2")
@@ -197,9 +202,12 @@ class LayerReader:
         self._check_fit(True, (o1 * o2, i1 * i2), *present)
         self.kinds.add("LoKr")
         # Where both sides are whole, the file's alpha means nothing: LyCORIS writes it and does not use it.
-        strength = 1.0
-        if ranks or "alpha" not in self._content.tensors:
-            strength = self._strength(ranks[-1]) if ranks else self._adapter.strength(self._content.names, None, None)
+        if ranks:
+            strength = self._strength(ranks[-1])
+        elif "alpha" in self._content.tensors:
+            strength = 1.0
+        else:
+            strength = self._adapter.strength(self._content.names, None, None)
         return [Kronecker(part.start, part.height, *sides, part.source, strength) for part in self._layer.parts]
 
     def _decomposed(self, parts: list[tuple[str, Delta]]) -> Iterator[tuple[str, Delta]]:

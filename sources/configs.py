@@ -49,12 +49,12 @@ def read_beside(file: Path) -> str:
     Raises:
         ValueError: it is too long, or cannot be read.
     """
-    path, owner = file.with_name(NAME), file.with_name(OWNER)
     try:
-        # A pipe would wait for somebody to write into it.
-        if not path.is_file() or (owner.exists() and file.name != OWNER):
+        # Regular ones alone: a pipe would wait for somebody to write into it.
+        found = beside(file.name, [name for name in (NAME, OWNER) if file.with_name(name).is_file()])
+        if found is None:
             return ""
-        with path.open("rb") as config:
+        with file.with_name(found).open("rb") as config:
             return text(config.read(MAX_BYTES + 1), NAME)
     except OSError as error:
         raise ValueError(f"{NAME} beside {brief(file.name)} cannot be read: {error.strerror}.") from None

@@ -73,7 +73,9 @@ def read_names(names: list[str]) -> None:
 def read_patterns(count: int) -> None:
     """Patterns of which only the last fits; layers are as many as the model has, whatever a file says."""
     pattern = {f"layer.{number}": 1.0 for number in range(count)} | {"to_q": 2.0}
-    adapters = adapter.read_header({"lora_adapter_metadata": json.dumps({"transformer.alpha_pattern": pattern})})
+    adapters = adapter.read_header(
+        {"lora_adapter_metadata": json.dumps({"transformer.alpha_pattern": pattern})}, {"transformer"}
+    )
     for number in range(100):
         assert adapters["transformer"].strength([f"block.{number}.to_q"], 1, None) == 2
 
