@@ -79,7 +79,7 @@ class AppliedLora:
 
 @dataclass(frozen=True)
 class Canvas:
-    """What is drawn on: the promised size, and the input image and the mask fitted to it."""
+    """What is drawn on: the promised size, the input image fitted to it, and how much of each pixel a mask paints."""
 
     width: int
     height: int
@@ -334,9 +334,10 @@ def _canvas(request: Request) -> Canvas:
     if request.image is None:
         size = images.text_to_image_size(request.aspect_ratio, request.megapixels, request.width, request.height)
         return Canvas(*size)
-    image = images.fit(images.read_image(request.image))
-    mask = None if request.mask is None else images.read_mask(request.mask, image.size)
-    return Canvas(*image.size, image, mask)
+    image = images.read_image(request.image)
+    fitted = images.fit(image)
+    mask = None if request.mask is None else images.read_mask(request.mask, image, fitted.size)
+    return Canvas(*fitted.size, fitted, mask)
 
 
 def _strength(request: Request) -> float:
@@ -370,7 +371,8 @@ def denoise(job: Job, seed: int, on_step: Callable[[], object]) -> Tensor:
     if job.canvas.image is not None:
         inputs |= {"image": images.extend(job.canvas.image, (width, height)), "strength": _strength(job.request)}
     if job.canvas.mask is not None:
-        inputs |= {"mask_image": images.extend(job.canvas.mask, (width, height))}
+        mask = images.extend(job.canvas.mask, (width, height))
+        inputs |= {"mask_image": images.cells(mask, job.pipeline.vae_scale_factor)}
 
     def on_step_end(*_: object) -> dict[str, Tensor]:
         on_step()

@@ -1,4 +1,4 @@
-"""Pictures as files and as pixels: sizes, reading, fitting, masks, pasting back, writing.
+"""Pictures as files and as pixels: sizes, reading, fitting, masks, pasting back, writing; the door of pixels/.
 
 Knows Pillow and numpy; knows nothing of FLUX, of Cog or of torch. Sizes are (width, height), as Pillow gives them;
 arrays are [H, W] or [H, W, C]. Every error is a `ValueError` whose sentence is for the person who sent the file.
@@ -6,20 +6,16 @@ arrays are [H, W] or [H, W, C]. Every error is a `ValueError` whose sentence is 
 
 import io
 import json
-import mmap
-import re
-import struct
-import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin
 
-from service.device_thread import check_cancelled
-from service.faults import out_of_memory
+from pixels.colour import flatten, plain, to_srgb
+from pixels.decoding import decoded, turn
+from pixels.masks import TRACE, cover, strengths
 
 Format = Literal["webp", "jpg", "png"]
 Size = tuple[int, int]
@@ -41,37 +37,6 @@ SIZES: dict[str, Size] = {
 GRID = 16
 LONGEST_SIDE = 1440
 
-# What people send. Pillow's other readers, and the holes in them, stay closed to strangers' files.
-READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-
-# A bound on what a small file can make us decode. Pillow enforces twice its number before it decodes, for tiles and
-# frames too, and warns above the number itself; that warning would only frighten whoever sent a large photo.
-MAX_PIXELS = 100_000_000
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-# Readers warn of what is odd in a stranger's file.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
-# Each scan of a progressive JPEG goes over all its pixels, however few bytes it has; encoders make some ten of them.
-MAX_SCANS = 50
-# The same in all: a progressive JPEG of the largest size has ten scans or so.
-MAX_SCANNED_PIXELS = 15 * MAX_PIXELS
-# What begins a segment of a JPEG, or ends the file: no byte of pixels, no marker without a segment, no filling.
-MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
-SCAN, END = b"\xda", b"\xd9"
-
-# How many numbers a TIFF may have under one tag, such as one for each of its strips: Pillow makes objects of them, and
-# of the strips, in one call for all, at 20 microseconds and 360 bytes each.
-MAX_NUMBERS = 100_000
-# In how many entries it may say what it is.
-MAX_ENTRIES = 65_535
-TIFF_HEADS = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")
-# The types that are bytes or text, which Pillow leaves as they are.
-TIFF_BYTES = (1, 2, 6, 7)
-
-# How often a reader may ask for more of a file: once for each part of it, such as a comment, whose object it keeps.
-MAX_READS = 1_000_000
-
 # A JPEG segment holds 65,533 bytes; this leaves room for the EXIF headers around one text.
 JPEG_TEXT_BYTES = 65_000
 
@@ -87,7 +52,10 @@ def text_to_image_size(aspect_ratio: str, megapixels: str, width: int | None, he
     if aspect_ratio == "custom":
         if width is None or height is None:
             raise ValueError("aspect_ratio is custom, which needs both width and height.")
-        return _nearest(width), _nearest(height)
+        size = _nearest(width), _nearest(height)
+        if size != (width, height):
+            print(f"{_by((width, height))} is drawn at {_by(size)}: custom sides go to the nearest multiple of {GRID}.")
+        return size
     if aspect_ratio not in SIZES:
         raise ValueError(f"aspect_ratio is {aspect_ratio!r}; it must be custom or one of {', '.join(SIZES)}.")
     if megapixels not in ("1", "0.25"):
@@ -97,24 +65,60 @@ def text_to_image_size(aspect_ratio: str, megapixels: str, width: int | None, he
 
 
 def read_image(path: Path) -> Image.Image:
-    """The first frame of a picture, upright, as RGB on white, without the file's own metadata."""
-    return _read(path, "image", background="white")
+    """The first frame of a picture, upright, as sRGB on white, without the file's own metadata.
+
+    Its `info` has one entry, "orientation": the EXIF number by which the stored pixels were turned to stand upright.
+    """
+    with decoded(path, "image") as picture:
+        flat = flatten(to_srgb(picture, "image"), "white")
+        # Left in, Pillow would copy the photo's comment or colour profile into the files that are drawn from it.
+        flat.info = {"orientation": picture.info["orientation"]}
+    return flat
 
 
 def fit(image: Image.Image) -> Image.Image:
-    """The picture at the size that is drawn: at most 1440 a side, each side the nearest multiple of 16, at least 16."""
-    shrink = max(1, max(image.size) / LONGEST_SIDE)
-    width, height = (_nearest(side / shrink) for side in image.size)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+    """The picture at the size that is drawn: its own to the pixel, unless a side is longer than 1440."""
+    longest = max(image.size)
+    if longest <= LONGEST_SIDE:
+        return image
+    size = tuple(max(1, int(side * LONGEST_SIDE / longest + 0.5)) for side in image.size)
+    print(f"image has {_by(image.size)} pixels; it is drawn at {_by(size)}: no side is longer than {LONGEST_SIDE}.")
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def read_mask(path: Path, size: Size) -> Image.Image:
-    """What to paint, as L of 0 (keep) and 255 (paint), at `size`, the size of the fitted picture.
+def read_mask(path: Path, image: Image.Image, size: Size) -> Image.Image:
+    """How much of each pixel is drawn, as L from 0 (the picture is kept, to the bit) to 255, at `size`.
 
-    White is painted, grey from 128 up. Transparency is laid on black: where a mask says nothing, the picture is kept.
+    White is drawn, black is kept, and greys blend. Transparency is laid on black: where a mask says nothing, the
+    picture is kept. Its numbers count, whatever a colour profile would make of them.
+
+    Args:
+        path: of the mask.
+        image: what it belongs to, as `read_image` gives it.
+        size: what that is fitted to.
     """
-    mask = _read(path, "mask", background="black").convert("L").resize(size, Image.Resampling.NEAREST)
-    return mask.point([0] * 128 + [255] * 128)
+    with decoded(path, "mask") as picture:
+        grey = flatten(picture, "black").convert("L")
+        why_nothing = _why_nothing(picture) if grey.getextrema()[1] <= TRACE else None
+    if why_nothing is not None:
+        raise ValueError(f"mask paints nothing: {why_nothing}.")
+    drawn = strengths(_laid_on(grey, image), size)
+    if drawn.getbbox() is None:
+        raise ValueError(f"mask paints nothing: its greys are too faint or too small to be seen at {_by(size)} pixels.")
+    return drawn
+
+
+def cells(drawn: Image.Image, side: int) -> Image.Image:
+    """A mask as latents need it: white in each square of so many pixels of which anything is drawn.
+
+    The pipeline takes one pixel of each square for all; a line that is thinner would become dashes.
+
+    Args:
+        drawn: as `read_mask` gives it, in whole squares.
+        side: of a square, in pixels.
+    """
+    touched = cover(np.asarray(drawn) > 0, (drawn.width // side, drawn.height // side))  # [H/side, W/side]
+    return Image.fromarray(touched.astype(np.uint8) * 255).resize(drawn.size, Image.Resampling.NEAREST)
 
 
 def extend(image: Image.Image, size: Size) -> Image.Image:
@@ -126,23 +130,8 @@ def extend(image: Image.Image, size: Size) -> Image.Image:
 
 
 def paste_back(drawn: Image.Image, original: Image.Image, mask: Image.Image) -> Image.Image:
-    """`drawn` inside the mask and `original`, to the bit, outside; all three have one size.
-
-    A seam as wide as 1/128 of the shorter side blends the two, inside the mask. Where the mask is too thin for it, the
-    seam is as deep as the mask is, so that the middle of a thin line is painted at full strength too.
-    """
-    seam = max(1, min(mask.size) // 128)  # pixels
-    inside = (np.asarray(mask) >= 128).astype(np.uint8)  # [H, W]
-    # How far each pixel lies from the nearest one that is kept, at most `seam`; beyond the picture nothing is kept.
-    depth = inside.copy()
-    for _ in range(seam - 1):
-        inside = 1 - _spread(1 - inside)
-        depth += inside
-    deepest = depth
-    for _ in range(seam):
-        deepest = _spread(deepest)
-    strength = np.rint(255 * (depth / np.maximum(deepest, 1))).astype(np.uint8)
-    return Image.composite(drawn, original, Image.fromarray(strength))
+    """`drawn` over `original` as far as the mask says, which is what `read_mask` gives; all three have one size."""
+    return Image.composite(drawn, original, mask)
 
 
 def save(image: Image.Image, path: Path, format: Format, quality: int, metadata: Mapping[str, Any]) -> None:
@@ -188,112 +177,44 @@ def _nearest(side: float) -> int:
     return max(GRID, int(side / GRID + 0.5) * GRID)
 
 
-class _Watched(io.BufferedReader):
-    """A file that is read no longer than somebody waits for it: Pillow's readers ask for a little at a time."""
-
-    reads = 0
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        check_cancelled()
-        self.reads += 1
-        if self.reads > MAX_READS:
-            raise _PartsError("a file of too many parts")
-        return super().read(size)
+def _by(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
-class _PartsError(Exception):
-    """A file that is small, and takes long: what it is."""
+def _laid_on(mask: Image.Image, image: Image.Image) -> Image.Image:
+    """The mask as it lies on a picture, whose aspect it has, or that of the picture's stored pixels.
 
-
-def _check_scans(file: io.BufferedReader, pixels: int) -> None:
-    """Refuse a JPEG of too many scans, which would take minutes of a call that nothing can interrupt."""
-    scans, position = 0, 2
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        while (found := MARKER.search(content, position)) and found[1] != END:
-            check_cancelled()
-            scans += found[1] == SCAN
-            if scans > MAX_SCANS or scans * pixels > MAX_SCANNED_PIXELS:
-                raise _PartsError(f"a JPEG of too many scans: more than {MAX_SCANS}, or than its size allows")
-            position = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
-
-
-def _check_numbers(file: io.BufferedReader) -> None:
-    """Refuse a TIFF of too many numbers under one tag of its first frame, whose tags are read as Pillow reads them."""
-    head = file.read(16)
-    if head.startswith(TIFF_HEADS):
-        order, large = "<" if head.startswith(b"I") else ">", head[2:3] == b"+"
-        offset, count, entry = (order + code for code in (("8xQ", "Q", "2xHQ8x") if large else ("4xI", "H", "2xHI4x")))
-        file.seek(*struct.unpack_from(offset, head))
-        entries = struct.unpack(count, file.read(struct.calcsize(count)))[0]
-        content = file.read(min(entries, MAX_ENTRIES) * struct.calcsize(entry))
-        # Of a directory that is cut off, Pillow takes the entries that are there.
-        whole = content[: len(content) - len(content) % struct.calcsize(entry)]
-        numbers = [number for kind, number in struct.iter_unpack(entry, whole) if kind not in TIFF_BYTES]
-        if entries > MAX_ENTRIES or any(number > MAX_NUMBERS for number in numbers):
-            most = f"{MAX_NUMBERS:,} strips, tiles or other numbers under one tag, or {MAX_ENTRIES:,} tags"
-            raise _PartsError(f"a TIFF of too many parts: more than {most}")
-    file.seek(0)
-
-
-def _read(path: Path, name: str, background: str) -> Image.Image:
-    """The first frame of a file, upright, as RGB on a background; `name` is the input that the errors speak of."""
-    try:
-        # An open file, for Pillow maps one that it opens by name into memory and then garbles TIFFs that lie on a side.
-        with _Watched(io.FileIO(path)) as file:
-            _check_numbers(file)
-            with Image.open(file, formats=READ_FORMATS) as picture:
-                if picture.format in ("JPEG", "MPO"):
-                    _check_scans(file, picture.width * picture.height)
-                picture.load()
-                with suppress(Exception):  # broken EXIF is no reason to refuse good pixels: they stay as they lie
-                    ImageOps.exif_transpose(picture, in_place=True)
-                flat = _flatten(picture, background)
-    except Image.DecompressionBombError as error:
-        pixels = int(re.search(r"\d+", str(error)).group())
-        raise ValueError(
-            f"{name} is too large: it has {pixels / 1e6:,.1f} megapixels, of at most {MAX_PIXELS / 1e6:g}."
-        ) from None
-    except _PartsError as error:
-        raise ValueError(f"{name} is {error}.") from None
-    except UnidentifiedImageError:
-        accepted = f"{', '.join(READ_FORMATS[:-1])} or {READ_FORMATS[-1]}"
-        raise ValueError(f"{name} is not a picture in a known format; send {accepted}.") from None
-    except Exception as error:  # hostile bytes bring out anything from a decoder, and its message may contain the path
-        if out_of_memory(error):
-            raise
-        raise ValueError(f"{name} could not be decoded: the file is damaged, cut off or of a rare kind.") from None
-    # Left in, Pillow would copy the photo's comment or colour profile into the files that are drawn from it.
-    flat.info = {}
-    return flat
-
-
-def _flatten(picture: Image.Image, background: str) -> Image.Image:
-    """Any mode to RGB, transparency laid on a background."""
-    if picture.mode.startswith(("I", "F")):
-        picture = _eight_bits(picture)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
-    return picture.convert("RGB")
-
-
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """A grey of 16 or 32 bits or of floats as L, which Pillow's own conversion would cut off at 255.
-
-    16 bits reach from 0 to 65535. The other two have no white of their own: it is the first of the usual ones that
-    no pixel exceeds.
+    Raises:
+        ValueError: it has another one.
     """
-    values = np.nan_to_num(np.asarray(picture, dtype=np.float32))  # [H, W]
-    usual = {"F": (1, 255, 65535), "I": (255, 65535)}.get(picture.mode, (65535,))
-    white = next((top for top in usual if values.max() <= top), values.max())
-    return Image.fromarray(np.rint(np.clip(values / white, 0, 1) * 255).astype(np.uint8))
+    # Either may be the one whose sides were rounded, or cut, by a pixel.
+    (width, height), (wide, high) = mask.size, image.size
+    if abs(width * high - height * wide) <= max(*mask.size, *image.size):
+        return mask
+    orientation = image.info["orientation"]
+    if orientation >= 5 and mask.size == image.size[::-1]:
+        print("mask has the size of the image before its EXIF rotation; it is turned like the image.")
+        return turn(mask, orientation)
+    raise ValueError(
+        f"mask has {_by(mask.size)} pixels and image {_by(image.size)}; a mask must have the size of its image, or "
+        "the same aspect ratio."
+    )
 
 
-def _spread(values: np.ndarray) -> np.ndarray:
-    """The largest of each pixel's 3x3 neighbourhood: [H, W] to [H, W]."""
-    padded = np.pad(values, 1, mode="edge")
-    rows = np.maximum(np.maximum(padded[:-2], padded[1:-1]), padded[2:])
-    return np.maximum(np.maximum(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
+def _why_nothing(picture: Image.Image) -> str:
+    """The likely reason why a mask is black all over, as the end of a sentence."""
+    colours = plain(picture)
+    opaque = colours.convert("RGB").convert("L")
+    brightest, white = opaque.getextrema()[1], 255
+    if picture.mode.startswith("I;16"):
+        brightest, white = picture.getextrema()[1], 65535
+    if colours.mode in ("LA", "RGBA") and colours.getchannel("A").getextrema()[0] < 255:
+        return "its shape is in its transparency alone, which counts as black; paint white what is to be drawn"
+    if brightest == 0:
+        return "it is all black; paint white what is to be drawn"
+    if brightest == 1:
+        return f"its values are 0 and 1, both of which are black; white is {white}: multiply them by {white}"
+    return f"its brightest value is {brightest}, which is as good as black; white is {white}"
 
 
 def _json(metadata: Mapping[str, Any], limit: int | None = None) -> bytes:

@@ -130,7 +130,8 @@ class World(http.server.ThreadingHTTPServer):
         super().__init__((LOOPBACK, 0), _Handler)
         self.files = {f"/good-{seed}.safetensors": make_lora(seed) for seed in range(8)}
         self.files |= {f"/bad-{number}.safetensors": content for number, content in enumerate(_bad_loras())}
-        self.files |= {"/photo.webp": _encoded(_photo(random.Random(0)), "webp")}
+        self.photo = _photo(random.Random(0))
+        self.files |= {"/photo.webp": _encoded(self.photo, "webp")}
         self.ended: dict[str, list[str]] = {}
         self.address = f"http://{LOOPBACK}:{self.server_port}"
         self.dead = f"http://{LOOPBACK}:{free_port()}"
@@ -256,10 +257,11 @@ def _canvas(rng: random.Random, hosts: World) -> dict[str, Any]:
     if kind == "custom":
         return {"aspect_ratio": "custom", "width": rng.randrange(256, 321), "height": rng.randrange(256, 321)}
     if kind in ("image", "mask"):
-        photo = uri(_encoded(_photo(rng), "png"), "image/png")
-        image = rng.choice((photo, photo, f"{hosts.address}/photo.webp"))
+        photo, by_url = _photo(rng), rng.random() < 1 / 3
+        image = f"{hosts.address}/photo.webp" if by_url else uri(_encoded(photo, "png"), "image/png")
+        mask = _photo(rng).resize((hosts.photo if by_url else photo).size)
         inputs = {"image": image, "prompt_strength": rng.choice((0, 0.3, 0.8, 1))}
-        return inputs | ({"mask": uri(_encoded(_photo(rng), "png"), "image/png")} if kind == "mask" else {})
+        return inputs | ({"mask": uri(_encoded(mask, "png"), "image/png")} if kind == "mask" else {})
     ratio = rng.choice(("1:1", "21:9", "4:5"))
     return {"aspect_ratio": ratio, "megapixels": "0.25" if kind == "quarter" else "1", "num_outputs": 1}
 

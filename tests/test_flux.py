@@ -10,7 +10,7 @@ import pytest
 import torch
 from cog import CancelationException
 from diffusers import FluxPipeline
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch import Tensor
 from torch._ops import OpOverload
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux import PROMPTS, Flux
 from harness.loras import files
+from pixels.masks import TRACE
 from request import LoraChoice, Request
 from service.measure import Stopwatch
 from settings import ROOT, Settings
@@ -201,6 +202,26 @@ def test_outside_the_mask_every_pixel_is_the_image_s_own(flux: Flux, inputs: dic
     before, after = np.asarray(Image.open(photo)), np.asarray(drawn)
     assert (before == after)[kept].all()
     assert (before != after)[~kept].mean() > 0.5
+
+
+def test_pictures_of_any_size_keep_it_and_what_their_masks_keep(flux: Flux, tmp_path: Path) -> None:
+    chance = np.random.default_rng(0)
+    image, mask = tmp_path / "image.png", tmp_path / "mask.png"
+    for soft in [False, True] * 6:
+        width, height = chance.integers(17, 200, 2).tolist()
+        before = chance.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(before).save(image)
+        grey = Image.new("L", (width, height))
+        ImageDraw.Draw(grey).line(chance.integers(0, 200, 6).tolist(), fill=255, width=int(chance.integers(1, 9)))
+        grey.putpixel((width // 2, height // 2), 255)
+        if soft:
+            grey.paste(Image.linear_gradient("L").resize((width, height // 2)))
+        grey.save(mask)
+        (drawn,) = generate(flux, image=image, mask=mask, num_inference_steps=1, prompt_strength=1)
+        kept, after = np.asarray(grey) <= TRACE, np.asarray(drawn)
+        assert drawn.size == (width, height)
+        assert (before == after)[kept].all()
+        assert (before != after)[np.asarray(grey) == 255].mean() > 0.5
 
 
 def test_fp8_products_really_run(flux: Flux, inputs: dict) -> None:

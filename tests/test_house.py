@@ -10,7 +10,7 @@ import pytest
 
 from settings import ROOT
 
-WINGS = ("engine", "lora", "sources", "service", "local_cog", "cluster", "tools")
+WINGS = ("engine", "lora", "pixels", "sources", "service", "local_cog", "cluster", "tools")
 FURTHER = ("mini", "tests", "bench", "harness")
 # Cog reads the inputs from the signature of `predict`, each with its description.
 CONTRACT = ("predict.py", "predict")

@@ -1,0 +1,182 @@
+"""What strangers send as a picture → its first frame, upright, in the mode of the file.
+
+Knows Pillow's readers, their holes, and how a small file can make them work for minutes; it knows nothing of colours.
+Every error is a `ValueError` whose sentence is for the person who sent the file.
+"""
+
+import io
+import mmap
+import re
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from service.device_thread import check_cancelled
+from service.faults import out_of_memory
+
+# What people send. Pillow's other readers, and the holes in them, stay closed to strangers' files.
+READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+ACCEPTED = f"{', '.join(READ_FORMATS[:-1])} or {READ_FORMATS[-1]}"
+# What they send as well, by how it begins, and what would be right.
+HEAD_BYTES = 1024
+OTHERS = {
+    rb"\0{3}.ftyp(?:.{4}){0,15}?he[iv][cxms]": (
+        "a HEIC photo; save or export it as JPEG (iPhones do with Settings > Camera > Formats > Most Compatible)"
+    ),
+    rb"\0{3}.ftyp(?:isom|iso\d|mp4|M4V|qt)": f"a video; send one picture of it, as {ACCEPTED}",
+    rb"\xff\x0a|\0{3}\x0cJXL ": f"a JPEG XL picture; save it as {ACCEPTED}",
+    rb"\xff\x4f\xff\x51|\0{3}\x0cjP  ": f"a JPEG 2000 picture; save it as {ACCEPTED}",
+    rb"8BPS": f"a Photoshop document; export it as {ACCEPTED}",
+    rb"%PDF": f"a PDF document; save its page as {ACCEPTED}",
+    rb"(?:\xef\xbb\xbf)?\s*<(?:.*<)?svg[\s>]": f"an SVG drawing; export it as {ACCEPTED}",
+    rb"(?:\xef\xbb\xbf)?\s*<": f"a web page; send the picture itself, or its own address, as {ACCEPTED}",
+}
+
+# A bound on what a small file can make us decode. Pillow enforces twice its number before it decodes, for tiles and
+# frames too, and warns above the number itself; that warning would only frighten whoever sent a large photo.
+MAX_PIXELS = 100_000_000
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Readers warn of what is odd in a stranger's file.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+# Each scan of a progressive JPEG goes over all its pixels, however few bytes it has; encoders make some ten of them.
+MAX_SCANS = 50
+# The same in all: a progressive JPEG of the largest size has ten scans or so.
+MAX_SCANNED_PIXELS = 15 * MAX_PIXELS
+# What begins a segment of a JPEG, or ends the file: no byte of pixels, no marker without a segment, no filling.
+MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
+SCAN, END = b"\xda", b"\xd9"
+
+# How many numbers a TIFF may have under one tag, such as one for each of its strips: Pillow makes objects of them, and
+# of the strips, in one call for all, at 20 microseconds and 360 bytes each.
+MAX_NUMBERS = 100_000
+# In how many entries it may say what it is.
+MAX_ENTRIES = 65_535
+TIFF_HEADS = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")
+# The types that are bytes or text, which Pillow leaves as they are.
+TIFF_BYTES = (1, 2, 6, 7)
+
+# How often a reader may ask for more of a file: once for each part of it, such as a comment, whose object it keeps.
+MAX_READS = 1_000_000
+
+
+@contextmanager
+def decoded(path: Path, name: str) -> Iterator[Image.Image]:
+    """The first frame of a file, upright, in the file's own mode; what the block does with it may fail as it may.
+
+    Its `info` has what the file says of its pixels, and "orientation": the EXIF number by which they were turned.
+
+    Args:
+        path: of the file.
+        name: the input that errors speak of.
+
+    Raises:
+        ValueError: a sentence about a file that is no picture, is damaged, or would take too long.
+    """
+    try:
+        # An open file, for Pillow maps one that it opens by name into memory and then garbles TIFFs that lie on a side.
+        with _Watched(io.FileIO(path)) as file:
+            _check_kind(file)
+            _check_numbers(file)
+            with Image.open(file, formats=READ_FORMATS) as picture:
+                if picture.format in ("JPEG", "MPO"):
+                    _check_scans(file, picture.width * picture.height)
+                _scale_transparency(picture)
+                orientation = 1
+                with suppress(Exception):  # broken EXIF is no reason to refuse good pixels: they stay as they lie
+                    orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+                picture.load()  # which turns a TIFF
+                with suppress(Exception):
+                    ImageOps.exif_transpose(picture, in_place=True)
+                picture.info["orientation"] = orientation
+                yield picture
+    except Image.DecompressionBombError as error:
+        pixels = int(re.search(r"\d+", str(error)).group())
+        raise ValueError(
+            f"{name} is too large: it has {pixels / 1e6:,.1f} megapixels, of at most {MAX_PIXELS / 1e6:g}."
+        ) from None
+    except _KindError as error:
+        raise ValueError(f"{name} is {error}.") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{name} is not a picture in a known format; send {ACCEPTED}.") from None
+    except Exception as error:  # hostile bytes bring out anything from a decoder, and its message may contain the path
+        if out_of_memory(error):
+            raise
+        raise ValueError(f"{name} could not be decoded: the file is damaged, cut off or of a rare kind.") from None
+
+
+def turn(picture: Image.Image, orientation: int) -> Image.Image:
+    """The picture as an EXIF orientation would have it stand."""
+    exif = picture.getexif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(picture)
+
+
+class _Watched(io.BufferedReader):
+    """A file that is read no longer than somebody waits for it: Pillow's readers ask for a little at a time."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        check_cancelled()
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise _KindError("a file of too many parts")
+        return super().read(size)
+
+
+class _KindError(Exception):
+    """A file that is not read: what it is."""
+
+
+def _check_kind(file: io.BufferedReader) -> None:
+    """Refuse by its own name what people take for a picture in a format that is read."""
+    head = file.read(HEAD_BYTES)
+    file.seek(0)
+    for beginning, kind in OTHERS.items():
+        if re.match(beginning, head, re.DOTALL | re.IGNORECASE):
+            raise _KindError(kind)
+
+
+def _check_scans(file: io.BufferedReader, pixels: int) -> None:
+    """Refuse a JPEG of too many scans, which would take minutes of a call that nothing can interrupt."""
+    scans, position = 0, 2
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        while (found := MARKER.search(content, position)) and found[1] != END:
+            check_cancelled()
+            scans += found[1] == SCAN
+            if scans > MAX_SCANS or scans * pixels > MAX_SCANNED_PIXELS:
+                raise _KindError(f"a JPEG of too many scans: more than {MAX_SCANS}, or than its size allows")
+            position = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
+
+
+def _check_numbers(file: io.BufferedReader) -> None:
+    """Refuse a TIFF of too many numbers under one tag of its first frame, whose tags are read as Pillow reads them."""
+    head = file.read(16)
+    if head.startswith(TIFF_HEADS):
+        order, large = "<" if head.startswith(b"I") else ">", head[2:3] == b"+"
+        offset, count, entry = (order + code for code in (("8xQ", "Q", "2xHQ8x") if large else ("4xI", "H", "2xHI4x")))
+        file.seek(*struct.unpack_from(offset, head))
+        entries = struct.unpack(count, file.read(struct.calcsize(count)))[0]
+        content = file.read(min(entries, MAX_ENTRIES) * struct.calcsize(entry))
+        # Of a directory that is cut off, Pillow takes the entries that are there.
+        whole = content[: len(content) - len(content) % struct.calcsize(entry)]
+        numbers = [number for kind, number in struct.iter_unpack(entry, whole) if kind not in TIFF_BYTES]
+        if entries > MAX_ENTRIES or any(number > MAX_NUMBERS for number in numbers):
+            most = f"{MAX_NUMBERS:,} strips, tiles or other numbers under one tag, or {MAX_ENTRIES:,} tags"
+            raise _KindError(f"a TIFF of too many parts: more than {most}")
+    file.seek(0)
+
+
+def _scale_transparency(picture: Image.Image) -> None:
+    """Say which colour of a PNG is transparent as Pillow gives its pixels, which it makes eight bits of."""
+    stored, colour = picture.tile and picture.tile[0].args, picture.info.get("transparency")
+    if stored in ("L;2", "L;4") and colour is not None:
+        picture.info["transparency"] = colour * 255 // (2 ** int(stored[2]) - 1)
+    elif stored == "RGB;16B" and colour is not None:
+        picture.info["transparency"] = tuple(sample >> 8 for sample in colour)

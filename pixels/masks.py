@@ -1,0 +1,109 @@
+"""A mask in greys → how much of each pixel is drawn. Knows numpy and Pillow; arrays are [H, W].
+
+A hard mask says yes or no; a soft one says how much. Which one somebody means is told from what its greys look like:
+those of a hard mask lie along its edges, where programs smooth them and JPEG leaves its noise.
+"""
+
+import numpy as np
+from PIL import Image
+
+from service.device_thread import check_cancelled
+
+# Up to here a grey counts as black: JPEG's noise, far from edges.
+TRACE = 8
+# How far around an edge a hard mask may have greys: smoothing reaches two pixels, JPEG's noise as far as its blocks.
+SMOOTHED, BLOCK = 2, 8
+# The share of a mask's greys that lies elsewhere, from which on it is soft. By programs and by JPEG of quality 10 and
+# more, hard masks have at most a twelfth there; a blur of three pixels' radius has a quarter, a gradient all.
+SOFT_SHARE = 1 / 8
+# Rows that are looked at together.
+BAND = 1024
+
+
+def strengths(grey: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """How much of each pixel is drawn, as L from 0 (nothing) to 255, at `size`.
+
+    A hard mask paints what it covers any part of, with a seam inside its edges. Of a soft one the greys count, down to
+    a trace; what is black or white all over stays that.
+
+    Args:
+        grey: the mask, as L.
+        size: (width, height), of the mask's aspect.
+    """
+    values = np.asarray(grey)
+    if is_hard(values):
+        return Image.fromarray(_seamed(cover(values >= 128, size)))
+    averaged = grey.resize(size, Image.Resampling.BOX if size < grey.size else Image.Resampling.BILINEAR)
+    soft = np.where(cover(values < 255, size), averaged, 255)
+    return Image.fromarray(np.where(cover(values > TRACE, size) & (soft > TRACE), soft, 0).astype(np.uint8))
+
+
+def cover(painted: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Which pixels of another size a painted area touches: bool [H, W] to [h, w], for a `size` of (w, h)."""
+    for axis, length in ((0, size[1]), (1, size[0])):
+        had = painted.shape[axis]
+        edges = np.arange(length + 1) * had
+        starts, ends = edges[:-1] // length, -(-edges[1:] // length)
+        # From each start to its end; what the reduction gives between an end and the next start is left out.
+        margin = [(0, int(side == axis)) for side in (0, 1)]  # the last end is none of the pixels
+        spans = np.logical_or.reduceat(np.pad(painted, margin), np.stack((starts, ends), 1).ravel(), axis=axis)
+        painted = spans[::2] if axis == 0 else spans[:, ::2]
+    return painted
+
+
+def is_hard(values: np.ndarray) -> bool:
+    """Whether greys from 0 to 255 are those of a mask that says yes or no."""
+    greys, elsewhere = 0, 0
+    for top in range(0, len(values), BAND):
+        check_cancelled()
+        above = min(top, BLOCK)
+        band = values[top - above : top + BAND + BLOCK]
+        grey = (band > TRACE) & (band < 255 - TRACE)
+        if grey.any():
+            inside = slice(above, above + BAND)
+            greys += np.count_nonzero(grey[inside])
+            elsewhere += np.count_nonzero((grey & ~_along_edges(band))[inside])
+    return bool(elsewhere <= greys * SOFT_SHARE)
+
+
+def _along_edges(values: np.ndarray) -> np.ndarray:
+    """Where a grey may be an edge's: the middle ones close to both dark and light, others not far from the opposite."""
+    dark, light = values <= 64, values >= 192
+    smoothed = _near(dark, SMOOTHED) & _near(light, SMOOTHED)
+    noise = np.where(values < 128, _near(values >= 128, BLOCK), _near(values < 128, BLOCK))
+    return np.where(dark | light, noise, smoothed)
+
+
+def _seamed(painted: np.ndarray) -> np.ndarray:
+    """A seam as wide as 1/128 of the shorter side, inside what is painted: bool to 0 ... 255.
+
+    Where that is too thin for it, the seam is as deep as it is, so that the middle of a thin line is painted at full
+    strength too.
+    """
+    seam = max(1, min(painted.shape) // 128)  # pixels
+    # How far each pixel lies from the nearest one that is kept, at most `seam`; beyond the picture nothing is kept.
+    inside = painted
+    depth = painted.astype(np.uint8)
+    for _ in range(seam - 1):
+        inside = ~_spread(~inside)
+        depth += inside
+    deepest = depth
+    for _ in range(seam):
+        deepest = _spread(deepest)
+    return np.rint(255 * (depth / np.maximum(deepest, 1))).astype(np.uint8)
+
+
+def _near(marked: np.ndarray, radius: int) -> np.ndarray:
+    """What lies within a square of so many pixels around something marked."""
+    reach = 0
+    while reach < radius:
+        step = min(2 * reach + 1, radius - reach)
+        marked, reach = _spread(marked, step), reach + step
+    return marked
+
+
+def _spread(values: np.ndarray, step: int = 1) -> np.ndarray:
+    """The largest of each pixel and the eight that lie `step` away: [H, W] to [H, W]."""
+    padded = np.pad(values, step, mode="edge")
+    rows = np.maximum(np.maximum(padded[: -2 * step], padded[step:-step]), padded[2 * step :])
+    return np.maximum(np.maximum(rows[:, : -2 * step], rows[:, step:-step]), rows[:, 2 * step :])

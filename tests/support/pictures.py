@@ -1,0 +1,50 @@
+"""Small pictures for tests, as pixels and as files."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image
+
+RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def written(picture: Image.Image, path: Path, **options: object) -> Path:
+    picture.save(path, **options)
+    return path
+
+
+def quadrants(width: int = 64, height: int = 32) -> Image.Image:
+    """Red, green / blue, white: every turn and every swap of channels shows."""
+    picture = Image.new("RGB", (width, height), WHITE)
+    picture.paste(RED, (0, 0, width // 2, height // 2))
+    picture.paste(GREEN, (width // 2, 0, width, height // 2))
+    picture.paste(BLUE, (0, height // 2, width // 2, height))
+    return picture
+
+
+def close(picture: Image.Image, expected: Image.Image, tolerance: int) -> bool:
+    difference = np.asarray(picture).astype(int) - np.asarray(expected).astype(int)
+    return bool(np.abs(difference).max() <= tolerance)
+
+
+# What undoes each EXIF orientation: the file holds the picture as the camera's sensor lay.
+SENSOR = {
+    1: lambda picture: picture,
+    2: lambda picture: picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+    3: lambda picture: picture.transpose(Image.Transpose.ROTATE_180),
+    4: lambda picture: picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+    5: lambda picture: picture.transpose(Image.Transpose.TRANSPOSE),
+    6: lambda picture: picture.transpose(Image.Transpose.ROTATE_90),
+    7: lambda picture: picture.transpose(Image.Transpose.TRANSVERSE),
+    8: lambda picture: picture.transpose(Image.Transpose.ROTATE_270),
+}
+
+
+def oriented(picture: Image.Image, orientation: int, path: Path, **options: object) -> Path:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return written(SENSOR[orientation](picture), path, exif=exif, **options)
