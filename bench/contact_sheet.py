@@ -1,22 +1,25 @@
-"""docs/contact_sheet.png, from real predictions: python -m bench.contact_sheet draws it anew.
+"""The sheets of pictures in docs/, from real predictions: python -m bench.contact_sheet draws them anew.
 
-Each tile is a picture of `Flux.generate` of a megapixel, made small.
+Each tile is a picture of `Flux.generate`, made small. A word, such as `masks`, draws that sheet alone.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
+import images
 from flux import Flux
 from harness.loras import files
+from harness.profiles import P3
 from request import LoraChoice, Request
 from service.measure import Stopwatch
 from settings import MINIATURE, ROOT, Settings
 
-FILE = ROOT / "docs" / "contact_sheet.png"
+DOCS = ROOT / "docs"
 LORAS = ROOT / "mini" / "loras"
 CPU = torch.device("cpu")
 TILE, GAP, LINE = 176, 8, 18  # pixels
@@ -33,6 +36,7 @@ PROMPTS = (
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 STRENGTHS = (0.0, 0.3, 0.5, 0.7, 0.85, 1.0)
 Tile = tuple[str, Image.Image]
+Row = tuple[str, list[Tile]]
 
 
 def lora(name: str, scale: float = 1.0) -> LoraChoice:
@@ -40,13 +44,8 @@ def lora(name: str, scale: float = 1.0) -> LoraChoice:
     return LoraChoice(str(LORAS / f"{name}.safetensors"), scale)
 
 
-def rows(flux: Flux, folder: Path) -> Iterator[tuple[str, list[Tile]]]:
-    """The rows of the sheet, each with a heading."""
-
-    def drawn(prompt: str, **inputs: object) -> Image.Image:
-        request = Request(prompt=prompt, **{"seed": SEED} | inputs)
-        return flux.generate(request, files(request), Stopwatch(CPU)).images[0]
-
+def rows(drawn: Callable[..., Image.Image], folder: Path) -> Iterator[Row]:
+    """What the miniature draws, a megapixel each."""
     yield "dev, 28 steps", [(prompt, drawn(prompt)) for prompt in PROMPTS]
     yield (
         "schnell, 4 steps",
@@ -74,7 +73,7 @@ def rows(flux: Flux, folder: Path) -> Iterator[tuple[str, list[Tile]]]:
     )
 
 
-def lora_rows(drawn: Callable[..., Image.Image]) -> Iterator[tuple[str, list[Tile]]]:
+def lora_rows(drawn: Callable[..., Image.Image]) -> Iterator[Row]:
     """Each LoRA at several scales, and pairs of them."""
     for name, prompt in (
         ("bold", "a blue bird in a meadow"),
@@ -92,35 +91,100 @@ def lora_rows(drawn: Callable[..., Image.Image]) -> Iterator[tuple[str, list[Til
     yield f"two LoRAs: {prompt}", combined
 
 
-def sheet(flux: Flux, folder: Path) -> Image.Image:
+def mask_rows(drawn: Callable[..., Image.Image], folder: Path) -> Iterator[Row]:
+    """Pictures and masks as people have them."""
+    image, mask = folder / "image.png", folder / "mask.png"
+    before = drawn("a grey cat in a meadow", aspect_ratio="custom", width=640, height=480)
+    before.save(image)
+
+    def inpainted(painted: Image.Image, prompt: str) -> Image.Image:
+        painted.save(mask)
+        return drawn(prompt, image=image, mask=mask, prompt_strength=1)
+
+    ramp = Image.linear_gradient("L").rotate(90).resize(before.size)
+    disc = Image.new("L", before.size)
+    ImageDraw.Draw(disc).ellipse((170, 90, 470, 390), 255)
+    disc = disc.filter(ImageFilter.GaussianBlur(30))
+    yield (
+        "soft masks blend by their grey",
+        [
+            ("image, 640x480", before),
+            ("a ramp", ramp),
+            ("a grey cat at night", inpainted(ramp, "a grey cat at night")),
+            ("a feathered disc", disc),
+            ("a red cat in a meadow", inpainted(disc, "a red cat in a meadow")),
+        ],
+    )
+    stroke = Image.new("L", (4032, 3024))
+    zigzag = [(400 + 500 * step, 700 + 1500 * (step % 2)) for step in range(7)]
+    ImageDraw.Draw(stroke).line(zigzag, 255, width=4)
+    before.resize(stroke.size).save(image)
+    stroke.save(mask)
+    painted = images.read_mask(mask, images.read_image(image), (1440, 1080))
+    part = (120, 200, 120 + TILE, 200 + TILE)
+    yield (
+        "a stroke of 4 pixels in 4032x3024, drawn at 1440x1080",
+        [("mask", stroke), ("a part of it, as it is drawn", painted.crop(part))],
+    )
+    odd = before.resize((501, 333))
+    odd.save(image)
+    again = drawn("an orange fox in the snow", image=image, prompt_strength=0.85)
+    assert again.size == odd.size
+    wide = Image.new("RGB", (333, 250), (200, 60, 40))
+    wide.save(folder / "p3.png", icc_profile=P3)
+    srgb = drawn("", image=folder / "p3.png", prompt_strength=0)
+    yield (
+        "any size to the pixel, and Display P3",
+        [
+            ("image, 501x333", odd),
+            ("an orange fox in the snow, 501x333", again),
+            ("P3's (200, 60, 40) taken as sRGB", wide),
+            (f"converted: {srgb.getpixel((0, 0))}", srgb),
+        ],
+    )
+
+
+SHEETS = {"contact_sheet": rows, "masks": mask_rows}
+
+
+def sheet(strips: Iterator[Row]) -> Image.Image:
     """All rows on white."""
     font, small = ImageFont.load_default(14), ImageFont.load_default(9)
-    strips = []
-    for heading, tiles in rows(flux, folder):
-        strip = Image.new("RGB", (COLUMNS * (TILE + GAP) + GAP, TILE + 2 * LINE + GAP), "white")
+    pictures = []
+    for heading, tiles in strips:
+        small_ones = [
+            (caption, ImageOps.contain(picture.convert("RGB"), (TILE, TILE), Image.Resampling.LANCZOS))
+            for caption, picture in tiles
+        ]
+        height = max(picture.height for _, picture in small_ones)
+        strip = Image.new("RGB", (COLUMNS * (TILE + GAP) + GAP, height + 2 * LINE + GAP), "white")
         pen = ImageDraw.Draw(strip)
         pen.text((GAP, 0), heading, "black", font)
-        for column, (caption, picture) in enumerate(tiles):
+        for column, (caption, picture) in enumerate(small_ones):
             left = GAP + column * (TILE + GAP)
-            strip.paste(picture.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS), (left, LINE))
-            pen.text((left, LINE + TILE + 1), caption, "gray", small)
-        strips.append(strip)
+            strip.paste(picture, (left, LINE))
+            pen.text((left, LINE + height + 1), caption, "gray", small)
+        pictures.append(strip)
         print(heading, flush=True)
-    whole = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), "white")
+    whole = Image.new("RGB", (pictures[0].width, sum(strip.height for strip in pictures)), "white")
     top = 0
-    for strip in strips:
+    for strip in pictures:
         whole.paste(strip, (0, top))
         top += strip.height
     return whole
 
 
 def main() -> None:
-    """Draw it."""
+    """Draw them."""
     with TemporaryDirectory() as folder:
         flux = Flux.load(Settings(models=MINIATURE, cache_dir=Path(folder) / "cache"), CPU)
-        picture = sheet(flux, Path(folder))
-    FILE.parent.mkdir(exist_ok=True)
-    picture.quantize(256, dither=Image.Dither.NONE).save(FILE, optimize=True)
+
+        def drawn(prompt: str, **inputs: object) -> Image.Image:
+            request = Request(prompt=prompt, **{"seed": SEED} | inputs)
+            return flux.generate(request, files(request), Stopwatch(CPU)).images[0]
+
+        for name in sys.argv[1:] or SHEETS:
+            sheet(SHEETS[name](drawn, Path(folder))).save(DOCS / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":
