@@ -28,7 +28,7 @@ from cog import BasePredictor, Input, Path
 
 import images
 from flux import Drawing, Flux
-from request import LoraChoice, LoraFile, Request
+from request import LoraChoice, LoraFile, Request, no_effect
 from safety import SafetyChecker
 from service import faults
 from service.device_thread import DeviceThread
@@ -205,7 +205,9 @@ class Predictor(BasePredictor):
                 megapixels=megapixels,
                 loras=_choices(replicate_weights, lora_scale, self.default_lora, extra_lora, extra_lora_scale),
             )
-            print(f"Using seed: {request.seed}")
+            main = replicate_weights or self.default_lora
+            unused = [*request.without_effect, *_unused_scales(main, lora_scale, extra_lora, extra_lora_scale)]
+            print(f"Using seed: {request.seed}", *unused, sep="\n")
             return self.device_thread.run(self._attempt, request)
 
     def healthcheck(self) -> bool:
@@ -254,11 +256,7 @@ class Predictor(BasePredictor):
 
     def _report(self, request: Request, drawing: Drawing) -> None:
         """Say how the pictures were drawn, in the log and in the metrics."""
-        if request.go_fast and not drawing.fp8:
-            reason = "this device has no fp8 products" if request.fp8 else "aspect_ratio is custom"
-            print(f"go_fast: drawn in {drawing.dtype}, since {reason}.")
-        if drawing.fp8 and not request.fp8:
-            print("Drawn in fp8, since this GPU has no room for bf16 weights.")
+        _tell_what_differs(request, drawing)
         self.record_metric("seed", request.seed)
         self.record_metric("seeds", list(request.seeds))
         self.record_metric("precision", "fp8" if drawing.fp8 else drawing.dtype)
@@ -308,6 +306,32 @@ def _choices(
         LoraChoice(extra, extra_scale),
     )
     return tuple(choice for choice in choices if choice.reference)
+
+
+def _unused_scales(main: Optional[str], main_scale: float, extra: Optional[str], extra_scale: float) -> list[str]:
+    """A sentence for each scale that is not at its default and has no LoRA."""
+    scales = (
+        ("lora_scale", main_scale, main, "replicate_weights"),
+        ("extra_lora_scale", extra_scale, extra, "extra_lora"),
+    )
+    return [
+        no_effect(name, scale, f"{needed} names no LoRA")
+        for name, scale, reference, needed in scales
+        if not reference and scale != 1
+    ]
+
+
+def _tell_what_differs(request: Request, drawing: Drawing) -> None:
+    """Say in the log what was drawn otherwise than it was asked for."""
+    if request.go_fast and not drawing.fp8:
+        reason = "this device has no fp8 products" if request.fp8 else "aspect_ratio is custom"
+        print(f"go_fast: drawn in {drawing.dtype}, since {reason}.")
+    if drawing.fp8 and not request.fp8:
+        print("Drawn in fp8, since this GPU has no room for bf16 weights.")
+    if request.custom_size:
+        for name, drawn in zip(("width", "height"), drawing.images[0].size, strict=True):
+            if (asked := getattr(request, name)) != drawn:
+                print(f"{name} is {asked}; it is drawn as {drawn}, the nearest multiple of {images.GRID}.")
 
 
 def _sent_file(name: str, value: Optional[str]) -> Optional[Path]:

@@ -84,7 +84,7 @@ class Request:
             self._set(name, float(getattr(self, name)))
         if self.mask is not None and self.image is None:
             raise ValueError("A mask was given without an image; send the image that it belongs to as `image`.")
-        if self.image is None and self.aspect_ratio == "custom" and None in (self.width, self.height):
+        if self.custom_size and None in (self.width, self.height):
             raise ValueError(
                 f"aspect_ratio is custom with width {self.width} and height {self.height}; "
                 "it needs both, each from 256 to 1440."
@@ -106,9 +106,48 @@ class Request:
         return range(self.seed, self.seed + self.num_outputs)
 
     @property
+    def custom_size(self) -> bool:
+        """Whether width and height say the size of the pictures: an image beside them would."""
+        return self.image is None and self.aspect_ratio == "custom"
+
+    @property
     def fp8(self) -> bool:
         """Whether fp8 was asked for and is offered: pictures of a custom size are drawn in bf16, as the page says."""
-        return self.go_fast and not (self.image is None and self.aspect_ratio == "custom")
+        return self.go_fast and not self.custom_size
+
+    @property
+    def without_effect(self) -> list[str]:
+        """A sentence for each input that is not at its default and changes nothing, so that none is dropped unsaid."""
+        from_text = self.image is None
+        cases = (
+            (
+                not from_text,
+                ("aspect_ratio", "megapixels", "width", "height"),
+                "with an image, the size is the image's",
+            ),
+            (from_text and not self.custom_size, ("width", "height"), "it needs aspect_ratio custom"),
+            (self.custom_size, ("megapixels",), "with aspect_ratio custom, width and height are the size"),
+            (from_text, ("prompt_strength",), "it needs an image"),
+            (self.model == "schnell", ("guidance_scale",), "schnell has no guidance"),
+            (self.output_format == "png", ("output_quality",), "png loses nothing"),
+        )
+        sentences = [
+            no_effect(name, getattr(self, name), reason)
+            for applies, names, reason in cases
+            for name in names
+            if applies and getattr(self, name) != getattr(Request, name)
+        ]
+        if not from_text and self.prompt_strength == 0:
+            sentences.append(
+                "prompt_strength is 0, so nothing is drawn: the image is given back, and prompt, mask, LoRAs, model, "
+                "steps and guidance have no effect."
+            )
+        return sentences
+
+
+def no_effect(name: str, value: object, reason: str) -> str:
+    """The sentence about an input that changes nothing; numbers as people write them, 4 for 4.0."""
+    return f"{name} {str(value).removesuffix('.0')} has no effect: {reason}."
 
 
 def _integer(name: str, value: float | None) -> int | None:

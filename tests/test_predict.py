@@ -72,6 +72,25 @@ def test_defaults_give_one_megapixel_of_webp(server: CogServer) -> None:
     assert answer["metrics"]["seed"] < 2**32
 
 
+def test_the_log_says_what_has_no_effect_and_what_is_drawn_instead(server: CogServer) -> None:
+    image = {"image": uri(encoded(photo()), "image/png"), "prompt_strength": 0, "width": 512}
+    log = server.predict(SMALL | UNSAFE | image | {"lora_scale": 0.5, "extra_lora_scale": 2})["logs"]
+    assert log.splitlines()[:6] == [
+        "Using seed: 3",
+        "megapixels 0.25 has no effect: with an image, the size is the image's.",
+        "width 512 has no effect: with an image, the size is the image's.",
+        "prompt_strength is 0, so nothing is drawn: the image is given back, and prompt, mask, LoRAs, model, steps and "
+        "guidance have no effect.",
+        "lora_scale 0.5 has no effect: replicate_weights names no LoRA.",
+        "extra_lora_scale 2 has no effect: extra_lora names no LoRA.",
+    ]
+    custom = {"aspect_ratio": "custom", "width": 264, "height": 256, "num_inference_steps": 1, "megapixels": "1"}
+    log = server.predict(SMALL | UNSAFE | custom)["logs"]
+    assert "width is 264; it is drawn as 272, the nearest multiple of 16.\n" in log
+    assert "height is" not in log
+    assert "no effect" not in log
+
+
 def test_a_picture_carries_what_draws_it_again(server: CogServer, draw: Callable, tmp_path: Path) -> None:
     inputs = {"prompt": 'a "red" fox 🦊', "num_outputs": 2, "guidance_scale": 2.5, "aspect_ratio": "3:2"}
     for number, (_, content) in enumerate(files(server.predict(SMALL | UNSAFE | inputs))):

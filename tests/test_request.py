@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from local_cog import schema
 from request import LARGEST_SEED, LoraChoice, Request
+from settings import ROOT
 
 
 def test_numbers_get_their_types() -> None:
@@ -67,6 +69,56 @@ def test_custom_needs_no_size_with_an_image() -> None:
 )
 def test_custom_sizes_are_not_drawn_in_fp8(inputs: dict, fp8: bool) -> None:
     assert Request(prompt="a", **inputs).fp8 == fp8
+
+
+IMAGE, CUSTOM = {"image": Path("i.png")}, {"aspect_ratio": "custom", "width": 512, "height": 512}
+OF_THE_IMAGE = "has no effect: with an image, the size is the image's."
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentences"),
+    [
+        ({}, []),
+        ({"prompt_strength": 0.8, "guidance_scale": 3, "megapixels": "1", "model": "schnell", "seed": 4.0}, []),
+        ({"width": 800.0}, ["width 800 has no effect: it needs aspect_ratio custom."]),
+        (CUSTOM, []),
+        (
+            {**CUSTOM, "megapixels": "0.25"},
+            ["megapixels 0.25 has no effect: with aspect_ratio custom, width and height are the size."],
+        ),
+        ({"prompt_strength": 0.5}, ["prompt_strength 0.5 has no effect: it needs an image."]),
+        ({**IMAGE, "prompt_strength": 0.5}, []),
+        (
+            {**IMAGE, "aspect_ratio": "16:9", "megapixels": "0.25", "width": 512},
+            [f"aspect_ratio 16:9 {OF_THE_IMAGE}", f"megapixels 0.25 {OF_THE_IMAGE}", f"width 512 {OF_THE_IMAGE}"],
+        ),
+        ({**IMAGE, "aspect_ratio": "custom"}, [f"aspect_ratio custom {OF_THE_IMAGE}"]),
+        (
+            {**IMAGE, "prompt_strength": 0.0},
+            [
+                "prompt_strength is 0, so nothing is drawn: the image is given back, and prompt, mask, LoRAs, model, "
+                "steps and guidance have no effect."
+            ],
+        ),
+        (
+            {"model": "schnell", "guidance_scale": 5.0},
+            ["guidance_scale 5 has no effect: schnell has no guidance."],
+        ),
+        (
+            {"output_format": "png", "output_quality": 100},
+            ["output_quality 100 has no effect: png loses nothing."],
+        ),
+    ],
+)
+def test_what_changes_nothing_is_said(inputs: dict, sentences: list[str]) -> None:
+    assert Request(prompt="a", **inputs).without_effect == sentences
+
+
+def test_the_defaults_are_the_documents() -> None:
+    inputs = schema.derive((ROOT / "predict.py").read_text())["components"]["schemas"]["Input"]["properties"]
+    fields = {field.name: field.default for field in dataclasses.fields(Request) if field.name in inputs}
+    assert fields == {name: inputs[name].get("default", dataclasses.MISSING) for name in fields}
+    assert len(fields) == len(inputs) - 4  # the LoRAs and their scales are one field
 
 
 def test_a_request_cannot_be_changed() -> None:
