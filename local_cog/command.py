@@ -26,6 +26,8 @@ BAR = re.compile(r"\d+%\|")
 def read_inputs(pairs: list[str], document: dict[str, Any]) -> dict[str, Any]:
     """The input of a prediction from `key=value` pairs; `key=@file` stands for the file's content.
 
+    `key=null` leaves out what is no text; a text may be this word.
+
     Args:
         pairs: what followed each `-i`.
         document: the OpenAPI document, which types the values.
@@ -47,7 +49,9 @@ def read_inputs(pairs: list[str], document: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"There is no input {key!r}{hint}; the inputs are {', '.join(properties)}.")
         field = properties[key]
         kind = schemas[field["allOf"][0]["$ref"].rpartition("/")[2]]["type"] if "allOf" in field else field["type"]
-        if kind == "string" and value.startswith("@"):
+        if value == "null" and not _is_text(field):
+            inputs.pop(key, None)  # Cog refuses null itself
+        elif kind == "string" and value.startswith("@"):
             path = Path(value[1:]).expanduser()
             if not path.is_file():
                 raise ValueError(f"{key}: there is no file {value[1:]!r}.")
@@ -63,6 +67,11 @@ def read_inputs(pairs: list[str], document: dict[str, Any]) -> dict[str, Any]:
     if missing := [key for key in schemas["Input"].get("required", []) if key not in inputs]:
         raise ValueError(f"An input is missing: -i {missing[0]}=….")
     return inputs
+
+
+def _is_text(field: dict[str, Any]) -> bool:
+    """Whether any words may stand there: in files, choices, numbers and truth values they may not."""
+    return field.get("type") == "string" and "format" not in field
 
 
 def _typed(key: str, value: str, kind: str) -> str | int | float | bool:

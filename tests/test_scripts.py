@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import local_cog.server
+from local_cog import schema
+from local_cog.command import read_inputs
 from local_cog.server import CogServer, check_address, failure, files
 from settings import ROOT
 from tests.support.waiting import wait_until
@@ -160,6 +162,19 @@ def test_wrong_input_is_refused_before_the_server_starts(project: Path, pairs: l
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(sentence)
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("pairs", "inputs"),
+    [
+        (["prompt=null"], {"prompt": "null"}),
+        ([f"{name}=null" for name in ("prompt", "image", "steps", "strength", "fast", "model")], {"prompt": "null"}),
+        (["prompt=a", "steps=3", "steps=null"], {"prompt": "a"}),
+        (["prompt=a", "steps=null", "steps=3"], {"prompt": "a", "steps": 3}),
+    ],
+)
+def test_null_is_absence_but_in_a_text(pairs: list[str], inputs: dict[str, object]) -> None:
+    assert read_inputs(pairs, schema.derive(PREDICTOR)) == inputs
 
 
 def test_a_file_too_large_for_a_request_is_not_sent(project: Path, tmp_path: Path) -> None:
