@@ -29,6 +29,7 @@ from cluster.database import describe
 from cluster.failures import Failure, places
 from cluster.predictions import Prediction, QueueFull, now
 from cluster.privacy import SHOWN_CHARACTERS, show_input
+from cluster.unknown import line
 from service import strict_json
 
 logger = logging.getLogger("ray.serve")
@@ -216,13 +217,20 @@ class InputSchema:
     def __init__(self, document: dict[str, Any]) -> None:
         self.document = document
         inputs = document["components"]["schemas"]["Input"]
-        self.names, self.required = frozenset(inputs["properties"]), inputs.get("required", [])
+        self.names, self.required = inputs["properties"].keys(), inputs.get("required", [])
         root = {"$ref": "#/components/schemas/Input", "components": document["components"]}
         self.validator = jsonschema_rs.validator_for(root)
 
     def known(self, value: Any) -> Any:  # noqa: ANN401 (JSON)
-        """An input without what the predictor does not know, which Cog drops too."""
-        return {name: value[name] for name in value if name in self.names} if isinstance(value, dict) else value
+        """An input without null, which is absence, and without what the predictor does not know, as Cog drops it."""
+        if not isinstance(value, dict):
+            return value
+        return {name: item for name, item in value.items() if name in self.names and item is not None}
+
+    def notice(self, value: dict[str, Any]) -> str | None:
+        """The line of the log about what the predictor does not know of an input; None where it knows all."""
+        unknown = [name for name, item in value.items() if name not in self.names and item is not None]
+        return line(unknown, self.names)
 
     def problems(self, value: Any) -> list[dict[str, Any]]:  # noqa: ANN401 (JSON)
         """What is wrong with an input, in pydantic's form; empty where nothing is."""

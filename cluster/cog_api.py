@@ -1,9 +1,9 @@
 """Cog's HTTP contract: what one coglet answers, the cluster answers.
 
 It differs where a cluster must: a request waits where a busy coglet refuses it with 409, an id is remembered after its
-prediction has ended, there is no `/shutdown`, and no answer shows a token. It refuses what coglet takes and cannot use:
-ids that are not 1 to 128 safe characters, webhooks that cannot be sent, JSON that not every reader understands alike.
-The dispatcher runs predictions.
+prediction has ended, there is no `/shutdown`, and no answer shows a token. It takes null for absence, and names in the
+log the inputs that it drops. It refuses what coglet takes and cannot use: ids that are not 1 to 128 safe characters,
+webhooks that cannot be sent, JSON that not every reader understands alike. The dispatcher runs predictions.
 """
 
 import asyncio
@@ -107,11 +107,13 @@ class CogApi:
 
     def _prediction(self, body: dict[str, Any]) -> Prediction | Refused:
         """A prediction of a body as it must be, or what is wrong with its input."""
-        inputs = {} if body.get("input") is None else self.schema.known(body["input"])
+        given = {} if body.get("input") is None else body["input"]
+        inputs = self.schema.known(given)
         if problems := self.schema.problems(inputs):
             return Refused(422, {"detail": problems})
         hook = {"webhook": body.get("webhook"), "webhook_events": body.get("webhook_events_filter", list(EVENTS))}
-        return new_prediction(self.dispatcher.front, inputs, "cog", body.get("id"), **hook)
+        notice = self.schema.notice(given)
+        return new_prediction(self.dispatcher.front, inputs, "cog", body.get("id"), notice=notice, **hook)
 
     async def _ended_or_left(self, prediction: Prediction, request: Request) -> Prediction:
         """Wait for the end of a prediction; it is cancelled when the client goes, as by coglet."""

@@ -85,10 +85,18 @@ class Prediction(Base):
     # Files stand in it as paths of the front, such as /files/<id>/output.webp.
     output: Mapped[Any] = mapped_column(sa.JSON(none_as_null=True), nullable=True, default=None)
     error: Mapped[str | None] = mapped_column(sa.Text, default=None)
+    # What the front says of the request, above what workers tell: a line of the log with its end.
+    notice: Mapped[str | None] = mapped_column(sa.Text, default=None)
+    # As the worker has told them that runs it now.
     logs: Mapped[str] = mapped_column(sa.Text, default="")
     metrics: Mapped[dict[str, Any]] = mapped_column(sa.JSON, default_factory=dict)
     started_at: Mapped[str | None] = mapped_column(default=None)
     completed_at: Mapped[str | None] = mapped_column(default=None, index=True)
+
+    @property
+    def log(self) -> str:
+        """The whole log, as clients read it: it begins with the same line, whichever worker runs the prediction."""
+        return (self.notice or "") + self.logs
 
     @property
     def finished(self) -> bool:

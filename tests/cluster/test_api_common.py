@@ -18,12 +18,55 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from cluster.api_common import Streamed, Turns, exception_handlers
+from cluster.api_common import InputSchema, Streamed, Turns, exception_handlers
+from local_cog import schema
 from local_cog.server import LOOPBACK
+from settings import ROOT
 from tests.cluster.served import exchange, served
 from tests.support.waiting import wait_until
 
 GET = b"GET /v1/%s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+
+
+OURS = InputSchema(schema.derive((ROOT / "predict.py").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([], None),
+        (["hf_lora"], "The input hf_lora (did you mean replicate_weights?) is unknown and has no effect.\n"),
+        (
+            ["lora_weights", "negative_prompt"],
+            "The inputs lora_weights (did you mean replicate_weights?) and negative_prompt are unknown and have no "
+            "effect.\n",
+        ),
+        (
+            ["guidance", "steps", "x"],
+            "The inputs guidance (did you mean guidance_scale?), steps (did you mean num_inference_steps?) and x are "
+            "unknown and have no effect.\n",
+        ),
+        (["a\nb\u2028\x1b[1m"], "The input 'a?b??[1m' is unknown and has no effect.\n"),
+        (["", "a and b"], "The inputs '' and 'a and b' are unknown and have no effect.\n"),
+        (["https://u:p@h/a?token=s3cret"], "The input 'https://h/a' is unknown and has no effect.\n"),
+        (["hf_abcdefghijklmnopqrstuvwxyz"], "The input '***' is unknown and has no effect.\n"),
+        (["a" * 300], f"The input '{'a' * 197}...' is unknown and has no effect.\n"),
+        (["a" * 10**6], "The input '… (1000000 characters)' is unknown and has no effect.\n"),
+        (
+            [f"x{i}" for i in range(9_000)],
+            "The inputs x0, x1, x2, x3, x4, x5, x6, x7 and 8992 more are unknown and have no effect.\n",
+        ),
+    ],
+)
+def test_unknown_inputs_are_named_on_one_line(names: list[str], said: str | None) -> None:
+    known = {"prompt": "a", "seed": 1}
+    given = known | dict.fromkeys(names, "b") | {"image": None, "lora": None}
+    assert (OURS.known(given), OURS.notice(given)) == (known, said)
+
+
+def test_a_name_of_another_predictors_is_suggested_only_where_it_is_known() -> None:
+    document = schema.derive("class Predictor:\n    def predict(self, prompt: str) -> Path: ...\n")
+    assert InputSchema(document).notice({"hf_lora": 1}) == "The input hf_lora is unknown and has no effect.\n"
 
 
 def test_what_takes_much_has_turns() -> None:

@@ -30,12 +30,11 @@ CASES: dict[str, tuple[Any, ...]] = {
     "put-async": ("PUT", "/predictions/case-6", {"input": {"prompt": "a"}}, ASYNC),
     "a-file": ("POST", "/predictions", {"input": {"prompt": "a", "image": "data:image/png;base64,aGVsbG8="}}),
     "a-file-that-is-not-there": ("POST", "/predictions", {"input": {"prompt": "a", "image": "http://127.0.0.1:9/a.png"}}),
-    "an-unknown-input": ("POST", "/predictions", {"input": {"prompt": "a", "promt": "b"}}),
     "an-error": ("POST", "/predictions", {"input": {"prompt": "fail"}}),
     "output-file-prefix": ("POST", "/predictions", {"input": {"prompt": "a"}, "output_file_prefix": "http://127.0.0.1:9"}),
     "too-large-a-number": ("POST", "/predictions", {"input": {"prompt": "a", "steps": 51}}),
     "too-large-a-number-async": ("POST", "/predictions", {"input": {"prompt": "a", "steps": 51}}, ASYNC),
-    "three-problems": ("POST", "/predictions", {"input": {"prompt": "a", "steps": 0, "model": "x", "image": None}}),
+    "three-problems": ("POST", "/predictions", {"input": {"prompt": "a", "steps": 0, "model": "x", "image": 3}}),
     "a-type": ("POST", "/predictions", {"input": {"prompt": 3}}),
     "a-missing-input": ("PUT", "/predictions/case-8", {"input": {"steps": 1}}),
     "no-input": ("POST", "/predictions", {}),
@@ -126,6 +125,44 @@ def test_odd_prompts_and_large_numbers_are_drawn(cluster: Cluster, prompt: str) 
     inputs = {"prompt": prompt, "steps": 1, "strength": 2**64, "unknown": ["a" * 10_000], "replicate_weights": prompt}
     status, _, text = cluster.request("POST", "/predictions", {"input": inputs, "webhook_events_filter": []})
     assert (status, json.loads(text)["status"]) == (200, "succeeded")
+
+
+UNKNOWN = "The inputs promt (did you mean prompt?) and 'a?b' are unknown and have no effect.\n"
+
+
+def test_unknown_inputs_are_named_in_the_log_and_change_nothing_else(coglet: Server, cluster: Cluster) -> None:
+    asked = ("POST", "/predictions", {"input": {"prompt": "a", "promt": "b", "a\nb": 1, "negative_prompt": None}})
+    status, headers, text, log = _without_log(coglet.request("POST", "/predictions", {"input": {"prompt": "a"}}))
+    assert _without_log(cluster.request(*asked)) == (status, headers, text, UNKNOWN + log)
+    with Hooks() as hooks:
+        inputs = asked[2]["input"]
+        cluster.predict(inputs, "unknown-inputs", webhook=hooks.url)
+        heard = [body["logs"] for body in hooks.until_ended("unknown-inputs")]
+    assert {logs.count(UNKNOWN) for logs in heard} == {1}
+    assert all(logs.startswith(UNKNOWN) for logs in heard)
+    assert json.loads(cluster.request("PUT", "/predictions/unknown-inputs", {})[2])["logs"] == heard[-1]
+
+
+def _without_log(answer: tuple[int, dict[str, str], str]) -> tuple[int, Any, dict[str, Any], str]:
+    """An answer as it may be compared, and the part of its log that is the same each time."""
+    status, kind, _, text = comparable(answer)
+    body = json.loads(text.replace('"predict_time":…', '"predict_time":0'))
+    log = body.pop("logs")
+    return status, kind, body, log.partition("  0%")[0]
+
+
+def test_null_is_absence(cluster: Cluster) -> None:
+    absent = dict.fromkeys(("image", "steps", "model", "replicate_weights", "unknown"))
+    cluster.predict({"prompt": "a", **absent}, "null")
+    ended = json.loads(cluster.request("PUT", "/predictions/null", {})[2])
+    assert "input" not in ended or ended["input"] == {"prompt": "a"}
+    status, _, text = cluster.request("POST", "/predictions", {"input": {"prompt": "a", **absent}})
+    output = json.loads(text)["output"][0]
+    assert (status, base64.b64decode(output.partition(",")[2])) == (200, b"a 4 dev")
+    assert json.loads(text)["logs"].startswith("Asked for a\n")
+    status, _, text = cluster.request("POST", "/predictions", {"input": {"prompt": None, "steps": None}})
+    problem = {"loc": ["body", "input", "prompt"], "msg": "Field required", "type": "value_error.missing"}
+    assert (status, json.loads(text)) == (422, {"detail": [problem]})
 
 
 def test_what_is_shown_of_an_input_is_short_and_known(cluster: Cluster) -> None:

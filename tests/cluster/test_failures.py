@@ -197,6 +197,31 @@ def test_large_inputs_wait_in_turn_and_small_ones_do_not(tmp_path: Path, monkeyp
     asyncio.run(story())
 
 
+def test_what_the_front_says_stays_above_what_any_worker_tells(tmp_path: Path, hooks: Hooks) -> None:
+    """Also where one front dies with a prediction, and under the next one a worker."""
+    told = {"webhook": hooks.url, "webhook_events": ["start", "logs", "completed"]}
+
+    async def story() -> Prediction:
+        async with front(f"sqlite:///{tmp_path / 'db'}", tmp_path / "files", workers) as dispatcher:
+            known = dispatcher.means.predictions
+            await known.create(made("said-0", notice="Of the front.\n", **told))
+            await known.record(made("said-0"), status="processing", logs="a half")
+            assert (await known.get("said-0")).log == "Of the front.\na half"
+            await dispatcher.adopt(["dead"], 20)
+            await until(lambda: not dispatcher.runs)
+            return await known.get("said-0")
+
+    async def next_attempt() -> None:
+        workers.cases["said"] = [STARTED, DRAWN]
+
+    workers = Workers({"said": [STARTED, next_attempt, ActorDiedError()]})
+    end = asyncio.run(story())
+    assert (end.status, end.log, workers.attempts("said-0")) == ("succeeded", "Of the front.\ndone", 2)
+    heard = [body["logs"] for body in hooks.until_ended("said-0")]
+    assert heard[-1] == "Of the front.\ndone"
+    assert set(heard) <= {f"Of the front.\n{logs}" for logs in ("", "a half", "begun", "done")}
+
+
 def test_poison_that_a_dead_front_has_left_ends_and_keeps_nothing_from_being_drawn(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, hooks: Hooks
 ) -> None:

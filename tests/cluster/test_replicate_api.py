@@ -212,6 +212,21 @@ def test_a_prediction_streams_its_events(client: replicate.Client) -> None:
     assert "Asked for slow" in "".join(data for _, data in events)
 
 
+def test_unknown_inputs_are_named_in_the_log_and_null_is_absence(client: replicate.Client) -> None:
+    inputs = {"prompt": "a", "steps": None, "image": None, "hf_lora": "a/b", "strenght": 1}
+    said = (
+        "The inputs hf_lora (did you mean replicate_weights?) and strenght (did you mean strength?) are unknown and "
+        "have no effect.\n"
+    )
+    prediction = client.models.predictions.create(MODEL, input=inputs)
+    streamed = "".join(event.data for event in prediction.stream() if event.event.value == "logs")
+    prediction.reload()
+    for logs in (prediction.logs, f"{streamed}\n"):
+        assert logs.startswith(f"{said}Asked for a\n")
+        assert logs.count(said) == 1
+    assert (prediction.input, prediction.status) == ({"prompt": "a"}, "succeeded")
+
+
 def test_cancelling_is_seen_by_every_front(client: replicate.Client) -> None:
     prediction = client.models.predictions.create(MODEL, input={"prompt": "slow", "steps": 50})
     time.sleep(0.7)
