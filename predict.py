@@ -328,10 +328,9 @@ def _tell_what_differs(request: Request, drawing: Drawing) -> None:
         print(f"go_fast: drawn in {drawing.dtype}, since {reason}.")
     if drawing.fp8 and not request.fp8:
         print("Drawn in fp8, since this GPU has no room for bf16 weights.")
-    if request.custom_size:
-        for name, drawn in zip(("width", "height"), drawing.images[0].size, strict=True):
-            if (asked := getattr(request, name)) != drawn:
-                print(f"{name} is {asked}; it is drawn as {drawn}, the nearest multiple of {images.GRID}.")
+    steps = request.num_inference_steps
+    if request.image is not None and 0 < request.prompt_strength < 1 / steps:
+        print(f"prompt_strength is {request.prompt_strength:g}: one step of {steps} is drawn, which is the least.")
 
 
 def _sent_file(name: str, value: Optional[str]) -> Optional[Path]:

@@ -86,8 +86,7 @@ def test_the_log_says_what_has_no_effect_and_what_is_drawn_instead(server: CogSe
     ]
     custom = {"aspect_ratio": "custom", "width": 264, "height": 256, "num_inference_steps": 1, "megapixels": "1"}
     log = server.predict(SMALL | UNSAFE | custom)["logs"]
-    assert "width is 264; it is drawn as 272, the nearest multiple of 16.\n" in log
-    assert "height is" not in log
+    assert "264x256 is drawn at 272x256: custom sides go to the nearest multiple of 16.\n" in log
     assert "no effect" not in log
 
 
