@@ -7,8 +7,9 @@ This module knows names and defaults; it opens no file and imports no torch.
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parent
 MIB, GIB = 1024**2, 1024**3
@@ -58,8 +59,13 @@ class Settings:
     # PREDICTION_SECONDS: the longest that work on the device may take before its process is ended, and the longest that
     # a prediction waits for a download; None: any time. A GPU that hangs would otherwise keep its server busy for ever.
     prediction_seconds: float | None = None
-    # WEIGHTS_ALLOW_PRIVATE_HOSTS=1: let LoRA URLs name private and loopback addresses (tests, intranets).
+    # WEIGHTS_ALLOW_PRIVATE_HOSTS=1: let the URLs of LoRAs, images and masks name private and loopback addresses (tests,
+    # intranets).
     allow_private_hosts: bool = False
+    # HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, by the scheme that they are for, and NO_PROXY; in lower case too, which wins.
+    # A company's servers reach nothing but through its proxy. That one then decides what may be reached: of what goes
+    # through it, private addresses are not refused here.
+    proxies: Mapping[str, str] = field(default_factory=dict)
     # HF_TOKEN, HF_ENDPOINT: private and gated repos; a mirror.
     hf_token: str | None = None
     hf_endpoint: str = "https://huggingface.co"
@@ -113,6 +119,7 @@ class Settings:
             compile=switch("FLUX_COMPILE"),
             prediction_seconds=prediction_seconds(cuda=cuda, environ=environ),
             allow_private_hosts=bool(switch("WEIGHTS_ALLOW_PRIVATE_HOSTS")),
+            proxies=_proxies(environ),
             hf_token=text("HF_TOKEN"),
             hf_endpoint=text("HF_ENDPOINT", cls.hf_endpoint).rstrip("/"),
             civitai_token=text("CIVITAI_API_TOKEN"),
@@ -122,11 +129,41 @@ class Settings:
         )
 
     def __repr__(self) -> str:
-        """Without the tokens and without the project's own place: settings are printed when the server starts."""
+        """Without the tokens, the proxies (of which some hold a password) and the project's own place.
+
+        Settings are printed when the server starts.
+        """
         shown = {f.name: getattr(self, f.name) for f in fields(self)}
-        shown = {name: "set" if name.endswith("_token") and value else value for name, value in shown.items()}
+        secret = {name for name, value in shown.items() if value and (name == "proxies" or name.endswith("_token"))}
+        shown |= dict.fromkeys(secret, "set")
         text = f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
         return text.replace(f"{ROOT}{os.sep}", "")
+
+
+def _proxies(environ: Mapping[str, str]) -> dict[str, str]:
+    """The operator's proxies by the scheme that they are for, and under "no" what is to be reached without one.
+
+    Raises:
+        ValueError: a sentence, where one cannot be used; without its address, which may hold a password.
+    """
+    proxies = {}
+    for scheme in ("https", "http", "all", "no"):
+        variable = f"{scheme}_proxy" if environ.get(f"{scheme}_proxy", "").strip() else f"{scheme}_proxy".upper()
+        if not (value := environ.get(variable, "").strip()):
+            continue
+        if scheme != "no":
+            value = value if "://" in value else f"http://{value}"
+            try:
+                parts = urlsplit(value)
+                usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            except ValueError:
+                usable = False
+            if not usable:
+                raise ValueError(
+                    f"{variable} is no proxy that can be used; it must be http://[user:password@]host:port."
+                )
+        proxies[scheme] = value
+    return proxies
 
 
 def prediction_seconds(*, cuda: bool, environ: Mapping[str, str] = os.environ) -> float | None:

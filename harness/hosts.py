@@ -3,6 +3,7 @@
 A host has routes: path → what it answers. Everything that was asked of it is in `seen`.
 """
 
+import contextlib
 import email.message
 import hashlib
 import http.server
@@ -35,9 +36,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
-        path, host = unquote(parts.path), self.server.host
+        self._answer(unquote(parts.path), dict(parse_qsl(parts.query)))
+
+    def do_CONNECT(self) -> None:
+        """As a proxy does for HTTPS; the path is the host and its port."""
+        self._answer(self.path, {})
+
+    def _answer(self, path: str, query: dict[str, str]) -> None:
+        host = self.server.host
         with host.lock:
-            host.seen.append(Seen(path, dict(parse_qsl(parts.query)), self.headers))
+            host.seen.append(Seen(path, query, self.headers))
         answer = host.routes.get(path, status(404))
         try:
             answer(self)
@@ -237,6 +245,41 @@ def silent(handler: _Handler) -> None:
     handler.connection.settimeout(LONGEST)
     handler.connection.recv(1)
     handler.close_connection = True
+
+
+def trickle(beginning: bytes) -> Answer:
+    """An answer that goes on a byte at a time, after its beginning."""
+
+    def answer(handler: _Handler) -> None:
+        began = time.monotonic()
+        handler.wfile.write(beginning)
+        while time.monotonic() < began + LONGEST:
+            time.sleep(0.05)
+            handler.wfile.write(b"a")
+        handler.close_connection = True
+
+    return answer
+
+
+def tunnel(handler: _Handler) -> None:
+    """What a proxy answers to CONNECT: bytes go to and fro between the client and a host on loopback."""
+    handler.send_response(200)
+    handler.end_headers()
+    with socket.create_connection(("127.0.0.1", int(handler.path.rpartition(":")[2]))) as host:
+        there = threading.Thread(target=_pass_on, args=(handler.connection, host), daemon=True)
+        there.start()
+        _pass_on(host, handler.connection)
+        there.join()
+    handler.close_connection = True
+
+
+def _pass_on(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+    for end in (source, target):
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
 
 
 def with_token(token: str, answer: Answer, otherwise: Answer) -> Answer:

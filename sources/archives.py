@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 from settings import MIB
 from sources import configs
-from sources.client import StoppedError
+from sources.connections import StoppedError
 from sources.contents import Check, Contents, Reserve, UnfitError, copy_checked
 from sources.shown import brief
 

@@ -13,7 +13,8 @@ from http import HTTPStatus
 from tqdm import tqdm
 
 from settings import MIB
-from sources.client import CHUNK, CONNECTIONS, Stream, UnavailableError
+from sources.client import CHUNK, Stream, UnavailableError
+from sources.connections import CONNECTIONS
 
 # tqdm's own lock is shared with forked processes: one that is killed while it draws would stop the bars of all others.
 tqdm.set_lock(threading.RLock())

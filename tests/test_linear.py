@@ -21,7 +21,7 @@ from lora import adapter
 from lora.names import Layer, Part, assign
 from service.device_thread import DeviceThread
 from sources import archives
-from sources.client import StoppedError
+from sources.connections import StoppedError
 from sources.contents import Contents
 from sources.references import parse
 

@@ -52,6 +52,21 @@ def test_tokens_are_not_shown() -> None:
     assert "hf_token='set'" in shown
 
 
+def test_proxies_are_read_in_either_case_and_not_shown() -> None:
+    environ = {"HTTPS_PROXY": "user:secret@proxy:3128", "https_proxy": " ", "http_proxy": "http://a", "HTTP_PROXY": "b"}
+    settings = Settings.from_environment(cuda=False, environ=environ | {"NO_PROXY": ".inside"})
+    assert settings.proxies == {"https": "http://user:secret@proxy:3128", "http": "http://a", "no": ".inside"}
+    assert "proxies='set'" in str(settings)
+    assert "secret" not in str(settings)
+
+
+@pytest.mark.parametrize("value", ["socks5://secret", "http://", "http://[secret", "http://secret:port"])
+def test_a_proxy_that_cannot_be_used_is_refused(value: str) -> None:
+    sentence = r"^ALL_PROXY is no proxy that can be used; it must be http://\[user:password@\]host:port\.$"
+    with pytest.raises(ValueError, match=sentence):
+        Settings.from_environment(cuda=False, environ={"ALL_PROXY": value})
+
+
 def test_the_place_of_the_project_is_not_shown() -> None:
     shown = str(Settings.from_environment(cuda=False, environ={}))
     assert str(ROOT) not in shown

@@ -16,13 +16,15 @@ from pathlib import Path
 import cog
 import pytest
 
-from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, status
+from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, status, trickle
 from settings import ROOT, Settings
-from sources.client import _is_public
+from sources.connections import is_public
 from tests.support.caches import SECRET, check_cache
 from tests.support.fetching import LARGE, LORA, QUICK, fetch, refusal
 from tests.support.waiting import wait_until
 from weights import WeightsCache
+
+IMPATIENT = replace(QUICK, pauses=())
 
 
 def test_a_token_stays_with_its_host(places: Settings, host: Host, storage: Host) -> None:
@@ -50,9 +52,19 @@ def test_a_signed_url_keeps_its_signature_and_nobody_else_sees_it(
 
 def test_slow_and_silent_hosts_are_given_up(environment: Settings, host: Host) -> None:
     host.routes |= {"/drip": File(LORA, delay=0.01, slice=1, ranges="none"), "/silent": silent}
-    impatient = replace(QUICK, pauses=())
-    assert "bytes a second" in refusal(environment, host.url("/drip"), impatient)
-    assert "does not answer" in refusal(environment, host.url("/silent"), impatient)
+    assert "bytes a second" in refusal(environment, host.url("/drip"), IMPATIENT)
+    assert "does not answer" in refusal(environment, host.url("/silent"), IMPATIENT)
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("beginning", [b"HTTP/1.1 2", b"HTTP/1.1 200 OK\r\nX-A: ", CHUNKED, CHUNKED + b"1;a="])
+def test_a_header_or_the_length_of_a_chunk_that_trickles_is_given_up(
+    environment: Settings, host: Host, beginning: bytes
+) -> None:
+    host.routes["/a"] = trickle(beginning)
+    assert "does not answer" in refusal(environment, host.url("/a"), IMPATIENT)
 
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
@@ -180,6 +192,13 @@ def test_waiting_for_another_request_can_be_cancelled_too(environment: Settings,
     assert len(host.seen) == 2  # the download, and its question about ranges
 
 
+def test_waiting_for_a_proxy_can_be_cancelled_too(environment: Settings, host: Host) -> None:
+    host.routes["nobody.invalid:443"] = silent
+    settings, patient = behind(host, environment), replace(PATIENT, connect=20)
+    assert cancel_when(lambda: len(host.seen) > 0, lambda: fetch(settings, "https://nobody.invalid/a", patient)) < SOON
+    wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "weights"], SOON)
+
+
 PRIVATE = [
     *("127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "0.0.0.0", "[::1]", "[::]", "[::ffff:127.0.0.1]"),
     *("10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.100.100.200", "168.63.129.16"),
@@ -199,6 +218,53 @@ def test_private_addresses_are_refused_without_being_connected_to(
     assert "address of the server's own network" in said or "no host" in said
     assert time.monotonic() - began < SOON
     assert host.seen == []
+
+
+def behind(proxy: Host, settings: Settings, **more: str) -> Settings:
+    """Settings of a server that reaches nothing but through a proxy, which wants a password."""
+    address = proxy.address.replace("//", f"//user%40x:{SECRET}@")
+    return replace(settings, allow_private_hosts=False, proxies={"http": address, "https": address, **more})
+
+
+def test_a_proxy_is_asked_instead_of_the_host_and_nobody_else_sees_its_password(
+    environment: Settings, host: Host, storage: Host
+) -> None:
+    proxy = host
+    proxy.routes |= {"/a": redirect("http://other.invalid/b?x=1"), "/b": File(LORA), "/c": redirect(storage.url("/a"))}
+    storage.routes["/a"] = File(LORA)
+    settings = behind(proxy, environment, no="127.0.0.1")
+    assert fetch(settings, "http://nobody.invalid/a") == LORA
+    assert [request.headers["Host"] for request in proxy.seen] == ["nobody.invalid", "other.invalid"]
+    login = "Basic " + base64.b64encode(f"user@x:{SECRET}".encode()).decode()
+    assert {request.headers["Proxy-Authorization"] for request in proxy.seen} == {login}
+    # What goes past the proxy is judged by its address, as if there were none.
+    assert "WEIGHTS_ALLOW_PRIVATE_HOSTS" in refusal(settings, "http://nobody.invalid/c")
+    assert storage.seen == []
+    assert fetch(replace(settings, allow_private_hosts=True), "http://nobody.invalid/c") == LORA
+    assert [request.headers["Proxy-Authorization"] for request in storage.seen] == [None]
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (status(403), "the server's proxy answered 403 Forbidden for nobody.invalid; whoever runs the server decides"),
+        (status(407), "the server's proxy answered 407 Proxy Authentication Required for nobody.invalid; whoever runs"),
+        (status(502), "the server's proxy answered 502 Bad Gateway for nobody.invalid; try again later."),
+        (silent, "nobody.invalid does not answer through the server's proxy."),
+        (trickle(b"HTTP/1.1 200 OK\r\nX-A: "), "nobody.invalid does not answer through the server's proxy."),
+        (None, "the server's proxy cannot be reached."),
+    ],
+)
+def test_a_proxy_that_lets_nothing_through_is_named(
+    environment: Settings, host: Host, answer: Callable | None, sentence: str
+) -> None:
+    settings, address = behind(host, environment), host.address
+    host.routes["nobody.invalid:443"] = answer
+    if answer is None:
+        host.stop()
+    said = refusal(settings, "https://nobody.invalid/a", replace(IMPATIENT, connect=0.6))
+    assert said.startswith(f"https://nobody.invalid/a cannot be fetched: {sentence}")
+    assert address.removeprefix("http://") not in said
 
 
 # In a network of its own: public addresses that are nobody else's, and a name server that changes its mind.
@@ -297,8 +363,9 @@ def test_names_and_redirects_that_lead_inside_are_refused_by_the_address_connect
 
 CERTIFIED = """
 import ssl, sys
+from dataclasses import replace
 from pathlib import Path
-from harness.hosts import File, Host
+from harness.hosts import File, Host, tunnel
 from sources.client import Patience
 from settings import MINIATURE, Settings
 from weights import WeightsCache
@@ -322,6 +389,12 @@ with Host({"/a": File((folder / "lora").read_bytes())}) as host:
     if sys.argv[2] == "trusted":
         with weights.open(f"https://localhost:{port}/a") as opened:
             assert opened.path.read_bytes() == (folder / "lora").read_bytes()
+        # A proxy sees which host is meant, and nothing else; it decides whether that may be reached.
+        with Host({f"localhost:{port}": tunnel}) as proxy:
+            proxied = replace(settings, allow_private_hosts=False, proxies={"https": proxy.address})
+            with WeightsCache(proxied, Patience(pauses=())).open(f"https://localhost:{port}/a?proxied") as opened:
+                assert opened.path.read_bytes() == (folder / "lora").read_bytes()
+            assert [request.path for request in proxy.seen] == [f"localhost:{port}"]
     print(refusal(f"https://{'127.0.0.1' if sys.argv[2] == 'trusted' else 'localhost'}:{port}/a"))
 """
 
@@ -378,9 +451,9 @@ PRIVATE = [
 
 @pytest.mark.parametrize("address", PUBLIC)
 def test_what_is_reachable_from_everywhere_may_be_asked(address: str) -> None:
-    assert _is_public(ipaddress.ip_address(address))
+    assert is_public(ipaddress.ip_address(address))
 
 
 @pytest.mark.parametrize("address", PRIVATE)
 def test_no_other_address_may_be_asked(address: str) -> None:
-    assert not _is_public(ipaddress.ip_address(address))
+    assert not is_public(ipaddress.ip_address(address))
