@@ -7,7 +7,6 @@ description is one string literal, and the position of a parameter is its x-orde
 
 import math
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -37,7 +36,11 @@ from service.machine import drawing_device
 from service.measure import PeakMemory, Stopwatch
 from service.occupancy import Occupancy
 from settings import Settings
-from weights import WeightsCache, fetch, outlines, parse
+from weights import Data, Url, WeightsCache, fetch, fetch_pictures, outlines, parse, parse_picture
+
+# Cog 0.23.1 would fetch `image` and `mask` before `predict`: from any address, and for as long as a host likes. So it is
+# to hand on what was sent, and they are fetched as LoRAs are.
+Path.validate = staticmethod(lambda value: value)
 
 # The logs of a prediction go to whoever asked for it: no warning shows where this machine keeps what warns.
 warnings.formatwarning = lambda message, category, *_, **__: f"{category.__name__}: {message}\n"
@@ -56,11 +59,11 @@ class Predictor(BasePredictor):
         """
         self.device_thread = DeviceThread()
         self.device_thread.run(self._load, weights)
-        self.device_thread.watch(self.prediction_seconds)
+        self.device_thread.watch(self.settings.prediction_seconds)
 
     def _load(self, weights: Optional[str]) -> None:
         device = drawing_device()
-        settings = Settings.from_environment(cuda=device.type == "cuda")
+        self.settings = settings = Settings.from_environment(cuda=device.type == "cuda")
         print(settings)
         stopwatch = Stopwatch(device)
         with stopwatch("fetch"):
@@ -70,10 +73,8 @@ class Predictor(BasePredictor):
         print(f"Models fetched in {stopwatch.seconds['fetch']:.1f} s.")
         self.flux = Flux.load(replace(settings, models=models), device, placement)
         self.safety = SafetyChecker.load(Path(models.safety_checker), Path(models.nsfw_classifier), device)
-        self.cache, self.prediction_seconds = WeightsCache(settings), settings.prediction_seconds
+        self.cache, self.leftovers, self.occupancy = WeightsCache(settings), Leftovers(), Occupancy()
         self.default_lora = weights or None
-        self.leftovers, self.occupancy = Leftovers(), Occupancy()
-        tempfile.tempdir = str(self.leftovers.inputs)
         # Encoders release Python's lock. Start all threads now: one that failed to later would be waited for for ever.
         self.encoders = ThreadPoolExecutor(OUTPUTS)
         list(self.encoders.map(Barrier(OUTPUTS).wait, repeat(None, OUTPUTS)))
@@ -183,12 +184,12 @@ class Predictor(BasePredictor):
         Raises:
             ValueError: a sentence for the person who sent the request.
         """
-        with self.occupancy.shown():
-            self.leftovers.forget_inputs(image, mask)
+        with self.occupancy.shown(), self.leftovers.place() as folder:
+            sent = _pictures(folder, image=image, mask=mask)
             request = Request(
                 prompt=prompt,
-                image=_sent_file("image", image),
-                mask=_sent_file("mask", mask),
+                image=folder / "image" if image else None,
+                mask=folder / "mask" if mask else None,
                 aspect_ratio=aspect_ratio,
                 height=height,
                 width=width,
@@ -208,7 +209,7 @@ class Predictor(BasePredictor):
             main = replicate_weights or self.default_lora
             unused = [*request.without_effect, *_unused_scales(main, lora_scale, extra_lora, extra_lora_scale)]
             print(f"Using seed: {request.seed}", *unused, sep="\n")
-            return self.device_thread.run(self._attempt, request)
+            return self.device_thread.run(self._attempt, request, sent)
 
     def healthcheck(self) -> bool:
         """Cog asks this at each `GET /health-check`, and waits five seconds.
@@ -219,10 +220,12 @@ class Predictor(BasePredictor):
         self.device_thread.run_if_idle(self.flux.check)
         return True
 
-    def _attempt(self, request: Request) -> list[Path]:
-        """Draw on the device's thread; what nobody foresaw becomes a sentence, and its memory is free again."""
+    def _attempt(self, request: Request, sent: dict[Path, Url | Data]) -> list[Path]:
+        """Fetch and draw on the device's thread; what nobody foresaw becomes a sentence, and its memory is free again."""
         stopwatch, memory = Stopwatch(self.flux.device), PeakMemory(self.flux.device)
         try:
+            with stopwatch("fetch"), self.device_thread.watchdog.paused():
+                fetch_pictures(sent, self.settings)
             return self._draw(request, stopwatch)
         except ValueError:  # a sentence about the input
             raise
@@ -246,7 +249,7 @@ class Predictor(BasePredictor):
 
     def _open(self, choices: tuple[LoraChoice, ...]) -> Iterator[LoraFile]:
         """The file of each LoRA, fetched when it is asked for, and not evicted until the next one is."""
-        until = time.monotonic() + (self.prediction_seconds or math.inf)  # for hosts; the watchdog watches the device
+        until = time.monotonic() + (self.settings.prediction_seconds or math.inf)  # for hosts, not the device
         for choice in choices:
             opened = self.cache.open_local if choice.trusted else self.cache.open
             with ExitStack() as stack:
@@ -295,6 +298,11 @@ class Predictor(BasePredictor):
             self.record_metric(f"peak_bytes.{place}", size)
 
 
+def _pictures(folder: Path, **inputs: Optional[str]) -> dict[Path, Url | Data]:
+    """The pictures that a request sends, by the files that they become; an empty string is none."""
+    return {folder / name: parse_picture(name, text) for name, text in inputs.items() if text}
+
+
 def _choices(
     main: Optional[str], main_scale: float, default: Optional[str], extra: Optional[str], extra_scale: float
 ) -> tuple[LoraChoice, ...]:
@@ -331,15 +339,6 @@ def _tell_what_differs(request: Request, drawing: Drawing) -> None:
     steps = request.num_inference_steps
     if request.image is not None and 0 < request.prompt_strength < 1 / steps:
         print(f"prompt_strength is {request.prompt_strength:g}: one step of {steps} is drawn, which is the least.")
-
-
-def _sent_file(name: str, value: Optional[str]) -> Optional[Path]:
-    """Cog turns URLs and data URIs into files of its own; any other string it hands through, and nothing opens that."""
-    if not value:
-        return None
-    if not isinstance(value, Path):
-        raise ValueError(f"{name} is {value[:80]!r}; it must be an http(s) URL or a data URI.")
-    return value
 
 
 def _metadata(request: Request, drawing: Drawing, seed: int) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """The door of sources/: a reference → a checked local file, from the cache or downloaded into it.
 
+Pictures of a request go through here too, and into no cache: see `sources.pictures`.
 What a reference means is looked up anew at each request; its record says what it was when it was last looked up.
 references says what is meant, hosts where that lies now, download fetches it, contents and archives tell what it is,
 configs what lies beside it, and the store keeps it: a file there was checked and complete before it got its name, and
@@ -30,11 +31,12 @@ from sources.client import Client, Patience, Source, Stream, UnavailableError
 from sources.contents import Contents, copy_checked
 from sources.download import Download
 from sources.hosts import resolve
-from sources.references import Civitai, Data, Reference, Url, is_pinned, parse
-from sources.store import Store
+from sources.pictures import fetch_pictures
+from sources.references import Civitai, Data, Reference, Url, is_pinned, parse, parse_picture
+from sources.store import Store, disk_errors_told
 from sources.work import run_stoppable
 
-__all__ = ["WeightsCache", "fetch", "outlines", "parse"]
+__all__ = ["Data", "Url", "WeightsCache", "fetch", "fetch_pictures", "outlines", "parse", "parse_picture"]
 
 # What is read of a repo, where that is not all: schnell is drawn with dev's text encoders, tokenizers and VAE.
 PARTS = {"schnell": ("transformer", "scheduler")}
@@ -107,7 +109,8 @@ class WeightsCache:
         settings = self._settings
         # A host that is silent is given up before the time is: a cached file may serve.
         patience = self._patience.within((until - time.monotonic()) / 3)
-        file, lora = run_stoppable(lambda client: work(_Lookup(settings, client)), settings, patience, name, until)
+        with disk_errors_told():
+            file, lora = run_stoppable(lambda client: work(_Lookup(settings, client)), settings, patience, name, until)
         with file:
             yield lora
 

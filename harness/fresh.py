@@ -5,14 +5,9 @@
 
 import contextlib
 import os
-import tempfile
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
-
-import cog
 
 from local_cog import schema
 from predict import Predictor
@@ -30,11 +25,5 @@ def draw(inputs: dict[str, Any]) -> list[str]:
     # Threads do not come along into a fork.
     PREDICTOR.device_thread, PREDICTOR.encoders = DeviceThread(), ThreadPoolExecutor(1)
     given = {name: inputs.get(name, described.get("default")) for name, described in INPUTS.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("image", "mask"):
-            if given[name]:  # as Cog does, http and data alike
-                file = Path(folder) / name
-                file.write_bytes(urllib.request.urlopen(given[name]).read())
-                given[name] = cog.Path(file)
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):  # noqa: PTH123
-            return [sha256(path.read_bytes()).hexdigest() for path in PREDICTOR.predict(**given)]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):  # noqa: PTH123
+        return [sha256(path.read_bytes()).hexdigest() for path in PREDICTOR.predict(**given)]

@@ -28,27 +28,24 @@ class Leftovers:
     def __init__(self, kept: float = SECONDS_KEPT) -> None:
         self._kept = kept
         self._root = tempfile.TemporaryDirectory(prefix="flux-sprites-", ignore_cleanup_errors=True)
-        # For Cog's own temporary files: it leaves the inputs of a request that is cancelled while they are downloaded.
-        self.inputs = Path(self._root.name) / "inputs"
-        self.inputs.mkdir()
         self._left: SimpleQueue[tuple[Path, float]] = SimpleQueue()
         threading.Thread(target=self._delete, name="leftovers", daemon=True).start()
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
         """A folder for the files of one prediction; deleted some seconds after the block ends, by an error too."""
+        with self.place() as folder:
+            folder.mkdir()
+            yield folder
+
+    @contextmanager
+    def place(self) -> Iterator[Path]:
+        """Where such a folder may be made: for whom the disk is full only where there is something to write."""
         folder = Path(self._root.name) / uuid4().hex
         try:
-            folder.mkdir()
             yield folder
         finally:
             self._left.put((folder, time.monotonic()))
-
-    def forget_inputs(self, *but: Path | None) -> None:
-        """Delete the inputs of earlier requests: all files but these."""
-        for file in self.inputs.iterdir():
-            if file.is_file() and str(file) not in map(str, but):
-                file.unlink(missing_ok=True)
 
     def _delete(self) -> None:
         swept = float("-inf")

@@ -4,19 +4,15 @@ Cog 0.23.1 can lose its only slot without asking the predictor, as with an id th
 ever, and `GET /health-check` tells that from a long prediction by nothing. So the predictor holds a lock on a file for
 as long as it has a prediction, and touches the file whenever one comes. The kernel releases the lock when the process
 ends, however it ends. The file is temporary: it lies in TMPDIR, which is the server's own where somebody supervises it.
-This module knows locks; of Cog it knows what Cog does with a prediction's inputs in the predictor's process.
+This module knows locks, and nothing of Cog or of what a prediction does.
 """
 
 import fcntl
-import functools
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
-
-T = TypeVar("T")
 
 PREFIX = "flux-sprites-occupancy-"
 
@@ -26,7 +22,6 @@ class Occupancy:
 
     def __init__(self) -> None:
         self._file = tempfile.NamedTemporaryFile(prefix=PREFIX)  # noqa: SIM115 (deleted when this process ends)
-        self._count_inputs()
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -41,39 +36,6 @@ class Occupancy:
                 fcntl.flock(file, fcntl.LOCK_SH)
                 os.utime(file.fileno())
             yield
-
-    def _count_inputs(self) -> None:
-        """Cog reads `image` and `mask`, and fetches them, in this process, before it asks the predictor: count that.
-
-        Where it cannot fetch one, its error, which Cog logs, would tell the whole address.
-        """
-        from cog.types import Path as Sent  # the supervising process has no use for Cog
-        from cog.types import URLPath
-
-        Sent.validate = staticmethod(self._counted(Sent.validate))
-        fetch = self._counted(URLPath.convert)
-
-        def convert(url: URLPath) -> Sent:
-            try:
-                return fetch(url)
-            except Exception as error:
-                raise ValueError(f"A file that the request names cannot be fetched ({_why(error)}).") from None
-
-        URLPath.convert = convert
-
-    def _counted(self, work: Callable[..., T]) -> Callable[..., T]:
-        @functools.wraps(work)
-        def counted(*arguments: object) -> T:
-            with self.shown():
-                return work(*arguments)
-
-        return counted
-
-
-def _why(error: Exception) -> str:
-    """An error of a download without the address."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return type(error).__name__ if status is None else f"its host answered {status}"
 
 
 class Look:

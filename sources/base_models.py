@@ -22,7 +22,7 @@ from sources.download import Download
 from sources.hosts import Repo, list_repo
 from sources.references import HuggingFace
 from sources.shown import gigabytes
-from sources.store import locked
+from sources.store import disk_errors_told, locked
 from sources.work import run_stoppable
 
 VARIANT = re.compile(r"\.(?:fp16|bf16|fp32|non_ema|ema)[.-]")
@@ -115,6 +115,7 @@ def _find(model: str, settings: Settings, parts: tuple[str, ...] | None) -> Path
     return _Wanted(reference, parts, settings.cache_dir / "models" / reference.repo.replace("/", "--"))
 
 
+@disk_errors_told()
 def _snapshot(wanted: _Wanted, settings: Settings, client: Client) -> Path:
     with wanted.latest(client) as latest:
         there = wanted.folder(latest.read() or "nothing")
@@ -134,6 +135,7 @@ def _snapshot(wanted: _Wanted, settings: Settings, client: Client) -> Path:
         return folder
 
 
+@disk_errors_told()
 def _outline(wanted: _Wanted, settings: Settings, client: Client) -> Outline:
     with wanted.latest(client) as latest:
         there = wanted.folder(latest.read() or "nothing")

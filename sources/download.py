@@ -43,7 +43,7 @@ class Download:
     Args:
         first: the open answer to a request for the whole of it.
         file: the descriptor of the file to be written.
-        reserve: called with a number of bytes before the file grows to it; may refuse.
+        reserve: called with a number of bytes before the file grows to it; has room for them on the disk, or raises.
         kept: the starts of pieces that the file holds already, from an earlier attempt.
         keep: called with the start of each piece that has come to the disk.
     """

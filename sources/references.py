@@ -1,4 +1,4 @@
-"""What people type to name a LoRA → a Reference.
+"""What people type to name a LoRA → a Reference; what they send as a picture → a Url or Data.
 
 Parsing is pure: no file is opened, no host is asked. What a reference is at its host now, hosts.py asks.
 """
@@ -147,6 +147,33 @@ def parse(text: str, settings: Settings | None = None) -> Reference:
     raise _unknown(text)
 
 
+def parse_picture(name: str, text: str) -> Url | Data:
+    """Read where a picture lies, or the picture itself.
+
+    Args:
+        name: of the input, such as "image".
+        text: as somebody sent it.
+
+    Raises:
+        ValueError: a sentence that names the input.
+    """
+    text = text.strip()
+    if text[:5].lower() == "data:":
+        return _parse_data(text, f"The data: URI of {name}")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(
+            f"{name} has {len(text)} characters; it must be an http(s) URL of at most {MAX_CHARACTERS}, or a data URI."
+        )
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or re.search(r"[\x00-\x1f\x7f]", text):
+        raise ValueError(f"{name} is {redact(text)[:80]!r}; it must be an http(s) URL or a data URI.")
+    return Url(text.partition("#")[0])
+
+
 def _parse_url(text: str, url: str, settings: Settings | None) -> Reference:
     try:
         parts = urlsplit(url)
@@ -225,17 +252,17 @@ def _read_civitai(text: str, url: str) -> Civitai:
     return Civitai(int(found[1]), int(version) if version else None, "", host, token)
 
 
-def _parse_data(text: str) -> Data:
+def _parse_data(text: str, name: str = "The data: URI") -> Data:
     header, comma, payload = text.partition(",")
     if not comma:
-        raise ValueError("The data: URI has no comma; it must be data:[type][;base64],content.")
+        raise ValueError(f"{name} has no comma; it must be data:[type][;base64],content.")
     content = b"".join(_unquoted(payload))
     if header.lower().endswith(";base64"):
         content = content.translate(bytes.maketrans(b"-_", b"+/"), b" \t\n\r\v\f").rstrip(b"=")
         try:
             content = b"".join(_decoded(content))
         except binascii.Error:
-            raise ValueError("The data: URI is damaged: what follows its comma is not base64.") from None
+            raise ValueError(f"{name} is damaged: what follows its comma is not base64.") from None
     return Data(content)
 
 

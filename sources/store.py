@@ -28,6 +28,15 @@ NOTES_KEPT = 30 * 24 * 3600
 NOTES_BYTES, SHORT_NOTE = 256 * MIB, 4096
 
 
+@contextmanager
+def disk_errors_told() -> Iterator[None]:
+    """Make a sentence of what the disk of the cache does not do; hosts' errors are sentences already."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"The cache of weights cannot be used: {error.strerror or 'its disk fails'}.") from error
+
+
 class Store:
     """Files named by the SHA-256 of their content: whole, and on the disk, before they got that name.
 

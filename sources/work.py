@@ -32,7 +32,7 @@ def run_stoppable(
         until: when all of it must be done, by `time.monotonic`.
 
     Raises:
-        ValueError: a sentence: the disk fails, or the time is up. What the work raises is raised here too.
+        ValueError: a sentence: the time is up. What the work raises is raised here too.
     """
     seconds = until - time.monotonic()
     client = Client(allow_private=settings.allow_private_hosts, patience=patience, proxies=settings.proxies)
@@ -57,8 +57,6 @@ def run_stoppable(
                     "another place where it lies."
                 )
         return outcome.result()
-    except OSError as error:  # of the disk: hosts' were told already
-        raise ValueError(f"The cache of weights cannot be used: {error.strerror or 'its disk fails'}.") from error
     finally:
         client.stop()
         if thread.is_alive():

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import cog
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -13,7 +15,7 @@ from safetensors.numpy import save
 
 from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, status
 from local_cog.server import CogServer, failure
-from settings import MIB, MINIATURE, Settings
+from settings import MIB, MINIATURE, ROOT, Settings
 from tests.support.caches import SECRET
 from tests.support.fetching import (
     LARGE,
@@ -287,14 +289,33 @@ def test_the_same_weights_under_another_config_draw_another_picture(server: CogS
     assert "left aside: it says rank 5 for 'transformer_blocks.0.attn.to_q', whose factors have 4." in unfit["logs"]
 
 
-def test_cog_itself_fetches_images_and_masks_without_our_rules(server: CogServer, host: Host) -> None:
-    """Before the predictor is called, from any address, without a bound: there is no setting. Its error is ours.
+def test_cog_is_the_one_whose_download_is_switched_off() -> None:
+    """`predict.py` does it by a name inside of Cog: a new version has to be looked at first."""
+    assert re.search(r'sdk_version: "(.*)"', (ROOT / "cog.yaml").read_text())[1] == cog.__version__ == "0.23.1"
 
-    It does honour HTTP_PROXY and HTTPS_PROXY, so a proxy is the place for rules about images.
-    """
+
+def test_cog_neither_fetches_nor_opens_images_and_masks(server: CogServer, host: Host) -> None:
     host.routes |= {"/photo.png": redirect("/inside?signature=shown"), "/inside": status(404)}
-    said = failure(server.predict(SMALL | {"image": host.url("/photo.png")}))
-    assert [request.path for request in host.seen] == ["/photo.png", "/inside"]
-    assert all(request.headers["User-Agent"].startswith("python-requests") for request in host.seen)
-    assert said.endswith("A file that the request names cannot be fetched (its host answered 404).")
-    assert "signature" not in said
+    inputs = {"image": "data:image/png;base64,", "mask": host.url(f"/photo.png?token={SECRET}")}
+    assert failure(server.predict(SMALL | inputs)) == (
+        f"mask {host.url('/photo.png')} cannot be fetched: 127.0.0.1 answered 404 Not Found; there is no such file."
+    )
+    assert [request.headers["User-Agent"] for request in host.seen] == ["flux-sprites"] * 2
+    host.seen.clear()
+    for text in (f"file://{ROOT}/README.md", str(ROOT / "README.md"), "http://[", "data:"):
+        said = failure(server.predict(SMALL | inputs | {"image": text}))
+        assert said.startswith(("image is ", "The data: URI of image has "))
+    # A mask without an image, or a LoRA that is none, is refused before anything is fetched.
+    for wrong in ({"image": ""}, {"image": host.url("/photo.png"), "extra_lora": "none"}):
+        assert failure(server.predict(SMALL | inputs | wrong))
+    assert host.seen == []
+    assert list(Path(server.scratch.name).glob("tmp*")) == []
+
+
+def test_a_prediction_cancelled_while_its_image_comes_frees_the_server_at_once(server: CogServer, host: Host) -> None:
+    file = host.routes["/a"] = File(bytes(100), delay=0.1, slice=1)
+    server.start(SMALL | {"image": host.url("/a")}, "cancelled-image")
+    wait_until(lambda: file.sent > 0)
+    assert server.cancel("cancelled-image") == 200
+    wait_until(lambda: server.health()["status"] == "READY")
+    assert file.sent < 50

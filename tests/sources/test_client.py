@@ -275,7 +275,7 @@ from dataclasses import replace
 from harness.hosts import File, Host, redirect, _Handler, _Server
 from sources.client import Patience
 from settings import MINIATURE, Settings
-from weights import WeightsCache
+from weights import Url, WeightsCache, fetch_pictures
 
 LORA = (Path(sys.argv[1]) / "lora").read_bytes()
 
@@ -331,15 +331,19 @@ with Public({"/a": File(LORA), "/inside": redirect("http://127.0.0.1:8000/a"), "
     assert asked == ["rebinding"], asked
     for path in ("rebinding.test:8000/a?again", "both.test:8000/a", "fixed.test:8000/inside", "fixed.test:8000/name",
                  "fixed.test:8000/metadata"):
-        host.seen.clear()
-        try:
-            fetch(settings, "http://" + path)
-        except ValueError as error:
-            print(error)
-            assert "address of the server's own network" in str(error), error
-        else:
-            raise AssertionError(path)
-        assert [request.path for request in host.seen] == (["/" + path.split("/")[1]] if "fixed" in path else []), path
+        for work in (fetch, lambda settings, url: fetch_pictures({folder / "image": Url(url)}, settings)):
+            host.seen.clear()
+            answers["rebinding"] = ["127.0.0.1"]
+            try:
+                work(settings, "http://" + path)
+            except ValueError as error:
+                print(error)
+                assert "address of the server's own network" in str(error), error
+                assert str(error).endswith("sets WEIGHTS_ALLOW_PRIVATE_HOSTS=1."), error
+            else:
+                raise AssertionError(path)
+            asked_for = ["/" + path.split("/")[1]] if "fixed" in path else []
+            assert [request.path for request in host.seen] == asked_for, path
     replaced = replace(settings, allow_private_hosts=True)
     assert fetch(replaced, "http://fixed.test:8000/inside") == LORA
 """

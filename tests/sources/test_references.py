@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import re
 import string
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from settings import MINIATURE, Settings
-from sources.references import Civitai, Data, HuggingFace, Reference, Replicate, Url, parse
+from sources.references import Civitai, Data, HuggingFace, Reference, Replicate, Url, parse, parse_picture
 
 VERSION = "0123456789abcdef" * 4
 COMMIT = "0123456789abcdef" * 2 + "01234567"
@@ -160,6 +161,48 @@ def test_no_name_and_no_sentence_shows_a_secret(user: str, host: str, where: str
         with pytest.raises(ValueError, match="must be") as caught:
             parse(text)
         assert secret not in str(caught.value)
+
+
+PICTURES = [
+    (" HTTP://Host/a b.png?c#d\n", Url("HTTP://Host/a b.png?c")),
+    ("https://user:s3cret@[2001:db8::1]:8443/a", Url("https://user:s3cret@[2001:db8::1]:8443/a")),
+    ("https://huggingface.co/owner/repo/blob/main/a.png", Url("https://huggingface.co/owner/repo/blob/main/a.png")),
+    ("DATA:image/png;base64,AAEC", Data(b"\x00\x01\x02")),
+]
+NO_PICTURES = [
+    *(
+        "/etc/hostname",
+        "file:///etc/hostname",
+        "FILE:/etc/hostname",
+        "photo.png",
+        "example.com/a.png",
+        " ",
+        "ftp://a/b",
+    ),
+    *("http://", "http:///a", "http://[", "http://a:b/", "http://a:0/", "http://a\nb/", "http://a/\0"),
+]
+
+
+@pytest.mark.parametrize(("text", "picture"), PICTURES)
+def test_a_picture_is_a_url_or_data(text: str, picture: Url | Data) -> None:
+    assert parse_picture("image", text) == picture
+
+
+@pytest.mark.parametrize("text", NO_PICTURES)
+def test_any_other_text_is_no_picture(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^mask is '.*'; it must be an http\(s\) URL or a data URI\.$"):
+        parse_picture("mask", text)
+
+
+def test_a_picture_that_cannot_be_read_is_named_and_its_secrets_are_not() -> None:
+    for text, sentence in (
+        ("http://user:s3cret@[?s3cret", "image is 'http://['; it must be an http(s) URL or a data URI."),
+        (f"http://a/?s3cret{'a' * 8192}", "image has 8208 characters; it must be an http(s) URL of at most 8192, or a"),
+        ("data:image/png", "The data: URI of image has no comma; it must be data:[type][;base64],content."),
+        ("data:;base64,!", "The data: URI of image is damaged: what follows its comma is not base64."),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+            parse_picture("image", text)
 
 
 @pytest.mark.parametrize("shift", range(4))

@@ -1,0 +1,76 @@
+"""The pictures that come with a request, as files of the request's own: fetched by the rule for LoRAs, and not kept.
+
+This module knows where pictures come from, and how much of one is taken; it does not know what a picture is.
+"""
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from settings import MIB, Settings
+from sources.client import Client, Patience, Source, Stream
+from sources.contents import HEAD_BYTES, WEB_PAGE, is_web_page
+from sources.download import Download
+from sources.references import Data, Url
+from sources.work import run_stoppable
+
+# A photo of 100 megapixels, the largest that is read, takes some 200 MB as a PNG.
+MAX_BYTES = 256 * MIB
+# For all of a request's pictures. A few megabytes come within seconds; nobody waits for a picture as for a LoRA.
+SECONDS = 120
+
+
+def fetch_pictures(
+    sent: Mapping[Path, Url | Data],
+    settings: Settings,
+    patience: Patience = Patience(),  # noqa: B008 (frozen)
+) -> None:
+    """Write each picture into its file.
+
+    Args:
+        sent: by file, which has the name of the input, in a folder of the request's own, made where there is none.
+        settings: which hosts may be asked, through which proxy, and how long a prediction waits.
+        patience: how long a host may keep a request waiting.
+
+    Raises:
+        ValueError: a sentence that names the input, its address, what the host answered and what to do.
+        OSError: the disk is full, or fails.
+    """
+    until = time.monotonic() + min(SECONDS, settings.prediction_seconds or math.inf)
+    for path, picture in sent.items():
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(picture, Data):
+            path.write_bytes(picture.content)
+        else:
+            source = Source(f"{path.name} {picture.name}", picture.url)
+            run_stoppable(partial(_fetch, source, path), settings, patience, source.name, until)
+
+
+def _fetch(source: Source, path: Path, client: Client) -> None:
+    with client.persist(lambda: client.open(source)) as stream, path.open("w+b") as file:
+        _check_packing(stream)
+        size = Download(stream, file.fileno(), partial(_reserve, source.name, file.fileno())).run(lambda data: None)
+        file.truncate(size)
+        if is_web_page(file.read(HEAD_BYTES)):
+            raise ValueError(f"{source.name} gave a web page instead of a picture: {WEB_PAGE}.")
+
+
+def _check_packing(stream: Stream) -> None:
+    """Refuse what was packed for the way, which was not asked for: it would be taken for a damaged picture."""
+    packing = stream.headers.get("Content-Encoding", "identity").lower()
+    if packing != "identity":
+        host = urlsplit(stream.url).hostname
+        raise ValueError(
+            f"{stream.source.name} cannot be used: {host} packed it as {packing[:20]!r}; it must be sent as it is."
+        )
+
+
+def _reserve(name: str, file: int, size: int) -> None:
+    """Have room on the disk for so many bytes of a file, if it may have as many."""
+    if size > MAX_BYTES:
+        raise ValueError(f"{name} is too large; it must have at most {MAX_BYTES // MIB} MiB.")
+    os.posix_fallocate(file, 0, max(size, 1))
