@@ -1,7 +1,7 @@
 """The contents of files, uploaded or drawn, in a directory or a bucket; and their ways into JSON and out of it.
 
 A worker takes and gives files as data URIs. Here they are kept under ids; a stored output names a file by a path of the
-front, and an input names an upload by its URL. This module knows files and data URIs; it knows nothing of HTTP.
+front, and an input names a file by its URL. This module knows files and data URIs; it knows nothing of HTTP.
 """
 
 import asyncio
@@ -29,8 +29,8 @@ from settings import MIB
 
 logger = logging.getLogger("ray.serve")
 
-# The URL of an upload, at whatever address of a front; the path of an output.
-_UPLOAD = re.compile(r"(https?://.{1,1000})/v1/files/([\w-]{1,128})", re.ASCII)
+# The URL of a file, uploaded or drawn, at whatever address of a front; the path of an output.
+_STORED = re.compile(r"(https?://.{1,1000})/(?:v1/files/([\w-]{1,128})|files/([\w-]{1,128})/[\w.-]{1,128})", re.ASCII)
 # In JSON without spaces: from the quote that begins a string, before which there is no backslash, to the one that ends
 # it, after which a colon would make it the name of a member.
 _OUTPUT = re.compile(r'(?<!\\)"/files/([\w-]{1,128})/([^/"\\]{1,128})"(?!:)', re.ASCII)
@@ -132,7 +132,9 @@ class Files:
     async def inline_uploads(
         self, inputs: dict[str, Any], predictions: Predictions, base_url: str, limit: int
     ) -> dict[str, Any]:
-        """Inputs whose uploads, named by URLs of a front, are inside as data URIs: a worker need not fetch them.
+        """Inputs whose files, uploaded or drawn and named by URLs of a front, are inside as data URIs.
+
+        A worker need not fetch them, and might not be allowed to: a front's address is often a private one.
 
         Args:
             base_url: the front's address, if the client has told it: what it names there, and is not there, has gone.
@@ -146,9 +148,9 @@ class Files:
 
         async def find(text: str) -> str:
             nonlocal size
-            named = _UPLOAD.fullmatch(text)
+            named = _STORED.fullmatch(text)
             if named and text not in known:
-                if file := await predictions.file(named[2]):
+                if file := await predictions.file(named[2] or named[3]):
                     known[text] = file
                 elif named[1] == base_url:
                     raise FileNotFoundError
@@ -207,9 +209,9 @@ async def read_pieces(file: BinaryIO, size: int) -> AsyncIterator[bytes]:
 
 
 def names_uploads(inputs: Any) -> bool:  # noqa: ANN401 (JSON)
-    """Whether an input names what may be an upload."""
+    """Whether an input names what may be an upload, or an output."""
     values = inputs.values() if isinstance(inputs, dict) else ()
-    return any(isinstance(value, str) and _UPLOAD.fullmatch(value) for value in values)
+    return any(isinstance(value, str) and _STORED.fullmatch(value) for value in values)
 
 
 def content_type(name: str) -> str:

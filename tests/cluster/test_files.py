@@ -74,7 +74,7 @@ def test_uploads_that_are_too_large_together_are_not_read(tmp_path: Path) -> Non
         async with Predictions(f"sqlite:///{tmp_path / 'predictions.db'}") as predictions:
             file = await files.write(b"abc" * 1000, "a.png", "image/png", {})
             await predictions.add_file(file)
-            inputs = {"image": f"http://front/v1/files/{file.id}", "mask": f"http://other/v1/files/{file.id}", "n": 1}
+            inputs = {"image": f"http://front/v1/files/{file.id}", "mask": f"http://b/files/{file.id}/a.png", "n": 1}
             inlined = await files.inline_uploads(inputs, predictions, "", 8100)
             assert inlined == {**dict.fromkeys(("image", "mask"), uri(b"abc" * 1000, "image/png")), "n": 1}
             await files.delete([file.id])
