@@ -100,17 +100,14 @@ def faulty(soak: Soak) -> CogServer:
     return soak.server
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_phase_without_memory_fails_alone(soak: Soak, faulty: CogServer, phase: str) -> None:
+@pytest.mark.parametrize("phase", PHASES[1:])  # the first is over when faults are planted
+def test_a_phase_without_memory_fails_alone(faulty: CogServer, phase: str) -> None:
     inputs = TINY | {"image": uri(encoded(photo(128, 128)), "image/png")}
-    larger = {
-        "fetch": {"image": f"{soak.hosts.address}/photo.webp"},
-        "input": {"image": uri(encoded(photo(768, 768)), "image/png")},
-    }
+    large = {"image": uri(encoded(photo(768, 768)), "image/png")} if phase == "input" else {}
     before = picture(faulty, **inputs)
     # A LoRA that no cache has, and a prompt that none has: else there would be nothing to do in some phases.
     new = {"replicate_weights": uri(make_lora(PHASES.index(phase))), "disable_safety_checker": False}
-    answer = faulty.predict(inputs | new | larger.get(phase, {}) | {"prompt": f"starve {phase}"})
+    answer = faulty.predict(inputs | new | large | {"prompt": f"starve {phase}"})
     assert failure(answer) == (
         f"Out of memory in the phase {phase}; nothing is lost: try a smaller picture, a smaller LoRA or fewer outputs."
     )
