@@ -222,6 +222,9 @@ class Flux:
         request = job.request
         if request.image is not None and request.prompt_strength == 0:
             return [job.canvas.image.copy() for _ in request.seeds]
+        if request.image is not None and request.prompt_strength < _strength(request):
+            steps = request.num_inference_steps
+            print(f"prompt_strength is {request.prompt_strength:g}: one step of {steps} is drawn, which is the least.")
         with tqdm(total=_steps(request) * request.num_outputs) as bar:
 
             def on_step() -> None:

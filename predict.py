@@ -36,7 +36,7 @@ from service.machine import drawing_device
 from service.measure import PeakMemory, Stopwatch
 from service.occupancy import Occupancy
 from settings import Settings
-from weights import Data, Url, WeightsCache, fetch, fetch_pictures, outlines, parse, parse_picture
+from weights import Picture, WeightsCache, fetch, fetch_pictures, outlines, parse, parse_picture
 
 # Cog 0.23.1 would fetch `image` and `mask` before `predict`: from any address, and for as long as a host likes. So it is
 # to hand on what was sent, and they are fetched as LoRAs are.
@@ -184,12 +184,10 @@ class Predictor(BasePredictor):
         Raises:
             ValueError: a sentence for the person who sent the request.
         """
-        with self.occupancy.shown(), self.leftovers.place() as folder:
-            sent = _pictures(folder, image=image, mask=mask)
+        with self.occupancy.shown(), self.leftovers.folder() as folder:
+            sent = {name: parse_picture(name, text) for name, text in (("image", image), ("mask", mask)) if text}
             request = Request(
                 prompt=prompt,
-                image=folder / "image" if image else None,
-                mask=folder / "mask" if mask else None,
                 aspect_ratio=aspect_ratio,
                 height=height,
                 width=width,
@@ -205,11 +203,12 @@ class Predictor(BasePredictor):
                 go_fast=go_fast,
                 megapixels=megapixels,
                 loras=_choices(replicate_weights, lora_scale, self.default_lora, extra_lora, extra_lora_scale),
+                **{name: folder / name for name in sent},
             )
             main = replicate_weights or self.default_lora
             unused = [*request.without_effect, *_unused_scales(main, lora_scale, extra_lora, extra_lora_scale)]
             print(f"Using seed: {request.seed}", *unused, sep="\n")
-            return self.device_thread.run(self._attempt, request, sent)
+            return self.device_thread.run(self._attempt, request, sent, folder)
 
     def healthcheck(self) -> bool:
         """Cog asks this at each `GET /health-check`, and waits five seconds.
@@ -220,12 +219,12 @@ class Predictor(BasePredictor):
         self.device_thread.run_if_idle(self.flux.check)
         return True
 
-    def _attempt(self, request: Request, sent: dict[Path, Url | Data]) -> list[Path]:
+    def _attempt(self, request: Request, sent: dict[str, Picture], folder: Path) -> list[Path]:
         """Fetch and draw on the device's thread; what nobody foresaw becomes a sentence, and its memory is free again."""
         stopwatch, memory = Stopwatch(self.flux.device), PeakMemory(self.flux.device)
         try:
             with stopwatch("fetch"), self.device_thread.watchdog.paused():
-                fetch_pictures(sent, self.settings)
+                fetch_pictures(sent, folder, self.settings)
             return self._draw(request, stopwatch)
         except ValueError:  # a sentence about the input
             raise
@@ -287,6 +286,7 @@ class Predictor(BasePredictor):
             return file
 
         with self.leftovers.folder() as folder:
+            folder.mkdir()
             return list(self.encoders.map(write, repeat(folder), range(len(kept)), kept))
 
     def _record(self, stopwatch: Stopwatch, memory: PeakMemory) -> None:
@@ -296,11 +296,6 @@ class Predictor(BasePredictor):
             self.record_metric(f"timing.{phase}", round(seconds, 4))
         for place, size in memory.bytes().items():
             self.record_metric(f"peak_bytes.{place}", size)
-
-
-def _pictures(folder: Path, **inputs: Optional[str]) -> dict[Path, Url | Data]:
-    """The pictures that a request sends, by the files that they become; an empty string is none."""
-    return {folder / name: parse_picture(name, text) for name, text in inputs.items() if text}
 
 
 def _choices(
@@ -331,14 +326,13 @@ def _unused_scales(main: Optional[str], main_scale: float, extra: Optional[str],
 
 def _tell_what_differs(request: Request, drawing: Drawing) -> None:
     """Say in the log what was drawn otherwise than it was asked for."""
+    if request.prompt_strength == 0 and request.image is not None:
+        return  # nothing was
     if request.go_fast and not drawing.fp8:
         reason = "this device has no fp8 products" if request.fp8 else "aspect_ratio is custom"
         print(f"go_fast: drawn in {drawing.dtype}, since {reason}.")
     if drawing.fp8 and not request.fp8:
         print("Drawn in fp8, since this GPU has no room for bf16 weights.")
-    steps = request.num_inference_steps
-    if request.image is not None and 0 < request.prompt_strength < 1 / steps:
-        print(f"prompt_strength is {request.prompt_strength:g}: one step of {steps} is drawn, which is the least.")
 
 
 def _metadata(request: Request, drawing: Drawing, seed: int) -> dict[str, object]:

@@ -107,7 +107,7 @@ class Request:
 
     @property
     def custom_size(self) -> bool:
-        """Whether width and height say the size of the pictures: an image beside them would."""
+        """Whether width and height give the size; with an image, its own size counts."""
         return self.image is None and self.aspect_ratio == "custom"
 
     @property

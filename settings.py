@@ -57,7 +57,7 @@ class Settings:
     # FLUX_COMPILE: None means "where CUDA is"; compiling on a CPU takes minutes and gains little.
     compile: bool | None = None
     # PREDICTION_SECONDS: the longest that work on the device may take before its process is ended, and the longest that
-    # a prediction waits for a download; None: any time. A GPU that hangs would otherwise keep its server busy for ever.
+    # a LoRA may take to arrive; None: any time. A GPU that hangs would otherwise keep its server busy for ever.
     prediction_seconds: float | None = None
     # WEIGHTS_ALLOW_PRIVATE_HOSTS=1: let the URLs of LoRAs, images and masks name private and loopback addresses (tests,
     # intranets).

@@ -32,11 +32,11 @@ from sources.contents import Contents, copy_checked
 from sources.download import Download
 from sources.hosts import resolve
 from sources.pictures import fetch_pictures
-from sources.references import Civitai, Data, Reference, Url, is_pinned, parse, parse_picture
+from sources.references import Civitai, Data, Picture, Reference, Url, is_pinned, parse, parse_picture
 from sources.store import Store, disk_errors_told
 from sources.work import run_stoppable
 
-__all__ = ["Data", "Url", "WeightsCache", "fetch", "fetch_pictures", "outlines", "parse", "parse_picture"]
+__all__ = ["Picture", "WeightsCache", "fetch", "fetch_pictures", "outlines", "parse", "parse_picture"]
 
 # What is read of a repo, where that is not all: schnell is drawn with dev's text encoders, tokenizers and VAE.
 PARTS = {"schnell": ("transformer", "scheduler")}

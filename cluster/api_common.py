@@ -29,7 +29,7 @@ from cluster.database import describe
 from cluster.failures import Failure, places
 from cluster.predictions import Prediction, QueueFull, now
 from cluster.privacy import SHOWN_CHARACTERS, show_input
-from cluster.unknown import line
+from cluster.unknown import notice
 from service import strict_json
 
 logger = logging.getLogger("ray.serve")
@@ -221,16 +221,13 @@ class InputSchema:
         root = {"$ref": "#/components/schemas/Input", "components": document["components"]}
         self.validator = jsonschema_rs.validator_for(root)
 
-    def known(self, value: Any) -> Any:  # noqa: ANN401 (JSON)
-        """An input without null, which is absence, and without what the predictor does not know, as Cog drops it."""
+    def read(self, value: Any) -> tuple[Any, str | None]:  # noqa: ANN401 (JSON)
+        """What the predictor knows of an input, and the log's line about the rest, which Cog drops; null is absence."""
         if not isinstance(value, dict):
-            return value
-        return {name: item for name, item in value.items() if name in self.names and item is not None}
-
-    def notice(self, value: dict[str, Any]) -> str | None:
-        """The line of the log about what the predictor does not know of an input; None where it knows all."""
-        unknown = [name for name, item in value.items() if name not in self.names and item is not None]
-        return line(unknown, self.names)
+            return value, None
+        given = {name: item for name, item in value.items() if item is not None}
+        known = {name: item for name, item in given.items() if name in self.names}
+        return known, notice([name for name in given if name not in known], self.names)
 
     def problems(self, value: Any) -> list[dict[str, Any]]:  # noqa: ANN401 (JSON)
         """What is wrong with an input, in pydantic's form; empty where nothing is."""

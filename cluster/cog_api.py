@@ -107,12 +107,10 @@ class CogApi:
 
     def _prediction(self, body: dict[str, Any]) -> Prediction | Refused:
         """A prediction of a body as it must be, or what is wrong with its input."""
-        given = {} if body.get("input") is None else body["input"]
-        inputs = self.schema.known(given)
+        inputs, notice = self.schema.read({} if body.get("input") is None else body["input"])
         if problems := self.schema.problems(inputs):
             return Refused(422, {"detail": problems})
         hook = {"webhook": body.get("webhook"), "webhook_events": body.get("webhook_events_filter", list(EVENTS))}
-        notice = self.schema.notice(given)
         return new_prediction(self.dispatcher.front, inputs, "cog", body.get("id"), notice=notice, **hook)
 
     async def _ended_or_left(self, prediction: Prediction, request: Request) -> Prediction:

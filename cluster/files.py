@@ -30,7 +30,10 @@ from settings import MIB
 logger = logging.getLogger("ray.serve")
 
 # The URL of a file, uploaded or drawn, at whatever address of a front; the path of an output.
-_STORED = re.compile(r"(https?://.{1,1000})/(?:v1/files/([\w-]{1,128})|files/([\w-]{1,128})/[\w.-]{1,128})", re.ASCII)
+_STORED = re.compile(
+    r"\s*(https?://.{1,1000})/(?:v1/files/([\w-]{1,128})|files/([\w-]{1,128})/[\w.-]{1,128})\s*",
+    re.ASCII | re.IGNORECASE,
+)
 # In JSON without spaces: from the quote that begins a string, before which there is no backslash, to the one that ends
 # it, after which a colon would make it the name of a member.
 _OUTPUT = re.compile(r'(?<!\\)"/files/([\w-]{1,128})/([^/"\\]{1,128})"(?!:)', re.ASCII)
@@ -129,7 +132,7 @@ class Files:
 
         return Inlined(self, *await asyncio.to_thread(plan))
 
-    async def inline_uploads(
+    async def inline_files(
         self, inputs: dict[str, Any], predictions: Predictions, base_url: str, limit: int
     ) -> dict[str, Any]:
         """Inputs whose files, uploaded or drawn and named by URLs of a front, are inside as data URIs.
@@ -141,7 +144,7 @@ class Files:
             limit: how many characters all strings may have together.
 
         Raises:
-            Failure: an upload has gone, or cannot be read; or there would be more characters.
+            Failure: a file has gone, or cannot be read; or there would be more characters.
         """
         known: dict[str, File] = {}
         size = 0
@@ -208,8 +211,8 @@ async def read_pieces(file: BinaryIO, size: int) -> AsyncIterator[bytes]:
             yield await asyncio.to_thread(file.read, PIECE_BYTES)
 
 
-def names_uploads(inputs: Any) -> bool:  # noqa: ANN401 (JSON)
-    """Whether an input names what may be an upload, or an output."""
+def names_files(inputs: Any) -> bool:  # noqa: ANN401 (JSON)
+    """Whether an input names what may be a file of the cluster."""
     values = inputs.values() if isinstance(inputs, dict) else ()
     return any(isinstance(value, str) and _STORED.fullmatch(value) for value in values)
 
@@ -230,9 +233,9 @@ async def _replace_in_each(inputs: dict[str, Any], replacement: Callable[[str], 
         try:
             replaced[name] = await _replace_strings(value, replacement)
         except FileNotFoundError as error:
-            raise Failure(f"The uploaded file in {name[:80]} has expired; upload it again.") from error
+            raise Failure(f"The file in {name[:80]} has expired; send it again.") from error
         except OSError as error:
-            sentence = f"The uploaded file in {name[:80]} cannot be read; try again later."
+            sentence = f"The file in {name[:80]} cannot be read; try again later."
             raise Failure(sentence, Again.UNDRAWN) from error
     return replaced
 

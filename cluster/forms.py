@@ -31,7 +31,7 @@ class Forms:
     async def cog(self, prediction: Prediction, **changes: object) -> Inlined:
         """JSON as Cog's webhooks and answers have it: files inside, as data URIs."""
         # The names come in order: of all that there may be, only the status comes after the output.
-        before = {"id": prediction.id, "logs": prediction.log, "metrics": prediction.metrics, **changes}
+        before = {"id": prediction.id, "logs": prediction.whole_log, "metrics": prediction.metrics, **changes}
         if prediction.error is not None:
             before["error"] = prediction.error
         head = (await asyncio.to_thread(compact, before)).removesuffix("}").encode()
@@ -50,7 +50,7 @@ class Forms:
             "model": prediction.model,
             "version": prediction.version,
             "input": prediction.shown_input,
-            "logs": lines(prediction.log),
+            "logs": lines(prediction.whole_log),
             "output": absolute(prediction.output, base),
             "error": prediction.error,
             "status": prediction.status,

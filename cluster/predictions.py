@@ -94,7 +94,7 @@ class Prediction(Base):
     completed_at: Mapped[str | None] = mapped_column(default=None, index=True)
 
     @property
-    def log(self) -> str:
+    def whole_log(self) -> str:
         """The whole log, as clients read it: it begins with the same line, whichever worker runs the prediction."""
         return (self.notice or "") + self.logs
 

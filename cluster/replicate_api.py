@@ -107,14 +107,12 @@ class ReplicateApi:
             model, number = "{owner}/{name}".format(**request.path_params), None
         else:
             model, number = _resolve(body.get("version"))
-        given = body.get("input", {})
-        inputs = self.schema.known(given)
+        inputs, notice = self.schema.read(body.get("input", {}))
         if problems := self.schema.problems(inputs):
             fields = [{"type": p["type"], "field": f"input.{p['loc'][-1]}", "description": p["msg"]} for p in problems]
             detail = "".join(f"- {item['field']}: {item['description']}\n" for item in fields)
             raise problem(422, "Input validation failed", detail, invalid_fields=fields)
         names = {"model": model, "version": number or self._number(), "base_url": base}
-        notice = self.schema.notice(given)
         return new_prediction(self.dispatcher.front, inputs, "replicate", notice=notice, **names, **_webhook(body))
 
     def _base(self, request: Request) -> str:

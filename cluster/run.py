@@ -26,7 +26,7 @@ from sqlalchemy.exc import DBAPIError
 
 from cluster.database import may_be_repaired, may_pass
 from cluster.failures import ATTEMPTS, Again, Failure, places
-from cluster.files import Files, names_uploads
+from cluster.files import Files, names_files
 from cluster.metrics import Metrics
 from cluster.predictions import PREDICTION_ID, UNFINISHED, File, Prediction, Predictions, now
 from cluster.privacy import redact_log, secrets_of
@@ -163,7 +163,7 @@ class Run:
         if means.affinity == "router" and loras:
             workers = workers.options(multiplexed_model_id=loras)
         self.begun = False
-        if (self.held > LARGE_BYTES or names_uploads(prediction.secret_input)) and not await self._go_ahead():
+        if (self.held > LARGE_BYTES or names_files(prediction.secret_input)) and not await self._go_ahead():
             return
         try:
             inputs = await self._inputs()
@@ -196,10 +196,10 @@ class Run:
             self.means.large_ahead.release()
 
     async def _inputs(self) -> Any:  # noqa: ANN401 (JSON, or Ray's reference to it)
-        """The inputs as a worker gets them, with their uploads inside."""
+        """The inputs as a worker gets them, with the cluster's files inside."""
         prediction, means = self.prediction, self.means
         asked = (prediction.secret_input, means.predictions, prediction.base_url, COG_BYTES)
-        inputs = await _lasting(lambda: means.files.inline_uploads(*asked), prediction)
+        inputs = await _lasting(lambda: means.files.inline_files(*asked), prediction)
         if _size(inputs) > LARGE_BYTES:
             # Ray would put them into its store now, and block the event loop for seconds if there is no room.
             return await asyncio.get_running_loop().run_in_executor(_putting, ray.put, inputs)

@@ -53,7 +53,7 @@ class _Watch:
 
     def _tell(self, known: Prediction) -> None:
         output = known.output
-        self.known, self.logs = known, lines(known.log)
+        self.known, self.logs = known, lines(known.whole_log)
         self.outputs = output if isinstance(output, list) else [] if output is None else [output]
         self.over = known.finished
         self.news.set()

@@ -18,7 +18,7 @@ ELSEWHERE = {
 NAMED = 8
 
 
-def line(unknown: Sequence[str], known: Collection[str]) -> str | None:
+def notice(unknown: Sequence[str], known: Collection[str]) -> str | None:
     """The line, with its end; None where no input is unknown. Each name has at most 200 characters there."""
     if not unknown:
         return None

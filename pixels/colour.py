@@ -46,7 +46,7 @@ def to_srgb(picture: Image.Image, name: str) -> Image.Image:
         return picture
     converted = plain(picture)
     try:
-        # Pillow gives None for one that is damaged.
+        # Pillow gives None for one that it could not unpack.
         profile = ImageCms.ImageCmsProfile(io.BytesIO(picture.info["icc_profile"] or b""))
         colours = converted.convert({"LA": "L", "RGBA": "RGB"}.get(converted.mode, converted.mode))
         mode = MODES[profile.profile.xcolor_space]

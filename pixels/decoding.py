@@ -20,9 +20,10 @@ from service.faults import out_of_memory
 
 # What people send. Pillow's other readers, and the holes in them, stay closed to strangers' files.
 READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+FILMS = ("GIF", "PNG", "WEBP", "AVIF")
 ACCEPTED = f"{', '.join(READ_FORMATS[:-1])} or {READ_FORMATS[-1]}"
 # What they send as well, by how it begins, and what would be right.
-HEAD_BYTES = 1024
+HEAD_BYTES = 4096
 OTHERS = {
     rb"\0{3}.ftyp(?:.{4}){0,15}?he[iv][cxms]": (
         "a HEIC photo; save or export it as JPEG (iPhones do with Settings > Camera > Formats > Most Compatible)"
@@ -32,8 +33,11 @@ OTHERS = {
     rb"\xff\x4f\xff\x51|\0{3}\x0cjP  ": f"a JPEG 2000 picture; save it as {ACCEPTED}",
     rb"8BPS": f"a Photoshop document; export it as {ACCEPTED}",
     rb"%PDF": f"a PDF document; save its page as {ACCEPTED}",
-    rb"(?:\xef\xbb\xbf)?\s*<(?:.*<)?svg[\s>]": f"an SVG drawing; export it as {ACCEPTED}",
-    rb"(?:\xef\xbb\xbf)?\s*<": f"a web page; send the picture itself, or its own address, as {ACCEPTED}",
+    rb"(?:\xef\xbb\xbf)?\s*<(?!(?:.*<)?(?:!doctype )?html)(?:.*<)?svg[\s>]": f"an SVG drawing; export it as {ACCEPTED}",
+    rb"(?:\xef\xbb\xbf)?\s*<": (
+        "a web page: the link needs a login, has expired, or leads to a page about the picture; send the picture's own "
+        f"address, or itself, as {ACCEPTED}"
+    ),
 }
 
 # A bound on what a small file can make us decode. Pillow enforces twice its number before it decodes, for tiles and
@@ -67,9 +71,10 @@ MAX_READS = 1_000_000
 
 @contextmanager
 def decoded(path: Path, name: str) -> Iterator[Image.Image]:
-    """The first frame of a file, upright, in the file's own mode; what the block does with it may fail as it may.
+    """The first frame of a file, upright, in the file's own mode.
 
-    Its `info` has what the file says of its pixels, and "orientation": the EXIF number by which they were turned.
+    Its `info` has what the file says of its pixels, and "orientation": by which of EXIF's eight they were turned. An
+    error inside the block is one of the file: what a decoder lets pass may show only when its pixels are converted.
 
     Args:
         path: of the file.
@@ -86,14 +91,16 @@ def decoded(path: Path, name: str) -> Iterator[Image.Image]:
             with Image.open(file, formats=READ_FORMATS) as picture:
                 if picture.format in ("JPEG", "MPO"):
                     _check_scans(file, picture.width * picture.height)
+                if picture.format in FILMS and picture.is_animated:
+                    print(f"{name} is an animation; its first frame is used.")
                 _scale_transparency(picture)
-                orientation = 1
+                orientation = None
                 with suppress(Exception):  # broken EXIF is no reason to refuse good pixels: they stay as they lie
-                    orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+                    orientation = picture.getexif().get(ExifTags.Base.Orientation)
                 picture.load()  # which turns a TIFF
                 with suppress(Exception):
                     ImageOps.exif_transpose(picture, in_place=True)
-                picture.info["orientation"] = orientation
+                picture.info["orientation"] = orientation if orientation in range(1, 9) else 1
                 yield picture
     except Image.DecompressionBombError as error:
         pixels = int(re.search(r"\d+", str(error)).group())

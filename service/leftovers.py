@@ -33,14 +33,10 @@ class Leftovers:
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
-        """A folder for the files of one prediction; deleted some seconds after the block ends, by an error too."""
-        with self.place() as folder:
-            folder.mkdir()
-            yield folder
+        """A folder for files of one prediction; deleted some seconds after the block ends, by an error too.
 
-    @contextmanager
-    def place(self) -> Iterator[Path]:
-        """Where such a folder may be made: for whom the disk is full only where there is something to write."""
+        Whoever has something to write makes it: a full disk is an error of theirs.
+        """
         folder = Path(self._root.name) / uuid4().hex
         try:
             yield folder

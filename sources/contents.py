@@ -103,7 +103,7 @@ class Contents:
             return kind
         if not head:
             raise UnfitError(f"{self.name} is empty.")
-        if is_web_page(head):
+        if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
             raise UnfitError(f"{self.name} gave a web page instead of a file: {self._web_page}.")
         raise UnfitError(
             f"{self.name} begins with {head[:16]!r}; it must be a .safetensors file"
@@ -134,12 +134,6 @@ class Contents:
 
     def _damaged(self, reason: str) -> ValueError:
         return UnfitError(f"{self.name} is a damaged .safetensors file: {reason}.")
-
-
-def is_web_page(head: bytes) -> bool:
-    """Whether a file begins as HTML or XML does, other than a drawing in SVG."""
-    text = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
-    return text.startswith(b"<") and (b"<html" in text or b"<svg" not in text)
 
 
 def _sniff(head: bytes) -> str | None:

@@ -13,9 +13,8 @@ from urllib.parse import urlsplit
 
 from settings import MIB, Settings
 from sources.client import Client, Patience, Source, Stream
-from sources.contents import HEAD_BYTES, WEB_PAGE, is_web_page
 from sources.download import Download
-from sources.references import Data, Url
+from sources.references import Data, Picture
 from sources.work import run_stoppable
 
 # A photo of 100 megapixels, the largest that is read, takes some 200 MB as a PNG.
@@ -25,14 +24,16 @@ SECONDS = 120
 
 
 def fetch_pictures(
-    sent: Mapping[Path, Url | Data],
+    sent: Mapping[str, Picture],
+    folder: Path,
     settings: Settings,
     patience: Patience = Patience(),  # noqa: B008 (frozen)
 ) -> None:
     """Write each picture into its file.
 
     Args:
-        sent: by file, which has the name of the input, in a folder of the request's own, made where there is none.
+        sent: by the name of the input, which becomes the name of the file.
+        folder: the request's own; made where there is something to write.
         settings: which hosts may be asked, through which proxy, and how long a prediction waits.
         patience: how long a host may keep a request waiting.
 
@@ -41,13 +42,13 @@ def fetch_pictures(
         OSError: the disk is full, or fails.
     """
     until = time.monotonic() + min(SECONDS, settings.prediction_seconds or math.inf)
-    for path, picture in sent.items():
-        path.parent.mkdir(exist_ok=True)
+    for name, picture in sent.items():
+        folder.mkdir(exist_ok=True)
         if isinstance(picture, Data):
-            path.write_bytes(picture.content)
+            (folder / name).write_bytes(picture.content)
         else:
-            source = Source(f"{path.name} {picture.name}", picture.url)
-            run_stoppable(partial(_fetch, source, path), settings, patience, source.name, until)
+            source = Source(f"{name} {picture.name}", picture.url)
+            run_stoppable(partial(_fetch, source, folder / name), settings, patience, source.name, until)
 
 
 def _fetch(source: Source, path: Path, client: Client) -> None:
@@ -55,8 +56,6 @@ def _fetch(source: Source, path: Path, client: Client) -> None:
         _check_packing(stream)
         size = Download(stream, file.fileno(), partial(_reserve, source.name, file.fileno())).run(lambda data: None)
         file.truncate(size)
-        if is_web_page(file.read(HEAD_BYTES)):
-            raise ValueError(f"{source.name} gave a web page instead of a picture: {WEB_PAGE}.")
 
 
 def _check_packing(stream: Stream) -> None:

@@ -109,6 +109,7 @@ class Data:
 
 
 Reference = Replicate | HuggingFace | Civitai | Url | Data
+Picture = Url | Data
 
 
 def is_pinned(reference: Reference) -> bool:
@@ -147,7 +148,7 @@ def parse(text: str, settings: Settings | None = None) -> Reference:
     raise _unknown(text)
 
 
-def parse_picture(name: str, text: str) -> Url | Data:
+def parse_picture(name: str, text: str) -> Picture:
     """Read where a picture lies, or the picture itself.
 
     Args:

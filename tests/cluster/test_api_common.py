@@ -61,12 +61,13 @@ OURS = InputSchema(schema.derive((ROOT / "predict.py").read_text()))
 def test_unknown_inputs_are_named_on_one_line(names: list[str], said: str | None) -> None:
     known = {"prompt": "a", "seed": 1}
     given = known | dict.fromkeys(names, "b") | {"image": None, "lora": None}
-    assert (OURS.known(given), OURS.notice(given)) == (known, said)
+    assert OURS.read(given) == (known, said)
 
 
 def test_a_name_of_another_predictors_is_suggested_only_where_it_is_known() -> None:
     document = schema.derive("class Predictor:\n    def predict(self, prompt: str) -> Path: ...\n")
-    assert InputSchema(document).notice({"hf_lora": 1}) == "The input hf_lora is unknown and has no effect.\n"
+    said = "The input hf_lora is unknown and has no effect.\n"
+    assert InputSchema(document).read({"hf_lora": 1}) == ({}, said)
 
 
 def test_what_takes_much_has_turns() -> None:

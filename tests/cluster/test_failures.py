@@ -206,7 +206,7 @@ def test_what_the_front_says_stays_above_what_any_worker_tells(tmp_path: Path, h
             known = dispatcher.means.predictions
             await known.create(made("said-0", notice="Of the front.\n", **told))
             await known.record(made("said-0"), status="processing", logs="a half")
-            assert (await known.get("said-0")).log == "Of the front.\na half"
+            assert (await known.get("said-0")).whole_log == "Of the front.\na half"
             await dispatcher.adopt(["dead"], 20)
             await until(lambda: not dispatcher.runs)
             return await known.get("said-0")
@@ -216,7 +216,7 @@ def test_what_the_front_says_stays_above_what_any_worker_tells(tmp_path: Path, h
 
     workers = Workers({"said": [STARTED, next_attempt, ActorDiedError()]})
     end = asyncio.run(story())
-    assert (end.status, end.log, workers.attempts("said-0")) == ("succeeded", "Of the front.\ndone", 2)
+    assert (end.status, end.whole_log, workers.attempts("said-0")) == ("succeeded", "Of the front.\ndone", 2)
     heard = [body["logs"] for body in hooks.until_ended("said-0")]
     assert heard[-1] == "Of the front.\ndone"
     assert set(heard) <= {f"Of the front.\n{logs}" for logs in ("", "a half", "begun", "done")}
@@ -269,7 +269,7 @@ def test_poison_that_a_dead_front_has_left_ends_and_keeps_nothing_from_being_dra
         "no\nid": {("failed", "The prediction's id must have 1 to 128 letters, digits and _ . ~ -.")},
         "no-input": {("failed", "The cluster failed with AttributeError; its log says where.")},
         "list": {("failed", "The cluster failed with AttributeError; its log says where.")},
-        "expired": {("failed", "The uploaded file in image has expired; upload it again.")},
+        "expired": {("failed", "The file in image has expired; send it again.")},
         "bug": {("failed", "The cluster failed with KeyError; its log says where.")},
         "refused": {("failed", "Cog refused the prediction with 422: no.")},
         "deadly": {("failed", "The prediction was given up: 6 fronts ended while they had it.")},

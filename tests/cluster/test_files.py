@@ -75,13 +75,13 @@ def test_uploads_that_are_too_large_together_are_not_read(tmp_path: Path) -> Non
             file = await files.write(b"abc" * 1000, "a.png", "image/png", {})
             await predictions.add_file(file)
             inputs = {"image": f"http://front/v1/files/{file.id}", "mask": f"http://b/files/{file.id}/a.png", "n": 1}
-            inlined = await files.inline_uploads(inputs, predictions, "", 8100)
+            inlined = await files.inline_files(inputs, predictions, "", 8100)
             assert inlined == {**dict.fromkeys(("image", "mask"), uri(b"abc" * 1000, "image/png")), "n": 1}
             await files.delete([file.id])
             with pytest.raises(Failure, match=r"image has expired"):
-                await files.inline_uploads(inputs, predictions, "http://front", 8100)
+                await files.inline_files(inputs, predictions, "http://front", 8100)
             with pytest.raises(Failure, match=r"too large together: 0 MiB of JSON; at most 0\."):
-                await files.inline_uploads(inputs, predictions, "http://front", 7999)
+                await files.inline_files(inputs, predictions, "http://front", 7999)
 
     asyncio.run(story())
 

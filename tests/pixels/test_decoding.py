@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 import images
 from pixels import decoding
@@ -40,13 +40,32 @@ def test_the_format_comes_from_the_bytes_not_from_the_name(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
-def test_of_an_animation_the_first_frame_is_read(tmp_path: Path, suffix: str) -> None:
+def test_of_an_animation_the_first_frame_is_read(
+    tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     frames = [Image.new("RGB", (32, 32), colour) for colour in (GREEN, RED, BLUE)]
     options = {"lossless": True} if suffix == "webp" else {}
     path = written(frames[0], tmp_path / f"film.{suffix}", save_all=True, append_images=frames[1:], **options)
     with Image.open(path) as reopened:
         assert reopened.n_frames == 3
     assert images.read_image(path).getcolors() == [(1024, GREEN)]
+    said = "" if suffix == "tiff" else "image is an animation; its first frame is used.\n"
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(3, b"\0\0"), (3, b"\x09\0"), (3, b"\x2c\1"), (2, b"6\0"), (1, b"\6\6")],
+    ids=["0", "9", "300", "text", "bytes"],
+)
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_an_orientation_that_exif_does_not_have_turns_nothing(
+    tmp_path: Path, kind: int, value: bytes, suffix: str
+) -> None:
+    tag = struct.pack("<HHI4s", ExifTags.Base.Orientation, kind, 1 if kind == 3 else 2, value)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + tag + bytes(4)
+    picture = images.read_image(written(quadrants(), tmp_path / f"photo.{suffix}", exif=exif))
+    assert (picture.info, picture.size) == ({"orientation": 1}, quadrants().size)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
@@ -125,7 +144,13 @@ def opened(name: str, path: Path) -> None:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not a picture in a known format"),
         (b"SIMPLE  =                    T" + b" " * 3000, "not a picture in a known format"),
         (b"P6 1 1 255 abc", "not a picture in a known format"),
-        (b"\n<!DOCTYPE html><title>404</title>", "a web page; send the picture itself, or its own address"),
+        (
+            b"\n<!DOCTYPE html><title>404</title>",
+            "a web page: the link needs a login, has expired, or leads to a page about",
+        ),
+        (b"<!-- a page -->\n<HTML><body><svg width='9'>", "a web page"),
+        (b"<?xml version='1.0'?><!-- " + 2000 * b"long " + b"--><feed>", "a web page"),
+        (b"<?xml version='1.0'?><!-- " + 600 * b"long " + b"--><svg>", "an SVG drawing"),
         (
             b'\xef\xbb\xbf<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>',
             "an SVG drawing; export it as",
@@ -202,9 +227,12 @@ def test_a_jpeg_of_more_scans_than_any_encoder_makes_is_refused(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["TIFF", "BigTIFF"])
-def test_a_tiff_in_more_strips_than_any_program_writes_is_refused(tmp_path: Path, large: bool) -> None:
+def test_a_tiff_in_more_strips_than_any_program_writes_is_refused(
+    tmp_path: Path, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pillow takes minutes and gigabytes for 64 MB of them, much of it in a call that nothing can interrupt."""
-    most = r"100,000 strips, tiles or other numbers under one tag, or 65,535 tags\."
+    monkeypatch.setattr(decoding, "MAX_NUMBERS", 2000)
+    most = r"2,000 strips, tiles or other numbers under one tag, or 65,535 tags\."
     refused = f"^image is a TIFF of too many parts: more than {most}$"
     rows, path = decoding.MAX_NUMBERS, tmp_path / "a.tiff"
     options = {"big_tiff": large, "tiffinfo": {278: 1}}  # RowsPerStrip

@@ -22,8 +22,6 @@ def tensor(dtype: object = "U8", shape: object = (4,), offsets: object = (0, 4))
 
 NO_WEIGHTS = {
     "web page": (b"\n <!DOCTYPE html><html></html>", "gave a web page instead of a file"),
-    "web page with a drawing": (b"<HTML><svg>", "gave a web page instead of a file"),
-    "drawing": (b"<?xml version='1.0'?>\n<svg/>", "begins with"),
     "empty": (b"", "is empty"),
     "json": (b'{"error": "not found"}', "must be a .safetensors file"),
     "pickle": (b"\x80\x02}q\x00.", "must be a .safetensors file"),
