@@ -14,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
 
 from pixels.colour import flatten, plain, to_srgb
-from pixels.decoding import decoded, turn
+from pixels.decoding import LOSSY, decoded, turn
 from pixels.masks import TRACE, cover, strengths
 
 Format = Literal["webp", "jpg", "png"]
@@ -98,13 +98,20 @@ def read_mask(path: Path, image: Image.Image, size: Size) -> Image.Image:
         size: what that is fitted to.
     """
     with decoded(path, "mask") as picture:
-        grey = flatten(picture, "black").convert("L")
-        why_nothing = _why_nothing(picture) if grey.getextrema()[1] <= TRACE else None
+        grey, lossy = flatten(picture, "black").convert("L"), picture.format in LOSSY
+        darkest, brightest = grey.getextrema()
+        why_nothing = _why_nothing(picture) if brightest <= TRACE else None
     if why_nothing is not None:
         raise ValueError(f"mask paints nothing: {why_nothing}.")
-    drawn = strengths(_laid_on(grey, image), size)
+    drawn = strengths(_laid_on(grey, image), size, lossy=lossy)
     if drawn.getbbox() is None:
         raise ValueError(f"mask paints nothing: its greys are too faint or too small to be seen at {_by(size)} pixels.")
+    if brightest < 128:
+        print(
+            f"mask is nowhere brighter than {brightest} of 255: at most {brightest / 255:.0%} of what is drawn shows."
+        )
+    if darkest > TRACE:
+        print("mask is black nowhere: nothing of the image is kept as it is.")
     return drawn
 
 
@@ -203,17 +210,19 @@ def _laid_on(mask: Image.Image, image: Image.Image) -> Image.Image:
 
 def _why_nothing(picture: Image.Image) -> str:
     """The likely reason why a mask is black all over, as the end of a sentence."""
-    colours = plain(picture)
-    opaque = colours.convert("RGB").convert("L")
-    brightest, white = opaque.getextrema()[1], 255
+    colours, white = plain(picture), 255
+    alpha = colours.getchannel("A").getextrema() if colours.mode in ("LA", "RGBA") else (255, 255)
+    brightest = max(high for _, high in colours.convert("RGB").getextrema())
     if picture.mode.startswith("I;16"):
         brightest, white = picture.getextrema()[1], 65535
-    if colours.mode in ("LA", "RGBA") and colours.getchannel("A").getextrema()[0] < 255:
+    if brightest == 1:
+        return f"its values are 0 and 1, both of which are black; white is {white}: multiply them by {white}"
+    if alpha[0] < alpha[1]:
         return "its shape is in its transparency alone, which counts as black; paint white what is to be drawn"
     if brightest == 0:
         return "it is all black; paint white what is to be drawn"
-    if brightest == 1:
-        return f"its values are 0 and 1, both of which are black; white is {white}: multiply them by {white}"
+    if alpha[0] < 255:
+        return "it is transparent all over, which counts as black"
     return f"its brightest value is {brightest}, which is as good as black; white is {white}"
 
 

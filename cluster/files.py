@@ -31,7 +31,7 @@ logger = logging.getLogger("ray.serve")
 
 # The URL of a file, uploaded or drawn, at whatever address of a front; the path of an output.
 _STORED = re.compile(
-    r"\s*(https?://.{1,1000})/(?:v1/files/([\w-]{1,128})|files/([\w-]{1,128})/[\w.-]{1,128})\s*",
+    r"\s*(https?://.{1,1000})/(?:v1/files/([\w-]{1,128})|files/([\w-]{1,128})/[\w.-]{1,128})(?:[?#].*)?\s*",
     re.ASCII | re.IGNORECASE,
 )
 # In JSON without spaces: from the quote that begins a string, before which there is no backslash, to the one that ends

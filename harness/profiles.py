@@ -38,6 +38,13 @@ def of_inks() -> bytes:
     return icc(b"CMYK", {b"A2B0": table + bytes(sum(corners, ())) + 3 * ramp}, between=b"Lab ")
 
 
+def of_elements(count: int) -> bytes:
+    """A small profile of many processing elements, which all are one and the same matrix."""
+    element = b"matf\0\0\0\0" + struct.pack(">HH12f", 3, 3, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0)
+    places = struct.pack(">II", 16 + 8 * count, len(element)) * count
+    return icc(b"RGB ", {b"D2B0": b"mpet\0\0\0\0" + struct.pack(">HHI", 3, 3, count) + places + element}, b"Lab ")
+
+
 SRGB_CURVE = b"para\0\0\0\0" + struct.pack(">HH", 3, 0) + numbers(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
 ADOBE_CURVE = b"curv\0\0\0\0" + struct.pack(">IHxx", 1, 563)
 SRGB = of_primaries((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141), SRGB_CURVE)

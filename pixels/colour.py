@@ -10,6 +10,9 @@ from service.device_thread import check_cancelled
 
 # Which pixels a profile describes, by the name that it has for them.
 MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
+# As many as lcms reads of a profile.
+MAX_TAGS = 100
 # Converted in one call, in pixels: a call takes a tenth of a second.
 PIECE = 2**22
 
@@ -47,18 +50,28 @@ def to_srgb(picture: Image.Image, name: str) -> Image.Image:
     converted = plain(picture)
     try:
         # Pillow gives None for one that it could not unpack.
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(picture.info["icc_profile"] or b""))
+        content = picture.info["icc_profile"] or b""
+        _check_elements(content)
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
         colours = converted.convert({"LA": "L", "RGBA": "RGB"}.get(converted.mode, converted.mode))
         mode = MODES[profile.profile.xcolor_space]
         if (colours.mode, mode) == ("L", "RGB"):  # as programs write greys of colour pictures
             colours = colours.convert(mode)
         srgb = _converted(colours, ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB"))
-    except (ImageCms.PyCMSError, OSError, KeyError, ValueError):
+    except (ImageCms.PyCMSError, OSError, KeyError, ValueError, TypeError):
         print(f"{name}: its colour profile is damaged, or not for its pixels; it is ignored.")
         return picture
     if converted.mode in ("LA", "RGBA"):
         srgb.putalpha(converted.getchannel("A"))
     return srgb
+
+
+def _check_elements(profile: bytes) -> None:
+    """Refuse a profile of processing elements: a kilobyte can name a hundred thousand, each a call's millisecond."""
+    for entry in range(132, min(len(profile), 132 + 12 * MAX_TAGS), 12):
+        start = int.from_bytes(profile[entry + 4 : entry + 8])
+        if profile[start : start + 4] == b"mpet":
+            raise ValueError
 
 
 def _converted(colours: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
@@ -82,14 +95,17 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     """A grey of 16 or 32 bits or of floats as L or LA, which Pillow's own conversion would cut off at 255.
 
     16 bits reach from 0 to 65535. The other two have no white of their own: it is the first of the usual ones that
-    no pixel exceeds.
+    pixels exceed by no more than a filter's overshoot. Of these, Pillow leaves a TIFF whose white is 0 as it is.
     """
     values = np.asarray(picture)  # [H, W]
     clear = values == picture.info["transparency"] if "transparency" in picture.info else None
     values = np.nan_to_num(values.astype(np.float32))
     usual = {"F": (1, 255, 65535), "I": (255, 65535)}.get(picture.mode, (65535,))
-    white = next((top for top in usual if values.max() <= top), values.max())
-    grey = Image.fromarray(np.rint(np.clip(values / white, 0, 1) * 255).astype(np.uint8))
+    white = next((top for top in usual if values.max() <= 1.25 * top), values.max())
+    values = np.rint(np.clip(values / white, 0, 1) * 255).astype(np.uint8)
+    if picture.format == "TIFF" and picture.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        values = 255 - values
+    grey = Image.fromarray(values)
     if clear is not None:
         grey.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
     return grey

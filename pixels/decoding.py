@@ -13,14 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from service.device_thread import check_cancelled
 from service.faults import out_of_memory
+from settings import MIB
 
 # What people send. Pillow's other readers, and the holes in them, stay closed to strangers' files.
 READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 FILMS = ("GIF", "PNG", "WEBP", "AVIF")
+# Formats that may add noise to pixels.
+LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
 ACCEPTED = f"{', '.join(READ_FORMATS[:-1])} or {READ_FORMATS[-1]}"
 # What they send as well, by how it begins, and what would be right.
 HEAD_BYTES = 4096
@@ -45,6 +48,8 @@ OTHERS = {
 MAX_PIXELS = 100_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow refuses a PNG with a colour profile or a text that unpacks to more than this; some have a few megabytes.
+PngImagePlugin.MAX_TEXT_CHUNK = 16 * MIB
 # Readers warn of what is odd in a stranger's file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -64,6 +69,17 @@ MAX_ENTRIES = 65_535
 TIFF_HEADS = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")
 # The types that are bytes or text, which Pillow leaves as they are.
 TIFF_BYTES = (1, 2, 6, 7)
+NEW_SUBFILE_TYPE = 254
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # How often a reader may ask for more of a file: once for each part of it, such as a comment, whose object it keeps.
 MAX_READS = 1_000_000
@@ -91,6 +107,8 @@ def decoded(path: Path, name: str) -> Iterator[Image.Image]:
             with Image.open(file, formats=READ_FORMATS) as picture:
                 if picture.format in ("JPEG", "MPO"):
                     _check_scans(file, picture.width * picture.height)
+                if picture.format == "TIFF" and picture.tag_v2.get(NEW_SUBFILE_TYPE, 0) & 1:
+                    raise _KindError("a raw photo, or another TIFF that begins with a preview; export it as JPEG")
                 if picture.format in FILMS and picture.is_animated:
                     print(f"{name} is an animation; its first frame is used.")
                 _scale_transparency(picture)
@@ -109,19 +127,17 @@ def decoded(path: Path, name: str) -> Iterator[Image.Image]:
         ) from None
     except _KindError as error:
         raise ValueError(f"{name} is {error}.") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{name} is not a picture in a known format; send {ACCEPTED}.") from None
     except Exception as error:  # hostile bytes bring out anything from a decoder, and its message may contain the path
         if out_of_memory(error):
             raise
+        if isinstance(error, UnidentifiedImageError) and not _begins_as_known(path):
+            raise ValueError(f"{name} is not a picture in a known format; send {ACCEPTED}.") from None
         raise ValueError(f"{name} could not be decoded: the file is damaged, cut off or of a rare kind.") from None
 
 
 def turn(picture: Image.Image, orientation: int) -> Image.Image:
-    """The picture as an EXIF orientation would have it stand."""
-    exif = picture.getexif()
-    exif[ExifTags.Base.Orientation] = orientation
-    return ImageOps.exif_transpose(picture)
+    """The picture as an EXIF orientation, one of the eight, would have it stand."""
+    return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture
 
 
 class _Watched(io.BufferedReader):
@@ -139,6 +155,14 @@ class _Watched(io.BufferedReader):
 
 class _KindError(Exception):
     """A file that is not read: what it is."""
+
+
+def _begins_as_known(path: Path) -> bool:
+    """Whether one of the readers takes a file for its own by how it begins."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    accepts = (Image.OPEN[form][1] for form in READ_FORMATS)
+    return any(accept is not None and accept(head) for accept in accepts)
 
 
 def _check_kind(file: io.BufferedReader) -> None:

@@ -11,16 +11,18 @@ from service.device_thread import check_cancelled
 
 # Up to here a grey counts as black: JPEG's noise, far from edges.
 TRACE = 8
-# How far around an edge a hard mask may have greys: smoothing reaches two pixels, JPEG's noise as far as its blocks.
-SMOOTHED, BLOCK = 2, 8
-# The share of a mask's greys that lies elsewhere, from which on it is soft. By programs and by JPEG of quality 10 and
-# more, hard masks have at most a twelfth there; a blur of three pixels' radius has a quarter, a gradient all.
-SOFT_SHARE = 1 / 8
+# Up to here it may be JPEG's noise near an edge.
+NOISE = 64
+# How far JPEG's noise reaches from an edge: as far as its blocks.
+BLOCK = 8
+# A mask is soft if more squares than this, of 3x3 pixels, are full of greys that no edge explains. Hard masks have
+# none: as JPEG of quality 5 to 95, as WEBP or AVIF, with smoothed edges. A disc that is blurred by two pixels has a hundred.
+SQUARES = 9
 # Rows that are looked at together.
 BAND = 1024
 
 
-def strengths(grey: Image.Image, size: tuple[int, int]) -> Image.Image:
+def strengths(grey: Image.Image, size: tuple[int, int], *, lossy: bool) -> Image.Image:
     """How much of each pixel is drawn, as L from 0 (nothing) to 255, at `size`.
 
     A hard mask paints what it covers any part of, with a seam inside its edges. Of a soft one the greys count, down to
@@ -29,13 +31,18 @@ def strengths(grey: Image.Image, size: tuple[int, int]) -> Image.Image:
     Args:
         grey: the mask, as L.
         size: (width, height), of the mask's aspect.
+        lossy: whether its file may have added noise.
     """
     values = np.asarray(grey)
     if is_hard(values):
         return Image.fromarray(_seamed(cover(values >= 128, size)))
+    black = values <= TRACE
+    if lossy:
+        # Noise is ripples; a grey that somebody painted fills squares.
+        black |= (values <= NOISE) & ~_spread(~_spread(black))
     averaged = grey.resize(size, Image.Resampling.BOX if size < grey.size else Image.Resampling.BILINEAR)
     soft = np.where(cover(values < 255, size), averaged, 255)
-    return Image.fromarray(np.where(cover(values > TRACE, size) & (soft > TRACE), soft, 0).astype(np.uint8))
+    return Image.fromarray(np.where(cover(~black, size) & (soft > TRACE), soft, 0).astype(np.uint8))
 
 
 def cover(painted: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -53,23 +60,22 @@ def cover(painted: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def is_hard(values: np.ndarray) -> bool:
     """Whether greys from 0 to 255 are those of a mask that says yes or no."""
-    greys, elsewhere = 0, 0
+    squares = 0
     for top in range(0, len(values), BAND):
         check_cancelled()
         above = min(top, BLOCK)
         band = values[top - above : top + BAND + BLOCK]
-        grey = (band > TRACE) & (band < 255 - TRACE)
+        grey = (band > TRACE) & (band < 255 - TRACE)  # [H, W] of the band
         if grey.any():
-            inside = slice(above, above + BAND)
-            greys += np.count_nonzero(grey[inside])
-            elsewhere += np.count_nonzero((grey & ~_along_edges(band))[inside])
-    return bool(elsewhere <= greys * SOFT_SHARE)
+            elsewhere = grey & ~_along_edges(band)
+            squares += np.count_nonzero(~_spread(~elsewhere)[above : above + BAND])
+    return squares <= SQUARES
 
 
 def _along_edges(values: np.ndarray) -> np.ndarray:
-    """Where a grey may be an edge's: the middle ones close to both dark and light, others not far from the opposite."""
-    dark, light = values <= 64, values >= 192
-    smoothed = _near(dark, SMOOTHED) & _near(light, SMOOTHED)
+    """Where a grey may be an edge's: a middle one between dark and light, others not far from the opposite."""
+    dark, light = values <= NOISE, values >= 255 - NOISE
+    smoothed = _spread(dark) & _spread(light)
     noise = np.where(values < 128, _near(values >= 128, BLOCK), _near(values < 128, BLOCK))
     return np.where(dark | light, noise, smoothed)
 

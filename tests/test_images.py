@@ -252,6 +252,10 @@ def dotted(picture: Image.Image, *values: int) -> Image.Image:
         (dotted(Image.new("L", (64, 64)), 1, 7), "its brightest value is 7, which is as good as black; white is 255"),
         (clear_outside(0), "its shape is in its transparency alone, which counts as black; paint white"),
         (clear_outside(0).convert("RGBA"), "its shape is in its transparency alone"),
+        (Image.fromarray(np.dstack([np.eye(64, dtype=np.uint8)] * 4)), "its values are 0 and 1"),
+        (Image.new("LA", (64, 64), (0, 128)), "it is all black"),
+        (Image.new("RGBA", (64, 64), (255, 255, 255, 0)), "it is transparent all over"),
+        (Image.new("RGB", (64, 64), (0, 0, 60)), "its brightest value is 60"),
     ],
 )
 def test_a_mask_that_paints_nothing_is_refused_with_the_likely_cause(
@@ -259,6 +263,21 @@ def test_a_mask_that_paints_nothing_is_refused_with_the_likely_cause(
 ) -> None:
     with pytest.raises(ValueError, match=rf"^mask paints nothing: {cause}.*\.$"):
         read_mask(mask, tmp_path / "mask.tiff")
+
+
+def test_the_log_says_of_a_mask_what_may_not_be_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    read_mask(dotted(Image.new("L", (64, 64), 16), 12), tmp_path / "mask.png")
+    assert capsys.readouterr().out == (
+        "mask is nowhere brighter than 16 of 255: at most 6% of what is drawn shows.\n"
+        "mask is black nowhere: nothing of the image is kept as it is.\n"
+    )
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0not a TIFF at all", b"Exif\0\0II*\0"])
+def test_a_mask_whose_exif_is_broken_turns_with_its_photo(tmp_path: Path, exif: bytes) -> None:
+    image = images.read_image(oriented(Image.new("RGB", (40, 60)), 6, tmp_path / "photo.jpg"))
+    path = written(Image.new("L", (60, 40), 255), tmp_path / "mask.png", exif=exif)
+    assert images.read_mask(path, image, image.size).size == (40, 60)
 
 
 def test_a_mask_whose_greys_vanish_at_the_drawn_size_is_refused(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 import images
-from harness.profiles import ADOBE, LINEAR_GREY, P3, SRGB, icc, of_inks
+from harness.profiles import ADOBE, LINEAR_GREY, P3, SRGB, icc, of_elements, of_inks
 from tests.support.pictures import BLACK, RED, WHITE, close, noise, quadrants, written
 
 
@@ -46,6 +47,18 @@ def test_greys_of_32_bits_reach_from_black_to_white(tmp_path: Path, dtype: type,
     black, grey, brightest = np.asarray(images.read_image(path))[0, :, 0]
     assert (black, brightest) == (0, 255)
     assert abs(int(grey) - 127.5) < 1
+
+
+def test_a_little_more_than_white_is_white(tmp_path: Path) -> None:
+    """As filters leave it."""
+    path = written(Image.fromarray(np.array([[0, 0.5, 1.02]], dtype=np.float32)), tmp_path / "scan.tiff")
+    assert np.asarray(images.read_image(path))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_a_scan_whose_white_is_zero_is_no_negative(tmp_path: Path) -> None:
+    scan = Image.fromarray(np.array([[0, 65535]], dtype=np.uint16))
+    path = written(scan, tmp_path / "scan.tiff", tiffinfo={262: 0})
+    assert np.asarray(images.read_image(path))[0, :, 0].tolist() == [255, 0]
 
 
 def test_floats_that_are_not_numbers_are_black(tmp_path: Path) -> None:
@@ -179,8 +192,9 @@ def test_srgb_by_a_profile_changes_no_pixel(tmp_path: Path, capsys: pytest.Captu
         ("RGB", LINEAR_GREY),
         ("CMYK", P3),
         ("L", icc(b"6CLR", {})),
+        ("RGB", of_elements(100_000)),
     ],
-    ids=["text", "a space", "cut off", "of greys", "of RGB for CMYK", "of six inks"],
+    ids=["text", "a space", "cut off", "of greys", "of RGB for CMYK", "of six inks", "that takes minutes"],
 )
 def test_a_profile_that_is_broken_or_of_other_pixels_is_ignored_with_a_line(
     tmp_path: Path, mode: str, profile: bytes, capsys: pytest.CaptureFixture[str]
@@ -189,6 +203,21 @@ def test_a_profile_that_is_broken_or_of_other_pixels_is_ignored_with_a_line(
     path = written(picture, tmp_path / "a.tiff", icc_profile=profile)
     assert images.read_image(path).tobytes() == picture.convert("RGB").tobytes()
     assert capsys.readouterr().out == "image: its colour profile is damaged, or not for its pixels; it is ignored.\n"
+
+
+def test_a_large_profile_of_a_png_is_read(tmp_path: Path) -> None:
+    path = written(Image.new("RGB", (4, 4), (200, 60, 40)), tmp_path / "a.png", icc_profile=P3 + bytes(3_000_000))
+    assert close(images.read_image(path), Image.new("RGB", (4, 4), (217, 42, 23)), 1)
+
+
+@pytest.mark.parametrize("kind", [2, 3, 4, 5])
+def test_a_profile_that_is_no_bytes_is_ignored(tmp_path: Path, kind: int, capsys: pytest.CaptureFixture[str]) -> None:
+    tags = ImageFileDirectory_v2()
+    tags[34675] = "abc" if kind == 2 else 7
+    tags.tagtype[34675] = kind
+    picture = images.read_image(written(quadrants(), tmp_path / "a.tiff", tiffinfo=tags))
+    assert picture.tobytes() == quadrants().tobytes()
+    assert "it is ignored" in capsys.readouterr().out
 
 
 def test_adobe_rgb_and_inks_have_their_own_colours(tmp_path: Path) -> None:

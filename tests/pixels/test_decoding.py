@@ -181,6 +181,24 @@ def test_a_picture_stands_upright_and_says_how_it_was_turned(tmp_path: Path, suf
     assert decoding.turn(SENSOR[orientation](quadrants()), orientation).tobytes() == quadrants().tobytes()
 
 
+def test_a_tiff_that_begins_with_a_preview_is_refused_as_the_raw_photo_that_it_is(tmp_path: Path) -> None:
+    path = written(quadrants(), tmp_path / "photo.tiff", tiffinfo={decoding.NEW_SUBFILE_TYPE: 1})
+    with pytest.raises(
+        ValueError, match=r"^image is a raw photo, or another TIFF that begins with a preview; export it"
+    ):
+        opened("image", path)
+
+
+def test_a_known_format_of_a_rare_kind_is_not_called_unknown(tmp_path: Path) -> None:
+    path = written(quadrants(), tmp_path / "photo.png")
+    content = path.read_bytes()
+    path.write_bytes(content[:33] + struct.pack(">I", 3) + b"iCCPx\0\1" + bytes(4) + content[33:])
+    with pytest.raises(
+        ValueError, match=r"^image could not be decoded: the file is damaged, cut off or of a rare kind\.$"
+    ):
+        opened("image", path)
+
+
 def test_a_closed_format_is_closed_although_pillow_reads_it(tmp_path: Path) -> None:
     path = written(quadrants(), tmp_path / "photo.pcx")
     with Image.open(path) as reopened:

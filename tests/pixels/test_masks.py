@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from pixels import masks
 
 
-def strengths(mask: Image.Image | np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
+def strengths(
+    mask: Image.Image | np.ndarray, size: tuple[int, int] | None = None, *, lossy: bool = False
+) -> np.ndarray:
     """How strongly each pixel is painted, 0 to 255: [H, W]."""
     mask = mask if isinstance(mask, Image.Image) else Image.fromarray(mask.astype(np.uint8))
-    return np.asarray(masks.strengths(mask, size or mask.size)).astype(int)
+    return np.asarray(masks.strengths(mask, size or mask.size, lossy=lossy)).astype(int)
 
 
 def shrunk(size: tuple[int, int], most: int = 1440) -> tuple[int, int]:
@@ -106,7 +108,7 @@ def test_noise_of_a_lossy_file_changes_neither_the_kind_nor_what_is_kept(seed: i
     pen.ellipse((left, top, left + 90, top + 70), fill=255)
     noisy = encoded(mask, *how)
     assert masks.is_hard(np.asarray(noisy))
-    drawn, painted = strengths(noisy) > 0, np.asarray(mask) == 255
+    drawn, painted = strengths(noisy, lossy=True) > 0, np.asarray(mask) == 255
     spread = np.asarray(mask.filter(ImageFilter.MaxFilter(3))) == 255  # the edge itself may move by a pixel
     core = np.asarray(mask.filter(ImageFilter.MinFilter(3))) == 255
     assert np.count_nonzero(drawn & ~spread) <= 3  # of 120,000: a JPEG of quality 10 fills the corner of two strokes
@@ -149,10 +151,17 @@ def soft_masks() -> dict[str, Image.Image]:
     faint = disc.point([value * 40 // 255 for value in range(256)])
     both = disc.copy()
     both.paste(128, (0, 0, 60, 60))
+    strokes = Image.new("L", (1000, 1000))
+    for place in range(40, 900, 40):
+        ImageDraw.Draw(strokes).line((0, place, 700, 900 - place), fill=255, width=12)
+    dab = Image.new("L", strokes.size)
+    ImageDraw.Draw(dab).ellipse((850, 850, 880, 880), fill=255)
     return {
+        "a dab beside many strokes": ImageChops.lighter(strokes, dab.filter(ImageFilter.GaussianBlur(8))),
         "ramp": Image.linear_gradient("L").rotate(90),
         "radial": Image.radial_gradient("L"),
         "feathered": disc.filter(ImageFilter.GaussianBlur(6)),
+        "blurred": disc.filter(ImageFilter.GaussianBlur(2)),
         "faint": faint,
         "grey": Image.new("L", (64, 64), 128),
         "white and grey": both,
@@ -166,6 +175,20 @@ def test_greys_blend_down_to_a_trace(name: str, quality: int | None) -> None:
     values = np.asarray(mask).astype(int)
     assert not masks.is_hard(values)
     assert (strengths(mask) == np.where(values > 8, values, 0)).all()
+
+
+@pytest.mark.parametrize("quality", [10, 30, 50, 75, 90])
+@pytest.mark.parametrize("grey", [128, 230])
+def test_noise_around_a_flat_grey_is_not_drawn(quality: int, grey: int) -> None:
+    mask = Image.new("L", (500, 400))
+    ImageDraw.Draw(mask).ellipse((100, 80, 400, 320), fill=grey)
+    noisy = encoded(mask, "JPEG", quality)
+    far = np.asarray(mask.filter(ImageFilter.MaxFilter(5))) == 0
+    inside = np.asarray(mask.filter(ImageFilter.MinFilter(17))) > 0
+    drawn = strengths(noisy, lossy=True)
+    assert (np.asarray(noisy)[far] > masks.TRACE).sum() > 20
+    assert np.count_nonzero(drawn[far]) <= 10
+    assert np.abs(drawn[inside] - grey).max() <= 12
 
 
 @pytest.mark.parametrize("size", [(100, 80), (333, 266), (1500, 1200)])
