@@ -7,6 +7,7 @@ description is one string literal, and the position of a parameter is its x-orde
 
 import math
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -184,7 +185,8 @@ class Predictor(BasePredictor):
         Raises:
             ValueError: a sentence for the person who sent the request.
         """
-        with self.occupancy.shown(), self.leftovers.folder() as folder:
+        with self.occupancy.shown():
+            folder = self.leftovers.place()
             sent = {name: parse_picture(name, text) for name, text in (("image", image), ("mask", mask)) if text}
             request = Request(
                 prompt=prompt,
@@ -232,6 +234,7 @@ class Predictor(BasePredictor):
             print(faults.places(error))
             failure = faults.sentence(error, stopwatch.phase)
         finally:
+            shutil.rmtree(folder, ignore_errors=True)
             self._record(stopwatch, memory)
         # Only here are the frames that failed gone, and what they held with them.
         torch.cuda.empty_cache()  # does nothing where CUDA is not in use
@@ -286,7 +289,6 @@ class Predictor(BasePredictor):
             return file
 
         with self.leftovers.folder() as folder:
-            folder.mkdir()
             return list(self.encoders.map(write, repeat(folder), range(len(kept)), kept))
 
     def _record(self, stopwatch: Stopwatch, memory: PeakMemory) -> None:

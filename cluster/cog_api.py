@@ -133,8 +133,8 @@ class CogApi:
         return await self._show(prediction, 202, input=prediction.shown_input)
 
     async def _final(self, prediction: Prediction) -> Response:
-        """The answer to a synchronous request; coglet leaves the logs out of it where there is no output."""
-        changes = {} if prediction.status == "succeeded" else {"logs": ""}
+        """The answer to a synchronous request; coglet leaves its logs out of it where there is no output."""
+        changes = {} if prediction.status == "succeeded" else {"logs": prediction.notice or ""}
         return await self._show(prediction, 200, **changes)
 
     async def _show(self, prediction: Prediction, status: int, **changes: object) -> Response:

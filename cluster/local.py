@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from cluster.settings import ClusterSettings
-from local_cog.server import LOOPBACK, check_address
+from local_cog.server import LOOPBACK, check_address, past_proxies
 from settings import ROOT
 
 # Of Serve: no thread of their own for a front's or a worker's code and for finding a worker, since none of it blocks
@@ -46,6 +46,7 @@ def environment() -> dict[str, str]:
     """The variables of a process that starts Ray here, or joins it."""
     return {
         **RAY,
+        **past_proxies(os.environ),
         # Ray's ports require a token.
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
         # Ray's name for taking this machine's address to be loopback, whatever other addresses it has.

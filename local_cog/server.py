@@ -46,6 +46,13 @@ LOOKS_AT_A_LOST_SLOT = 9
 SECONDS_TO_STOP = 5
 
 
+def past_proxies(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables by which this machine is not asked through the operator's proxy, as Cog would send its webhooks."""
+    names = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+    directly = names if names.strip() == "*" else ",".join(filter(None, (names, LOOPBACK, "localhost", "::1")))
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), directly)
+
+
 class CogServer:
     """Cog's server over one project, in a process group of its own; a context manager that starts and stops it.
 
@@ -72,6 +79,7 @@ class CogServer:
             "PYTHONWARNINGS": QUIET,
             **os.environ,
             **(environment or {}),
+            **past_proxies({**os.environ, **(environment or {})}),
             # Cog starts its worker by the bare name `python`.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",

@@ -16,7 +16,8 @@ NOISE = 64
 # How far JPEG's noise reaches from an edge: as far as its blocks.
 BLOCK = 8
 # A mask is soft if more squares than this, of 3x3 pixels, are full of greys that no edge explains. Hard masks have
-# none: as JPEG of quality 5 to 95, as WEBP or AVIF, with smoothed edges. A disc that is blurred by two pixels has a hundred.
+# none: as JPEG of quality 5 to 95, as WEBP or AVIF, with smoothed edges. A disc that is blurred by two pixels has a
+# hundred.
 SQUARES = 9
 # Rows that are looked at together.
 BAND = 1024

@@ -31,14 +31,16 @@ class Leftovers:
         self._left: SimpleQueue[tuple[Path, float]] = SimpleQueue()
         threading.Thread(target=self._delete, name="leftovers", daemon=True).start()
 
+    def place(self) -> Path:
+        """Where a folder for files of one prediction may be made; what is left there ends with this process."""
+        return Path(self._root.name) / uuid4().hex
+
     @contextmanager
     def folder(self) -> Iterator[Path]:
-        """A folder for files of one prediction; deleted some seconds after the block ends, by an error too.
-
-        Whoever has something to write makes it: a full disk is an error of theirs.
-        """
-        folder = Path(self._root.name) / uuid4().hex
+        """A folder for the files of one prediction; deleted some seconds after the block ends, by an error too."""
+        folder = self.place()
         try:
+            folder.mkdir()
             yield folder
         finally:
             self._left.put((folder, time.monotonic()))

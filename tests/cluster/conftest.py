@@ -8,7 +8,7 @@ import pytest
 
 from harness.cluster import Cluster, Server
 from harness.postgres import Postgres, find_programs
-from local_cog.server import CogServer
+from local_cog.server import LOOPBACK, CogServer, free_port
 from tests.cluster.databases import run
 from tests.cluster.small_cluster import PREDICTOR, QUEUE, TOKEN, WORKERS
 
@@ -92,6 +92,8 @@ def cluster(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "FILES_URL": str(data / "files"),
         "API_TOKENS": f"another,{TOKEN}",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # Nothing is there: what goes on within the machine must not go through an operator's proxy.
+        "HTTP_PROXY": f"http://{LOOPBACK}:{free_port()}",
     }
     options = ("--project", str(project), "--workers", str(WORKERS), "--nodes", "2", "--queue", str(QUEUE))
     with Cluster(*options, environment=environment, log=data / "log", token=TOKEN) as running:
