@@ -225,8 +225,9 @@ class Predictor(BasePredictor):
         """Fetch and draw on the device's thread; what nobody foresaw becomes a sentence, and its memory is free again."""
         stopwatch, memory = Stopwatch(self.flux.device), PeakMemory(self.flux.device)
         try:
-            with stopwatch("fetch"), self.device_thread.watchdog.paused():
-                fetch_pictures(sent, folder, self.settings)
+            if sent:
+                with stopwatch("fetch"), self.device_thread.watchdog.paused():
+                    fetch_pictures(sent, folder, self.settings)
             return self._draw(request, stopwatch)
         except ValueError:  # a sentence about the input
             raise

@@ -102,7 +102,7 @@ def test_a_picture_carries_what_draws_it_again(server: CogServer, draw: Callable
 
 def test_metrics_tell_phases_and_precision(server: CogServer) -> None:
     metrics = server.predict(SMALL | {"go_fast": True})["metrics"]
-    phases = {"fetch", "input", "loras", "swap", "prompt", "denoise", "decode", "safety", "encode"}
+    phases = {"input", "loras", "swap", "prompt", "denoise", "decode", "safety", "encode"}
     assert set(metrics["timing"]) == phases
     assert sum(metrics["timing"].values()) == pytest.approx(metrics["predict_time"], abs=0.3)
     assert (metrics["seed"], metrics["precision"], metrics["loras"]) == (3, "fp8", [])

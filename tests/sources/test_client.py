@@ -331,7 +331,7 @@ with Public({"/a": File(LORA), "/inside": redirect("http://127.0.0.1:8000/a"), "
     assert asked == ["rebinding"], asked
     for path in ("rebinding.test:8000/a?again", "both.test:8000/a", "fixed.test:8000/inside", "fixed.test:8000/name",
                  "fixed.test:8000/metadata"):
-        for work in (fetch, lambda settings, url: fetch_pictures({folder / "image": Url(url)}, settings)):
+        for work in (fetch, lambda settings, url: fetch_pictures({"image": Url(url)}, folder, settings)):
             host.seen.clear()
             answers["rebinding"] = ["127.0.0.1"]
             try:
