@@ -28,6 +28,7 @@ class Seen:
     path: str
     query: dict[str, str]
     headers: email.message.Message
+    form: str = ""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -35,26 +36,28 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: "_Server"
 
     def do_GET(self) -> None:
-        parts = urlsplit(self.path)
-        self._answer(unquote(parts.path), dict(parse_qsl(parts.query)))
+        self._answer_form("")
 
     def do_CONNECT(self) -> None:
         """As a proxy does for HTTPS; the path is the host and its port."""
         self._answer(self.path, {})
 
-    def _answer(self, path: str, query: dict[str, str]) -> None:
+    def do_POST(self) -> None:
+        self._answer_form(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode(errors="replace"))
+
+    def _answer_form(self, form: str) -> None:
+        parts = urlsplit(self.path)
+        self._answer(unquote(parts.path), dict(parse_qsl(parts.query)), form)
+
+    def _answer(self, path: str, query: dict[str, str], form: str = "") -> None:
         host = self.server.host
         with host.lock:
-            host.seen.append(Seen(path, query, self.headers))
+            host.seen.append(Seen(path, query, self.headers, form))
         answer = host.routes.get(path, status(404))
         try:
             answer(self)
         except OSError:  # the client went away
             self.close_connection = True
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.do_GET()
 
     def reply(self, code: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
         self.send_response(code)

@@ -53,7 +53,7 @@ class Source:
 
     name: str  # as it may be shown
     url: str = field(repr=False)
-    token: str | None = field(default=None, repr=False)  # for the host of `url` alone
+    token: str | None = field(default=None, repr=False)  # for the host and port of `url` alone
     key: str | None = None  # what names this content for ever: a version, a commit, a hash
     sha256: str | None = None
     size: int | None = None
@@ -62,6 +62,9 @@ class Source:
     advice: Mapping[int, str] = field(default_factory=dict)
     web_page: str | None = None
     config: "Source | None" = None  # what lies beside it, see `configs`
+    form: bytes | None = field(default=None, repr=False)  # sent along by POST, to that host alone
+    # What a status and its headers mean where they are no answer, for a host with a way of its own to refuse.
+    explain: Callable[[int, Mapping[str, str]], ValueError] | None = None
 
 
 class UnavailableError(ValueError):
@@ -128,16 +131,17 @@ class Client:
             UnavailableError: the host cannot be reached, answers 429 or 5xx.
             ValueError: any other refusal, with what to do about it.
         """
-        token = source.token if url is None else None
-        url = url or source.url
+        url, asked = url or source.url, source
         for _ in range(MAX_REDIRECTS):
-            response = self._request(source, url, headers or {}, token)
+            if _origin(url) != _origin(source.url):
+                # Token and form were for the host that the source lies on, not for whatever that one trusts.
+                asked = replace(source, token=None, form=None)
+            response = self._request(asked, url, headers or {})
             location = response.headers.get("Location")
             if response.status not in (301, 302, 303, 307, 308) or location is None:
                 break
             response.close()
-            # The token was for the host that the source lies on, not for whatever that one trusts.
-            url, token = _follow(source, url, location), None
+            url = _follow(source, url, location)
         else:
             raise ValueError(
                 f"{source.name} was redirected more than {MAX_REDIRECTS} times; the link leads in a circle."
@@ -147,19 +151,17 @@ class Client:
             raise _refusal(source, url, response, self._way(url))
         return Stream(self, source, url, response)
 
-    def _request(
-        self, source: Source, url: str, headers: Mapping[str, str], token: str | None
-    ) -> urllib3.BaseHTTPResponse:
+    def _request(self, source: Source, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
         sent = {"User-Agent": "flux-sprites", "Accept": "*/*", "Accept-Encoding": "identity", **headers}
-        if token is not None:
-            sent["Authorization"] = f"Bearer {token}"
         parts = urlsplit(url)
-        if parts.username is not None and token is None:
+        if source.token is not None:
+            sent["Authorization"] = f"Bearer {source.token}"
+        elif parts.username is not None:
             login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
             sent |= urllib3.make_headers(basic_auth=login)
         url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         try:
-            return self._connections.get(url, sent)
+            return self._connections.ask(url, sent, source.form)
         except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
             raise self.broken(source, url, error) from error
 
@@ -192,14 +194,24 @@ class Client:
             UnavailableError: the host is down, and stays so.
             ValueError: it refuses, or answers something else.
         """
-        answer = self.read(source, MAX_JSON_BYTES, hasty)
+        answer = self.read(source, MAX_JSON_BYTES + 1, hasty)
+        host = urlsplit(source.url).hostname
+        if len(answer) > MAX_JSON_BYTES:
+            raise UnavailableError(
+                f"{source.name} cannot be looked up: {host} answered with more than {MAX_JSON_BYTES // MIB} MiB."
+            )
         try:
             return json.loads(answer)
         except (ValueError, RecursionError):
-            host = urlsplit(source.url).hostname
             raise UnavailableError(
                 f"{source.name} cannot be looked up: {host} sent something else than an answer."
             ) from None
+
+
+def _origin(url: str) -> tuple[str, str]:
+    """The scheme, and the host with its port as they are written."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc.lower()
 
 
 def _follow(source: Source, url: str, location: str) -> str:
@@ -265,6 +277,8 @@ def _refusal(source: Source, url: str, response: urllib3.BaseHTTPResponse, way: 
     status, host = response.status, urlsplit(url).hostname
     if way and status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
         return _refused_by_proxy(source, host, status)
+    if source.explain is not None and _origin(url) == _origin(source.url):
+        return source.explain(status, response.headers)
     sentence = f"{source.name} cannot be fetched: {host} answered {_said(status)}{way}"
     if status in (408, 425, 429) or status >= 500:
         # The latter: more digits than Python makes a number of.

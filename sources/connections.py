@@ -215,8 +215,8 @@ class Connections:
         }
         return manager
 
-    def get(self, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
-        """Ask for what lies at a URL, without following redirects.
+    def ask(self, url: str, headers: Mapping[str, str], form: bytes | None = None) -> urllib3.BaseHTTPResponse:
+        """Ask for what lies at a URL, by POST where a form is sent along, without following redirects.
 
         Raises:
             urllib3.exceptions.HTTPError, OSError, UnicodeError: there is no answer.
@@ -224,7 +224,11 @@ class Connections:
         """
         self.check()
         manager = self._managers[self.proxy(url)]
-        return manager.request("GET", url, headers=headers, redirect=False, retries=False, preload_content=False)
+        options = {"redirect": False, "retries": False, "preload_content": False}
+        if form is None:
+            return manager.request("GET", url, headers=headers, **options)
+        headers = {**headers, "Content-Type": "application/x-www-form-urlencoded"}
+        return manager.request("POST", url, headers=headers, body=form, **options)
 
     def proxy(self, url: str) -> str | None:
         """The proxy that a URL is asked through, as the standard library chooses it; None where it is asked itself.

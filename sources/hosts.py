@@ -3,23 +3,17 @@
 Asks the interfaces of Hugging Face, CivitAI and Replicate; fetching the file is left to others.
 """
 
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
-from httpx2 import HTTPError
-from huggingface_hub import HfApi, ModelInfo, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from settings import Settings
 from sources import configs
@@ -70,7 +64,7 @@ def _resolve_replicate(reference: Replicate, settings: Settings) -> Source:
 
 def _resolve_hugging_face(reference: HuggingFace, settings: Settings, client: Client, hasty: bool) -> Source:
     repo = list_repo(reference, settings, client, hasty)
-    path = reference.file if reference.file is not None else _choose_in_repo(reference, repo, settings)
+    path = reference.file if reference.file is not None else _choose_in_repo(reference, repo, settings, client)
     if path not in repo.files:
         raise ValueError(f"{reference.name} does not exist; the repo has {_some(_weights_in(repo, ''))}.")
     print(f"{reference.name}: {printable(path)} of commit {repo.commit[:8]}.")
@@ -98,35 +92,53 @@ def list_repo(reference: HuggingFace, settings: Settings, client: Client, hasty:
         UnavailableError: the host is down.
         ValueError: a sentence about why it cannot be had: missing, private, gated.
     """
+    name, host = reference.name, urlsplit(settings.hf_endpoint).hostname
+    try:
+        validate_repo_id(reference.repo)
+    except HFValidationError:
+        raise ValueError(f"{name} names no model on Hugging Face; it must be huggingface.co/owner/repo.") from None
+    asked = f"{reference.repo}/revision/{quote(reference.revision, safe='')}?blobs=true"
+    answer = client.json(_question(reference, settings, asked), hasty)
+    try:
+        return _read_repo(answer, reference, settings)
+    except (KeyError, TypeError, AttributeError, HFValidationError):
+        raise UnavailableError(f"{name} cannot be looked up: {host} sent something else than an answer.") from None
 
-    def attempt() -> ModelInfo:
-        try:
-            return HfApi(settings.hf_endpoint, token=settings.hf_token or False).model_info(
-                reference.repo, revision=reference.revision, files_metadata=True, timeout=client.patience.connect
-            )
-        except (OSError, HTTPError, ValueError, TypeError, KeyError) as error:  # the last three: no answer of its kind
-            raise _explain_hugging_face(error, reference, settings) from error
 
-    info = client.persist(attempt, hasty)
-    if not COMMIT.fullmatch(info.sha or ""):
+def _read_repo(answer: dict[str, Any], reference: HuggingFace, settings: Settings) -> Repo:
+    repo, commit = answer["id"], answer.get("sha") or ""
+    validate_repo_id(repo)
+    if not COMMIT.fullmatch(commit):
         raise UnavailableError(f"{reference.name} cannot be looked up: its host names no commit.")
-    trigger_words = _words(info.card_data.get("instance_prompt") if info.card_data else None)
-    refused = f"it is {_gate(info.id, settings)}" if info.gated else _needs_token(settings)
+    trigger_words = _words((answer.get("cardData") or {}).get("instance_prompt"))
+    refused = f"it is {_gate(repo, settings)}" if answer.get("gated") else _needs_token(settings)
 
-    def source(file: RepoSibling) -> Source:
-        sha256 = file.lfs.sha256 if file.lfs and SHA256.fullmatch(file.lfs.sha256) else None
+    def source(path: str, file: dict[str, Any]) -> Source:
+        sha256 = (file.get("lfs") or {}).get("sha256")
+        sha256 = sha256 if sha256 and SHA256.fullmatch(sha256) else None
         return Source(
-            printable(f"huggingface.co/{info.id}/resolve/{reference.revision}/{file.rfilename}"),
-            hf_hub_url(info.id, file.rfilename, revision=info.sha, endpoint=settings.hf_endpoint),
+            printable(f"huggingface.co/{repo}/resolve/{reference.revision}/{path}"),
+            f"{settings.hf_endpoint}/{repo}/resolve/{commit}/{quote(path, errors='replace')}",
             token=settings.hf_token,
-            key=f"{info.id}/{file.rfilename} {sha256 or file.blob_id or info.sha}",
+            key=f"{repo}/{path} {sha256 or file.get('blobId') or commit}",
             sha256=sha256,
-            size=file.size,
+            size=None if file.get("size") is None else operator.index(file["size"]),
             trigger_words=trigger_words,
             advice={401: refused, 403: refused},
         )
 
-    return Repo(info.id, info.sha, {file.rfilename: source(file) for file in info.siblings or ()})
+    return Repo(repo, commit, {file["rfilename"]: source(file["rfilename"], file) for file in answer["siblings"]})
+
+
+def _question(reference: HuggingFace, settings: Settings, asked: str, form: bytes | None = None) -> Source:
+    """What is asked of Hugging Face about a repo."""
+    return Source(
+        reference.name,
+        f"{settings.hf_endpoint}/api/models/{asked}",
+        token=settings.hf_token,
+        form=form,
+        explain=partial(_explain_hugging_face, reference, settings),
+    )
 
 
 def _gate(repo: str, settings: Settings) -> str:
@@ -140,23 +152,22 @@ def _needs_token(settings: Settings) -> str:
     return "it does not exist, or is private and needs HF_TOKEN"
 
 
-def _explain_hugging_face(error: Exception, reference: HuggingFace, settings: Settings) -> ValueError:
-    name, host = reference.name, urlsplit(settings.hf_endpoint).hostname
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
-    if isinstance(error, GatedRepoError):
+def _explain_hugging_face(
+    reference: HuggingFace, settings: Settings, status: int, headers: Mapping[str, str]
+) -> ValueError:
+    name, host, code = reference.name, urlsplit(settings.hf_endpoint).hostname, headers.get("X-Error-Code")
+    if code == "GatedRepo":
         return ValueError(f"{name} is {_gate(reference.repo, settings)}.")
-    if isinstance(error, RevisionNotFoundError):
+    if code == "RevisionNotFound":
         return ValueError(f"{name} has no revision {reference.revision!r}; it must be a branch, a tag or a commit.")
-    if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
+    if code == "RepoNotFound" or status in (401, 403, 404):
         return ValueError(f"{name} cannot be fetched: {host} answered {status}; {_needs_token(settings)}.")
-    if isinstance(error, HFValidationError):
-        return ValueError(f"{name} names no model on Hugging Face; it must be huggingface.co/owner/repo.")
-    if status is not None and status != 429 and status < 500:
+    if status != 429 and status < 500:
         return ValueError(f"{name} cannot be fetched: {host} answered {status}.")
-    answered = f"answered {status}" if status else "does not answer"
-    pause = error.response.headers.get("Retry-After", "") if status else ""
+    pause = headers.get("Retry-After", "")
     return UnavailableError(
-        f"{name} cannot be looked up: {host} {answered}; try again later.", float(pause) if pause.isdecimal() else None
+        f"{name} cannot be looked up: {host} answered {status}; try again later.",
+        float(pause) if pause.isdecimal() else None,
     )
 
 
@@ -168,7 +179,7 @@ def _weights_in(repo: Repo, folder: str) -> list[str]:
     return [path for path in paths if path.count("/") == highest]
 
 
-def _choose_in_repo(reference: HuggingFace, repo: Repo, settings: Settings) -> str:
+def _choose_in_repo(reference: HuggingFace, repo: Repo, settings: Settings, client: Client) -> str:
     """The file that a repo, or a folder of it, is about: by its usual name, else the only one, else the newest."""
     paths = _weights_in(repo, reference.folder)
     for stem in ("pytorch_lora_weights", "lora", "adapter_model"):
@@ -177,7 +188,7 @@ def _choose_in_repo(reference: HuggingFace, repo: Repo, settings: Settings) -> s
             return named[0]
     finished = [path for path in paths if not CHECKPOINT.search(PurePosixPath(path).stem)] or paths
     if len(finished) > 1:
-        finished = _newest(finished, repo, settings)
+        finished = _newest(finished, repo, reference, settings, client)
     if len(finished) != 1:
         raise ValueError(
             f"{reference.name} has {_some(paths)}; "
@@ -186,15 +197,16 @@ def _choose_in_repo(reference: HuggingFace, repo: Repo, settings: Settings) -> s
     return finished[0]
 
 
-def _newest(paths: list[str], repo: Repo, settings: Settings) -> list[str]:
-    """Those of the last commit."""
-    api = HfApi(settings.hf_endpoint, token=settings.hf_token or False)
+def _newest(paths: list[str], repo: Repo, reference: HuggingFace, settings: Settings, client: Client) -> list[str]:
+    """Those of the last commit; all of them where the host does not tell."""
     try:
-        infos = api.get_paths_info(repo.id, paths, expand=True, revision=repo.commit)
-    except (OSError, HTTPError):
+        form = urlencode({"paths": paths, "expand": "true"}, doseq=True).encode()
+        listed = client.json(_question(reference, settings, f"{repo.id}/paths-info/{repo.commit}", form), hasty=True)
+        dates = {file["path"]: file["lastCommit"]["date"] for file in listed if file.get("lastCommit")}
+        last = max(dates.values(), default=None)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return paths
-    dates = {info.path: info.last_commit.date for info in infos if info.last_commit is not None}
-    return [path for path in paths if dates.get(path) == max(dates.values(), default=None)]
+    return [path for path in paths if dates.get(path) == last]
 
 
 def _some(paths: list[str]) -> str:

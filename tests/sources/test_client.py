@@ -20,7 +20,7 @@ from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, s
 from settings import ROOT, Settings
 from sources.connections import is_public
 from tests.support.caches import SECRET, check_cache
-from tests.support.fetching import LARGE, LORA, QUICK, fetch, refusal
+from tests.support.fetching import LARGE, LORA, OTHER, QUICK, fetch, refusal
 from tests.support.waiting import wait_until
 from weights import WeightsCache
 
@@ -244,6 +244,16 @@ def test_a_proxy_is_asked_instead_of_the_host_and_nobody_else_sees_its_password(
     assert [request.headers["Proxy-Authorization"] for request in storage.seen] == [None]
 
 
+def test_hugging_face_is_asked_through_the_proxy_too(environment: Settings, host: Host) -> None:
+    hugging_face(host, host, "o/r", {"v1.safetensors": LORA, "v2.safetensors": OTHER}, dates={"v1.safetensors": "3000"})
+    settings = replace(behind(host, environment), hf_endpoint="http://hf.invalid")
+    assert fetch(settings, "huggingface.co/o/r") == LORA
+    assert {request.headers["Host"] for request in host.seen} == {"hf.invalid", host.address.removeprefix("http://")}
+    host.routes["hf.invalid:443"] = status(407)
+    said = refusal(replace(settings, hf_endpoint="https://hf.invalid"), "huggingface.co/o/r")
+    assert "cannot be fetched: the server's proxy answered 407 Proxy Authentication Required for hf.invalid; " in said
+
+
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
@@ -331,7 +341,7 @@ with Public({"/a": File(LORA), "/inside": redirect("http://127.0.0.1:8000/a"), "
     assert asked == ["rebinding"], asked
     for path in ("rebinding.test:8000/a?again", "both.test:8000/a", "fixed.test:8000/inside", "fixed.test:8000/name",
                  "fixed.test:8000/metadata"):
-        for work in (fetch, lambda settings, url: fetch_pictures({"image": Url(url)}, folder, settings)):
+        for work in (fetch, lambda settings, url: fetch_pictures({"image": Url(url)}, folder / "request", settings)):
             host.seen.clear()
             answers["rebinding"] = ["127.0.0.1"]
             try:

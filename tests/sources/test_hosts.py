@@ -6,7 +6,21 @@ from dataclasses import replace
 
 import pytest
 
-from harness.hosts import File, Host, civitai, hugging_face, in_json, in_turn, page, redirect, replicate, status
+from harness.hosts import (
+    Answer,
+    File,
+    Host,
+    civitai,
+    hugging_face,
+    in_json,
+    in_turn,
+    page,
+    redirect,
+    replicate,
+    silent,
+    status,
+    trickle,
+)
 from settings import MIB, Settings
 from tests.support.caches import SECRET
 from tests.support.fetching import (
@@ -201,6 +215,57 @@ def test_a_config_that_is_too_long_is_not_even_asked_for(places: Settings, host:
     assert "resolve/main/adapter_config.json has more than 0.25 MB" in refusal(places, ROOT)
     assert storage.seen == []
     assert len(host.seen) == 1
+
+
+LISTS = [
+    (trickle(b"HTTP/1.1 200 OK\r\nX-A: "), "cannot be fetched: 127.0.0.1 does not answer."),
+    (trickle(b"HTTP/1.1 200 OK\r\n\r\n"), "cannot be fetched: 127.0.0.1 sends less than 1024 bytes a second."),
+    (status(200, body=b" " * 9 * MIB), "cannot be looked up: 127.0.0.1 answered with more than 8 MiB."),
+    (status(429), "cannot be looked up: 127.0.0.1 answered 429; try again later."),
+    (status(400), "cannot be fetched: 127.0.0.1 answered 400."),
+    (in_json({"id": "o/r"}), "cannot be looked up: its host names no commit."),
+    *(
+        (answer, "cannot be looked up: 127.0.0.1 sent something else than an answer.")
+        for answer in (
+            page(),
+            status(204),
+            in_json([]),
+            in_json({"id": "../r", "sha": "c" * 40, "siblings": []}),
+            in_json({"id": "o/r", "sha": "c" * 40, "siblings": [{"rfilename": 5}]}),
+            in_json({"id": "o/r", "sha": "c" * 40, "siblings": [{"rfilename": "a", "size": "5"}]}),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("answer", "sentence"), LISTS)
+def test_a_list_that_is_none_or_does_not_come(places: Settings, host: Host, answer: Answer, sentence: str) -> None:
+    host.routes["/api/models/o/r/revision/main"] = answer
+    assert refusal(places, ROOT, replace(QUICK, pauses=())) == f"{ROOT} {sentence}"
+
+
+def test_where_dates_cannot_be_had_the_files_are_listed(places: Settings, host: Host, storage: Host) -> None:
+    hugging_face(host, storage, "o/r", {"v1.safetensors": LORA, "v2 .safetensors": OTHER})
+    path = f"/api/models/o/r/paths-info/{'c' * 40}"
+    for answer in (silent, status(500), page(), in_json({"error": "none"}), in_json([{"lastCommit": 5}])):
+        host.routes[path] = answer
+        assert "v1.safetensors, v2 .safetensors" in refusal(places, ROOT)
+    assert host.asked(path)[0].form == "paths=v1.safetensors&paths=v2+.safetensors&expand=true"
+
+
+def test_a_repo_that_was_renamed_is_asked_with_the_token_and_no_other_host_is(
+    places: Settings, host: Host, storage: Host
+) -> None:
+    hugging_face(host, storage, "o/r", {"a.safetensors": LORA}, token=SECRET)
+    place = "/api/models/o/r/revision/main"
+    host.routes["/api/models/o/old/revision/main"] = redirect(place, 307)
+    host.routes["/api/models/o/moved/revision/main"] = redirect(storage.url(place), 307)
+    storage.routes[place] = host.routes[place]
+    assert fetch(replace(places, hf_token=SECRET), "huggingface.co/o/old") == LORA
+    assert "answered 401 Unauthorized; it needs a login" in refusal(
+        replace(places, hf_token=SECRET), "huggingface.co/o/moved"
+    )
+    assert storage.asked(place)[0].headers["Authorization"] is None
 
 
 def test_private_repos(places: Settings, host: Host, storage: Host) -> None:
