@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import TypeVar
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import urllib3
 
 from settings import MIB
-from sources.connections import Connections, PrivateAddressError, StoppedError
+from sources.connections import Connections, PrivateAddressError, StoppedError, basic_login
 from sources.shown import redact
 
 T = TypeVar("T")
@@ -157,8 +157,7 @@ class Client:
         if source.token is not None:
             sent["Authorization"] = f"Bearer {source.token}"
         elif parts.username is not None:
-            login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-            sent |= urllib3.make_headers(basic_auth=login)
+            sent["Authorization"] = basic_login(parts)
         url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         try:
             return self._connections.ask(url, sent, source.form)

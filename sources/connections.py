@@ -4,6 +4,7 @@ A host decides how fast it answers, and where its name leads: neither is left to
 urllib3 makes of them; it knows nothing of what is asked for, and reads no environment: no netrc either.
 """
 
+import base64
 import contextlib
 import functools
 import http.client
@@ -14,7 +15,7 @@ import ssl
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote_to_bytes, urlsplit
 from urllib.request import proxy_bypass_environment
 
 import certifi
@@ -95,6 +96,14 @@ def _embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddre
     if address in MAPPED or address in NAT64 or (address.version == 6 and int(address) >> 32 & 0xFFFF_FFFF in ISATAP):
         return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
     return None
+
+
+def basic_login(parts: SplitResult) -> str:
+    """The header for the user and the password of an address, which may have any characters."""
+    user, password = (
+        unquote_to_bytes((text or "").encode(errors="replace")) for text in (parts.username, parts.password)
+    )
+    return f"Basic {base64.b64encode(user + b':' + password).decode()}"
 
 
 class _Bounded(io.RawIOBase):
@@ -205,8 +214,7 @@ class Connections:
             manager = urllib3.PoolManager(**options)
         else:
             parts = urlsplit(proxy)
-            login = None if parts.username is None else f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-            headers = urllib3.make_headers(proxy_basic_auth=login)
+            headers = {} if parts.username is None else {"Proxy-Authorization": basic_login(parts)}
             address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
             manager = urllib3.ProxyManager(address, proxy_headers=headers, proxy_ssl_context=_tls(), **options)
         manager.pool_classes_by_scheme = {

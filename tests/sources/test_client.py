@@ -38,6 +38,10 @@ def test_a_token_stays_with_its_host(places: Settings, host: Host, storage: Host
     assert all("Authorization" not in request.headers for request in storage.seen)
 
 
+def basic(login: str) -> str:
+    return f"Basic {base64.b64encode(login.encode()).decode()}"
+
+
 def test_a_signed_url_keeps_its_signature_and_nobody_else_sees_it(
     environment: Settings, host: Host, capfd: pytest.CaptureFixture
 ) -> None:
@@ -45,9 +49,9 @@ def test_a_signed_url_keeps_its_signature_and_nobody_else_sees_it(
     with WeightsCache(environment, QUICK).open(host.url(f"/a?X-Amz-Signature={SECRET}&b=%2F")) as weights:
         assert weights.name == host.url("/a")
     assert host.seen[0].query == {"X-Amz-Signature": SECRET, "b": "/"}
-    login = host.address.replace("//", f"//user%40x:{SECRET}@")
+    login = host.address.replace("//", f"//user%40x:%E2%82%AC{SECRET}@")
     assert fetch(environment, f"{login}/a") == LORA
-    assert host.seen[-1].headers["Authorization"] == "Basic " + base64.b64encode(f"user@x:{SECRET}".encode()).decode()
+    assert host.seen[-1].headers["Authorization"] == basic(f"user@x:€{SECRET}")
 
 
 def test_slow_and_silent_hosts_are_given_up(environment: Settings, host: Host) -> None:
@@ -222,7 +226,7 @@ def test_private_addresses_are_refused_without_being_connected_to(
 
 def behind(proxy: Host, settings: Settings, **more: str) -> Settings:
     """Settings of a server that reaches nothing but through a proxy, which wants a password."""
-    address = proxy.address.replace("//", f"//user%40x:{SECRET}@")
+    address = proxy.address.replace("//", f"//user%40x:%E2%82%AC{SECRET}@")
     return replace(settings, allow_private_hosts=False, proxies={"http": address, "https": address, **more})
 
 
@@ -235,8 +239,7 @@ def test_a_proxy_is_asked_instead_of_the_host_and_nobody_else_sees_its_password(
     settings = behind(proxy, environment, no="127.0.0.1")
     assert fetch(settings, "http://nobody.invalid/a") == LORA
     assert [request.headers["Host"] for request in proxy.seen] == ["nobody.invalid", "other.invalid"]
-    login = "Basic " + base64.b64encode(f"user@x:{SECRET}".encode()).decode()
-    assert {request.headers["Proxy-Authorization"] for request in proxy.seen} == {login}
+    assert {request.headers["Proxy-Authorization"] for request in proxy.seen} == {basic(f"user@x:€{SECRET}")}
     # What goes past the proxy is judged by its address, as if there were none.
     assert "WEIGHTS_ALLOW_PRIVATE_HOSTS" in refusal(settings, "http://nobody.invalid/c")
     assert storage.seen == []
