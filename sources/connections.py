@@ -14,7 +14,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from urllib.parse import SplitResult, unquote_to_bytes, urlsplit
 from urllib.request import proxy_bypass_environment
 
@@ -161,11 +161,16 @@ class _Checked:
 
     def _new_conn(self) -> socket.socket:
         # Here a proxy is the host. It is the operator's, and may stand in the server's own network.
-        return self._owner.connect(self.host, self.port, self.socket_options, trusted=self.proxy is not None)
+        sock = self._owner.connect(self.host, self.port, self.socket_options, trusted=self.proxy is not None)
+        # TLS takes the socket out of its object before the handshake, and gives its own only afterwards: until then,
+        # this second one is what reaches the connection.
+        self._connecting.enter_context(self._owner.within_reach(sock.dup()))
+        return sock
 
     def connect(self) -> None:
-        super().connect()
-        self._owner.remember(self.sock)
+        with contextlib.ExitStack() as self._connecting:
+            super().connect()
+            self._owner.remember(self.sock)
 
 
 class _CheckedHTTP(_Checked, HTTPConnection): ...
@@ -288,9 +293,18 @@ class Connections:
             except OSError as error:
                 reason = error
             else:
-                self.remember(sock)
                 return sock
         raise reason
+
+    @contextlib.contextmanager
+    def within_reach(self, sock: socket.socket) -> Iterator[None]:
+        """A connection that `disconnect` closes until the end of the context, which closes the socket."""
+        with sock:
+            try:
+                self.remember(sock)
+                yield
+            finally:
+                self._sockets.discard(sock)
 
     def remember(self, sock: socket.socket) -> None:
         """A connection that `disconnect` closes."""

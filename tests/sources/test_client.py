@@ -203,6 +203,27 @@ def test_waiting_for_a_proxy_can_be_cancelled_too(environment: Settings, host: H
     wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "weights"], SOON)
 
 
+def test_waiting_for_tls_can_be_cancelled_too(environment: Settings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent_host:
+        url = f"https://127.0.0.1:{silent_host.getsockname()[1]}/a"
+        greeted: list[bytes] = []
+
+        def listen() -> None:
+            connection, _ = silent_host.accept()
+            with connection:
+                greeted.append(connection.recv(1))
+                while connection.recv(4096):
+                    pass
+
+        host = threading.Thread(target=listen)
+        host.start()
+        patient = replace(PATIENT, connect=20)
+        assert cancel_when(lambda: len(greeted) > 0, lambda: fetch(environment, url, patient)) < SOON
+        host.join(SOON)
+        assert not host.is_alive()
+    wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "weights"], SOON)
+
+
 PRIVATE = [
     *("127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "0.0.0.0", "[::1]", "[::]", "[::ffff:127.0.0.1]"),
     *("10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.100.100.200", "168.63.129.16"),
