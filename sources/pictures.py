@@ -21,6 +21,8 @@ from sources.work import run_stoppable
 MAX_BYTES = 256 * MIB
 # For all of a request's pictures. A few megabytes come within seconds; nobody waits for a picture as for a LoRA.
 SECONDS = 120
+# What hosts pack files with for the way. Whatever else some of them write there, the file comes as it is.
+PACKINGS = {"br", "compress", "deflate", "gzip", "x-compress", "x-gzip", "zstd"}
 
 
 def fetch_pictures(
@@ -60,11 +62,11 @@ def _fetch(source: Source, path: Path, client: Client) -> None:
 
 def _check_packing(stream: Stream) -> None:
     """Refuse what was packed for the way, which was not asked for: it would be taken for a damaged picture."""
-    packing = stream.headers.get("Content-Encoding", "identity").lower()
-    if packing != "identity":
+    packed = [name.strip() for name in stream.headers.get("Content-Encoding", "").lower().split(",")]
+    if packing := next((name for name in packed if name in PACKINGS), None):
         host = urlsplit(stream.url).hostname
         raise ValueError(
-            f"{stream.source.name} cannot be used: {host} packed it as {packing[:20]!r}; it must be sent as it is."
+            f"{stream.source.name} cannot be used: {host} packed it as {packing}; it must be sent as it is."
         )
 
 

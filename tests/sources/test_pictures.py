@@ -32,10 +32,20 @@ def test_pictures_become_files(environment: Settings, host: Host, tmp_path: Path
     assert host.seen[0].query == {"X-Amz-Signature": SECRET}
 
 
+@pytest.mark.parametrize("packing", ["", "none", "utf-8", "aws-chunked", "identity, identity"])
+def test_what_is_no_packing_does_not_matter(environment: Settings, host: Host, tmp_path: Path, packing: str) -> None:
+    host.routes["/a"] = status(200, {"Content-Encoding": packing}, b"image")
+    assert fetched(environment, tmp_path, image=host.url("/a")) == [b"image"]
+
+
 REFUSED = {
     "missing": (status(404), "cannot be fetched: 127.0.0.1 answered 404 Not Found; there is no such file."),
     "login": (status(403), "cannot be fetched: 127.0.0.1 answered 403 Forbidden; it needs a login, or the link has "),
-    "packed": (status(200, {"Content-Encoding": "gzip"}, b"a"), "cannot be used: 127.0.0.1 packed it as 'gzip'; it "),
+    "packed": (status(200, {"Content-Encoding": "gzip"}, b"a"), "cannot be used: 127.0.0.1 packed it as gzip; it "),
+    "packed twice": (
+        status(200, {"Content-Encoding": "identity, BR"}, b"a"),
+        "cannot be used: 127.0.0.1 packed it as br",
+    ),
     "stated": (status(200, {"Content-Length": str(2 * MIB)}), "is too large; it must have at most 1 MiB."),
     "unstated": (File(PICTURE, stated=False), "is too large; it must have at most 1 MiB."),
     "silent": (silent, "could not be fetched within 1 seconds; try again later, or name another place"),
