@@ -215,6 +215,9 @@ def _origin(url: str) -> tuple[str, str]:
 
 def _follow(source: Source, url: str, location: str) -> str:
     """Where a redirect leads."""
+    with contextlib.suppress(UnicodeError):
+        # A header is read as Latin-1; what is no ASCII in it is UTF-8 as a rule.
+        location = location.encode("latin-1").decode()
     try:
         url = urljoin(url, location)
         scheme = urlsplit(url).scheme
