@@ -149,7 +149,12 @@ class Client:
         if response.status >= 300 and response.status != HTTPStatus.NOT_MODIFIED:
             response.close()
             raise _refusal(source, url, response, self._way(url))
-        return Stream(self, source, url, response)
+        stream = Stream(self, source, url, response)
+        if stream.is_part and "Range" not in (headers or {}):
+            stream.close()
+            answered = f"{urlsplit(url).hostname} answered {_said(stream.status)}"
+            raise ValueError(f"{source.name} cannot be fetched: {answered}, though all of it was asked for.")
+        return stream
 
     def _request(self, source: Source, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
         sent = {"User-Agent": "flux-sprites", "Accept": "*/*", "Accept-Encoding": "identity", **headers}
@@ -334,6 +339,11 @@ class Stream(contextlib.AbstractContextManager):
             self._response.release_conn()
         else:
             self._response.close()
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is less than the whole file, for all that its header says."""
+        return self.status == HTTPStatus.PARTIAL_CONTENT and (self.position, self.end) != (0, self.size)
 
     @property
     def validators(self) -> dict[str, str]:

@@ -58,6 +58,8 @@ def _fetch(source: Source, path: Path, client: Client) -> None:
         _check_packing(stream)
         size = Download(stream, file.fileno(), partial(_reserve, source.name, file.fileno())).run(lambda data: None)
         file.truncate(size)
+        if not size:
+            raise ValueError(f"{source.name} cannot be used: {urlsplit(stream.url).hostname} sent nothing.")
 
 
 def _check_packing(stream: Stream) -> None:

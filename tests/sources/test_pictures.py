@@ -46,6 +46,13 @@ REFUSED = {
         status(200, {"Content-Encoding": "identity, BR"}, b"a"),
         "cannot be used: 127.0.0.1 packed it as br",
     ),
+    "no content": (status(204), "cannot be used: 127.0.0.1 sent nothing."),
+    "not modified": (status(304), "cannot be used: 127.0.0.1 sent nothing."),
+    "empty": (status(200), "cannot be used: 127.0.0.1 sent nothing."),
+    "a part": (
+        status(206, {"Content-Range": "bytes 1-2/3"}, b"ab"),
+        "cannot be fetched: 127.0.0.1 answered 206 Partial Content, though all of it was asked for.",
+    ),
     "stated": (status(200, {"Content-Length": str(2 * MIB)}), "is too large; it must have at most 1 MiB."),
     "unstated": (File(PICTURE, stated=False), "is too large; it must have at most 1 MiB."),
     "silent": (silent, "could not be fetched within 1 seconds; try again later, or name another place"),
