@@ -62,7 +62,8 @@ class Settings:
     # WEIGHTS_ALLOW_PRIVATE_HOSTS=1: let the URLs of LoRAs, images and masks name private and loopback addresses (tests,
     # intranets).
     allow_private_hosts: bool = False
-    # HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, by the scheme that they are for, and NO_PROXY; in lower case too, which wins.
+    # HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, by the scheme that they are for, and NO_PROXY; in lower case too, which wins,
+    # and empty switches off.
     # A company's servers reach nothing but through its proxy. That one then decides what may be reached: of what goes
     # through it, private addresses are not refused here.
     proxies: Mapping[str, str] = field(default_factory=dict)
@@ -148,8 +149,10 @@ def _proxies(environ: Mapping[str, str]) -> dict[str, str]:
     """
     proxies = {}
     for scheme in ("https", "http", "all", "no"):
-        variable = f"{scheme}_proxy" if environ.get(f"{scheme}_proxy", "").strip() else f"{scheme}_proxy".upper()
-        if not (value := environ.get(variable, "").strip()):
+        # As in the standard library, what is in lower case wins, and switches off where it is empty.
+        variable = f"{scheme}_proxy" if f"{scheme}_proxy" in environ else f"{scheme}_proxy".upper()
+        value = environ.get(variable, "").strip()
+        if not value or (scheme == "all" and {"https", "http"} <= proxies.keys()):  # which nothing would go through
             continue
         if scheme != "no":
             value = value if "://" in value else f"http://{value}"

@@ -10,13 +10,13 @@ import functools
 import http.client
 import io
 import ipaddress
+import re
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from urllib.parse import SplitResult, unquote_to_bytes, urlsplit
-from urllib.request import proxy_bypass_environment
 
 import certifi
 import urllib3
@@ -104,6 +104,22 @@ def basic_login(parts: SplitResult) -> str:
         unquote_to_bytes((text or "").encode(errors="replace")) for text in (parts.username, parts.password)
     )
     return f"Basic {base64.b64encode(user + b':' + password).decode()}"
+
+
+def _passed(parts: SplitResult, no_proxy: str) -> bool:
+    """Whether an address goes past the proxy: by its host, with or without port, its domain, or a block of addresses.
+
+    That is more than the standard library understands: operators write what their other programs do.
+    """
+    host, with_port = (parts.hostname or "").rstrip("."), parts.netloc.rpartition("@")[2].lower()
+    for entry in re.split(r"[\s,]+", no_proxy.lower()):
+        name = entry.removeprefix("*").lstrip(".")
+        if entry == "*" or (name and (name in (host, with_port) or host.endswith(f".{name}"))):
+            return True
+        with contextlib.suppress(ValueError):  # one of them is no address
+            if ipaddress.ip_address(host) in ipaddress.ip_network(entry.strip("[]"), strict=False):
+                return True
+    return False
 
 
 class _Bounded(io.RawIOBase):
@@ -244,14 +260,13 @@ class Connections:
         return manager.request("POST", url, headers=headers, body=form, **options)
 
     def proxy(self, url: str) -> str | None:
-        """The proxy that a URL is asked through, as the standard library chooses it; None where it is asked itself.
+        """The proxy that a URL is asked through; None where it is asked itself.
 
         The name of the host is then looked up by the proxy, which decides what may be reached.
         """
         parts = urlsplit(url)
         proxy = self._proxies.get(parts.scheme) or self._proxies.get("all")
-        passed = proxy_bypass_environment(parts.netloc.rpartition("@")[2], dict(self._proxies))
-        return None if passed else proxy
+        return None if proxy is None or _passed(parts, self._proxies.get("no", "")) else proxy
 
     def stop(self) -> None:
         """End everything under way, and close all connections."""

@@ -53,11 +53,26 @@ def test_tokens_are_not_shown() -> None:
 
 
 def test_proxies_are_read_in_either_case_and_not_shown() -> None:
-    environ = {"HTTPS_PROXY": "user:secret@proxy:3128", "https_proxy": " ", "http_proxy": "http://a", "HTTP_PROXY": "b"}
-    settings = Settings.from_environment(cuda=False, environ=environ | {"NO_PROXY": ".inside"})
+    environ = {
+        "HTTPS_PROXY": "user:secret@proxy:3128",
+        "http_proxy": "http://a",
+        "HTTP_PROXY": "b",
+        "NO_PROXY": ".inside",
+    }
+    settings = Settings.from_environment(cuda=False, environ=environ)
     assert settings.proxies == {"https": "http://user:secret@proxy:3128", "http": "http://a", "no": ".inside"}
     assert "proxies='set'" in str(settings)
     assert "secret" not in str(settings)
+
+
+def test_an_empty_proxy_in_lower_case_switches_off_the_other_one() -> None:
+    environ = {"HTTP_PROXY": "a", "http_proxy": " ", "HTTPS_PROXY": "b", "NO_PROXY": "c", "no_proxy": ""}
+    assert Settings.from_environment(cuda=False, environ=environ).proxies == {"https": "http://b"}
+
+
+def test_a_proxy_that_nothing_would_go_through_is_not_looked_at() -> None:
+    environ = {"ALL_PROXY": "socks5://c", "HTTP_PROXY": "a", "HTTPS_PROXY": "b"}
+    assert Settings.from_environment(cuda=False, environ=environ).proxies == {"http": "http://a", "https": "http://b"}
 
 
 @pytest.mark.parametrize("value", ["socks5://secret", "http://", "http://[secret", "http://secret:port"])

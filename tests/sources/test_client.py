@@ -18,7 +18,7 @@ import pytest
 
 from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, status, trickle
 from settings import ROOT, Settings
-from sources.connections import is_public
+from sources.connections import Connections, is_public
 from tests.support.caches import SECRET, check_cache
 from tests.support.fetching import LARGE, LORA, OTHER, QUICK, fetch, refusal
 from tests.support.waiting import wait_until
@@ -267,6 +267,28 @@ def test_a_proxy_is_asked_instead_of_the_host_and_nobody_else_sees_its_password(
     assert storage.seen == []
     assert fetch(replace(settings, allow_private_hosts=True), "http://nobody.invalid/c") == LORA
     assert [request.headers["Proxy-Authorization"] for request in storage.seen] == [None]
+
+
+NO_PROXY = {
+    "http://127.0.0.1/": ["127.0.0.1", "127.0.0.1:80, 127.0.0.0/8", "foo, *", "[::1] 127.0.0.1", "127.0.0.1/8"],
+    "http://127.0.0.1:80/": ["127.0.0.1", "127.0.0.1:80"],
+    "http://localhost./": ["localhost", "*"],
+    "http://[::1]/": ["::1", "[::1]", "::/64", "0:0:0:0:0:0:0:1"],
+    "https://me:a@A.example.com:1/": ["*.example.com", ".example.com", "x  Example.com", "a.example.com:1"],
+}
+PROXY = {
+    "http://127.0.0.1/": ["", " , ", ".", "127.0.0.1:80", "10.0.0.0/8", "::/0", "127.0.0.1/99"],
+    "http://[::1]/": ["0.0.0.0/0", "::2"],
+    "https://a.example.com./": ["ample.com", "b.example.com", "b.a.example.com", "example", "example.com:443"],
+}
+
+
+def test_what_goes_past_the_proxy_is_written_in_many_ways() -> None:
+    for urls, through in ((NO_PROXY, None), (PROXY, "http://p")):
+        for url, written in urls.items():
+            for no in written:
+                proxies = {"all": "http://p", "no": no}
+                assert Connections(allow_private=False, proxies=proxies, connect=1, stall=1).proxy(url) == through, no
 
 
 def test_hugging_face_is_asked_through_the_proxy_too(environment: Settings, host: Host) -> None:
