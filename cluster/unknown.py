@@ -6,14 +6,30 @@ This module knows names; it knows nothing of what the inputs are for.
 import difflib
 from collections.abc import Collection, Sequence
 
-from cluster.privacy import show_input
+from cluster.privacy import SHOWN_CHARACTERS, show_input
 from sources.shown import brief
 
-# What other predictors call an input whose name here is too unlike theirs to be found by likeness.
+# What other predictors call our inputs: likeness would find nothing, or another one.
 ELSEWHERE = {
-    **dict.fromkeys(("hf_lora", "lora", "lora_url", "lora_weights"), "replicate_weights"),
-    "steps": "num_inference_steps",
+    theirs: ours
+    for ours, names in {
+        "replicate_weights": "lora loras hf_lora hf_loras lora_url lora_urls lora_weights weights",
+        "lora_scale": "lora_strength lora_weight",
+        "extra_lora": "extra_hf_lora extra_lora_url extra_lora_weights",
+        "extra_lora_scale": "extra_lora_strength extra_lora_weight",
+        "num_inference_steps": "steps n_steps num_steps inference_steps sampling_steps",
+        "guidance_scale": "cfg cfg_scale guidance",
+        "num_outputs": "n num_images num_samples batch_size",
+        "image": "image_url init_image input_image",
+        "mask": "mask_image mask_url",
+        "prompt_strength": "strength denoise denoising_strength",
+        "output_quality": "quality",
+        "output_format": "format",
+    }.items()
+    for theirs in names.split()
 }
+# How alike a name and ours must be, from 0 to 1: below this, it was not a slip of the hand.
+LIKENESS = 0.75
 # A request may have thousands: so many are named, the others counted.
 NAMED = 8
 
@@ -33,9 +49,10 @@ def notice(unknown: Sequence[str], known: Collection[str]) -> str | None:
 
 def _named(name: str, known: Collection[str]) -> str:
     """A name as it may be shown, in quotes where it could be taken for several words, and what it may stand for."""
-    shown = brief(show_input(name))
-    close = ELSEWHERE.get(name)
+    # Of a longer one, `show_input` shows no half word, and a name is one.
+    shown = brief(show_input(name[:SHOWN_CHARACTERS]))
+    close = ELSEWHERE.get(name.lower())
     if close not in known:
-        close = next(iter(difflib.get_close_matches(shown, known, 1)), None)
+        close = next(iter(difflib.get_close_matches(shown.lower(), known, 1, LIKENESS)), None)
     hint = f" (did you mean {close}?)" if close else ""
     return f"{shown if shown.isidentifier() else repr(shown)}{hint}"

@@ -42,16 +42,21 @@ OURS = InputSchema(schema.derive((ROOT / "predict.py").read_text()))
             "effect.\n",
         ),
         (
-            ["guidance", "steps", "x"],
-            "The inputs guidance (did you mean guidance_scale?), steps (did you mean num_inference_steps?) and x are "
-            "unknown and have no effect.\n",
+            ["CFG_scale", "num_steps", "width_px"],
+            "The inputs CFG_scale (did you mean guidance_scale?), num_steps (did you mean num_inference_steps?) and "
+            "width_px (did you mean width?) are unknown and have no effect.\n",
+        ),
+        (
+            ["mask_image", "num_images", "scheduler", "sampler"],
+            "The inputs mask_image (did you mean mask?), num_images (did you mean num_outputs?), scheduler and sampler "
+            "are unknown and have no effect.\n",
         ),
         (["a\nb\u2028\x1b[1m"], "The input 'a?b??[1m' is unknown and has no effect.\n"),
         (["", "a and b"], "The inputs '' and 'a and b' are unknown and have no effect.\n"),
         (["https://u:p@h/a?token=s3cret"], "The input 'https://h/a' is unknown and has no effect.\n"),
         (["hf_abcdefghijklmnopqrstuvwxyz"], "The input '***' is unknown and has no effect.\n"),
         (["a" * 300], f"The input '{'a' * 197}...' is unknown and has no effect.\n"),
-        (["a" * 10**6], "The input '… (1000000 characters)' is unknown and has no effect.\n"),
+        (["a" * 10**6], f"The input '{'a' * 197}...' is unknown and has no effect.\n"),
         (
             [f"x{i}" for i in range(9_000)],
             "The inputs x0, x1, x2, x3, x4, x5, x6, x7 and 8992 more are unknown and have no effect.\n",
