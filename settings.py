@@ -156,17 +156,21 @@ def _proxies(environ: Mapping[str, str]) -> dict[str, str]:
             continue
         if scheme != "no":
             value = value if "://" in value else f"http://{value}"
-            try:
-                parts = urlsplit(value)
-                usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-            except ValueError:
-                usable = False
-            if not usable:
+            if not names_host(value):
                 raise ValueError(
                     f"{variable} is no proxy that can be used; it must be http://[user:password@]host:port."
                 )
         proxies[scheme] = value
     return proxies
+
+
+def names_host(url: str) -> bool:
+    """Whether a URL says by http or https which host is to be asked."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def prediction_seconds(*, cuda: bool, environ: Mapping[str, str] = os.environ) -> float | None:

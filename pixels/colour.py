@@ -60,7 +60,7 @@ def to_srgb(picture: Image.Image, name: str) -> Image.Image:
         srgb = _converted(colours, ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB"))
     except (ImageCms.PyCMSError, OSError, KeyError, ValueError, TypeError):
         print(f"{name}: its colour profile is damaged, or not for its pixels; it is ignored.")
-        return picture
+        return converted
     if converted.mode in ("LA", "RGBA"):
         srgb.putalpha(converted.getchannel("A"))
     return srgb

@@ -13,7 +13,7 @@ from functools import cached_property
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode, urlsplit
 
 from service.device_thread import check_cancelled
-from settings import Settings
+from settings import Settings, names_host
 from sources.shown import redact
 
 ACCEPTED = (
@@ -165,12 +165,7 @@ def parse_picture(name: str, text: str) -> Picture:
         raise ValueError(
             f"{name} has {len(text)} characters; it must be an http(s) URL of at most {MAX_CHARACTERS}, or a data URI."
         )
-    try:
-        parts = urlsplit(text)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable or re.search(r"[\x00-\x1f\x7f]", text):
+    if not names_host(text) or re.search(r"[\x00-\x1f\x7f]", text):
         raise ValueError(f"{name} is {redact(text)[:80]!r}; it must be an http(s) URL or a data URI.")
     return Url(text.partition("#")[0])
 
