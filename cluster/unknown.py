@@ -4,6 +4,7 @@ This module knows names; it knows nothing of what the inputs are for.
 """
 
 import difflib
+import re
 from collections.abc import Collection, Sequence
 
 from cluster.privacy import SHOWN_CHARACTERS, show_input
@@ -15,8 +16,8 @@ ELSEWHERE = {
     for ours, names in {
         "replicate_weights": "lora loras hf_lora hf_loras lora_url lora_urls lora_weights weights",
         "lora_scale": "lora_strength lora_weight",
-        "extra_lora": "extra_hf_lora extra_lora_url extra_lora_weights",
-        "extra_lora_scale": "extra_lora_strength extra_lora_weight",
+        "extra_lora": "extra_hf_lora extra_lora_url extra_lora_weights lora_2",
+        "extra_lora_scale": "extra_lora_strength extra_lora_weight lora_scale_2",
         "num_inference_steps": "steps n_steps num_steps inference_steps sampling_steps",
         "guidance_scale": "cfg cfg_scale guidance",
         "num_outputs": "n num_images num_samples batch_size",
@@ -28,7 +29,7 @@ ELSEWHERE = {
     }.items()
     for theirs in names.split()
 }
-# How alike a name and ours must be, from 0 to 1: below this, it was not a slip of the hand.
+# How alike two words must be, from 0 to 1: below this, it was not a slip of the hand.
 LIKENESS = 0.75
 # A request may have thousands: so many are named, the others counted.
 NAMED = 8
@@ -53,6 +54,20 @@ def _named(name: str, known: Collection[str]) -> str:
     shown = brief(show_input(name[:SHOWN_CHARACTERS]))
     close = ELSEWHERE.get(name.lower())
     if close not in known:
-        close = next(iter(difflib.get_close_matches(shown.lower(), known, 1, LIKENESS)), None)
+        close = next((ours for ours in known if _is_slip(shown.lower(), ours)), None)
     hint = f" (did you mean {close}?)" if close else ""
     return f"{shown if shown.isidentifier() else repr(shown)}{hint}"
+
+
+def _is_slip(name: str, ours: str) -> bool:
+    """Whether a slip of the hand made the name out of ours.
+
+    Word by word: of whole names, enable_safety_checker is most like disable_safety_checker, and lora_scale_2 like
+    lora_scale. A word that begins otherwise is another word, as in rescale and scale.
+    """
+    words, meant = re.split(r"[\W_]+", name), ours.split("_")
+    return "".join(words) == "".join(meant) or (len(words) == len(meant) and all(map(_alike, words, meant)))
+
+
+def _alike(word: str, ours: str) -> bool:
+    return word[:1] == ours[0] and difflib.SequenceMatcher(None, word, ours).ratio() >= LIKENESS

@@ -17,7 +17,7 @@ from urllib.parse import urljoin, urlsplit
 
 import urllib3
 
-from settings import MIB
+from settings import MIB, names_host
 from sources.connections import Connections, PrivateAddressError, StoppedError, basic_login
 from sources.shown import redact
 
@@ -224,12 +224,14 @@ def _follow(source: Source, url: str, location: str) -> str:
         # A header is read as Latin-1; what is no ASCII in it is UTF-8 as a rule.
         location = location.encode("latin-1").decode()
     try:
-        url = urljoin(url, location)
+        url = urljoin(url, location.strip())
         scheme = urlsplit(url).scheme
     except ValueError:
-        raise ValueError(f"{source.name} leads to something that is no address.") from None
-    if scheme not in ("http", "https"):
+        scheme = None
+    if scheme not in (None, "http", "https"):
         raise ValueError(f"{source.name} leads to {scheme}: instead of http(s).")
+    if not names_host(url):
+        raise ValueError(f"{source.name} leads to something that is no address.")
     return url
 
 

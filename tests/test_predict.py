@@ -79,8 +79,8 @@ def test_the_log_says_what_has_no_effect_and_what_is_drawn_instead(server: CogSe
         "Using seed: 3",
         "megapixels 0.25 has no effect: with an image, the size is the image's.",
         "width 512 has no effect: with an image, the size is the image's.",
-        "prompt_strength is 0, so nothing is drawn: the image is given back, and prompt, mask, LoRAs, model, steps and "
-        "guidance have no effect.",
+        "prompt_strength is 0, so nothing is drawn: the image is given back, and only num_outputs, "
+        "output_format, output_quality and disable_safety_checker have an effect.",
         "lora_scale 0.5 has no effect: replicate_weights names no LoRA.",
         "extra_lora_scale 2 has no effect: extra_lora names no LoRA.",
     ]

@@ -42,9 +42,15 @@ OURS = InputSchema(schema.derive((ROOT / "predict.py").read_text()))
             "effect.\n",
         ),
         (
-            ["CFG_scale", "num_steps", "width_px"],
-            "The inputs CFG_scale (did you mean guidance_scale?), num_steps (did you mean num_inference_steps?) and "
-            "width_px (did you mean width?) are unknown and have no effect.\n",
+            ["CFG_scale", "num_steps", "widht", "aspectRatio"],
+            "The inputs CFG_scale (did you mean guidance_scale?), num_steps (did you mean num_inference_steps?), "
+            "widht (did you mean width?) and aspectRatio (did you mean aspect_ratio?) are unknown and have no "
+            "effect.\n",
+        ),
+        (
+            ["enable_safety_checker", "neg_prompt", "unmask", "guidance_rescale", "image_2"],  # the likeness is no slip
+            "The inputs enable_safety_checker, neg_prompt, unmask, guidance_rescale and image_2 are unknown and have "
+            "no effect.\n",
         ),
         (
             ["mask_image", "num_images", "scheduler", "sampler"],

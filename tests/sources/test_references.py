@@ -168,6 +168,7 @@ PICTURES = [
     ("https://user:s3cret@[2001:db8::1]:8443/a", Url("https://user:s3cret@[2001:db8::1]:8443/a")),
     ("https://huggingface.co/owner/repo/blob/main/a.png", Url("https://huggingface.co/owner/repo/blob/main/a.png")),
     ("DATA:image/png;base64,AAEC", Data(b"\x00\x01\x02")),
+    ("data:image/png; Base64 ;charset=utf-8,AAEC", Data(b"\x00\x01\x02")),
 ]
 NO_PICTURES = [
     *(
@@ -200,6 +201,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_its_secrets_are_not() -> Non
         (f"http://a/?s3cret{'a' * 8192}", "image has 8208 characters; it must be an http(s) URL of at most 8192, or a"),
         ("data:image/png", "The data: URI of image has no comma; it must be data:[type][;base64],content."),
         ("data:;base64,!", "The data: URI of image is damaged: what follows its comma is not base64."),
+        ("data:;base64,", "The data: URI of image is empty: nothing follows its comma."),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
             parse_picture("image", text)
@@ -218,7 +220,7 @@ def test_a_long_data_uri_is_decoded_as_a_whole(shift: int) -> None:
         parse(f"data:;base64,QQ=={encoded}")
 
 
-@given(st.binary(max_size=200))
+@given(st.binary(min_size=1, max_size=200))
 def test_a_data_uri_is_its_bytes_however_it_is_written(content: bytes) -> None:
     encoded = base64.b64encode(content).decode()
     urlsafe = base64.urlsafe_b64encode(content).decode().rstrip("=")
