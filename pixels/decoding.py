@@ -28,10 +28,10 @@ ACCEPTED = f"{', '.join(READ_FORMATS[:-1])} or {READ_FORMATS[-1]}"
 # What they send as well, by how it begins, and what would be right.
 HEAD_BYTES = 4096
 OTHERS = {
-    rb"\0{3}.ftyp(?:.{4}){0,15}?he[iv][cxms]": (
+    rb"\0\0..ftyp(?:(?:.{4}){0,15}?he[iv][cxmsf]|(?:mif1|msf1)(?!(?:.{4}){0,15}?avi[fs]))": (
         "a HEIC photo; save or export it as JPEG (iPhones do with Settings > Camera > Formats > Most Compatible)"
     ),
-    rb"\0{3}.ftyp(?:isom|iso\d|mp4|M4V|qt)": f"a video; send one picture of it, as {ACCEPTED}",
+    rb"\0\0..ftyp(?:isom|iso\d|mp4|M4V|qt)": f"a video; send one picture of it, as {ACCEPTED}",
     rb"\xff\x0a|\0{3}\x0cJXL ": f"a JPEG XL picture; save it as {ACCEPTED}",
     rb"\xff\x4f\xff\x51|\0{3}\x0cjP  ": f"a JPEG 2000 picture; save it as {ACCEPTED}",
     rb"8BPS": f"a Photoshop document; export it as {ACCEPTED}",
@@ -89,8 +89,9 @@ MAX_READS = 1_000_000
 def decoded(path: Path, name: str) -> Iterator[Image.Image]:
     """The first frame of a file, upright, in the file's own mode.
 
-    Its `info` has what the file says of its pixels, and "orientation": by which of EXIF's eight they were turned. An
-    error inside the block is one of the file: what a decoder lets pass may show only when its pixels are converted.
+    Its `info` has what the file says of its pixels, and "orientation", by which of EXIF's eight they were turned, and
+    "halved", whether they are the upper half of sixteen bits, which is what Pillow gives of colours. An error inside
+    the block is one of the file: what a decoder lets pass may show only when its pixels are converted.
 
     Args:
         path: of the file.
@@ -111,6 +112,9 @@ def decoded(path: Path, name: str) -> Iterator[Image.Image]:
                     raise _KindError("a raw photo, or another TIFF that begins with a preview; export it as JPEG")
                 if picture.format in FILMS and picture.is_animated:
                     print(f"{name} is an animation; its first frame is used.")
+                if picture.format == "TIFF" and picture.tag_v2.next:
+                    print(f"{name} has several pages; its first one is used.")
+                picture.info["halved"] = picture.mode in ("RGB", "RGBA") and ";16" in str(picture.tile)
                 _scale_transparency(picture)
                 orientation = None
                 with suppress(Exception):  # broken EXIF is no reason to refuse good pixels: they stay as they lie

@@ -27,7 +27,8 @@ def strengths(grey: Image.Image, size: tuple[int, int], *, lossy: bool) -> Image
     """How much of each pixel is drawn, as L from 0 (nothing) to 255, at `size`.
 
     A hard mask paints what it covers any part of, with a seam inside its edges. Of a soft one the greys count, down to
-    a trace; what is black or white all over stays that.
+    a trace; what is black or white all over stays that. So do those of a hard mask that no edge explains: a stroke so
+    thin that a program smoothed all of it.
 
     Args:
         grey: the mask, as L.
@@ -35,15 +36,27 @@ def strengths(grey: Image.Image, size: tuple[int, int], *, lossy: bool) -> Image
         lossy: whether its file may have added noise.
     """
     values = np.asarray(grey)
-    if is_hard(values):
-        return Image.fromarray(_seamed(cover(values >= 128, size)))
+    white = 255 - TRACE * lossy
+    strays = unexplained(values)
+    if is_hard(strays):
+        if lossy and strays.any():
+            strays &= (values > NOISE) & ~_near(values >= 255 - NOISE, BLOCK)
+        drawn = _seamed(cover((values >= 128) & ~strays, size))
+        if strays.any():
+            drawn = np.maximum(drawn, _blended(grey, strays, white, size))
+        return Image.fromarray(drawn)
     black = values <= TRACE
     if lossy:
         # Noise is ripples; a grey that somebody painted fills squares.
         black |= (values <= NOISE) & ~_spread(~_spread(black))
+    return Image.fromarray(_blended(grey, ~black, white, size))
+
+
+def _blended(grey: Image.Image, drawn: np.ndarray, white: int, size: tuple[int, int]) -> np.ndarray:
+    """The greys at a size, 0 where nothing of `drawn` lies, 255 where all is as light as `white`: [h, w]."""
     averaged = grey.resize(size, Image.Resampling.BOX if size < grey.size else Image.Resampling.BILINEAR)
-    soft = np.where(cover(values < 255, size), averaged, 255)
-    return Image.fromarray(np.where(cover(~black, size) & (soft > TRACE), soft, 0).astype(np.uint8))
+    soft = np.where(cover(np.asarray(grey) < white, size), averaged, 255)
+    return np.where(cover(drawn, size) & (soft > TRACE), soft, 0).astype(np.uint8)
 
 
 def cover(painted: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -59,18 +72,22 @@ def cover(painted: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return painted
 
 
-def is_hard(values: np.ndarray) -> bool:
-    """Whether greys from 0 to 255 are those of a mask that says yes or no."""
-    squares = 0
+def unexplained(values: np.ndarray) -> np.ndarray:
+    """Which greys from 0 to 255 are those of no edge: bool."""
+    strays = np.zeros(values.shape, bool)
     for top in range(0, len(values), BAND):
         check_cancelled()
         above = min(top, BLOCK)
         band = values[top - above : top + BAND + BLOCK]
         grey = (band > TRACE) & (band < 255 - TRACE)  # [H, W] of the band
         if grey.any():
-            elsewhere = grey & ~_along_edges(band)
-            squares += np.count_nonzero(~_spread(~elsewhere)[above : above + BAND])
-    return squares <= SQUARES
+            strays[top : top + BAND] = (grey & ~_along_edges(band))[above : above + BAND]
+    return strays
+
+
+def is_hard(strays: np.ndarray) -> bool:
+    """Whether a mask says yes or no, by its `unexplained` greys."""
+    return not strays.any() or np.count_nonzero(~_spread(~strays)) <= SQUARES
 
 
 def _along_edges(values: np.ndarray) -> np.ndarray:
@@ -96,7 +113,7 @@ def _seamed(painted: np.ndarray) -> np.ndarray:
         depth += inside
     deepest = depth
     for _ in range(seam):
-        deepest = _spread(deepest)
+        deepest = np.where(painted, _spread(deepest), 0)  # not across a gap: what lies beyond is another line
     return np.rint(255 * (depth / np.maximum(deepest, 1))).astype(np.uint8)
 
 

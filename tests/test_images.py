@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 import images
 from harness.profiles import SRGB
-from tests.support.pictures import BLUE, GREEN, RED, SENSOR, close, noise, oriented, quadrants, written
+from tests.support.pictures import BLUE, GREEN, RED, SENSOR, close, noise, oriented, png, quadrants, written
 
 # Sizes
 
@@ -253,6 +253,10 @@ def dotted(picture: Image.Image, *values: int) -> Image.Image:
         (clear_outside(0), "its shape is in its transparency alone, which counts as black; paint white"),
         (clear_outside(0).convert("RGBA"), "its shape is in its transparency alone"),
         (Image.fromarray(np.dstack([np.eye(64, dtype=np.uint8)] * 4)), "its values are 0 and 1"),
+        (Image.frombytes("I;16B", (64, 64), bytes(8192)), "it is all black"),
+        (Image.frombytes("I;16B", (64, 64), bytes(8191) + b"\1"), "its values are 0 and 1, .* white is 65535"),
+        (Image.fromarray(np.eye(64, dtype=np.float32) / 200), "its brightest value is 0.005, .* white is 1"),
+        (Image.merge("LA", (Image.new("L", (2, 1), 255), dotted(Image.new("L", (2, 1)), 1))), "its transparency has"),
         (Image.new("LA", (64, 64), (0, 128)), "it is all black"),
         (Image.new("RGBA", (64, 64), (255, 255, 255, 0)), "it is transparent all over"),
         (Image.new("RGB", (64, 64), (0, 0, 60)), "its brightest value is 60"),
@@ -278,6 +282,29 @@ def test_a_mask_whose_exif_is_broken_turns_with_its_photo(tmp_path: Path, exif: 
     image = images.read_image(oriented(Image.new("RGB", (40, 60)), 6, tmp_path / "photo.jpg"))
     path = written(Image.new("L", (60, 40), 255), tmp_path / "mask.png", exif=exif)
     assert images.read_mask(path, image, image.size).size == (40, 60)
+
+
+def test_a_colour_of_sixteen_bits_may_be_as_good_as_black(tmp_path: Path) -> None:
+    path = tmp_path / "mask.png"
+    path.write_bytes(png(1, 1, b"\0" + bytes((0, 1)) * 3, depth=16, kind=2))
+    with pytest.raises(ValueError, match="black or as good as black; in 16 bits white is 65535"):
+        images.read_mask(path, images.read_image(path), (1, 1))
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_a_mask_that_stands_upright_may_keep_the_photos_exif(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], orientation: int
+) -> None:
+    image = images.read_image(oriented(Image.new("RGB", (40, 60)), orientation, tmp_path / "photo.png"))
+    mask = Image.new("L", (40, 60))
+    mask.paste(255, (0, 0, 20, 10))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    drawn = images.read_mask(written(mask, tmp_path / "mask.png", exif=exif), image, image.size)
+    assert ((np.asarray(drawn) > 0) == (np.asarray(mask) > 0)).all()
+    assert capsys.readouterr().out == (
+        "mask has the size of the image before its own EXIF rotation, which is left out.\n"
+    )
 
 
 def test_a_mask_whose_greys_vanish_at_the_drawn_size_is_refused(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Modes, transparency and colour profiles become sRGB."""
 
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 import images
 from harness.profiles import ADOBE, LINEAR_GREY, P3, SRGB, icc, of_elements, of_inks
-from tests.support.pictures import BLACK, RED, WHITE, close, noise, quadrants, written
+from tests.support.pictures import BLACK, RED, WHITE, close, noise, png, quadrants, written
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "LAB"])
@@ -97,26 +95,20 @@ def test_transparency_is_laid_on_white(tmp_path: Path, start: Image.Image, suffi
         assert picture.getpixel((7, 3)) == WHITE
 
 
-def grey_png(depth: int, kind: int, samples: bytes, transparent: bytes) -> bytes:
-    """Two pixels, the first of which is the transparent one."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header, rows = struct.pack(">IIBBBBB", 2, 1, depth, kind, 0, 0, 0), zlib.compress(b"\0" + samples)
-    parts = ((b"IHDR", header), (b"tRNS", transparent), (b"IDAT", rows), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+def two_pixels(depth: int, kind: int, samples: bytes, transparent: bytes) -> bytes:
+    """The first of them is the transparent one."""
+    return png(2, 1, b"\0" + samples, depth=depth, kind=kind, transparent=transparent)
 
 
 @pytest.mark.parametrize(
     ("content", "seen"),
     [
-        (grey_png(1, 0, b"\x00", b"\0\0"), (0, 0)),  # both
-        (grey_png(2, 0, b"\x60", b"\0\1"), (85, 170)),
-        (grey_png(4, 0, b"\x35", b"\0\3"), (51, 85)),
-        (grey_png(8, 0, b"\x35\x55", b"\0\x35"), (53, 85)),
-        (grey_png(16, 0, b"\x35\x35\x35\x36", b"\x35\x35"), (53, 53)),
-        (grey_png(16, 2, 3 * b"\x35\x35" + 3 * b"\x55\x55", 3 * b"\x35\x35"), (53, 85)),
+        (two_pixels(1, 0, b"\x00", b"\0\0"), (0, 0)),  # both
+        (two_pixels(2, 0, b"\x60", b"\0\1"), (85, 170)),
+        (two_pixels(4, 0, b"\x35", b"\0\3"), (51, 85)),
+        (two_pixels(8, 0, b"\x35\x55", b"\0\x35"), (53, 85)),
+        (two_pixels(16, 0, b"\x35\x35\x35\x36", b"\x35\x35"), (53, 53)),
+        (two_pixels(16, 2, 3 * b"\x35\x35" + 3 * b"\x55\x55", 3 * b"\x35\x35"), (53, 85)),
     ],
     ids=["1 bit", "2 bits", "4 bits", "8 bits", "16 bits", "colour of 16 bits"],
 )

@@ -3,7 +3,6 @@
 import io
 import random
 import struct
-import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from PIL import ExifTags, Image
 
 import images
 from pixels import decoding
-from tests.support.pictures import BLUE, GREEN, RED, SENSOR, close, noise, oriented, quadrants, written
+from tests.support.pictures import BLUE, GREEN, RED, SENSOR, close, noise, oriented, png, quadrants, written
 
 
 @pytest.mark.parametrize(
@@ -49,7 +48,8 @@ def test_of_an_animation_the_first_frame_is_read(
     with Image.open(path) as reopened:
         assert reopened.n_frames == 3
     assert images.read_image(path).getcolors() == [(1024, GREEN)]
-    said = "" if suffix == "tiff" else "image is an animation; its first frame is used.\n"
+    film = "is an animation; its first frame is used"
+    said = f"image {'has several pages; its first one is used' if suffix == 'tiff' else film}.\n"
     assert capsys.readouterr().out == said
 
 
@@ -79,16 +79,6 @@ def test_extreme_shapes_are_read(tmp_path: Path, size: tuple[int, int]) -> None:
     assert images.read_image(written(Image.new("RGB", size, RED), tmp_path / "line.png")).size == size
 
 
-def png(width: int, height: int, rows: bytes = b"") -> bytes:
-    """A well-formed grey PNG whose header claims any size."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
 def bmp(width: int, height: int) -> bytes:
     return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, *[0] * 6)
 
@@ -106,8 +96,8 @@ def tiff(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("bomb", "megapixels"),
     [
-        (png(60000, 60000), "3,600.0 megapixels"),
-        (png(10001, 10000, rows=bytes(10002 * 10000)), "100.0 megapixels"),
+        (png(60000, 60000, b""), "3,600.0 megapixels"),
+        (png(10001, 10000, bytes(10002 * 10000)), "100.0 megapixels"),
         (bmp(60000, 60000), "3,600.0 megapixels"),
         (gif(65535, 65535), "4,294.8 megapixels"),
         (tiff(60000, 60000), "3,600.0 megapixels"),
@@ -126,7 +116,7 @@ def test_a_bomb_is_refused_before_it_unfolds(tmp_path: Path, bomb: bytes, megapi
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_large_photo_is_no_bomb(tmp_path: Path) -> None:
     path = tmp_path / "large.png"
-    path.write_bytes(png(10000, 6000, rows=bytes(10001 * 6000)))
+    path.write_bytes(png(10000, 6000, bytes(10001 * 6000)))
     assert images.read_image(path).size == (10000, 6000)
 
 
@@ -158,6 +148,8 @@ def opened(name: str, path: Path) -> None:
         (b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 9, 9, 8, 3) + bytes(100), "a Photoshop document; export it"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic\0\0\1\xe7meta", r"a HEIC photo; save or export it as JPEG \(iPhones do"),
         (b"\0\0\0\x1cftypmif1\0\0\0\0mif1miafheix\0\0\1\xe7meta", "a HEIC photo"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1miaf\0\0\1\xe7meta", "a HEIC photo"),
+        (b"\0\0\0\x18ftypheif\0\0\0\0mif1miaf\0\0\1\xe7meta", "a HEIC photo"),
         (b"\0\0\0\x18ftypisom\0\0\2\0isomiso2\0\0\0\x08free", "a video; send one picture of it"),
         (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL picture; save it as PNG"),
         (b"\0\0\0\x0cjP  \r\n\x87\n", "a JPEG 2000 picture; save it as PNG"),

@@ -85,7 +85,7 @@ def test_redirects_that_lead_nowhere(environment: Settings, host: Host) -> None:
     assert "in a circle" in refusal(environment, host.url("/a"))
     assert len(host.seen) < 12
     assert "instead of http(s)" in refusal(environment, host.url("/file"))
-    for nowhere in ("http://[::1", "http://", "http://a:b/", "http://a:99999/"):
+    for nowhere in ("http://[::1", "http://a:b/", "http://a:99999/"):
         host.routes["/nowhere"] = redirect(nowhere)
         assert "leads to something that is no address" in refusal(environment, host.url("/nowhere"))
 

@@ -1,5 +1,7 @@
 """Small pictures for tests, as pixels and as files."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -48,3 +50,19 @@ def oriented(picture: Image.Image, orientation: int, path: Path, **options: obje
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     return written(SENSOR[orientation](picture), path, exif=exif, **options)
+
+
+def png(width: int, height: int, rows: bytes, *, depth: int = 8, kind: int = 0, transparent: bytes = b"") -> bytes:
+    """A well-formed PNG of any depth and kind of colour, whose header may claim more than its rows have.
+
+    Args:
+        rows: each one a filter's byte, 0, and its samples.
+        transparent: the colour that is, as the file says it.
+    """
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"tRNS", transparent), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts
+        if data or name != b"tRNS"
+    )
