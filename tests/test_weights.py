@@ -296,7 +296,7 @@ def test_cog_is_the_one_whose_download_is_switched_off() -> None:
 
 def test_cog_neither_fetches_nor_opens_images_and_masks(server: CogServer, host: Host) -> None:
     host.routes |= {"/photo.png": redirect("/inside?signature=shown"), "/inside": status(404)}
-    inputs = {"image": "data:image/png;base64,", "mask": host.url(f"/photo.png?token={SECRET}")}
+    inputs = {"image": "data:image/png;base64,AAEC", "mask": host.url(f"/photo.png?token={SECRET}")}
     assert failure(server.predict(SMALL | inputs)) == (
         f"mask {host.url('/photo.png')} cannot be fetched: 127.0.0.1 answered 404 Not Found; there is no such file."
     )
