@@ -202,7 +202,7 @@ def _laid_on(mask: Image.Image, image: Image.Image) -> Image.Image:
     orientation = image.info["orientation"]
     if orientation >= 5 and mask.size == image.size[::-1]:
         if (turned := mask.info["orientation"]) >= 5:  # some programs turn the pixels, and keep what says to turn them
-            print("mask has the size of the image before its own EXIF rotation, which is left out.")
+            print("mask has the size of the image only without its own EXIF rotation, which is ignored.")
             return turn(mask, {6: 8, 8: 6}.get(turned, turned))
         print("mask has the size of the image before its EXIF rotation; it is turned like the image.")
         return turn(mask, orientation)
@@ -217,17 +217,18 @@ def _why_nothing(picture: Image.Image) -> str:
     colours, white = plain(picture), 255
     alpha = colours.getchannel("A").getextrema() if colours.mode in ("LA", "RGBA") else (255, 255)
     brightest = max(high for _, high in colours.convert("RGB").getextrema())
-    if picture.mode.startswith("I;16"):
-        brightest, white = int(np.asarray(picture).max()), 65535
+    halved = picture.info["halved"]
+    if picture.mode.startswith("I;16") and (stored := int(np.asarray(picture).max())) < 2**15:  # black is 0 there
+        brightest, white = stored, 65535
     if picture.mode == "F" and brightest > 0:
-        return f"its brightest value is {picture.getextrema()[1]:.2g}, which is as good as black; white is 1"
-    if brightest == 1 and not picture.info["halved"]:
+        return f"its brightest value is {picture.getextrema()[1]:.2g}, which is as good as black"
+    if brightest == 1 and not halved:
         return f"its values are 0 and 1, both of which are black; white is {white}: multiply them by {white}"
-    if alpha == (0, 1):
+    if alpha == (0, 1) and brightest > 0 and not halved:
         return "its transparency has the values 0 and 1, both of which are clear; opaque is 255: multiply them by 255"
     if alpha[0] < alpha[1]:
         return "its shape is in its transparency alone, which counts as black; paint white what is to be drawn"
-    if picture.info["halved"] and alpha[1] > 0:
+    if halved and alpha[1] > 0:
         return "it is black or as good as black; in 16 bits white is 65535"
     if brightest == 0:
         return "it is all black; paint white what is to be drawn"

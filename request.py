@@ -139,8 +139,8 @@ class Request:
         ]
         if not from_text and self.prompt_strength == 0:
             sentences.append(
-                "prompt_strength is 0, so nothing is drawn: the image is given back, and only num_outputs, "
-                "output_format, output_quality and disable_safety_checker have an effect."
+                "prompt_strength is 0, so nothing is drawn: the image is given back, and beside it only "
+                "num_outputs, the output's format and disable_safety_checker count."
             )
         return sentences
 

@@ -63,11 +63,11 @@ def _is_slip(name: str, ours: str) -> bool:
     """Whether a slip of the hand made the name out of ours.
 
     Word by word: of whole names, enable_safety_checker is most like disable_safety_checker, and lora_scale_2 like
-    lora_scale. A word that begins otherwise is another word, as in rescale and scale.
+    lora_scale. A word that begins otherwise, or has a number, is another word: rescale, image2.
     """
     words, meant = re.split(r"[\W_]+", name), ours.split("_")
     return "".join(words) == "".join(meant) or (len(words) == len(meant) and all(map(_alike, words, meant)))
 
 
 def _alike(word: str, ours: str) -> bool:
-    return word[:1] == ours[0] and difflib.SequenceMatcher(None, word, ours).ratio() >= LIKENESS
+    return word.isalpha() and word[0] == ours[0] and difflib.SequenceMatcher(None, word, ours).ratio() >= LIKENESS

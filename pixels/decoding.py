@@ -112,9 +112,10 @@ def decoded(path: Path, name: str) -> Iterator[Image.Image]:
                     raise _KindError("a raw photo, or another TIFF that begins with a preview; export it as JPEG")
                 if picture.format in FILMS and picture.is_animated:
                     print(f"{name} is an animation; its first frame is used.")
-                if picture.format == "TIFF" and picture.tag_v2.next:
-                    print(f"{name} has several pages; its first one is used.")
-                picture.info["halved"] = picture.mode in ("RGB", "RGBA") and ";16" in str(picture.tile)
+                if picture.format == "TIFF" and picture.tag_v2.next:  # is_animated would walk through all pages
+                    print(f"{name} holds more than one picture; its first one is used.")
+                deep = picture.format in ("PNG", "TIFF") and ";16" in str(picture.tile)
+                picture.info["halved"] = deep and picture.mode in ("RGB", "RGBA")
                 _scale_transparency(picture)
                 orientation = None
                 with suppress(Exception):  # broken EXIF is no reason to refuse good pixels: they stay as they lie

@@ -13,6 +13,9 @@ from service.device_thread import check_cancelled
 TRACE = 8
 # Up to here it may be JPEG's noise near an edge.
 NOISE = 64
+# Up to here it may be what is left of it where a program enlarged a JPEG and saved it without loss. Of a line of one
+# pixel that a program shrank to a quarter, more is left.
+FAINT = 24
 # How far JPEG's noise reaches from an edge: as far as its blocks.
 BLOCK = 8
 # A mask is soft if more squares than this, of 3x3 pixels, are full of greys that no edge explains. Hard masks have
@@ -26,9 +29,9 @@ BAND = 1024
 def strengths(grey: Image.Image, size: tuple[int, int], *, lossy: bool) -> Image.Image:
     """How much of each pixel is drawn, as L from 0 (nothing) to 255, at `size`.
 
-    A hard mask paints what it covers any part of, with a seam inside its edges. Of a soft one the greys count, down to
-    a trace; what is black or white all over stays that. So do those of a hard mask that no edge explains: a stroke so
-    thin that a program smoothed all of it.
+    A hard mask paints what it covers any part of, with a seam inside its edges; of a stroke so thin that a program
+    smoothed all of it, the greys blend. Of a soft one all greys do, down to a trace; what is black or white all over
+    stays that.
 
     Args:
         grey: the mask, as L.
@@ -37,13 +40,11 @@ def strengths(grey: Image.Image, size: tuple[int, int], *, lossy: bool) -> Image
     """
     values = np.asarray(grey)
     white = 255 - TRACE * lossy
-    strays = unexplained(values)
-    if is_hard(strays):
-        if lossy and strays.any():
-            strays &= (values > NOISE) & ~_near(values >= 255 - NOISE, BLOCK)
-        drawn = _seamed(cover((values >= 128) & ~strays, size))
-        if strays.any():
-            drawn = np.maximum(drawn, _blended(grey, strays, white, size))
+    thin, squares = unexplained(values, lossy=lossy)
+    if squares <= SQUARES:
+        drawn = _seamed(cover(values >= 128, size))
+        if thin.any():
+            drawn = np.maximum(drawn, _blended(grey, thin, white, size))
         return Image.fromarray(drawn)
     black = values <= TRACE
     if lossy:
@@ -52,11 +53,11 @@ def strengths(grey: Image.Image, size: tuple[int, int], *, lossy: bool) -> Image
     return Image.fromarray(_blended(grey, ~black, white, size))
 
 
-def _blended(grey: Image.Image, drawn: np.ndarray, white: int, size: tuple[int, int]) -> np.ndarray:
-    """The greys at a size, 0 where nothing of `drawn` lies, 255 where all is as light as `white`: [h, w]."""
+def _blended(grey: Image.Image, where: np.ndarray, white: int, size: tuple[int, int]) -> np.ndarray:
+    """The greys at a size, 0 but for the pixels that `where` touches, 255 where all is as light as `white`: [h, w]."""
     averaged = grey.resize(size, Image.Resampling.BOX if size < grey.size else Image.Resampling.BILINEAR)
     soft = np.where(cover(np.asarray(grey) < white, size), averaged, 255)
-    return np.where(cover(drawn, size) & (soft > TRACE), soft, 0).astype(np.uint8)
+    return np.where(cover(where, size) & (soft > TRACE), soft, 0).astype(np.uint8)
 
 
 def cover(painted: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -72,22 +73,29 @@ def cover(painted: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return painted
 
 
-def unexplained(values: np.ndarray) -> np.ndarray:
-    """Which greys from 0 to 255 are those of no edge: bool."""
-    strays = np.zeros(values.shape, bool)
+def unexplained(values: np.ndarray, *, lossy: bool) -> tuple[np.ndarray, int]:
+    """The greys from 0 to 255 that no edge explains.
+
+    Returns:
+        where they are dark but no noise, which strokes of a hard mask are if a program smoothed all of them: bool
+        [H, W]; and how many squares of 3x3 pixels are full of such greys, light ones and noise included.
+    """
+    thin, squares = np.zeros(values.shape, bool), 0
     for top in range(0, len(values), BAND):
         check_cancelled()
         above = min(top, BLOCK)
         band = values[top - above : top + BAND + BLOCK]
         grey = (band > TRACE) & (band < 255 - TRACE)  # [H, W] of the band
-        if grey.any():
-            strays[top : top + BAND] = (grey & ~_along_edges(band))[above : above + BAND]
-    return strays
-
-
-def is_hard(strays: np.ndarray) -> bool:
-    """Whether a mask says yes or no, by its `unexplained` greys."""
-    return not strays.any() or np.count_nonzero(~_spread(~strays)) <= SQUARES
+        if not grey.any():
+            continue
+        strays = grey & ~_along_edges(band)
+        squares += np.count_nonzero(~_spread(~strays)[above : above + BAND])
+        if lossy:
+            strays &= (band > NOISE) & ~_near(band >= 255 - NOISE, BLOCK)
+        else:
+            strays &= band > FAINT
+        thin[top : top + BAND] = (strays & (band < 128))[above : above + BAND]
+    return thin, squares
 
 
 def _along_edges(values: np.ndarray) -> np.ndarray:

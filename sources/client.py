@@ -223,16 +223,14 @@ def _follow(source: Source, url: str, location: str) -> str:
     with contextlib.suppress(UnicodeError):
         # A header is read as Latin-1; what is no ASCII in it is UTF-8 as a rule.
         location = location.encode("latin-1").decode()
-    nowhere = ValueError(f"{source.name} leads to something that is no address.")
     try:
         url = urljoin(url, location.strip())
-        scheme = urlsplit(url).scheme
     except ValueError:
-        raise nowhere from None
-    if scheme not in ("http", "https"):
+        url = "http:"  # which names no host either
+    if (scheme := urlsplit(url).scheme) not in ("http", "https"):
         raise ValueError(f"{source.name} leads to {scheme}: instead of http(s).")
     if not names_host(url):
-        raise nowhere
+        raise ValueError(f"{source.name} leads to something that is no address.")
     return url
 
 

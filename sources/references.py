@@ -253,14 +253,14 @@ def _parse_data(text: str, name: str = "The data: URI") -> Data:
     if not comma:
         raise ValueError(f"{name} has no comma; it must be data:[type][;base64],content.")
     content = b"".join(_unquoted(payload))
-    if re.search(r"; *base64 *(;|$)", header, re.IGNORECASE):  # wherever it stands, as people write it
+    if re.search(r"; *base64 *(;|$)", header, re.IGNORECASE):
         content = content.translate(bytes.maketrans(b"-_", b"+/"), b" \t\n\r\v\f").rstrip(b"=")
         try:
             content = b"".join(_decoded(content))
         except binascii.Error:
             raise ValueError(f"{name} is damaged: what follows its comma is not base64.") from None
     if not content:
-        raise ValueError(f"{name} is empty: nothing follows its comma.")
+        raise ValueError(f"{name} is empty: no data follows its comma.")
     return Data(content)
 
 

@@ -79,8 +79,8 @@ def test_the_log_says_what_has_no_effect_and_what_is_drawn_instead(server: CogSe
         "Using seed: 3",
         "megapixels 0.25 has no effect: with an image, the size is the image's.",
         "width 512 has no effect: with an image, the size is the image's.",
-        "prompt_strength is 0, so nothing is drawn: the image is given back, and only num_outputs, "
-        "output_format, output_quality and disable_safety_checker have an effect.",
+        "prompt_strength is 0, so nothing is drawn: the image is given back, and beside it only "
+        "num_outputs, the output's format and disable_safety_checker count.",
         "lora_scale 0.5 has no effect: replicate_weights names no LoRA.",
         "extra_lora_scale 2 has no effect: extra_lora names no LoRA.",
     ]
@@ -217,7 +217,7 @@ def test_wrong_input_gets_one_sentence(server: CogServer, draw: Callable, inputs
     assert reason.count("\n") == 0
     assert reason.endswith(".")
     assert "Traceback" not in str(answer)
-    assert server.health()["status"] == "READY"
+    wait_until(lambda: server.health()["status"] == "READY")
 
 
 ODD_IMAGES = {
@@ -256,11 +256,11 @@ def test_a_cancelled_prediction_frees_the_server_and_leaves_no_trace(
     (before,) = draw()
     long = SMALL | {"num_inference_steps": 50, "num_outputs": 4, "megapixels": "1", "replicate_weights": uri(lora)}
     server.start(long, "to-be-cancelled")
-    wait_until(lambda: server.health()["status"] == "BUSY", 5)
+    wait_until(lambda: server.health()["status"] == "BUSY")
     time.sleep(1)  # into the denoising
     assert server.cancel("to-be-cancelled") == 200
     cancelled = time.monotonic()
-    wait_until(lambda: server.health()["status"] == "READY", 5)
+    wait_until(lambda: server.health()["status"] == "READY")
     assert time.monotonic() - cancelled < SECONDS_TO_FREE
     assert same(draw()[0], before)
 

@@ -96,8 +96,8 @@ OF_THE_IMAGE = "has no effect: with an image, the size is the image's."
         (
             {**IMAGE, "prompt_strength": 0.0},
             [
-                "prompt_strength is 0, so nothing is drawn: the image is given back, and only num_outputs, "
-                "output_format, output_quality and disable_safety_checker have an effect."
+                "prompt_strength is 0, so nothing is drawn: the image is given back, and beside it only "
+                "num_outputs, the output's format and disable_safety_checker count."
             ],
         ),
         (

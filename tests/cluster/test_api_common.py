@@ -48,8 +48,8 @@ OURS = InputSchema(schema.derive((ROOT / "predict.py").read_text()))
             "effect.\n",
         ),
         (
-            ["enable_safety_checker", "neg_prompt", "unmask", "guidance_rescale", "image_2"],  # the likeness is no slip
-            "The inputs enable_safety_checker, neg_prompt, unmask, guidance_rescale and image_2 are unknown and have "
+            ["enable_safety_checker", "neg_prompt", "unmask", "guidance_rescale", "image2"],  # alike, but other words
+            "The inputs enable_safety_checker, neg_prompt, unmask, guidance_rescale and image2 are unknown and have "
             "no effect.\n",
         ),
         (

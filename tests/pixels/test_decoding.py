@@ -49,7 +49,7 @@ def test_of_an_animation_the_first_frame_is_read(
         assert reopened.n_frames == 3
     assert images.read_image(path).getcolors() == [(1024, GREEN)]
     film = "is an animation; its first frame is used"
-    said = f"image {'has several pages; its first one is used' if suffix == 'tiff' else film}.\n"
+    said = f"image {'holds more than one picture; its first one is used' if suffix == 'tiff' else film}.\n"
     assert capsys.readouterr().out == said
 
 

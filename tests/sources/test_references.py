@@ -201,7 +201,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_its_secrets_are_not() -> Non
         (f"http://a/?s3cret{'a' * 8192}", "image has 8208 characters; it must be an http(s) URL of at most 8192, or a"),
         ("data:image/png", "The data: URI of image has no comma; it must be data:[type][;base64],content."),
         ("data:;base64,!", "The data: URI of image is damaged: what follows its comma is not base64."),
-        ("data:;base64,", "The data: URI of image is empty: nothing follows its comma."),
+        ("data:;base64,", "The data: URI of image is empty: no data follows its comma."),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
             parse_picture("image", text)

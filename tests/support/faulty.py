@@ -1,6 +1,6 @@
 """The predictor behind the real Cog server with faults planted in it, each called by the first words of a prompt.
 
-starve PHASE    the process gets no more memory while that phase of the request runs
+starve PHASE    the process gets no more memory while that phase of the request runs, and needs some at its end
 corrupt         afterwards one bit of a live weight is another
 hang            drawing never ends
 break           drawing raises what no one foresaw
@@ -37,7 +37,7 @@ class _Starving(Stopwatch):
             resource.setrlimit(resource.RLIMIT_AS, (size // 2, limits[1]))
             try:
                 yield
-                torch.ones(2**28)  # of a phase that got by with crumbs: what garbage leaves, or a thread gives back
+                torch.ones(2**28)  # for a phase that found enough of what had been freed
             finally:
                 resource.setrlimit(resource.RLIMIT_AS, limits)
                 holes.clear()
