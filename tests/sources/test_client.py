@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import cog
 import pytest
+import urllib3
 
 from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, status, trickle
 from settings import ROOT, Settings
-from sources.connections import Connections, is_public
+from sources.connections import Connections, StoppedError, is_public
 from tests.support.caches import SECRET, check_cache
 from tests.support.fetching import LARGE, LORA, OTHER, QUICK, fetch, refusal
 from tests.support.waiting import wait_until
@@ -180,6 +182,21 @@ def test_looking_a_repo_up_can_be_cancelled_too(places: Settings, host: Host, st
     assert cancel_when(lambda: len(host.seen) > 0, lambda: fetch(places, "huggingface.co/o/r", PATIENT)) < SOON
     hugging_face(host, storage, "o/r", {"a.safetensors": LORA})
     assert fetch(places, "huggingface.co/o/r") == LORA
+
+
+def test_a_connection_that_is_made_while_all_ends_is_closed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    connections, connect = Connections(allow_private=True, proxies={}, connect=5, stall=5), socket.create_connection
+    made = []
+
+    def connect_late(*_: object) -> socket.socket:
+        made.append(connect(("127.0.0.1", urlsplit(host.url("")).port)))
+        connections.stop()
+        return made[0]
+
+    monkeypatch.setattr(urllib3.util.connection, "create_connection", connect_late)
+    with pytest.raises(StoppedError):
+        connections.ask(host.url("/a"), {})
+    assert made[0].fileno() == -1
 
 
 def test_waiting_for_another_request_can_be_cancelled_too(environment: Settings, host: Host) -> None:
