@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,9 @@ import pytest
 pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 
 from cluster.local import descendants
-from harness.cluster import ENDS, Cluster, Hooks
+from harness.cluster import ENDS, Cluster, Hooks, Server
 from tests.cluster.small_cluster import QUEUE, WORKERS
+from tests.support.waiting import wait_until
 
 ASYNC = {"Prefer": "respond-async"}
 
@@ -108,6 +110,16 @@ def _runs(process: int) -> bool:
         return False
 
 
+def _works(process: int) -> bool:
+    """Whether a Cog server has done its setup."""
+    try:
+        port = re.search(r"\0PORT=(\d+)", Path(f"/proc/{process}/environ").read_text())[1]
+        health = json.loads(Server(int(port)).request("GET", "/health-check")[2])
+        return health["status"] in ("READY", "BUSY")
+    except (OSError, http.client.HTTPException, TypeError):  # it has ended, or begins
+        return False
+
+
 def test_a_predictor_that_always_crashes_is_given_up(cluster: Cluster) -> None:
     with Hooks() as hooks:
         cluster.predict({"prompt": "crash"}, "crashing", webhook=hooks.url, webhook_events_filter=["completed"])
@@ -136,7 +148,9 @@ def test_every_accepted_prediction_ends_once_whatever_is_killed(cluster: Cluster
             raise TimeoutError(name)
 
         asked = [pool.submit(accepted, name) for name in names]
-        stopped = cluster.wait_for("cog.server.http", WORKERS)[0]  # those that crashed before are being replaced
+        # Those that crashed before are being replaced, and one that stands still while it starts is given ten minutes.
+        wait_until(lambda: sum(map(_works, cluster.processes("cog.server.http"))) == WORKERS, 120)
+        stopped = cluster.processes("cog.server.http")[0]
         os.kill(stopped, signal.SIGSTOP)
         for title in ("CogWorker", "cog.server.http", "Front", "raylet/raylet"):
             time.sleep(1.5)
