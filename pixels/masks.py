@@ -40,8 +40,8 @@ def strengths(grey: Image.Image, size: tuple[int, int], *, lossy: bool) -> Image
     """
     values = np.asarray(grey)
     white = 255 - TRACE * lossy
-    thin, squares = unexplained(values, lossy=lossy)
-    if squares <= SQUARES:
+    thin = thin_strokes(values, lossy=lossy)
+    if thin is not None:
         drawn = _seamed(cover(values >= 128, size))
         if thin.any():
             drawn = np.maximum(drawn, _blended(grey, thin, white, size))
@@ -73,12 +73,11 @@ def cover(painted: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return painted
 
 
-def unexplained(values: np.ndarray, *, lossy: bool) -> tuple[np.ndarray, int]:
-    """The greys from 0 to 255 that no edge explains.
+def thin_strokes(values: np.ndarray, *, lossy: bool) -> np.ndarray | None:
+    """Where a hard mask has dark greys that neither an edge nor noise explains: a program smoothed thin strokes there.
 
     Returns:
-        where they are dark but no noise, which strokes of a hard mask are if a program smoothed all of them: bool
-        [H, W]; and how many squares of 3x3 pixels are full of such greys, light ones and noise included.
+        bool [H, W]; None of a soft mask: too many squares of 3x3 pixels are full of greys that no edge explains.
     """
     thin, squares = np.zeros(values.shape, bool), 0
     for top in range(0, len(values), BAND):
@@ -90,12 +89,14 @@ def unexplained(values: np.ndarray, *, lossy: bool) -> tuple[np.ndarray, int]:
             continue
         strays = grey & ~_along_edges(band)
         squares += np.count_nonzero(~_spread(~strays)[above : above + BAND])
+        if squares > SQUARES:
+            return None
         if lossy:
             strays &= (band > NOISE) & ~_near(band >= 255 - NOISE, BLOCK)
         else:
             strays &= band > FAINT
         thin[top : top + BAND] = (strays & (band < 128))[above : above + BAND]
-    return thin, squares
+    return thin
 
 
 def _along_edges(values: np.ndarray) -> np.ndarray:

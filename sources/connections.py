@@ -176,14 +176,14 @@ class _Checked:
         self._owner = owner
 
     def _new_conn(self) -> socket.socket:
-        with contextlib.ExitStack() as unless_stopped:
+        with contextlib.ExitStack() as on_failure:
             # Here a proxy is the host. It is the operator's, and may stand in the server's own network.
             sock = self._owner.connect(self.host, self.port, self.socket_options, trusted=self.proxy is not None)
-            unless_stopped.enter_context(sock)
+            on_failure.enter_context(sock)
             # TLS takes the socket out of its object before the handshake, and gives its own only afterwards: until
             # then, this second one is what reaches the connection.
             self._connecting.enter_context(self._owner.within_reach(sock.dup()))
-            unless_stopped.pop_all()
+            on_failure.pop_all()
         return sock
 
     def connect(self) -> None:

@@ -20,7 +20,7 @@ def strengths(
 
 
 def is_hard(mask: Image.Image, *, lossy: bool = False) -> bool:
-    return masks.unexplained(np.asarray(mask), lossy=lossy)[1] <= masks.SQUARES
+    return masks.thin_strokes(np.asarray(mask), lossy=lossy) is not None
 
 
 def shrunk(size: tuple[int, int], most: int = 1440) -> tuple[int, int]:
