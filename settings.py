@@ -13,6 +13,9 @@ from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parent
 MIB, GIB = 1024**2, 1024**3
+# The longest that hosts may take for all pictures of a request: a few megabytes come within seconds, and nobody waits
+# for a picture as for a LoRA.
+PICTURE_SECONDS = 120
 # No number of gigabytes or seconds is larger: beyond, a number is a mistake, and clocks and files cannot express it.
 MANY = 10**6
 

@@ -21,6 +21,7 @@ class Again(Enum):
     UNDRAWN = "It may succeed, and is worth its cost unless a worker has begun to draw."
     CUT_OFF = "The attempt was cut off from outside."
     WORKER_ENDED = "A worker ended, perhaps because of the prediction."
+    HUNG = "It hung until its worker had to end, which may take minutes; so it has one more attempt."
 
 
 class Failure(Exception):  # noqa: N818 (an outcome, not an accident)

@@ -42,6 +42,7 @@ from cluster.run import Means
 from cluster.settings import DRAIN_SECONDS, ClusterSettings
 from cluster.streams import Streams
 from cluster.tasks import spawn
+from cluster.watchdog import be_watched
 from cluster.webhooks import Webhooks, open_client
 from local_cog import schema
 from local_cog.server import listen
@@ -52,13 +53,14 @@ logger = logging.getLogger("ray.serve")
 # counted, not timed: clocks differ, and a database that is away stops all beats.
 BEAT_SECONDS = 0.5
 BEATS_MISSED = 12
+# A front that stands still is ended after so long: until then, each connection that the kernel gives it hangs.
+SECONDS_STILL = 10
 # How many orphans a front takes at a beat; the rest is for the others.
 ADOPTED_AT_ONCE = 20
 
 
 @serve.deployment(
     graceful_shutdown_timeout_s=DRAIN_SECONDS + 30,
-    # Only Serve finds a front that hangs: no proxy probes it, yet the kernel keeps giving it connections.
     health_check_period_s=5,
     health_check_timeout_s=10,
     max_surge_percent=100,  # an update: new fronts listen before old ones go
@@ -98,6 +100,7 @@ class Front:
             async with self.predictions, open_client() as client:
                 server = await self._build(client)
                 asking, tidying = spawn(self._ask_health()), spawn(self._tidy())
+                watched = spawn(be_watched("front", SECONDS_STILL))
                 self.beating = spawn(self._beat())
                 self.serving = spawn(server.serve([listening]))
                 yield
@@ -108,6 +111,7 @@ class Front:
                 for task in (asking, tidying):
                     task.cancel()
                 await self.dispatcher.drain()
+                watched.cancel()
                 self.beating.cancel()
                 await asyncio.wait([self.beating])
                 with contextlib.suppress(DBAPIError):  # else the others find that it beats no more

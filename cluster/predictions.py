@@ -77,6 +77,8 @@ class Prediction(Base):
     # The last webhook is still to be delivered.
     webhook_due: Mapped[bool] = mapped_column(default=False, index=True)
     cancel_requested: Mapped[bool] = mapped_column(default=False)
+    # When it is cancelled if it has not ended, as its client has asked.
+    cancel_at: Mapped[str | None] = mapped_column(default=None)
     # How many workers died while they ran it.
     deaths: Mapped[int] = mapped_column(default=0)
     # How many fronts died while they owned it.
@@ -289,7 +291,8 @@ class Predictions:
         if not session.execute(counted).rowcount:
             session.execute(sa.insert(Heartbeat.__table__), {"id": front, "beat": 0})
         beats = {row.id: row.beat for row in session.execute(sa.select(Heartbeat.id, Heartbeat.beat))}
-        ours = sa.and_(Prediction.owner == front, Prediction.cancel_requested, Prediction.status.in_(UNFINISHED))
+        unwanted = sa.or_(Prediction.cancel_requested, Prediction.cancel_at < now())
+        ours = sa.and_(Prediction.owner == front, unwanted, Prediction.status.in_(UNFINISHED))
         return beats, list(session.scalars(sa.select(Prediction.id).where(ours)))
 
     @_transaction

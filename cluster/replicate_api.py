@@ -12,6 +12,7 @@ import hmac
 import json
 import re
 from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
 
@@ -25,7 +26,7 @@ from cluster.bodies import Bodies, read_form
 from cluster.dispatcher import Dispatcher
 from cluster.files import Files, content_type, read_pieces
 from cluster.forms import Forms
-from cluster.predictions import File, Prediction, Predictions, now
+from cluster.predictions import PREDICTION_LIFETIME, File, Prediction, Predictions, now
 from cluster.streams import Streams
 from cluster.webhooks import EVENTS, check_url
 from local_cog.data_uri import OCTETS
@@ -39,6 +40,9 @@ ACCOUNT = {"type": "organization", "username": OWNER, "name": OWNER, "github_url
 MAX_WAIT_SECONDS = 60
 # What `version` may be; the parts are as in a path.
 VERSION = re.compile(rf"(?P<model>{PATH_NAME}/{PATH_NAME})(?::(?P<of>{PATH_NAME}))?|(?P<id>{PATH_NAME})")
+# What Cancel-After says, as at Replicate, and at least; a bare number is of seconds.
+DURATION = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s?)?", re.ASCII)
+SHORTEST = timedelta(seconds=5)
 MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]{1,64}/[\w!#$&^.+-]{1,64}", re.ASCII)
 # Of an upload's own description.
 METADATA_BYTES = 64 * 1024
@@ -86,7 +90,7 @@ class ReplicateApi:
 
     async def _create(self, request: Request) -> Response:
         wait = _wait_seconds(request.headers.get("prefer", ""))
-        prediction = await self._accept(request)
+        prediction = await self._accept(request, _cancel_at(request.headers.get("cancel-after")))
         if wait is None:
             return JSONResponse(self.forms.replicate(prediction, self._base(request)), 201)
         prediction = await self.dispatcher.ended(prediction, wait)
@@ -94,10 +98,11 @@ class ReplicateApi:
         # Clients take any other status for the end.
         return JSONResponse(shown, 201) if prediction.finished else JSONResponse({**shown, "status": "starting"}, 202)
 
-    async def _accept(self, request: Request) -> Prediction:
+    async def _accept(self, request: Request, cancel_at: str | None) -> Prediction:
         """The prediction that a request asks for; its body is gone when this returns."""
         base = self._base(request)
         async with self.bodies.read(request, lambda content: self._prediction(request, content, base)) as prediction:
+            prediction.cancel_at = cancel_at
             await self.dispatcher.accept(prediction)
             return prediction
 
@@ -322,6 +327,21 @@ def _wait_seconds(prefer: str) -> float | None:
     """How long `Prefer: wait` or `Prefer: wait=5` waits; None where it does not."""
     found = re.search(r"\bwait(?:=(\d+))?", prefer, re.ASCII)
     return min(float(found[1] or MAX_WAIT_SECONDS), MAX_WAIT_SECONDS) if found else None  # the longest are infinite
+
+
+def _cancel_at(duration: str | None) -> str | None:
+    """When a prediction of now is to be cancelled, where it has not ended within `30`, `30s`, `5m` or `1h30m`."""
+    if duration is None:
+        return None
+    found = DURATION.fullmatch(duration.strip())
+    hours, minutes, seconds = map(int, found.groups("0")) if found else (0, 0, 0)
+    longest = timedelta(hours=hours, minutes=minutes, seconds=seconds)
+    if not SHORTEST <= longest <= PREDICTION_LIFETIME:
+        wrong = (
+            f"Cancel-After is {duration[:80]!r}; it must be a time from 5 seconds to 24 hours, such as 30s or 1h30m."
+        )
+        raise problem(422, "Bad header", wrong)
+    return now(longest)
 
 
 def _file(file: File, base: str) -> dict[str, Any]:

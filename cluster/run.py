@@ -88,8 +88,9 @@ class Run:
     begun: bool = False
     # It has one of `Means.large_ahead`.
     ahead: bool = False
-    # How many attempts came to nothing, but for those whose worker died.
+    # How many attempts came to nothing, but for those whose worker died; and how many of those hung.
     failures: int = 0
+    hangs: int = 0
     # What has been stored of its output, by the data URI's hash.
     files: dict[str, File] = field(default_factory=dict)
     # What its log and its error may not tell of its inputs.
@@ -228,6 +229,9 @@ class Run:
         if failure.again is Again.WORKER_ENDED:
             self.prediction.deaths += 1
             return self.prediction.deaths < ATTEMPTS
+        if failure.again is Again.HUNG:
+            self.hangs += 1
+            return self.hangs < 2
         self.failures += 1
         helps = failure.again is Again.CUT_OFF or (failure.again is Again.UNDRAWN and not self.begun)
         return helps and self.failures < ATTEMPTS

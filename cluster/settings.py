@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.addresses import Network, is_host
-from settings import MIB, ROOT, number, prediction_seconds
+from settings import MIB, PICTURE_SECONDS, ROOT, number, prediction_seconds
 from sources.shown import redact
 
 # A replica that is to go finishes what is being drawn, for so long.
 DRAIN_SECONDS = 900
+# What a prediction gets beyond its predictor's own limits, which end it with a better sentence.
+SECONDS_BEYOND = 30
 # Where predictions and files are unless the environment says otherwise.
 DATA = ROOT / "cluster-data"
 # Half of what a front holds of all bodies together.
@@ -35,6 +37,16 @@ class ClusterSettings:
     # TRUSTED_PROXIES: addresses and networks, with commas between, whose X-Forwarded-Host and -Proto count; anybody can
     # send these headers, and the addresses that come of them are stored and shown to others.
     trusted_proxies: tuple[Network, ...]
+    # PREDICTION_SECONDS: the predictors' own, 600 unless it is given; 0, no limit, is that of a worker that is to go.
+    prediction_seconds: float
+
+    @property
+    def longest_seconds(self) -> float:
+        """How long a prediction may take here; one that takes longer hangs where its predictor cannot end it.
+
+        The predictor bounds the fetching of pictures, that of LoRAs, and its work on the device, each by itself.
+        """
+        return min(PICTURE_SECONDS, self.prediction_seconds) + 2 * self.prediction_seconds + SECONDS_BEYOND
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "ClusterSettings":
@@ -44,7 +56,7 @@ class ClusterSettings:
             ValueError: a sentence that names the variable, its value and what would be right. It may be
                 PREDICTION_SECONDS, which the workers' predictors read: a worker that is to go is ended after a while.
         """
-        longest = prediction_seconds(cuda=False, environ=environ)
+        longest = prediction_seconds(cuda=True, environ=environ)
         if longest is not None and longest >= DRAIN_SECONDS:
             raise ValueError(
                 f"PREDICTION_SECONDS is {longest:g}; in a cluster it must be below {DRAIN_SECONDS}, the seconds after "
@@ -58,6 +70,7 @@ class ClusterSettings:
             body_max_bytes=_body_max_bytes(environ.get("BODY_MAX_MB", "").strip() or "100"),
             public_url=_public_url(environ.get("PUBLIC_URL", "").strip()),
             trusted_proxies=tuple(map(_network, proxies)),
+            prediction_seconds=longest or DRAIN_SECONDS,
         )
 
 

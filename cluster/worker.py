@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import secrets
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,16 @@ import aiohttp
 from aiohttp import web
 from ray import serve
 from ray.serve import metrics
+from ray.serve.exceptions import BackPressureError
 
 from cluster.failures import ATTEMPTS, Again, Failure
 from cluster.predictions import UNFINISHED
 from cluster.privacy import redact_log, secrets_of
 from cluster.replica import LOGGING, listen_on_this_node_only
 from cluster.settings import DRAIN_SECONDS, ClusterSettings
-from local_cog.server import LOOPBACK, SECONDS_BETWEEN_CHECKS, SECONDS_FOR_HEALTH, CogServer, Verdict
+from cluster.tasks import spawn
+from cluster.watchdog import be_watched
+from local_cog.server import LOOPBACK, SECONDS_BETWEEN_CHECKS, SECONDS_FOR_HEALTH, CogServer, Verdict, hangs
 from service.faults import without_paths
 
 logger = logging.getLogger("ray.serve")
@@ -38,8 +42,18 @@ HEARD = ["start", "logs", "completed"]
 AUTHORITIES = Path("/etc/ssl/certs")
 AUTHORITIES_FILE = AUTHORITIES / "ca-certificates.crt"
 HEALTH_TIMEOUT = aiohttp.ClientTimeout(total=SECONDS_FOR_HEALTH)
+# For everything else that Cog is asked: a body of 100 MiB takes it seconds.
+TIMEOUT = aiohttp.ClientTimeout(total=60)
+# How long Cog may take until it can take the next prediction: a predictor that was told to stop may come to the end of
+# what it is doing.
+SECONDS_TO_SETTLE = 60
+# How often a worker looks whether there is still to come something of a prediction.
+SECONDS_BETWEEN_LOOKS = 1
 # How long Cog may be ready for the next prediction without having told the end of this one.
 SECONDS_FOR_END = 10
+# A worker that stands still is ended after so long. It also does while it has something to tell to a front that stands
+# still, and that front must be the first to end.
+SECONDS_STILL = 30
 # How many LoRAs a worker is taken to hold when requests are led to it.
 LORAS_HELD = 16
 
@@ -56,7 +70,12 @@ class CogWorker:
 
     async def __init__(self, project: str) -> None:
         listen_on_this_node_only()
-        ClusterSettings.from_environment()  # of this node: it may differ from the node where the cluster was started
+        # Of this node: it may differ from the node where the cluster was started.
+        self.settings = ClusterSettings.from_environment()
+        # When the prediction that is under way was begun, by the monotonic clock; and whether one hangs.
+        self.began: float | None = None
+        self.hung = False
+        spawn(be_watched("worker", SECONDS_STILL))
         self.server = CogServer(Path(project), environment=_authorities()).__enter__()
         self.verdict = Verdict(self.server)
         try:
@@ -68,7 +87,7 @@ class CogWorker:
 
     async def _listen(self) -> None:
         """Listen for Cog's webhooks, which tell how a prediction goes."""
-        self.client = aiohttp.ClientSession(f"http://{LOOPBACK}:{self.server.port}")
+        self.client = aiohttp.ClientSession(f"http://{LOOPBACK}:{self.server.port}", timeout=TIMEOUT)
         self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.run = ""
         self.one_at_a_time = asyncio.Lock()
@@ -109,6 +128,8 @@ class CogWorker:
         """
         # Serve frees the place of a cancelled call before the call has cleaned up: wait for that here.
         async with self.one_at_a_time:
+            if self.hung:
+                raise BackPressureError(1, 0)  # this worker is about to end: the front asks again, and does not count
             await asyncio.wait([self.settling])
             if loras:
                 (self.lora_hits if next(await self._hold(loras)) else self.lora_loads).inc()
@@ -116,6 +137,7 @@ class CogWorker:
             body = {"input": inputs, "webhook": f"{self.address}/{self.run}", "webhook_events_filter": HEARD}
             url = f"/predictions/{quote(prediction_id, safe='')}"
             ended = False
+            self.began = time.monotonic()
             try:
                 await self._hand_over(url, body)
                 while not ended:
@@ -126,8 +148,10 @@ class CogWorker:
                         await self._settle()
                     yield states
             finally:
-                # Free Cog's slot in the background: the caller already has its result.
-                self.settling = asyncio.create_task(self._settle(None if ended else url))
+                self.began = None
+                if not self.hung:
+                    # Free Cog's slot in the background: the caller already has its result.
+                    self.settling = asyncio.create_task(self._settle(None if ended else url))
 
     async def _hand_over(self, url: str, body: dict[str, Any]) -> None:
         """Have Cog begin a prediction.
@@ -154,12 +178,13 @@ class CogWorker:
         raise Failure(f"Cog refused the prediction with {status}: {said}", Again.NEVER if own else Again.UNDRAWN)
 
     async def _next_states(self) -> list[dict[str, Any]]:
-        """What Cog has said since the last time."""
+        """What Cog has said since the last time; a Failure where it does not tell the end, or there is none."""
         idle = 0
         while True:
             try:
-                states = [await asyncio.wait_for(self.events.get(), 1)]
+                states = [await asyncio.wait_for(self.events.get(), SECONDS_BETWEEN_LOOKS)]
             except TimeoutError:
+                self._end_if(self.hung or self._has_taken(self.settings.longest_seconds), hung=True)
                 self._end_if(self.server.process.poll() is not None)
                 idle = idle + 1 if await self._status() == "READY" else 0
                 if idle == SECONDS_FOR_END:
@@ -173,32 +198,51 @@ class CogWorker:
     async def _settle(self, cancelling: str | None = None) -> None:
         """Wait until Cog can take the next prediction: it tells the end of one before its slot is free.
 
-        The URL of a prediction to cancel may be given. If Cog never can, being defunct or busy with nothing, this
-        process ends.
+        The URL of a prediction to cancel may be given. If Cog never can, being defunct, busy with nothing or busy for
+        ever, this process ends.
         """
         if cancelling:
             await asyncio.sleep(CANCEL_SECONDS)
-        forgotten = 0
+        forgotten, give_up = 0, time.monotonic() + SECONDS_TO_SETTLE
         while (status := await self._status()) != "READY":
             if cancelling and status == "BUSY":
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError):  # its status will say so too
                     async with self.client.post(f"{cancelling}/cancel") as answered:
                         forgotten += answered.status == 404
-            self._end_if(status != "BUSY" or forgotten > 20)
+            self._end_if(status != "BUSY" or forgotten > 20 or time.monotonic() > give_up)
             await asyncio.sleep(CANCEL_SECONDS if cancelling else 0.005)
 
     async def _status(self) -> str:
-        """What Cog says that it is; DEFUNCT where it says nothing that can be read."""
+        """What Cog says that it is; DEFUNCT where that cannot be read."""
         try:
             return (await self.health())["status"]
-        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError):
+        except TimeoutError:
+            self._end_if(True, hung=True)
+        except (aiohttp.ClientError, ValueError, KeyError):
             return "DEFUNCT"
 
-    def _end_if(self, defunct: bool) -> None:
-        """End this process if Cog is defunct: it would refuse everything for ever, and Serve replaces the worker."""
-        if defunct:
-            logger.error("The Cog server cannot go on; its worker ends.")
-            os._exit(1)
+    def _has_taken(self, seconds: float) -> bool:
+        """Whether there is a prediction under way that has taken so long."""
+        return self.began is not None and time.monotonic() - self.began > seconds
+
+    def _end_if(self, defunct: bool, *, hung: bool = False) -> None:
+        """End this process if Cog is defunct: it would refuse everything for ever, and Serve replaces the worker.
+
+        Raises:
+            Failure: a prediction hangs, or hung until its predictor ended itself. The process goes on until the front
+                has heard of that, for an end alone says nothing of its reason.
+        """
+        if not defunct:
+            return
+        if not self.hung:
+            if self.began is None or not (hung or self._has_taken(self.settings.prediction_seconds)):
+                logger.error("The Cog server cannot go on; its worker ends.")
+                os._exit(1)
+            self.hung = True
+            logger.error("A prediction hangs; its worker ends.")
+            spawn(self.client.close())  # what waits for Cog waits no more
+            asyncio.get_running_loop().call_later(3 * SECONDS_BETWEEN_LOOKS, os._exit, 1)
+        raise Failure("The prediction was given up: it hung twice.", Again.HUNG)
 
     @serve.multiplexed(max_num_models_per_replica=LORAS_HELD)
     async def _hold(self, loras: str) -> Iterator[int]:
@@ -212,12 +256,14 @@ class CogWorker:
             aiohttp.ClientError: the connection broke; Serve replaces the worker if that happens again and again.
         """
         try:
-            reason = self.verdict.reason(await self.health())
+            health = await self.health()
         except TimeoutError:
-            reason = "The Cog server does not answer."
+            reason, hung = "The Cog server does not answer.", True
+        else:
+            reason, hung = self.verdict.reason(health), hangs(health)
         if reason:
             logger.error(reason)
-        self._end_if(bool(reason))
+        self._end_if(bool(reason), hung=hung)
 
     def stop(self) -> None:
         """End the Cog server."""

@@ -40,6 +40,8 @@ QUIET = "ignore:BasePredictor is deprecated:DeprecationWarning,ignore:Predictor.
 # How often `script/serve` asks for the server's health, and how long a server that works may take to tell it.
 SECONDS_BETWEEN_CHECKS = 5
 SECONDS_FOR_HEALTH = 10
+# How long a server may be silent while it starts: what it does then takes much of a machine.
+SECONDS_FOR_FIRST_HEALTH = 60
 # A server is given up that was busy at so many looks in a row while its predictor had nothing to do: in 50 seconds.
 LOOKS_AT_A_LOST_SLOT = 9
 # Longer than a cancelled prediction needs; a worker inside native code reacts to SIGKILL alone.
@@ -136,18 +138,26 @@ class CogServer:
         Raises:
             RuntimeError: a sentence with the reason why there will be no prediction.
         """
-        give_up = time.monotonic() + seconds
+        give_up, silent = time.monotonic() + seconds, 0
         while time.monotonic() < give_up:
             meanwhile()
             if self.process.poll() is not None:
                 raise RuntimeError(f"The server ended with code {self.process.returncode} before it was ready.")
-            with contextlib.suppress(OSError):
+            try:
                 health = self.health()
-                if health["status"] == "READY":
-                    return
-                if health["status"] != "STARTING":
-                    reason = re.sub(r"^.*[Ss]etup failed: (\w+Error: )?", "", health["setup"]["logs"], flags=re.DOTALL)
-                    raise RuntimeError(f"The predictor's setup failed: {reason}")
+            except TimeoutError:  # it is there, and stopped or hanging
+                silent += SECONDS_FOR_HEALTH
+                if silent >= SECONDS_FOR_FIRST_HEALTH:
+                    raise RuntimeError(f"The server has not answered for {silent} seconds.") from None
+                continue
+            except OSError:  # it is not there yet
+                health = {"status": "STARTING"}
+            silent = 0
+            if health["status"] == "READY":
+                return
+            if health["status"] != "STARTING":
+                reason = re.sub(r"^.*[Ss]etup failed: (\w+Error: )?", "", health["setup"]["logs"], flags=re.DOTALL)
+                raise RuntimeError(f"The predictor's setup failed: {reason}")
             time.sleep(0.1)
         raise RuntimeError(f"The server was not ready within {seconds:g} seconds.")
 
@@ -351,6 +361,11 @@ def serve(server: CogServer) -> int:
             pass
         time.sleep(SECONDS_BETWEEN_CHECKS)
     return code
+
+
+def hangs(health: Mapping[str, Any]) -> bool:
+    """Whether a predictor does not answer the server that asks for its health; it may have a prediction or none."""
+    return health.get("user_healthcheck_error") == "healthcheck timed out"
 
 
 def _reason(health: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from settings import MIB, Settings
+from settings import MIB, PICTURE_SECONDS, Settings
 from sources.client import Client, Patience, Source, Stream
 from sources.download import Download
 from sources.references import Data, Picture
@@ -19,8 +19,6 @@ from sources.work import run_stoppable
 
 # A photo of 100 megapixels, the largest that is read, takes some 200 MB as a PNG.
 MAX_BYTES = 256 * MIB
-# For all of a request's pictures. A few megabytes come within seconds; nobody waits for a picture as for a LoRA.
-SECONDS = 120
 # What hosts pack files with for the way. Whatever else some of them write there, the file comes as it is.
 PACKINGS = {"br", "compress", "deflate", "gzip", "x-compress", "x-gzip", "zstd"}
 
@@ -43,7 +41,7 @@ def fetch_pictures(
         ValueError: a sentence that names the input, its address, what the host answered and what to do.
         OSError: the disk is full, or fails.
     """
-    until = time.monotonic() + min(SECONDS, settings.prediction_seconds or math.inf)
+    until = time.monotonic() + min(PICTURE_SECONDS, settings.prediction_seconds or math.inf)
     for name, picture in sent.items():
         folder.mkdir(exist_ok=True)
         if isinstance(picture, Data):

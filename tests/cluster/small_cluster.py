@@ -5,9 +5,10 @@ from typing import Any
 
 TOKEN = "t0ken-of-the-tests"
 QUEUE, WORKERS = 60, 3
-# As much as a cluster needs of a predictor: it draws, fails, takes long, or takes its process with it.
+# As much as a cluster needs of a predictor: it draws, fails, takes long, takes its process with it, or hangs.
 PREDICTOR = """
 import os
+import signal
 import time
 
 from cog import BasePredictor, Input, Path
@@ -33,6 +34,11 @@ class Predictor(BasePredictor):
             raise ValueError("A mask needs an image.")
         if prompt == "crash":
             os._exit(3)
+        if prompt == "hang":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if prompt.startswith("sleep ") and not (slept := Path(prompt.removeprefix("sleep "))).exists():
+            slept.touch()
+            time.sleep(600)
         # Of a quick prediction only the first bar and the last, however slow the machine: logs are compared.
         for _ in tqdm(range(steps), mininterval=0.1 if prompt == "slow" else 60):
             time.sleep(0.5 if prompt == "slow" else 0.01)

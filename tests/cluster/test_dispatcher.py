@@ -5,7 +5,6 @@ import contextlib
 import http.client
 import json
 import os
-import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,8 @@ import pytest
 pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 
 from cluster.local import descendants
-from harness.cluster import ENDS, Cluster, Hooks, Server
+from harness.cluster import ENDS, Cluster, Hooks
+from tests.cluster.processes import runs, works
 from tests.cluster.small_cluster import QUEUE, WORKERS
 from tests.support.waiting import wait_until
 
@@ -97,27 +97,9 @@ def test_a_worker_that_is_killed_takes_its_cog_server_and_its_predictor_along(cl
     own = descendants(worker)
     os.kill(worker, signal.SIGKILL)
     give_up = time.monotonic() + 60
-    while left := [process for process in own if _runs(process)]:
+    while left := [process for process in own if runs(process)]:
         assert time.monotonic() < give_up, left
         time.sleep(0.1)
-
-
-def _runs(process: int) -> bool:
-    """Whether a process has not ended; one that nobody has waited for has."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def _works(process: int) -> bool:
-    """Whether a Cog server has done its setup."""
-    try:
-        port = re.search(r"\0PORT=(\d+)", Path(f"/proc/{process}/environ").read_text())[1]
-        health = json.loads(Server(int(port)).request("GET", "/health-check")[2])
-        return health["status"] in ("READY", "BUSY")
-    except (OSError, http.client.HTTPException, TypeError):  # it has ended, or begins
-        return False
 
 
 def test_a_predictor_that_always_crashes_is_given_up(cluster: Cluster) -> None:
@@ -149,7 +131,7 @@ def test_every_accepted_prediction_ends_once_whatever_is_killed(cluster: Cluster
 
         asked = [pool.submit(accepted, name) for name in names]
         # Those that crashed before are being replaced, and one that stands still while it starts is given ten minutes.
-        wait_until(lambda: sum(map(_works, cluster.processes("cog.server.http"))) == WORKERS, 120)
+        wait_until(lambda: sum(map(works, cluster.processes("cog.server.http"))) == WORKERS, 120)
         stopped = cluster.processes("cog.server.http")[0]
         os.kill(stopped, signal.SIGSTOP)
         for title in ("CogWorker", "cog.server.http", "Front", "raylet/raylet"):
@@ -159,7 +141,7 @@ def test_every_accepted_prediction_ends_once_whatever_is_killed(cluster: Cluster
             done.result()
         for name in names:
             hooks.until_ended(name, 120)
-        wait_until(lambda: not _runs(stopped), 120)  # its worker is asked every 5 seconds, and waits for 10
+        wait_until(lambda: not runs(stopped), 120)  # its worker is asked every 5 seconds, and waits for 10
         deliveries = {headers["webhook-id"]: body for headers, body in hooks.received if body["status"] in ENDS}
     ends = [body["id"] for body in deliveries.values()]
     assert sorted(ends) == sorted(names)  # each has one end, though its news may have come twice

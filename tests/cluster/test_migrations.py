@@ -20,7 +20,7 @@ from cluster.database import Unusable, open_engine
 from cluster.predictions import Base, Prediction, Predictions, now
 from tests.cluster.databases import older, rows, run
 
-NEWEST = "1.2"
+NEWEST = "1.3"
 REVISION = "SELECT version_num FROM alembic_version"
 # Every column that fronts had before there were revisions.
 BEFORE = (
