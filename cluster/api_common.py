@@ -13,12 +13,12 @@ import uuid
 from base64 import b32encode
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import Any
 
 import jsonschema_rs
 from sqlalchemy.exc import DataError, DBAPIError, StatementError
 from starlette.convertors import Convertor, register_url_convertor
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
@@ -31,6 +31,7 @@ from cluster.predictions import Prediction, QueueFull, now
 from cluster.privacy import SHOWN_CHARACTERS, show_input
 from cluster.unknown import notice
 from service import strict_json
+from service.guard import find_fault
 
 logger = logging.getLogger("ray.serve")
 
@@ -38,6 +39,10 @@ logger = logging.getLogger("ray.serve")
 MAX_VALUES = 10_000
 RETRY_AFTER_SECONDS = 5
 PROBLEM = {"content-type": "application/problem+json"}
+# Load balancers ask by whatever Host they like.
+PROBE = "/-/healthz"
+# Where a form is sent; all other bodies are JSON.
+UPLOADS = "/v1/files"
 # Open to whoever knows the address: probes, and files and streams, whose addresses nobody can guess.
 OPEN_PATHS = re.compile(r"/-/healthz|/health-check|/files/[^/]+/[^/]+|/v1/files/[^/]+/stream/[^/]+")
 
@@ -161,29 +166,44 @@ def _is_replicates(request: Request) -> bool:
 
 
 class Authorised:
-    """Lets requests through that have one of the tokens; where there are no tokens, those that come over loopback."""
+    """Lets requests through that have one of the tokens; where there are no tokens, those that come over loopback.
+
+    Loopback is no login: without tokens, what a foreign web page may have sent is refused.
+    """
 
     def __init__(self, app: ASGIApp, tokens: frozenset[str]) -> None:
         self.app, self.tokens = app, tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        if scope["type"] == "http" and not OPEN_PATHS.fullmatch(scope["path"]) and (refused := self._refuse(scope)):
-            await refused.response()(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
+        refused = self._refuse(Request(scope)) if scope["type"] == "http" else None
+        await (refused.response() if refused else self.app)(scope, receive, send)
 
-    def _refuse(self, scope: Scope) -> Refused | None:
+    def _refuse(self, request: Request) -> Refused | None:
+        server, path = request.scope.get("server"), request.scope["path"]
+        if not self.tokens and server and ipaddress.ip_address(server[0]).is_loopback:
+            return _refuse_foreign(request)
+        if OPEN_PATHS.fullmatch(path):
+            return None
         if not self.tokens:
-            if scope.get("server") and ipaddress.ip_address(scope["server"][0]).is_loopback:
-                return None
             return problem(401, "Unauthenticated", "This cluster has no tokens; API_TOKENS must be set to open it.")
-        kind, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+        kind, _, token = request.headers.get("authorization", "").partition(" ")
         # Headers are read as Latin-1, whatever they are.
         known = any(hmac.compare_digest(token.encode("latin-1"), os.fsencode(known)) for known in self.tokens)
         if known and kind.lower() in ("bearer", "token"):
             return None
         return problem(401, "Unauthenticated", "You did not pass a valid authentication token")
+
+
+def _refuse_foreign(request: Request) -> Refused | None:
+    """What is answered where a request may be a foreign page's, before its body is read."""
+    path = request.scope["path"]
+    fault = None if path == PROBE else find_fault(request.headers.items(), form=path == UPLOADS)
+    if fault is None:
+        return None
+    status, sentence = fault
+    detail = f"API_TOKENS is not set, and {sentence}"
+    return _refuse(request, status, HTTPStatus(status).phrase, detail, detail)
 
 
 class Turns:

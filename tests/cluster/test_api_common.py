@@ -6,19 +6,22 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
 pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 
+import httpx
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from cluster.api_common import InputSchema, Streamed, Turns, exception_handlers
+from cluster.api_common import Authorised, InputSchema, Streamed, Turns, exception_handlers
 from local_cog import schema
 from local_cog.server import LOOPBACK
 from settings import ROOT
@@ -148,3 +151,103 @@ def test_an_answer_that_cannot_be_made_to_its_end_is_cut_off(caplog: pytest.LogC
     assert [record.levelno for record in caplog.records if record.name == "ray.serve"] == [logging.WARNING]
     assert "s3cret" not in caplog.text
     assert "Traceback" not in caplog.text
+
+
+@contextmanager
+def guarded(*tokens: str) -> Iterator[int]:
+    """The port of a front's door, with these tokens; behind it each request is told how long its body is."""
+
+    async def told(request: Request) -> Response:
+        return PlainTextResponse(f"{len(await request.body())} bytes")
+
+    door = Middleware(Authorised, tokens=frozenset(tokens))
+    with served(Starlette(routes=[Route("/{path:path}", told, methods=["GET", "POST"])], middleware=[door])) as port:
+        yield port
+
+
+def ask(port: int, request: str, *headers: str, body: str = "") -> tuple[str, str, str]:
+    """Status, type and text of an answer."""
+    lines = [f"{request} HTTP/1.1", *headers, "Connection: close", "", body]
+    head, _, text = exchange(port, "\r\n".join(lines).encode()).decode().partition("\r\n\r\n")
+    (kind,) = (line.partition(": ")[2] for line in head.splitlines() if line.lower().startswith("content-type: "))
+    return head[9:12], kind, text
+
+
+OWN, FOREIGN, TEXT = "Host: localhost", "Origin: http://evil.example", "Content-Type: text/plain"
+# Of a body that never comes: who waits for it, does not answer.
+UNSENT = "Content-Length: 9"
+
+
+@pytest.mark.parametrize(
+    ("request_line", "headers", "status", "sentence"),
+    [
+        ("GET /v1/predictions", ["Host: evil.example"], 403, "Host is 'evil.example'; it must be localhost, [::1] or "),
+        ("GET http://localhost/v1/predictions", ["Host: evil.example"], 403, "Host is 'evil.example'; it must be "),
+        ("GET /health-check", ["Host: evil.example"], 403, "Host is 'evil.example'; it must be localhost, [::1] or "),
+        ("GET /files/a/b.png", ["Host: evil.example"], 403, "Host is 'evil.example'; it must be localhost, [::1] or "),
+        ("GET /v1/files/a/stream/b", ["Host: evil.example"], 403, "Host is 'evil.example'; it must be localhost, [::1"),
+        ("GET /", [OWN, OWN], 403, "Host is 'localhost,localhost'; it must be localhost, [::1] or 127.0.0.1, with or "),
+        ("POST /v1/files", [OWN, FOREIGN, UNSENT], 403, "Origin is 'http://evil.example'; it must be that of Host, "),
+        ("POST /predictions/a/cancel", [OWN, FOREIGN], 403, "Origin is 'http://evil.example'; it must be that of Host"),
+        (
+            "POST /v1/predictions",
+            [OWN, TEXT, UNSENT],
+            415,
+            "Content-Type is 'text/plain'; it must be application/json.",
+        ),
+        ("POST /predictions", [OWN, UNSENT], 415, "Content-Type is ''; it must be application/json."),
+        ("POST /v1/files/a", [OWN, TEXT, UNSENT], 415, "Content-Type is 'text/plain'; it must be application/json."),
+    ],
+)
+def test_without_tokens_a_foreign_page_is_refused_before_its_body_comes(
+    request_line: str, headers: list[str], status: int, sentence: str
+) -> None:
+    """In the form of the API that it asks."""
+    with guarded() as port:
+        code, kind, text = ask(port, request_line, *headers)
+    assert code == str(status)
+    if "/v1/" in request_line:
+        said = json.loads(text)
+        assert (kind, said["status"]) == ("application/problem+json", status)
+        assert said["title"] == {403: "Forbidden", 415: "Unsupported Media Type"}[status]
+        text = said["detail"]
+    else:
+        assert kind == "text/plain; charset=utf-8"
+    assert text.startswith(f"API_TOKENS is not set, and {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("request_line", "headers"),
+    [
+        ("GET /-/healthz", ["Host: evil.example", FOREIGN]),
+        ("GET /v1/predictions", [OWN]),
+        ("POST /predictions", ["Host: [::1]:8000", "Content-Type: application/json"]),
+        ("POST /v1/predictions", [OWN, "Origin: http://localhost", "Content-Type: application/json"]),
+        ("POST /v1/predictions/a/cancel", [OWN]),
+        ("POST /v1/files", [OWN, "Content-Type: multipart/form-data; boundary=a"]),
+    ],
+)
+def test_without_tokens_this_machines_clients_are_answered(request_line: str, headers: list[str]) -> None:
+    sent = ["Content-Length: 1"] if "Content-Type" in headers[-1] else []
+    with guarded() as port:
+        assert ask(port, request_line, *headers, *sent, body="a" * len(sent))[::2] == ("200", f"{len(sent)} bytes")
+
+
+def test_with_tokens_a_token_counts_and_nothing_else() -> None:
+    foreign = ["Host: evil.example", FOREIGN, TEXT, "Content-Length: 1"]
+    with guarded("t0ken") as port:
+        assert ask(port, "POST /v1/predictions", *foreign, "Authorization: Bearer t0ken", body="a")[0] == "200"
+        assert ask(port, "POST /v1/predictions", OWN, UNSENT)[0] == "401"
+        for path in ("/-/healthz", "/health-check", "/files/a/b.png", "/v1/files/a/stream/b"):
+            assert ask(port, f"GET {path}", "Host: evil.example")[0] == "200"
+
+
+def test_without_tokens_nothing_is_asked_over_a_network() -> None:
+    async def story() -> None:
+        network = httpx.ASGITransport(Authorised(PlainTextResponse("told"), frozenset()))
+        async with httpx.AsyncClient(transport=network, base_url="http://10.0.0.1") as client:
+            refused = await client.get("/v1/predictions", headers={"Host": "localhost"})
+            assert (refused.status_code, refused.json()["title"]) == (401, "Unauthenticated")
+            assert (await client.get("/health-check")).text == "told"
+
+    asyncio.run(story())
