@@ -268,12 +268,17 @@ def tunnel(handler: _Handler) -> None:
     """What a proxy answers to CONNECT: bytes go to and fro between the client and a host on loopback."""
     handler.send_response(200)
     handler.end_headers()
-    with socket.create_connection(("127.0.0.1", int(handler.path.rpartition(":")[2]))) as host:
-        there = threading.Thread(target=_pass_on, args=(handler.connection, host), daemon=True)
-        there.start()
-        _pass_on(host, handler.connection)
-        there.join()
+    relay(handler.connection, int(handler.path.rpartition(":")[2]))
     handler.close_connection = True
+
+
+def relay(client: socket.socket, port: int) -> None:
+    """Pass bytes to and fro between a client and a port of loopback, until one of them ends."""
+    with socket.create_connection(("127.0.0.1", port)) as host:
+        there = threading.Thread(target=_pass_on, args=(client, host), daemon=True)
+        there.start()
+        _pass_on(host, client)
+        there.join()
 
 
 def _pass_on(source: socket.socket, target: socket.socket) -> None:
