@@ -72,7 +72,8 @@ class Prediction(Base):
     version: Mapped[str] = mapped_column(default="")
     # The front's address as the client wrote it: where the URLs in its webhooks point.
     base_url: Mapped[str] = mapped_column(default="")
-    webhook: Mapped[str | None] = mapped_column(sa.Text, default=None)
+    # It may hold a token: forgotten when the prediction has ended and no webhook is due.
+    webhook: Mapped[str | None] = mapped_column(sa.Text, default=None, repr=False)
     webhook_events: Mapped[list[str]] = mapped_column(sa.JSON, default_factory=list)
     # The last webhook is still to be delivered.
     webhook_due: Mapped[bool] = mapped_column(default=False, index=True)
@@ -257,7 +258,8 @@ class Predictions:
     async def finish(self, prediction: Prediction, files: Collection[File], **changes: object) -> bool:
         """End a prediction of ours, and forget its secret input; False where somebody else has ended it or owns it.
 
-        The files of its output are stored already; `status` and `completed_at` are among the changes.
+        Its webhook is forgotten as well, unless the changes say that it is due. The files of its output are stored
+        already; `status` and `completed_at` are among the changes.
         """
         if await self._end(prediction, files, changes):
             return True
@@ -267,7 +269,8 @@ class Predictions:
 
     @_transaction
     def _end(self, session: Session, prediction: Prediction, files: Collection[File], changes: dict[str, Any]) -> bool:
-        if not _change_ours(session, prediction, {"request": None, **changes}):
+        forgotten = {"request": None} if changes.get("webhook_due") else {"request": None, "webhook": None}
+        if not _change_ours(session, prediction, forgotten | changes):
             return False
         if files:
             session.execute(sa.insert(File.__table__), [_row(file) for file in files])
@@ -281,8 +284,9 @@ class Predictions:
 
     @_transaction
     def delivered(self, session: Session, prediction: Prediction) -> None:
-        """The last webhook has arrived, or has been given up."""
-        session.execute(sa.update(Prediction).where(Prediction.id == prediction.id).values(webhook_due=False))
+        """The last webhook has arrived, or has been given up: forget where it went."""
+        ours = sa.update(Prediction).where(Prediction.id == prediction.id)
+        session.execute(ours.values(webhook_due=False, webhook=None))
 
     @_transaction
     def beat(self, session: Session, front: str) -> tuple[dict[str, int], list[str]]:

@@ -65,6 +65,34 @@ def test_a_prediction_ends_once_whoever_tries(database: Database, database_url: 
     asyncio.run(story())
 
 
+def test_where_webhooks_go_is_kept_until_the_last_is_delivered_and_no_longer(
+    database: Database, database_url: str
+) -> None:
+    def kept() -> dict[str, str | None]:
+        return dict(rows(database_url, "SELECT id, webhook FROM predictions"))
+
+    async def story() -> None:
+        url = "https://example.com/hook?token=s3cret"
+        async with database() as known:
+            await known.beat("front-2")
+            due, told = made("due", webhook=url), made("told", webhook=url)
+            for prediction in (due, told, made("runs", webhook=url)):
+                assert "s3cret" not in repr(prediction)
+                await known.create(prediction)
+            await known.record(due, status="processing")
+            assert kept() == {"due": url, "told": url, "runs": url}
+            await known.finish(due, [], status="succeeded", completed_at=now(), webhook_due=True)
+            await known.finish(told, [], status="failed", completed_at=now(), webhook_due=False)
+            assert kept() == {"due": url, "told": None, "runs": url}
+            adopted = {prediction.id: prediction for prediction in await known.adopt("front-2", ["front-1"], [], 20)}
+            assert {name: prediction.webhook for name, prediction in adopted.items()} == {"due": url, "runs": url}
+            await known.delivered(adopted["due"])
+            assert kept() == {"due": None, "told": None, "runs": url}
+            assert [prediction.id for prediction in await known.adopt("front-3", ["front-2"], [], 20)] == ["runs"]
+
+    asyncio.run(story())
+
+
 def test_what_belongs_to_no_living_front_is_adopted_once(database: Database) -> None:
     async def story() -> None:
         async with database() as known:
