@@ -104,12 +104,6 @@ class Settings:
                 )
             return int(gib * GIB)
 
-        def switch(name: str) -> bool | None:
-            value = text(name)
-            if value not in (None, "0", "1"):
-                raise ValueError(f"{name} is {value!r}; it must be 0 or 1.")
-            return None if value is None else value == "1"
-
         return cls(
             models=Models(
                 dev=text("FLUX_DEV", default.dev),
@@ -120,9 +114,9 @@ class Settings:
             cache_dir=Path(text("WEIGHTS_CACHE", "weights-cache")),
             cache_bytes=size("WEIGHTS_CACHE_GB", 50),
             lora_max_bytes=size("LORA_MAX_GB", 5),
-            compile=switch("FLUX_COMPILE"),
+            compile=switch("FLUX_COMPILE", environ),
             prediction_seconds=prediction_seconds(cuda=cuda, environ=environ),
-            allow_private_hosts=bool(switch("WEIGHTS_ALLOW_PRIVATE_HOSTS")),
+            allow_private_hosts=bool(switch("WEIGHTS_ALLOW_PRIVATE_HOSTS", environ)),
             proxies=_proxies(environ),
             hf_token=text("HF_TOKEN"),
             hf_endpoint=text("HF_ENDPOINT", cls.hf_endpoint).rstrip("/"),
@@ -189,6 +183,18 @@ def prediction_seconds(*, cuda: bool, environ: Mapping[str, str] = os.environ) -
             f"PREDICTION_SECONDS is {value!r}; it must be a number of seconds up to {MANY}, such as 600; 0 is no limit."
         )
     return seconds or None
+
+
+def switch(name: str, environ: Mapping[str, str]) -> bool | None:
+    """Whether a variable is 1; None where it is unset or empty.
+
+    Raises:
+        ValueError: a sentence, where it is neither 0 nor 1.
+    """
+    value = environ.get(name, "").strip()
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{name} is {value!r}; it must be 0 or 1.")
+    return value == "1" if value else None
 
 
 def number(text: str) -> float:

@@ -46,6 +46,8 @@ class CogApi:
     forms: Forms
     schema: InputSchema
     bodies: Bodies
+    # Whether webhooks may go to private and loopback addresses.
+    private_webhooks: bool
     # What `GET /health-check` says.
     health: Callable[[], Awaitable[dict[str, Any]]]
 
@@ -92,7 +94,7 @@ class CogApi:
         """The prediction that a request asks for, and whether it is a new one; its body is gone when this returns."""
 
         def parse(content: bytes) -> tuple[str | None, Prediction | Refused]:
-            body = _read(content, request.headers.get("content-type"), path_id)
+            body = _read(content, request.headers.get("content-type"), path_id, self.private_webhooks)
             return body.get("id"), self._prediction(body)
 
         async with self.bodies.read(request, parse) as (given_id, asked):
@@ -143,7 +145,7 @@ class CogApi:
         return Streamed(shown.pieces(), status, headers)
 
 
-def _read(content: bytes, kind: str | None, path_id: str | None) -> dict[str, Any]:
+def _read(content: bytes, kind: str | None, path_id: str | None, private_webhooks: bool) -> dict[str, Any]:
     """The body as coglet reads it, with the id that the path has; Refused where it is not as it must be."""
     if path_id is not None:
         _check_id(path_id)
@@ -164,7 +166,7 @@ def _read(content: bytes, kind: str | None, path_id: str | None) -> dict[str, An
         body["webhook_events_filter"] = _events(body["webhook_events_filter"])
     if body.get("webhook") is not None:
         try:
-            check_url(body["webhook"])
+            check_url(body["webhook"], allow_private=private_webhooks)
         except ValueError as error:
             raise _wrong("webhook", str(error)) from None
     if body.get("id") is not None:

@@ -97,7 +97,7 @@ class Front:
         """From the first beat to the last; predictions that cannot be finished are left to the others."""
         # First of all: a front that cannot listen must adopt nothing.
         with listen(*self.address, shared=True) as listening:
-            async with self.predictions, open_client() as client:
+            async with self.predictions, open_client(allow_private=self.settings.private_webhooks) as client:
                 server = await self._build(client)
                 asking, tidying = spawn(self._ask_health()), spawn(self._tidy())
                 watched = spawn(be_watched("front", SECONDS_STILL))
@@ -126,10 +126,20 @@ class Front:
         self.dispatcher = Dispatcher(self.id, means, self.queue)
         bodies = Bodies(self.settings.body_max_bytes, lambda: self.dispatcher.held)
         addresses = Addresses(self.settings.public_url, self.settings.trusted_proxies)
-        cog = CogApi(self.dispatcher, self.predictions, forms, self.schema, bodies, self._health)
+        private_webhooks = self.settings.private_webhooks
+        cog = CogApi(self.dispatcher, self.predictions, forms, self.schema, bodies, private_webhooks, self._health)
         streams = Streams(self.predictions)
         replicate = ReplicateApi(
-            self.dispatcher, self.predictions, self.files, forms, streams, self.schema, bodies, addresses, secret
+            self.dispatcher,
+            self.predictions,
+            self.files,
+            forms,
+            streams,
+            self.schema,
+            bodies,
+            private_webhooks,
+            addresses,
+            secret,
         )
         application = Starlette(
             routes=[Route("/-/healthz", self._probe), *cog.routes(), *replicate.routes()],

@@ -59,6 +59,8 @@ class ReplicateApi:
     streams: Streams
     schema: InputSchema
     bodies: Bodies
+    # Whether webhooks may go to private and loopback addresses.
+    private_webhooks: bool
     addresses: Addresses
     # Signs webhooks; clients ask for it.
     secret: str
@@ -118,7 +120,8 @@ class ReplicateApi:
             detail = "".join(f"- {item['field']}: {item['description']}\n" for item in fields)
             raise problem(422, "Input validation failed", detail, invalid_fields=fields)
         names = {"model": model, "version": number or self._number(), "base_url": base}
-        return new_prediction(self.dispatcher.front, inputs, "replicate", notice=notice, **names, **_webhook(body))
+        hook = _webhook(body, self.private_webhooks)
+        return new_prediction(self.dispatcher.front, inputs, "replicate", notice=notice, **names, **hook)
 
     def _base(self, request: Request) -> str:
         try:
@@ -308,14 +311,14 @@ def _resolve(asked: object) -> tuple[str, str | None]:
     return found["model"] or f"{OWNER}/{NAME}", found["of"] or found["id"]
 
 
-def _webhook(body: dict[str, Any]) -> dict[str, Any]:
+def _webhook(body: dict[str, Any], private: bool) -> dict[str, Any]:
     """Where the client wants to be told of which events."""
     webhook, events = body.get("webhook"), body.get("webhook_events_filter") or list(EVENTS)
     if webhook is None and body.get("webhook_completed"):
         webhook, events = body["webhook_completed"], ["completed"]
     if webhook is not None:
         try:
-            check_url(webhook)
+            check_url(webhook, allow_private=private)
         except ValueError as error:
             raise problem(422, "Bad webhook", str(error)) from None
     if not isinstance(events, list) or any(event not in EVENTS for event in events):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.addresses import Network, is_host
-from settings import MIB, PICTURE_SECONDS, ROOT, number, prediction_seconds
+from settings import MIB, PICTURE_SECONDS, ROOT, number, prediction_seconds, switch
 from sources.shown import redact
 
 # A replica that is to go finishes what is being drawn, for so long.
@@ -37,6 +37,9 @@ class ClusterSettings:
     # TRUSTED_PROXIES: addresses and networks, with commas between, whose X-Forwarded-Host and -Proto count; anybody can
     # send these headers, and the addresses that come of them are stored and shown to others.
     trusted_proxies: tuple[Network, ...]
+    # WEBHOOKS_ALLOW_PRIVATE_HOSTS=1: let webhooks go to private and loopback addresses (tests, intranets). Otherwise
+    # strangers could have the fronts, which stand inside the operator's network, send requests to what is in there.
+    private_webhooks: bool
     # PREDICTION_SECONDS: the predictors' own, 600 unless it is given; 0, no limit, is that of a worker that is to go.
     prediction_seconds: float
 
@@ -70,6 +73,7 @@ class ClusterSettings:
             body_max_bytes=_body_max_bytes(environ.get("BODY_MAX_MB", "").strip() or "100"),
             public_url=_public_url(environ.get("PUBLIC_URL", "").strip()),
             trusted_proxies=tuple(map(_network, proxies)),
+            private_webhooks=bool(switch("WEBHOOKS_ALLOW_PRIVATE_HOSTS", environ)),
             prediction_seconds=longest or DRAIN_SECONDS,
         )
 

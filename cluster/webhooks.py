@@ -1,30 +1,32 @@
 """Webhooks: a client is told how its prediction goes, in order and signed.
 
-This module knows how often and in which order; what a webhook says, it is given.
+This module knows where they may go, how often and in which order; what a webhook says, it is given.
 """
 
 import asyncio
 import base64
+import contextlib
 import hmac
 import ipaddress
 import logging
 import re
 import secrets
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
 import aiohttp
-from aiohttp.client_proto import ResponseHandler
+from aiohttp.connector import Connection
 from yarl import URL
 
 from cluster.failures import places
 from cluster.files import Inlined
 from cluster.predictions import Prediction
 from cluster.tasks import spawn
+from sources.connections import PrivateAddressError, is_public
 from sources.shown import redact
 
 logger = logging.getLogger("ray.serve")
@@ -38,34 +40,59 @@ TIMEOUT = aiohttp.ClientTimeout(total=30)
 URL_CHARACTERS = 2048
 # Of an answer only the status matters; what a receiver sends beyond this is not heard.
 ANSWER_BYTES = 16 * 1024
+PRIVATE = "this server connects to public addresses alone, unless whoever runs it sets WEBHOOKS_ALLOW_PRIVATE_HOSTS=1"
 
 
-class _Answer(ResponseHandler):
-    """aiohttp's, with a bound: it reads interim answers (100 Continue) without end, and nothing else meanwhile."""
+class _Bounded:
+    """A connection's protocol, as its transport sees it while one answer comes: it ends the connection at a bound."""
 
-    heard = 0
+    def __init__(self, connection: Connection) -> None:
+        self._protocol, self._transport, self._room = connection.protocol, connection.transport, ANSWER_BYTES
 
-    def set_response_params(self, **params: Any) -> None:  # noqa: ANN401 (aiohttp's)
-        """Another request is sent."""
-        self.heard = 0
-        super().set_response_params(**params)
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (whatever else a transport calls)
+        return getattr(self._protocol, name)
 
     def data_received(self, data: bytes) -> None:
-        """Some of the answer has come."""
-        room = ANSWER_BYTES - self.heard
-        self.heard += len(data)
-        if room > 0:
-            super().data_received(data[:room])
-        if len(data) > room and self.transport is not None:
-            self.transport.abort()
+        """Pass on some of the answer."""
+        if self._room > 0:
+            self._protocol.data_received(data[: self._room])
+        self._room -= len(data)
+        if self._room < 0:
+            self._transport.abort()
 
 
-def open_client() -> aiohttp.ClientSession:
-    """A client that sends webhooks: all at once, since receivers that never answer must not keep others waiting."""
-    connector = aiohttp.TCPConnector(limit=0)
-    connector._factory = partial(_Answer, loop=asyncio.get_running_loop())
+class _Answer(aiohttp.ClientResponse):
+    """aiohttp's, with a bound: it reads interim answers (100 Continue) without end, and nothing else meanwhile."""
+
+    async def start(self, connection: Connection) -> aiohttp.ClientResponse:
+        """Read the answer's status and headers."""
+        if connection.transport is not None:
+            connection.transport.set_protocol(_Bounded(connection))
+        return await super().start(connection)
+
+
+def open_client(*, allow_private: bool) -> aiohttp.ClientSession:
+    """A client that sends webhooks: all at once, since receivers that never answer must not keep others waiting.
+
+    Args:
+        allow_private: whether it may connect to private and loopback addresses.
+    """
+    connector = aiohttp.TCPConnector(limit=0, socket_factory=None if allow_private else _public_socket)
     # No cookies: one receiver's would go to others.
-    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), response_class=_Answer)
+
+
+def _public_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """A socket for one of getaddrinfo's entries; PrivateAddressError where its address is not public.
+
+    aiohttp calls this before each connection, with the very address that it then connects to: what a name leads to is
+    checked after it was looked up, and cannot change in between.
+    """
+    family, kind, protocol, _, (host, *_) = address
+    if not is_public(ipaddress.ip_address(host)):
+        # In the same words for each: where those of several addresses differ, aiohttp raises an OSError of its own.
+        raise PrivateAddressError("the address is not public")
+    return socket.socket(family, kind, protocol)
 
 
 @dataclass(frozen=True)
@@ -123,6 +150,8 @@ class Webhooks:
 
     async def _post(self, prediction: Prediction, name: str, body: Inlined | None) -> bool:
         """One attempt; False where another may succeed."""
+        if not prediction.webhook:  # given up meanwhile
+            return True
         if body is None:
             return False
         delivery = f"{prediction.id}-{name}"
@@ -139,6 +168,11 @@ class Webhooks:
         except (ValueError, TypeError, AssertionError, aiohttp.NonHttpUrlClientError) as error:
             logger.warning("A webhook of prediction %.130r cannot be sent: %s", prediction.id, places(error))
             return True
+        except aiohttp.ClientConnectorError as error:
+            if isinstance(error.os_error, PrivateAddressError):
+                logger.warning("The webhooks of prediction %.130r are given up: %s", prediction.id, PRIVATE)
+                prediction.webhook = None  # the next ones would come to the same
+            return not prediction.webhook
         except (aiohttp.ClientError, TimeoutError):
             return False
         except Exception as error:
@@ -146,8 +180,12 @@ class Webhooks:
             return False
 
 
-def check_url(text: object) -> None:
+def check_url(text: object, *, allow_private: bool) -> None:
     """Refuse what the client library could not send to, for whatever reason but the network's.
+
+    Args:
+        text: what a client gave as its webhook.
+        allow_private: whether the host may be private by its very name; what other names lead to, `open_client` checks.
 
     Raises:
         ValueError: a sentence without user, password and query.
@@ -180,6 +218,16 @@ def check_url(text: object) -> None:
         raise ValueError(f"{wrong} whose user and password are in Latin-1.") from None
     if ":" in (url.user or ""):
         raise ValueError(f"{wrong} whose user has no colon.")
+    if not allow_private and _is_private(url.raw_host):
+        raise ValueError(f"{wrong} whose host is public: {PRIVATE}.")
+
+
+def _is_private(host: str) -> bool:
+    """Whether a host is known not to be public without being looked up: by its address, however it is written."""
+    name = host.rstrip(".")
+    with contextlib.suppress(ValueError, OSError):  # it is no address
+        return not is_public(ipaddress.ip_address(name if ":" in name else socket.inet_aton(name)))
+    return name == "localhost" or name.endswith(".localhost")
 
 
 async def signed(secret: str, delivery: str, body: AsyncIterator[bytes]) -> dict[str, str]:

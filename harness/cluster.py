@@ -65,7 +65,7 @@ class Cluster(Server):
 
     Args:
         options: of the command line, without the port.
-        environment: variables added to those of this process.
+        environment: variables added to those of this process; webhooks may go to this machine, where `Hooks` listens.
         token: sent with every request.
         log: where it writes.
     """
@@ -75,7 +75,8 @@ class Cluster(Server):
     ) -> None:
         super().__init__(port or free_port(), {"Authorization": f"Bearer {token}"} if token else None)
         self.command = [sys.executable, "-P", "-m", "cluster.local", "--port", str(self.port), *options]
-        self.environment, self.log = {**os.environ, "PYTHONPATH": str(ROOT), **environment}, log
+        always = {"PYTHONPATH": str(ROOT), "WEBHOOKS_ALLOW_PRIVATE_HOSTS": "1"}
+        self.environment, self.log = {**os.environ, **always, **environment}, log
 
     def __enter__(self) -> Self:
         """Start it, and wait until it answers."""

@@ -44,7 +44,7 @@ from cluster.front import Front
 from cluster.metrics import Metrics
 from cluster.predictions import Prediction, Predictions, now
 from cluster.run import MAX_ADOPTIONS, Means
-from cluster.webhooks import Webhooks
+from cluster.webhooks import Webhooks, open_client
 from cluster.worker import CogWorker
 from harness.cluster import Hooks
 from harness.postgres import Postgres, find_programs
@@ -114,7 +114,7 @@ class Response:
 
 @asynccontextmanager
 async def front(url: str, files: Path, workers: Workers) -> AsyncIterator[Dispatcher]:
-    async with Predictions(url) as known, aiohttp.ClientSession() as client:
+    async with Predictions(url) as known, open_client(allow_private=True) as client:
         store = Files(str(files))
         told = Webhooks(client, "secret", Forms(store, "secret").show)
         yield Dispatcher("front", Means(workers, known, store, told, Metrics(), "none"), 1000)
