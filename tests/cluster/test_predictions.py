@@ -221,6 +221,17 @@ def test_what_a_front_has_left_goes_to_one_of_the_others(database: Database) -> 
     asyncio.run(story())
 
 
+def test_a_deadline_reaches_the_owner(database: Database) -> None:
+    async def story() -> None:
+        async with database() as known:
+            for name, seconds in (("past", -1), ("future", 600)):
+                await known.create(made(name, cancel_at=now(timedelta(seconds=seconds))))
+            assert (await known.beat("front-1"))[1] == ["past"]
+            assert (await known.beat("front-2"))[1] == []
+
+    asyncio.run(story())
+
+
 def test_a_cancellation_reaches_the_owner(database: Database) -> None:
     async def story() -> None:
         async with database() as known:

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,33 @@ def test_cancelling_is_seen_by_every_front(client: replicate.Client) -> None:
     prediction.wait()
     assert prediction.status == "canceled"
     assert client.predictions.get(prediction.id).output is None
+
+
+def test_a_prediction_is_cancelled_after_the_time_that_its_client_gives_it(
+    client: replicate.Client, cluster: Cluster
+) -> None:
+    body = {"version": MODEL, "input": {"prompt": "slow", "steps": 50}}  # takes 25 seconds
+    asked = [cluster.request("POST", "/v1/predictions", body, {"Cancel-After": after}) for after in ("5", "1h5s")]
+    cut, uncut = (client.predictions.get(json.loads(text)["id"]) for _, _, text in asked)
+    cut.wait()
+    assert cut.status == "canceled"
+    ended, created = (datetime.fromisoformat(time) for time in (cut.completed_at, cut.created_at))
+    assert ended - created >= timedelta(seconds=5)
+    uncut.reload()
+    assert uncut.status in ("starting", "processing", "succeeded")
+    uncut.cancel()
+
+
+@pytest.mark.parametrize("after", ["", "4s", "24h1s", "-5s", "1.5m", "5 m", "1s5m", "m", "soon", "9" * 30 + "s", "٣٠"])
+def test_a_time_that_is_none_is_refused(cluster: Cluster, after: str) -> None:
+    body = {"version": MODEL, "input": {"prompt": "a"}}
+    status, _, text = cluster.request(
+        "POST", "/v1/predictions", body, {"Cancel-After": after.encode().decode("latin-1")}
+    )
+    detail = json.loads(text)["detail"]
+    assert status == 422
+    assert detail.startswith("Cancel-After is ")
+    assert detail.endswith("; it must be a time from 5 seconds to 24 hours, such as 30s or 1h30m.")
 
 
 def test_waiting_ends_in_time(client: replicate.Client, cluster: Cluster) -> None:
