@@ -34,6 +34,9 @@ class Predictor(BasePredictor):
             raise ValueError("A mask needs an image.")
         if prompt == "crash":
             os._exit(3)
+        if prompt == "stall":  # longer than a predictor lets its device, which then ends itself
+            time.sleep(2)
+            os._exit(3)
         if prompt == "hang":
             os.kill(os.getpid(), signal.SIGSTOP)
         if prompt.startswith("sleep ") and not (slept := Path(prompt.removeprefix("sleep "))).exists():
