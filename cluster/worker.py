@@ -29,6 +29,7 @@ from cluster.replica import LOGGING, listen_on_this_node_only
 from cluster.settings import DRAIN_SECONDS, ClusterSettings
 from cluster.tasks import spawn
 from cluster.watchdog import be_watched
+from cluster.withheld import withheld
 from local_cog.server import LOOPBACK, SECONDS_BETWEEN_CHECKS, SECONDS_FOR_HEALTH, CogServer, Verdict, hangs
 from service.faults import without_paths
 
@@ -76,7 +77,8 @@ class CogWorker:
         self.began: float | None = None
         self.hung = False
         spawn(be_watched("worker", SECONDS_STILL))
-        self.server = CogServer(Path(project), environment=_authorities()).__enter__()
+        without = dict.fromkeys(withheld(os.environ))
+        self.server = CogServer(Path(project), environment={**_authorities(), **without}).__enter__()
         self.verdict = Verdict(self.server)
         try:
             await asyncio.to_thread(self.server.wait_until_ready)

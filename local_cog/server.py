@@ -60,7 +60,7 @@ class CogServer:
 
     Args:
         project: the directory that holds `predict.py`.
-        environment: variables added to those of this process.
+        environment: variables added to those of this process; None leaves one out.
         log: the file that gets what the server and the predictor print; None prints it here.
         host: the IP address to bind.
         port: the port to bind; None takes a free one.
@@ -70,18 +70,19 @@ class CogServer:
         self,
         project: Path = ROOT,
         *,
-        environment: Mapping[str, str] | None = None,
+        environment: Mapping[str, str | None] | None = None,
         log: Path | None = None,
         host: str = LOOPBACK,
         port: int | None = None,
     ) -> None:
         self.project, self.log, self.host = project, log, host
         self.port = port or free_port()
+        given = {**os.environ, **(environment or {})}
+        given = {name: value for name, value in given.items() if value is not None}
         self.environment = {
             "PYTHONWARNINGS": QUIET,
-            **os.environ,
-            **(environment or {}),
-            **past_proxies({**os.environ, **(environment or {})}),
+            **given,
+            **past_proxies(given),
             # Cog starts its worker by the bare name `python`.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",

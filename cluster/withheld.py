@@ -1,0 +1,35 @@
+"""Which variables the cluster keeps from the predictor's process: its own secrets, and the ways to them.
+
+The predictor parses files that strangers send, and needs none of these; all other variables pass to it.
+This module knows names alone.
+"""
+
+from collections.abc import Iterable
+
+# By what a name begins with: what reads it, and what it gives.
+WITHHELD = {
+    "API_TOKENS": "the fronts: who may ask",
+    "DATABASE_URL": "the fronts: the database, with its password",
+    "FILES_URL": "the fronts: everybody's files, some with a key",
+    "PGPASS": "PostgreSQL's client: PGPASSWORD, and PGPASSFILE, which has some",
+    "PGSERVICE": "PostgreSQL's client: a service, and PGSERVICEFILE, which may have a password",
+    "PGSSLKEY": "PostgreSQL's client: its private key",
+    "RAY_AUTH_TOKEN": "Ray: who may run code in the cluster; RAY_AUTH_TOKEN_PATH is where that lies",
+    "RAY_REDIS_": "Ray's head: Redis's address, password and keys",
+    "RAY_TLS_": "Ray: certificates and keys",
+    "RAY_RUNTIME_ENV_BEARER_TOKEN": "Ray: what it downloads with",
+    "REDIS_PASSWORD": "the deployment: the same as RAY_REDIS_PASSWORD",
+    "REDIS_URL": "the deployment: the same, within an address",
+    "REDIS_CLIENT_KEY": "Ray's head: another name of RAY_REDIS_CLIENT_KEY",
+    "AWS_": "s3fs: credentials, and where they lie",
+    "BOTO_CONFIG": "s3fs: a file with them",
+    "GOOGLE_APPLICATION_CREDENTIALS": "gcsfs: a file with them",
+    "CLOUDSDK_": "gcsfs: an account's credentials, and where they lie",
+    "AZURE_": "adlfs: credentials, and where they lie",
+    "FSSPEC_": "fsspec: options of any file system, credentials among them",
+}
+
+
+def withheld(names: Iterable[str]) -> list[str]:
+    """Those of a process's variables that the predictor is not to get."""
+    return [name for name in names if name.startswith(tuple(WITHHELD))]
