@@ -28,7 +28,7 @@ from cluster.bodies import Unread
 from cluster.database import describe
 from cluster.failures import Failure, places
 from cluster.predictions import Prediction, QueueFull, now
-from cluster.privacy import SHOWN_CHARACTERS, show_input
+from cluster.privacy import SHOWN_CHARACTERS, redact_log, secrets_of, show_input
 from cluster.unknown import notice
 from service import strict_json
 from service.guard import find_fault
@@ -255,6 +255,7 @@ class InputSchema:
             return []
         # A message tells the value: of a long one, what may be shown. It may have been wrong for its length alone.
         errors = list(self.validator.iter_errors(_cut(value))) or [*self.validator.iter_errors(value)]
+        secrets = secrets_of(value)
         problems: list[dict[str, Any]] = []
         absent = [name for name in self.required if isinstance(value, dict) and name not in value]
         for error in errors:
@@ -263,7 +264,7 @@ class InputSchema:
                     problems.append(_problem(absent.pop(0), "Field required", "value_error.missing"))
                 continue
             place = "/".join(map(str, error.instance_path)) or "__root__"
-            problems.append(_problem(place, error.message, "value_error"))
+            problems.append(_problem(place, redact_log(error.message[: 2 * SHOWN_CHARACTERS], secrets), "value_error"))
         return problems
 
 

@@ -1,20 +1,16 @@
 """What may be shown, logged and kept of an input: everything but tokens and URLs' secrets, known by their looks."""
 
-import hashlib
 import re
 import string
 from collections.abc import Collection, Iterator
 from itertools import islice
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, unquote
 
-from sources.shown import redact, redact_text
+from sources.shown import hidden, is_reference, redact, redact_text
 
-# Tokens of Hugging Face, Replicate, GitHub, OpenAI, CivitAI and others.
-_TOKEN = re.compile(r"\b(hf|r8|ghp|gho|sk|pk|api|civitai)[_-][A-Za-z0-9_-]{16,}")
-# A value that is an address as a whole: spaces in it are part of it.
-_ADDRESS = re.compile(r"\s*(?:(?:[a-z][a-z0-9+.-]{0,20}:)?[/\\]{2,}|https?:)(?=\S)([^/\\?#]*)", re.IGNORECASE)
-_DATA = re.compile(r"data:[\w.+/-]*[;,]", re.IGNORECASE)
+# The inputs of some predictors that are nothing but a secret; what such a parameter of a query says is one too.
+_SECRET = re.compile(r".*(token|secret|passw(or)?d|key|signature|sig|credential|auth)", re.IGNORECASE | re.DOTALL)
 # How many characters are shown of a string: a page lists a hundred predictions, and a prompt may have 100 MB.
 SHOWN_CHARACTERS = 10_000
 LOG_CHARACTERS = 200_000
@@ -29,32 +25,46 @@ def show_input(value: Any) -> Any:  # noqa: ANN401 (JSON)
     Of a long string its beginning is shown, and how many characters it has. Takes time in proportion to the input.
     """
     if isinstance(value, dict):
-        return {key: show_input(item) for key, item in value.items()}
+        return {_show(key): "***" if _holds_secret(key, item) else show_input(item) for key, item in value.items()}
     if isinstance(value, list):
         return [show_input(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if _DATA.match(value):
-        head = value[:80].partition(",")[0]
-        return f"{head},sha256-{hashlib.sha256(value.encode()).hexdigest()[:16]}"
-    # Up to the end of a word: half of a URL or of a token would not look like one.
-    cut = value if len(value) <= SHOWN_CHARACTERS else value[: _last_space(value[:SHOWN_CHARACTERS])]
-    shown = _TOKEN.sub("***", redact(cut) if _ADDRESS.match(cut) else redact_text(cut))
-    return shown if cut is value else f"{shown}… ({len(value)} characters)"
+    return _show(value) if isinstance(value, str) else value
+
+
+def _show(text: str) -> str:
+    if len(text) <= SHOWN_CHARACTERS:
+        return redact(text) if is_reference(text) else redact_text(text)
+    if re.match(r"\s*data:", text, re.IGNORECASE) and is_reference(text):
+        return redact(text)
+    # Up to the end of a word: half of a URL or of a token would not look like one. A login may end in what is left out.
+    cut = text[: _last_space(text[:SHOWN_CHARACTERS])]
+    shown = redact(f"{cut}@") if is_reference(cut) else redact_text(cut)
+    return f"{shown}… ({len(text)} characters)"
+
+
+def _holds_secret(name: str, value: Any) -> bool:  # noqa: ANN401 (JSON)
+    return isinstance(value, str) and value != "" and _SECRET.fullmatch(name) is not None
 
 
 def secrets_of(inputs: Any) -> Collection[str]:  # noqa: ANN401 (JSON)
-    """The users, passwords and queries of the addresses among the inputs: an error may tell them without the rest."""
+    """The logins and queries of the addresses among the inputs, longest first: an error may tell them alone."""
     found = set()
     for text in islice(_strings(inputs), _ADDRESSES):
-        address = _ADDRESS.match(text)
-        if len(text) > _ADDRESS_CHARACTERS or not (address or re.fullmatch(r"\S*", text)):
-            continue
-        query = text.partition("#")[0].partition("?")[2]
-        user = address[1].rpartition("@")[0] if address else ""
-        found |= {query and f"?{query}", user and f"{user}@"} - {""}
-    # As they are, and as libraries for HTTP write them.
-    return found | {quote(secret, safe=string.punctuation) for secret in found}
+        if len(text) <= _ADDRESS_CHARACTERS and is_reference(text):
+            for part in hidden(text):
+                found |= {part, *_secrets_within(part)}
+    # As they are, as libraries for HTTP write them, and as they read them.
+    found |= {quote(secret, safe=string.punctuation) for secret in found} | {unquote(secret) for secret in found}
+    return sorted((secret for secret in found if len(secret) > 1), key=len, reverse=True)
+
+
+def _secrets_within(part: str) -> Iterator[str]:
+    """A password, and what a query calls a secret, by themselves, unless they are so short that any word has them."""
+    if part.endswith("@"):
+        values = part[:-1].split(":", 1)
+    else:
+        values = [value for name, value in parse_qsl(part[1:]) if _SECRET.fullmatch(name)]
+    yield from (value for value in values if len(value) >= 6)
 
 
 def redact_log(text: str, secrets: Collection[str]) -> str:
@@ -64,7 +74,7 @@ def redact_log(text: str, secrets: Collection[str]) -> str:
         text = f"({len(text) - len(end)} characters are left out.)\n{end}"
     for secret in secrets:
         text = text.replace(secret, "")
-    return _TOKEN.sub("***", redact_text(text))
+    return redact_text(text)
 
 
 def _last_space(text: str) -> int:

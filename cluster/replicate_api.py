@@ -31,7 +31,7 @@ from cluster.streams import Streams
 from cluster.webhooks import EVENTS, check_url
 from local_cog.data_uri import OCTETS
 from local_cog.server import MAX_FILE_BYTES
-from sources.shown import printable
+from service.lines import printable
 
 # The name of what runs here, where the client gave none.
 OWNER, NAME = "flux-sprites", "flux-sprites"

@@ -5,6 +5,8 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
+from cluster.failures import places
+
 logger = logging.getLogger("ray.serve")
 # asyncio itself holds its tasks weakly: one that nobody else holds may vanish before it has ended.
 _running: set[asyncio.Task[None]] = set()
@@ -21,4 +23,4 @@ def spawn(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
 def _forget(task: asyncio.Task[None]) -> None:
     _running.discard(task)
     if not task.cancelled() and task.exception():
-        logger.error("A task of the front failed.", exc_info=task.exception())
+        logger.error("A task of the front failed: %s", places(task.exception()))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from service.device_thread import check_cancelled
+from service.lines import printable
 
 # The largest LoRA files have some 10,000 tensors, and names of 120 characters with a dozen dots.
 MAX_TENSORS = 50_000
@@ -481,5 +482,5 @@ def claim(layer: Layer, claimed: dict[str, Layer]) -> None:
 
 def short(name: str) -> str:
     """A name as errors show it: at most 120 characters, in one line."""
-    name = "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
+    name = printable(name)
     return name if len(name) <= 120 else f"{name[:117]}..."

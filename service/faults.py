@@ -8,6 +8,8 @@ import re
 import traceback
 from pathlib import Path
 
+from service.lines import printable
+
 # To a writer, a quota and a limit on file sizes mean the same as a full disk.
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # torch and Pillow raise no type of their own when the host's memory is full, and torch's for a full GPU is a
@@ -46,7 +48,7 @@ def places(error: Exception) -> str:
 
 def message(error: Exception) -> str:
     """The error's type and its own words, without the paths of the machine."""
-    return f"{type(error).__name__}: {without_paths(str(error))}"
+    return f"{type(error).__name__}: {printable(without_paths(str(error)))}"
 
 
 def without_paths(text: str) -> str:

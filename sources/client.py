@@ -19,7 +19,7 @@ import urllib3
 
 from settings import MIB, names_host
 from sources.connections import Connections, PrivateAddressError, StoppedError, basic_login
-from sources.shown import redact
+from sources.shown import host_of, redact
 
 T = TypeVar("T")
 # Read at once. Larger ones are mapped and unmapped each time, which costs more than the calls that they save.
@@ -152,7 +152,7 @@ class Client:
         stream = Stream(self, source, url, response)
         if stream.is_part and "Range" not in (headers or {}):
             stream.close()
-            answered = f"{urlsplit(url).hostname} answered {_said(stream.status)}"
+            answered = f"{host_of(url)} answered {_said(stream.status)}"
             raise ValueError(f"{source.name} cannot be fetched: {answered}, though all of it was asked for.")
         return stream
 
@@ -199,7 +199,7 @@ class Client:
             ValueError: it refuses, or answers something else.
         """
         answer = self.read(source, MAX_JSON_BYTES + 1, hasty)
-        host = urlsplit(source.url).hostname
+        host = host_of(source.url)
         if len(answer) > MAX_JSON_BYTES:
             raise UnavailableError(
                 f"{source.name} cannot be looked up: {host} answered with more than {MAX_JSON_BYTES // MIB} MiB."
@@ -236,7 +236,7 @@ def _follow(source: Source, url: str, location: str) -> str:
 
 def _broken(source: Source, url: str, error: Exception, way: str) -> ValueError:
     """A sentence about a connection that failed; `way` says where it led through."""
-    host = urlsplit(url).hostname
+    host = host_of(url)
     if isinstance(error, urllib3.exceptions.ProtocolError) and isinstance(error.args[-1], Exception):
         error = error.args[-1]
     if isinstance(error, urllib3.exceptions.ProxyError):
@@ -282,7 +282,7 @@ def _said(status: int) -> str:
 
 def _refusal(source: Source, url: str, response: urllib3.BaseHTTPResponse, way: str) -> ValueError:
     """A sentence about an answer that is none."""
-    status, host = response.status, urlsplit(url).hostname
+    status, host = response.status, host_of(url)
     if way and status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
         return _refused_by_proxy(source, host, status)
     if source.explain is not None and _origin(url) == _origin(source.url):
@@ -386,7 +386,7 @@ class Stream(contextlib.AbstractContextManager):
         if elapsed > self.client.patience.stall:
             if self._counted < SLOWEST * elapsed:
                 raise UnavailableError(
-                    f"{self.source.name} cannot be fetched: {urlsplit(self.url).hostname} sends less than "
+                    f"{self.source.name} cannot be fetched: {host_of(self.url)} sends less than "
                     f"{SLOWEST} bytes a second."
                 )
             self._since, self._counted = time.monotonic(), 0

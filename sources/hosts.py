@@ -15,11 +15,12 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from service.lines import printable
 from settings import Settings
 from sources import configs
 from sources.client import Client, Source, UnavailableError
 from sources.references import COMMIT, Civitai, HuggingFace, Replicate, Url
-from sources.shown import brief, printable
+from sources.shown import brief, hide_tokens, host_of
 
 MAX_WORDS = 32
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -67,7 +68,7 @@ def _resolve_hugging_face(reference: HuggingFace, settings: Settings, client: Cl
     path = reference.file if reference.file is not None else _choose_in_repo(reference, repo, settings, client)
     if path not in repo.files:
         raise ValueError(f"{reference.name} does not exist; the repo has {_some(_weights_in(repo, ''))}.")
-    print(f"{reference.name}: {printable(path)} of commit {repo.commit[:8]}.")
+    print(f"{reference.name}: {printable(hide_tokens(path))} of commit {repo.commit[:8]}.")
     source, beside = repo.files[path], configs.beside(path, repo.files)
     if beside is None:
         return source
@@ -92,7 +93,7 @@ def list_repo(reference: HuggingFace, settings: Settings, client: Client, hasty:
         UnavailableError: the host is down.
         ValueError: a sentence about why it cannot be had: missing, private, gated.
     """
-    name, host = reference.name, urlsplit(settings.hf_endpoint).hostname
+    name, host = reference.name, host_of(settings.hf_endpoint)
     try:
         validate_repo_id(reference.repo)
     except HFValidationError:
@@ -117,7 +118,7 @@ def _read_repo(answer: dict[str, Any], reference: HuggingFace, settings: Setting
         sha256 = (file.get("lfs") or {}).get("sha256")
         sha256 = sha256 if sha256 and SHA256.fullmatch(sha256) else None
         return Source(
-            printable(f"huggingface.co/{repo}/resolve/{reference.revision}/{path}"),
+            printable(hide_tokens(f"huggingface.co/{repo}/resolve/{reference.revision}/{path}")),
             f"{settings.hf_endpoint}/{repo}/resolve/{commit}/{quote(path, errors='replace')}",
             token=settings.hf_token,
             key=f"{repo}/{path} {sha256 or file.get('blobId') or commit}",
@@ -155,7 +156,7 @@ def _needs_token(settings: Settings) -> str:
 def _explain_hugging_face(
     reference: HuggingFace, settings: Settings, status: int, headers: Mapping[str, str]
 ) -> ValueError:
-    name, host, code = reference.name, urlsplit(settings.hf_endpoint).hostname, headers.get("X-Error-Code")
+    name, host, code = reference.name, host_of(settings.hf_endpoint), headers.get("X-Error-Code")
     if code == "GatedRepo":
         return ValueError(f"{name} is {_gate(reference.repo, settings)}.")
     if code == "RevisionNotFound":
@@ -246,7 +247,7 @@ def _resolve_civitai(reference: Civitai, settings: Settings, client: Client, has
             web_page=refused,
         )
     except (KeyError, TypeError, AttributeError):
-        host = urlsplit(endpoint).hostname
+        host = host_of(endpoint)
         raise UnavailableError(
             f"{reference.name} cannot be looked up: {host} sent something else than an answer."
         ) from None

@@ -9,12 +9,12 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from settings import MIB, PICTURE_SECONDS, Settings
 from sources.client import Client, Patience, Source, Stream
 from sources.download import Download
 from sources.references import Data, Picture
+from sources.shown import host_of
 from sources.work import run_stoppable
 
 # A photo of 100 megapixels, the largest that is read, takes some 200 MB as a PNG.
@@ -57,14 +57,14 @@ def _fetch(source: Source, path: Path, client: Client) -> None:
         size = Download(stream, file.fileno(), partial(_reserve, source.name, file.fileno())).run(lambda data: None)
         file.truncate(size)
         if not size:
-            raise ValueError(f"{source.name} cannot be used: {urlsplit(stream.url).hostname} sent nothing.")
+            raise ValueError(f"{source.name} cannot be used: {host_of(stream.url)} sent nothing.")
 
 
 def _check_packing(stream: Stream) -> None:
     """Refuse what was packed for the way, which was not asked for: it would be taken for a damaged picture."""
     packed = [name.strip() for name in stream.headers.get("Content-Encoding", "").lower().split(",")]
     if packing := next((name for name in packed if name in PACKINGS), None):
-        host = urlsplit(stream.url).hostname
+        host = host_of(stream.url)
         raise ValueError(
             f"{stream.source.name} cannot be used: {host} packed it as {packing}; it must be sent as it is."
         )

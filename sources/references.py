@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode,
 
 from service.device_thread import check_cancelled
 from settings import Settings, names_host
-from sources.shown import redact
+from sources.shown import hide_tokens, redact
 
 ACCEPTED = (
     "owner/name[/version] of Replicate, huggingface.co/owner/repo, civitai.com/models/id, "
@@ -54,12 +54,12 @@ class HuggingFace:
     @property
     def name(self) -> str:
         """As it may be shown; naming it again gives the same reference."""
-        repo, revision = f"huggingface.co/{self.repo}", quote(self.revision, safe="")
+        name, revision = f"huggingface.co/{self.repo}", quote(self.revision, safe="")
         if self.file is not None:
-            return f"{repo}/resolve/{revision}/{quote(self.file)}"
-        if self.folder or self.revision != "main":
-            return f"{repo}/tree/{revision}/{quote(self.folder)}".rstrip("/")
-        return repo
+            name += f"/resolve/{revision}/{quote(self.file)}"
+        elif self.folder or self.revision != "main":
+            name += f"/tree/{revision}/{quote(self.folder)}".rstrip("/")
+        return hide_tokens(name)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Civitai:
     model: int | None
     version: int | None = None
     # Which of a version's files, as a download link says it: `type=Model&format=SafeTensor`.
-    query: str = ""
+    query: str = field(default="", repr=False)
     host: str = "civitai.com"
     # Some people paste links that hold their own token.
     token: str | None = field(default=None, repr=False)

@@ -1,30 +1,68 @@
-"""How names, sizes and addresses are shown to people: printable, rounded, without secrets. Knows text alone."""
+"""How names, sizes and addresses are shown to people: printable, rounded, without secrets. Knows text alone.
 
+Of an address scheme, host and path are shown, and no login, query or fragment. People type passwords as they are, with
+slashes in them too: where it is not certain that a host comes before an @, all before the @ is taken for a login.
+"""
+
+import hashlib
 import re
+from collections.abc import Iterator
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
+from service.lines import printable
 from settings import GIB, MIB
 
 # Where an address may begin in a text: two slashes or more, however they lean, or a web scheme without them.
-_BEGINNING = r"[/\\]{2,}|https?:[/\\]*"
-_ADDRESS = re.compile(
-    # An address ends at a space and where the next one begins; each group ends where the next can begin, so that the
-    # time is in proportion to the text.
-    rf"(?P<beginning>{_BEGINNING})(?P<authority>[^\s/\\?#]*)(?P<path>(?:(?!{_BEGINNING})[^\s?#])*)(?:[?#]\S*)?",
+_HEAD = re.compile(r"https?:[/\\]*|[/\\]{2,}", re.IGNORECASE)
+_SCHEME = re.compile("https?:", re.IGNORECASE)
+_QUERY = re.compile("[?#;]")
+_AUTHORITY = re.compile(r"[^/\\?#]*")
+# What stands there may also be percent-encoded, once or several times.
+_AT = re.compile("@|%(?:25)*40")
+_END = re.compile("[?#;]|%(?:25)*(?:3f|23|3b)", re.IGNORECASE)
+_NAME = r"(?:[\w-]++\.)++(?=[^\W\d_])[\w-]++|(?:\d{1,3}\.){3}\d{1,3}"
+# No login: a name with a dot, which a colon after it would make uncertain, or the address of a machine.
+_CERTAIN = re.compile(
+    r"(?:[\w-]++\.)++[\w-]*+|(?:(?:\d{1,3}\.){3}\d{1,3}|localhost|\[[0-9a-f:.]*\])(?::\d*)?", re.IGNORECASE
+)
+_HOST = re.compile(r"[^:@%]*|([\w.-]*|\[[0-9a-f:.]*\]):\d*|\[[0-9a-f:.]*\]", re.IGNORECASE)
+# The same without a scheme: civitai.com/models/1, (example.com/a.
+_BARE_ADDRESS = re.compile(rf"[^\w\s/\\@:]*(?:{_NAME}|localhost)(?::\d*)?[/\\?#]", re.IGNORECASE)
+_BARE_QUERY = re.compile(r"[?#;][\w.~%+-]++=")
+_BARE_USER = re.compile(rf"[^/\\@:?#]*@(?=(?:{_NAME})(?::\d*)?[/\\])")
+_BARE_AT = re.compile(r"(?:@|%(?:25)*40)(?=[\w\[])")
+# AIRs, models of CivitAI, weights and ratios: civitai:1@2, 16:9@24fps; and addresses of people.
+_NO_LOGIN = re.compile(
+    r"\W*(?:urn:air:.*|(?:[\w-]+:)+\d+(?:\.\d+)?@\d+(?:\.\w+)?\W*|\d+:\d+@\w*\W*|.*\bmailto:[^:@]*@[^@]*)",
+    re.IGNORECASE | re.DOTALL,
+)
+# Tokens of Hugging Face, Replicate, GitHub, OpenAI, CivitAI and others; and what says that it is one.
+_TOKEN = re.compile(r"(?:\b|(?<=%[0-9A-Fa-f]{2}))(hf|r8|ghp|gho|sk|pk|api|civitai)[_-][A-Za-z0-9_-]{16,}")
+_NAMED = re.compile(
+    r"(token|secret|passw(?:or)?d|api_?key|access_?key|signature|sessionid|credential)(=|%(?:25)*3d)[^\s&]+",
     re.IGNORECASE,
 )
-# The same without a scheme: civitai.com/models/1?token=…, user:password@example.com.
-_QUERY = re.compile(r"\?[\w.~%+-]+=\S*")
-_CREDENTIALS = re.compile(r"(?<![^\s/\\])[^\s/\\]*@(?=[\w-]+[.:/]|localhost|\[)")
-_HOST = re.compile(r"[^:@%]*|([\w.-]*|\[[0-9a-f:.]*\]):\d*|\[[0-9a-f:.]*\]", re.IGNORECASE)
+# What str.strip takes away, and what is invisible.
+_BLANK = r"[\s\x00-\x1f\x7f-\xa0\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]*+"
+_DATA = re.compile(f"{_BLANK}(data:)(?:[^,]*,|\\S*$)", re.IGNORECASE)
+_DATA_TYPE = re.compile(r"\s*([\w.+-]{1,80}/[\w.+-]{1,80})?")
+_DATA_IN_TEXT = re.compile(r"\bdata:([^,\r\n]{0,120}),(\s{0,4})\S+", re.IGNORECASE)
+_REFERENCE = re.compile(
+    rf"{_BLANK}(?:(?:[a-z][a-z0-9+.-]{{0,20}}:)?[/\\]{{2,}}|https?:|(?:{_NAME})(?::\d*)?[/\\?#])(?=\S)|\S*[/\\@]\S*$",
+    re.IGNORECASE,
+)
 
 
-def printable(text: str) -> str:
-    """What others have named, fit for a log: without line ends, colours, and halves of characters."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+class _Piece(NamedTuple):
+    """A part of an address, and what is shown for it."""
+
+    text: str
+    shown: str
 
 
 def brief(text: str) -> str:
-    """The same, of at most 200 characters: hosts and archives set no limit to their names."""
+    """What others have named, fit for a log, of at most 200 characters: hosts and archives set no limit to names."""
     return printable(text[:200] if len(text) <= 200 else f"{text[:197]}...")
 
 
@@ -33,23 +71,149 @@ def gigabytes(size: int) -> str:
     return f"{size / GIB:.2f} GB" if size >= GIB / 100 else f"{size / MIB:.2f} MB"
 
 
-def redact(url: str) -> str:
-    """One address without what may be secret: user, password, query and fragment; spaces are part of it."""
-    # A space would end it: what stands there is none while the secrets are sought.
-    spaced = re.sub(r"\s", "\0", re.split(r"[?#]", url, maxsplit=1)[0])
-    return printable(redact_text(spaced).replace("\0", " "))
+def is_reference(text: str) -> bool:
+    """Whether all of a text looks like one address, one model or one file, spaces included."""
+    return _DATA.match(text) is not None or _REFERENCE.match(text.strip()) is not None
+
+
+def redact(reference: str) -> str:
+    """A reference of any form as it may be shown, in one line: a data URI by its SHA-256; spaces are part of it."""
+    if found := _DATA.match(reference):
+        header = reference[found.end(1) : found.end(1) + 200].partition(",")[0]
+        kind = _DATA_TYPE.match(header)[1] or ""
+        packed = ";base64" if "base64" in header.lower() else ""
+        digest = hashlib.sha256(reference.encode(errors="replace")).hexdigest()[:16]
+        return f"{found[1]}{kind}{packed},sha256-{digest}"
+    return printable(hide_tokens("".join(piece.shown for piece in _pieces_of(reference))).replace("\0", " "))
+
+
+def hidden(reference: str) -> list[str]:
+    """The parts of an address that `redact` leaves out: a login, up to its @, and what begins with ?, # or ;."""
+    pieces = () if _DATA.match(reference) else _pieces_of(reference)
+    return [piece.text.replace("\0", " ") for piece in pieces if piece.text not in ("", piece.shown)]
 
 
 def redact_text(text: str) -> str:
-    """A text whose addresses have lost user, password, query and fragment; what is no host is not shown either."""
-    return _CREDENTIALS.sub(_shown_credentials, _QUERY.sub("", _ADDRESS.sub(_shown_address, text)))
+    """A text whose addresses are shown as `redact` shows them, each up to a space; other words stay as they are."""
+    return hide_tokens(re.sub(r"\S+", _shown_word, _DATA_IN_TEXT.sub(_shown_data, text)))
 
 
-def _shown_credentials(found: re.Match[str]) -> str:
-    """Without a scheme, `me@example.com` is nobody's password, and `urn:air:…@…` is a model's name."""
-    return found[0] if ":" not in found[0] or re.match("urn:|air:|mailto:", found[0], re.IGNORECASE) else ""
+def hide_tokens(text: str) -> str:
+    """The text without what looks like a token, or is called one."""
+    return _NAMED.sub(r"\1\2***", _TOKEN.sub("***", text))
 
 
-def _shown_address(found: re.Match[str]) -> str:
-    host = found["authority"].rpartition("@")[2]
-    return found["beginning"] + (host if _HOST.fullmatch(host) else "***") + found["path"]
+def host_of(url: str) -> str:
+    """The host of an address as it may be shown; *** where it may be a part of a login."""
+    shown = redact(url)
+    try:
+        parts = urlsplit(shown)
+        return "***" if "***" in parts.netloc else parts.hostname or "***"
+    except ValueError:
+        return "***"
+
+
+def _shown_data(found: re.Match[str]) -> str:
+    packed = "base64" in found[1].lower()
+    is_file = packed or ("/" in found[1] and not found[2] and not found[1][:1].isspace())
+    return f"{found[0][:5]}***" if is_file else found[0]
+
+
+def _shown_word(found: re.Match[str]) -> str:
+    word = found[0]
+    if word.isalnum():  # which most words are
+        return word
+    return "".join(piece.shown for piece in _pieces(word, whole=False))
+
+
+def _pieces_of(reference: str) -> Iterator[_Piece]:
+    # A space would end an address: what stands there is none while the secrets are sought.
+    return _pieces(re.sub(r"\s", "\0", reference), whole=True)
+
+
+def _pieces(word: str, *, whole: bool) -> Iterator[_Piece]:
+    """A word without spaces in pieces; `whole`: it is one reference. Takes time in proportion to its length."""
+    starts = [found.start() for found in _SCHEME.finditer(word)]
+    for start, end in zip([0, *starts], [*starts, len(word)], strict=True):
+        shown = 0
+        for piece in _segment(word[start:end], whole):
+            yield piece
+            shown += len(piece.text)
+        if start + shown < end:  # a query has begun, which goes on to the end of the word
+            yield _Piece(word[start + shown :], "")
+            return
+
+
+def _segment(text: str, whole: bool) -> Iterator[_Piece]:
+    """What begins with a web scheme, or has none; the pieces end before a query."""
+    last = _last(_AT, text)
+    head = _HEAD.search(text)
+    bare = text if head is None else text[: head.start()]
+    if head is not None and ":" in bare[:-1] and last > head.end():
+        # A password with two slashes in it, without a scheme.
+        at = 0
+    else:
+        yield from (pieces := list(_bare(bare, whole)))
+        if head is None or sum(len(piece.text) for piece in pieces) < len(bare):
+            return
+        yield _Piece(head[0], head[0])
+        at = head.end()
+    while True:
+        authority = _AUTHORITY.match(text, at)[0]
+        if at < last and not _CERTAIN.fullmatch(authority):
+            if _QUERY.search(text, at, last):
+                yield _Piece("", "***")
+                return
+            surely = last <= at + len(authority)
+            yield _Piece(text[at:last], "" if surely else "***@")
+            authority = _AUTHORITY.match(text, at := last)[0]
+        host, parameters, _ = authority.partition(";")
+        yield _Piece(host, host if _HOST.fullmatch(host) else "***")
+        if parameters:
+            return
+        at += len(authority)
+        head = _HEAD.search(text, at)
+        limit = len(text) if head is None else head.start()
+        end = _END.search(text, at, limit)
+        yield from _without_login(text[at : end.start() if end else limit], 0)
+        if end or head is None:
+            return
+        yield _Piece(head[0], head[0])
+        at = head.end()
+
+
+def _last(sought: re.Pattern[str], text: str) -> int:
+    """Where the last @ of a text ends, as it is or percent-encoded; 0 where there is none."""
+    if "@" not in text and "40" not in text:
+        return 0
+    return max((found.end() for found in sought.finditer(text)), default=0)
+
+
+def _bare(text: str, whole: bool) -> Iterator[_Piece]:
+    """What has no scheme and no two slashes: civitai.com/models/1?token=…, user:password@example.com, a word."""
+    if not text:
+        return
+    address = _BARE_ADDRESS.match(text)
+    end = _END.search(text) if whole or address else _BARE_QUERY.search(text)
+    limit = end.start() if end else len(text)
+    colon = text.find(":", 0, limit)
+    if end and colon != -1 and not address and _BARE_AT.search(text, limit):
+        yield _Piece("", "***")
+        return
+    if user := _BARE_USER.match(text, 0, limit):
+        yield _Piece(user[0], "")
+        text, limit = text[user.end() :], limit - user.end()
+    yield from _without_login(text[:limit], 0 if address else colon)
+
+
+def _without_login(text: str, colon: int) -> Iterator[_Piece]:
+    """A path, or a word, from which a user and a password go; `colon`: all before it is a user, whatever it has."""
+    last = _last(_BARE_AT, text)
+    first = text.find(":", 0, last)
+    if first == -1 or _NO_LOGIN.fullmatch(text):
+        yield _Piece(text, text)
+        return
+    start = 0 if colon == first else max(text.rfind("/", 0, first), text.rfind("\\", 0, first)) + 1
+    yield _Piece(text[:start], text[:start])
+    yield _Piece(text[start:last], "")
+    yield _Piece(text[last:], text[last:])

@@ -1,12 +1,16 @@
 """What people see of addresses: never a user, a password, a query or a fragment, however the address is written."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sources.shown import redact, redact_text
+from sources.references import Url, parse, parse_picture
+from sources.shown import host_of, is_reference, redact, redact_text
+from tests.support.secrets import escaped, logins, queries, references, told
 
 ADDRESSES = {
     "https://host/a.safetensors": "https://host/a.safetensors",
@@ -45,6 +49,37 @@ TEXTS = {
     "Max retries with url: /a.png?token=s3cret (host)": "Max retries with url: /a.png (host)",
     "s3cret:s3cret@host.com and http:s3cret:s3cret@host": "host.com and http:host",
 }
+INNOCENT = (
+    "a cat? yes",
+    "Email me at a@b.com, or at me.too@example.co.uk",
+    "ratio 16:9 @ f/2.8, 16:9@24fps",
+    "a cat/dog? maybe; or 3.5/4? c/o x@y",
+    "TOK, person:1.2, (red:1.3), [fox:hen:0.5], <lora:pixar:0.8>",
+    r"a window of C:\Users\me\x.png and \\server\share",
+    "# Title\n\n**bold** [x](y) [me](mailto:a@b.com) #tag @artist",
+    "50% off; R&D = 5, Q: what? A: that",
+    "see https://example.com/a.png and //host/b",
+    "node_modules/@scope/pkg@1.2.3",
+    "at 10:30, @me said :@",
+    "data: a cat, a dog",
+    "why?",
+    "",
+)
+HARMLESS = (
+    "fofr/flux-pixar-cars",
+    "owner/name:0123456789abcdef",
+    "owner/name/0123456789abcdef",
+    "huggingface.co/a/b",
+    "https://huggingface.co/a/b/resolve/main/x@2.safetensors",
+    "huggingface.co/a/b/tree/refs%2Fpr%2F1/a%20folder",
+    "https://civitai.com/models/1/a-name",
+    "urn:air:flux1:lora:civitai:123@456",
+    "air:flux1:lora:civitai:123@456.safetensors",
+    "civitai:1@2",
+    "http://127.0.0.1:8000/x@2.safetensors",
+    "https://host:8080/a.safetensors",
+    "https://medium.com/@somebody/picture",
+)
 
 
 @pytest.mark.parametrize(("address", "shown"), ADDRESSES.items())
@@ -72,13 +107,50 @@ def test_whatever_is_shown_it_raises_nothing(text: str) -> None:
     assert "s3cret" not in redact_text(f"{text} http://s3cret:s3cret@host/?s3cret")
 
 
-@pytest.mark.parametrize(
-    "piece",
-    ["a", ":", "@", "/", "//", "a:", "http:", "http://", "https:", "?a", "?a=", "://", "::@", " a:b", "//a:b@c?d "],
-)
+PIECES = "a : @ %40 %25 ? # ; / // a: http: http:// https: ?a ?a= :// ::@ a. a.b/ a:b@ //a.b/c@ //a:b@c/ data: data:,a,"
+
+
+@pytest.mark.parametrize("piece", [*PIECES.split(), " a:b", "//a:b@c?d ", "data:,a "])
 def test_showing_takes_time_in_proportion_to_the_text(piece: str) -> None:
-    text = piece * (400_000 // len(piece))
-    for show in (redact, redact_text):
+    text = piece * (200_000 // len(piece))
+    for show in (redact, redact_text, is_reference):
         started = time.process_time()
         show(text)
         assert time.process_time() - started < 3
+
+
+def answered(read: Callable[[str], object], reference: str) -> object:
+    """What a reference means, or the error that says why it means nothing."""
+    try:
+        return read(reference)
+    except ValueError as error:
+        return error
+
+
+@settings(max_examples=400)
+@given(references())
+def test_no_reference_is_shown_with_its_secret(reference: str) -> None:
+    assert not told(redact(reference))
+    for read in (parse, partial(parse_picture, "image")):
+        answer = answered(read, reference)
+        assert not told((answer, repr(answer), getattr(answer, "name", "")))
+        if isinstance(answer, Url):
+            assert not told(host_of(answer.url))
+
+
+@settings(max_examples=400)
+@given(st.one_of(logins(), queries(), escaped()))
+def test_within_a_text_no_address_is_shown_with_its_secret(reference: str) -> None:
+    assert not told(redact_text(f"a fox as in {reference} please"))
+    assert not told(redact_text(f"a fox\n({reference})"))
+
+
+@pytest.mark.parametrize("text", INNOCENT)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert redact_text(text) == redact_text(f"{text} ").removesuffix(" ") == text
+
+
+@pytest.mark.parametrize("reference", HARMLESS)
+def test_a_reference_without_a_secret_stays(reference: str) -> None:
+    assert redact(reference) == redact_text(f"as in {reference} there")[6:-6] == reference
+    assert is_reference(reference)

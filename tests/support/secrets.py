@@ -1,0 +1,91 @@
+"""References of every form with a secret somewhere in them, for tests that look for it in what is shown."""
+
+import base64
+from urllib.parse import quote
+
+from hypothesis import strategies as st
+
+SECRET = "TOPSECRET"
+# What `str.strip` takes away, what is invisible, and what is neither.
+BLANKS = ("", "", "", " ", "\n", "\t", "\r\n", "\xa0", "\x0b", "\u2028", "\x85", "\ufeff", "\u200b")
+SCHEMES = ("http://", "https://", "HTTPS://", "hTTp:/\\", "https:////", "http:/", "http:", "//", "\\\\", "s3://")
+HOSTS = ("h", "host/x", "host.com/x.png", "127.0.0.1:9/a", "[::1]:80/a", "huggingface.co/a/b", "civitai.com/models/1")
+ADDRESSES = (
+    "http://h",
+    "https://host.com/x.png",
+    "HTTP:/\\host/x",
+    "http://127.0.0.1:9/x",
+    "//host/a",
+    "https:////host.com/a//b",
+    "www.h.com/x.png",
+    "civitai.com",
+    "civitai.com/models/1",
+    "WWW.civitai.red/models/1",
+    "https://civitai.com/api/download/models/2",
+    "huggingface.co/a/b/resolve/main/x@2.safetensors",
+    "https://hf.co/a/b",
+    "replicate.com/owner/name",
+)
+MODELS = ("owner/name", "owner/name:0123456789abcdef", "urn:air:flux1:lora:civitai:1@2", "air:flux1:lora:civitai:1@2")
+HEADERS = ("image/png;base64", "", ";base64", " image/png; base64", "image/png ;base64", "text/plain", ";x=y")
+secrets = st.text("ABCxyz019", max_size=6).map(lambda more: SECRET + more)
+# People type what the makers of passwords gave them.
+around = st.text("ab1/\\:?#%@;.,&=~", max_size=5)
+
+
+@st.composite
+def passwords(draw: st.DrawFn) -> str:
+    return draw(around) + draw(secrets) + draw(around)
+
+
+@st.composite
+def logins(draw: st.DrawFn) -> str:
+    """An address with a user, a password or both, of which one is the secret."""
+    user = draw(st.sampled_from(("u", "me", "me@home", "first.last", "%20u")))
+    login = draw(
+        st.one_of(
+            passwords().map(lambda password: f"{user}:{password}"),
+            st.builds("{}:{}".format, secrets, around),
+            secrets,
+        )
+    )
+    # Without a scheme, and without a colon or a path, nobody can tell it from an address of a person.
+    schemes = (*SCHEMES, "") if ":" in login else SCHEMES
+    return f"{draw(st.sampled_from(schemes))}{login}@{draw(st.sampled_from(HOSTS))}"
+
+
+@st.composite
+def queries(draw: st.DrawFn, addresses: tuple[str, ...] = ADDRESSES) -> str:
+    """A secret behind an address: a query, a fragment, a session, encoded or not."""
+    secret = draw(passwords())
+    # As a query of Hugging Face's own, an escaped one is the name of a file.
+    starts = ("?", "?token=", "?a=b&token=", "#", "#token=", ";jsessionid=", "?a;b=", "/?x@y.z&key=")
+    return draw(st.sampled_from(addresses)) + draw(st.sampled_from(starts)) + secret
+
+
+@st.composite
+def escaped(draw: st.DrawFn) -> str:
+    """A query that was encoded along with its address."""
+    address = draw(st.sampled_from(("https://host.com/x.png", "http://h/x", "www.h.com/x.png", "civitai.com/models/1")))
+    return address + draw(st.sampled_from(("%3Ftoken%3D", "%3f", "%253Ftoken%253D", "%23"))) + draw(secrets)
+
+
+@st.composite
+def data_uris(draw: st.DrawFn) -> str:
+    secret = draw(secrets)
+    header = draw(st.sampled_from(HEADERS))
+    packed = base64.b64encode(b"---" + secret.encode()).decode()
+    content = draw(st.sampled_from((secret, quote(secret), packed, f"\n{secret}")))
+    return f"{draw(st.sampled_from(('data:', 'DATA:', 'Data:')))}{header},{content}"
+
+
+def references() -> st.SearchStrategy[str]:
+    """A reference of any form, as somebody may have pasted it."""
+    bare = st.one_of(logins(), queries(), queries(MODELS), escaped(), data_uris())
+    return st.builds("{}{}{}".format, st.sampled_from(BLANKS), bare, st.sampled_from(BLANKS))
+
+
+def told(shown: object) -> bool:
+    """Whether something shown has the secret in it, in whatever letters."""
+    text = str(shown).casefold()
+    return SECRET.casefold() in text or base64.b64encode(b"---" + SECRET.encode()).decode().casefold() in text
