@@ -3,14 +3,15 @@
 import re
 import string
 from collections.abc import Collection, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
 from sources.shown import hidden, is_reference, redact, redact_text
 
-# The inputs of some predictors that are nothing but a secret; what such a parameter of a query says is one too.
-_SECRET = re.compile(r".*(token|secret|passw(or)?d|key|signature|sig|credential|auth)", re.IGNORECASE | re.DOTALL)
+# The inputs of some predictors that are nothing but a secret; a parameter of a query of such a name is one too.
+_SECRET = re.compile(r".*(token|secret|passw(or)?d|api_?key|credentials?)", re.IGNORECASE | re.DOTALL)
 # How many characters are shown of a string: a page lists a hundred predictions, and a prompt may have 100 MB.
 SHOWN_CHARACTERS = 10_000
 LOG_CHARACTERS = 200_000
@@ -52,9 +53,10 @@ def secrets_of(inputs: Any) -> Collection[str]:  # noqa: ANN401 (JSON)
     for text in islice(_strings(inputs), _ADDRESSES):
         if len(text) <= _ADDRESS_CHARACTERS and is_reference(text):
             for part in hidden(text):
-                found |= {part, *_secrets_within(part)}
-    # As they are, as libraries for HTTP write them, and as they read them.
-    found |= {quote(secret, safe=string.punctuation) for secret in found} | {unquote(secret) for secret in found}
+                found |= {part.strip(), *_secrets_within(part.strip())}
+    # As they are, as libraries for HTTP write them, as these read them, and as Python shows them.
+    for write in (partial(quote, safe=string.punctuation), unquote, lambda secret: repr(secret)[1:-1]):
+        found |= set(map(write, found))
     return sorted((secret for secret in found if len(secret) > 1), key=len, reverse=True)
 
 

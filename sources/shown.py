@@ -88,8 +88,10 @@ def redact(reference: str) -> str:
 
 
 def hidden(reference: str) -> list[str]:
-    """The parts of an address that `redact` leaves out: a login, up to its @, and what begins with ?, # or ;."""
-    pieces = () if _DATA.match(reference) else _pieces_of(reference)
+    """The parts that `redact` leaves out: a login, up to its @; what begins with ?, # or ;; what a data URI holds."""
+    if _DATA.match(reference):
+        return [reference.partition(",")[2]]
+    pieces = _pieces_of(reference)
     return [piece.text.replace("\0", " ") for piece in pieces if piece.text not in ("", piece.shown)]
 
 

@@ -1,10 +1,17 @@
 """What is shown and logged of an input."""
 
+import json
+import re
+import string
 import time
+from urllib.parse import quote, unquote
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster.privacy import LOG_CHARACTERS, SHOWN_CHARACTERS, redact_log, secrets_of, show_input
+from tests.support.secrets import logins, queries, references, told
 
 
 @pytest.mark.parametrize(
@@ -70,3 +77,41 @@ def test_hostile_inputs_take_time_in_proportion() -> None:
         show_input(text)
         redact_log(text, secrets_of({"prompt": text, "image": text[:20_000]}))
         assert time.process_time() - started < 3
+
+
+@settings(max_examples=300)
+@given(references())
+def test_a_secret_of_a_reference_is_in_no_list_no_log_and_no_error(reference: str) -> None:
+    inputs = {"prompt": "a fox", "replicate_weights": reference, "more": [{"image": [reference]}], reference: 1}
+    assert not told(json.dumps(show_input(inputs)))
+    known = secrets_of(inputs)
+    for written in (reference, quote(reference, safe=string.punctuation), unquote(reference)):
+        assert not told(redact_log(f"Asked for {written} in vain", known))
+        assert not told(redact_log(f"ValueError: {written!r} names no LoRA", known))
+
+
+@settings(max_examples=200)
+@given(logins() | queries(), st.integers(-120, 60))
+def test_no_secret_is_told_where_a_long_text_is_cut(reference: str, start: int) -> None:
+    prompt = "a" * (SHOWN_CHARACTERS + start - 1) + f" {reference}" + " fox" * 100
+    assert not told(show_input(prompt))
+    assert not told(show_input(f"{reference} " + "fox " * SHOWN_CHARACTERS))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["{}", " {}", "\n{}", "\xa0{}", "\ufeff{}", "{} "],
+)
+@pytest.mark.parametrize(
+    "header", ["data:image/png;base64", "DATA: image/png;base64", "data:image/png ;base64", "data:"]
+)
+def test_whatever_is_read_as_a_data_uri_is_shown_by_its_hash(uri: str, header: str) -> None:
+    shown = show_input(uri.format(f"{header},aGVsbG8="))
+    assert re.fullmatch(r"(data|DATA):(image/png)?(;base64)?,sha256-[0-9a-f]{16}", shown)
+    assert shown != show_input(uri.format(f"{header},aGVsbG9="))
+
+
+@pytest.mark.parametrize("name", ["hf_api_token", "civitai_api_token", "password", "API_KEY"])
+def test_an_input_that_is_a_secret_is_not_shown(name: str) -> None:
+    assert show_input({name: "s3cret", "prompt": "a fox"}) == {name: "***", "prompt": "a fox"}
+    assert show_input({name: ""}) == {name: ""}
