@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from request import LoraFile
+from service.lines import printable
 from service.outline import Outline
 from settings import Models, Settings
 from sources import configs
@@ -33,6 +34,7 @@ from sources.download import Download
 from sources.hosts import resolve
 from sources.pictures import fetch_pictures
 from sources.references import Civitai, Data, Picture, Reference, Url, is_pinned, parse, parse_picture
+from sources.shown import redact
 from sources.store import Store, disk_errors_told
 from sources.work import run_stoppable
 
@@ -96,13 +98,15 @@ class WeightsCache:
         path = Path(reference.removeprefix("file://")).expanduser()
         with contextlib.suppress(OSError):  # too long for a path: a data URI
             if path.exists():
-                return self._opened(lambda lookup: lookup.read(path), path.name, until)
+                return self._opened(lambda lookup: lookup.read(path), printable(path.name), until)
         try:
             return self.open(reference, until)
         except ValueError as error:
             if path.is_absolute():  # where the operator keeps it is not for clients
                 raise ValueError(f"There is no file or folder {path.name!r} at the path that was given.") from None
-            raise ValueError(f"There is no file or folder {reference!r}; as a reference, {error}") from None
+            raise ValueError(
+                f"There is no file or folder {redact(reference)[:120]!r}; as a reference, {error}"
+            ) from None
 
     @contextmanager
     def _opened(self, work: "Callable[[_Lookup], Held]", name: str, until: float) -> Iterator[LoraFile]:
@@ -246,22 +250,22 @@ class _Lookup:
         """The operator's file: used where it lies, unpacked into the store where it is an archive."""
         if path.is_dir():
             path = path / choose((str(file.relative_to(path)) for file in path.rglob("*")), "The folder")
-        state = path.stat()
+        state, name = path.stat(), printable(path.name)
         identity = f"path {path.resolve()} {state.st_ino} {state.st_size} {state.st_mtime_ns}"
         with self._record(identity) as record, contextlib.ExitStack() as stack:
             content = stack.enter_context(path.open("rb"))
             if record.key is None:
-                contents = Contents(path.name, state.st_size)
-                admit = partial(self._store.admit, name=path.name)
+                contents = Contents(name, state.st_size)
+                admit = partial(self._store.admit, name=name)
                 copy_checked(content, None, contents, admit, self._client.check)
                 record.remember(contents.sha256, contents.trigger_words, "", contents.kind)
             if record.key == "safetensors":
-                held = _held(content, path, record, path.name, configs.read_beside(path))
+                held = _held(content, path, record, name, configs.read_beside(path))
                 stack.pop_all()
                 return held
             content.seek(0)
-            file = self._store.open(record.sha256) or self._take(content, path.name, record)
-            return _held(file, self._store.path(record.sha256), record, path.name, record.config)
+            file = self._store.open(record.sha256) or self._take(content, name, record)
+            return _held(file, self._store.path(record.sha256), record, name, record.config)
 
     def _take(self, content: BinaryIO, name: str, record: _Record) -> BinaryIO:
         """A file that is here already, but not in the store."""

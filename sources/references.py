@@ -51,9 +51,13 @@ class HuggingFace:
     folder: str = ""
     file: str | None = None
 
+    def __repr__(self) -> str:
+        """With its name alone: a path may have a token in it."""
+        return f"HuggingFace({self.name!r})"
+
     @property
     def name(self) -> str:
-        """As it may be shown; naming it again gives the same reference."""
+        """As it may be shown; naming it again gives the same reference, unless it has a token in it."""
         name, revision = f"huggingface.co/{self.repo}", quote(self.revision, safe="")
         if self.file is not None:
             name += f"/resolve/{revision}/{quote(self.file)}"

@@ -13,8 +13,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save
 
+import images
 from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, status
-from local_cog.server import CogServer, failure
+from local_cog.server import CogServer, failure, files
 from settings import MIB, MINIATURE, ROOT, Settings
 from tests.support.caches import SECRET
 from tests.support.fetching import (
@@ -171,8 +172,10 @@ def test_the_operators_file_may_lie_on_the_disk(environment: Settings, tmp_path:
                 assert weights.path.read_bytes() == LORA
                 assert weights.name == "mine"
                 assert (weights.path == file) == (form == "raw")
+    file = file.rename(tmp_path / "mine\n100%")
     file.write_bytes(OTHER)
     with WeightsCache(environment).open_local(str(file)) as weights:
+        assert weights.name == "mine?100%"
         assert weights.path.read_bytes() == OTHER
 
 
@@ -227,6 +230,9 @@ def test_the_operators_reference(environment: Settings, host: Host) -> None:
         assert weights.path.read_bytes() == LORA
     with pytest.raises(ValueError, match="There is no file or folder 'all' at the path that was given"):
         WeightsCache(environment).open_local("/nowhere/at/all").__enter__()
+    with pytest.raises(ValueError, match=r"There is no file or folder 'http://\*\*\*@h'; as a reference") as refused:
+        WeightsCache(environment).open_local(f"http://u:ab/{SECRET}@h").__enter__()
+    assert SECRET not in str(refused.value)
 
 
 SMALL = {"prompt": "a red fox", "megapixels": "0.25", "num_inference_steps": 1, "disable_safety_checker": True}
@@ -287,6 +293,45 @@ def test_the_same_weights_under_another_config_draw_another_picture(server: CogS
     # At strength 1, as without one.
     assert unfit["output"] == usual["output"]
     assert "left aside: it says rank 5 for 'transformer_blocks.0.attn.to_q', whose factors have 4." in unfit["logs"]
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "http://u:ab/{0}@{1}/a",
+        " http://u:{0}@{1}/missing?token={0}#{0}",
+        "HTTP:/\\u:{0}@{1}/a",
+        "u:p\\{0}@{1}/a",
+        "\nhttp://{1}/private?{0}",
+        "http://{1}/moved?{0}",
+        "http://{1}/a;jsessionid={0}?{0}",
+        "civitai.com?token={0}",
+        "\ufeffdata:,{0}",
+        " Data: x;base64,{0}",
+    ],
+)
+def test_nothing_that_a_prediction_tells_has_a_reference_s_secret(
+    server: CogServer, host: Host, reference: str, tmp_path: Path
+) -> None:
+    place, lora = host.address.removeprefix("http://"), File(lora_for_the_miniature(seed=4))
+    moved = redirect(f"http://u:{SECRET}@{place}/there?signature={SECRET}")
+    host.routes |= {"/a": lora, f"/a;jsessionid={SECRET}": lora, "/there": lora, "/moved": moved}
+    host.routes["/private"] = status(401)
+    for name in ("replicate_weights", "image"):
+        answer = server.predict(SMALL | {"output_format": "png", name: reference.format(SECRET, place)})
+        output = answer.pop("output", None) or []
+        assert SECRET not in json.dumps(answer)
+        for _, content in files({"output": output}):
+            (tmp_path / "drawn.png").write_bytes(content)
+            assert host.address in str(images.read_metadata(tmp_path / "drawn.png"))
+            assert SECRET.encode() not in content
+    assert SECRET not in server.log.read_text()
+
+
+def test_no_error_calls_a_host_what_may_be_a_user(environment: Settings) -> None:
+    said = refusal(environment, f"http://{SECRET}:12/x@huggingface.co/a")
+    assert said.startswith("http://***@huggingface.co/a cannot be fetched: there is no host ***")
+    assert SECRET not in said
 
 
 def test_cog_is_the_one_whose_download_is_switched_off() -> None:

@@ -35,6 +35,7 @@ from tests.support.fetching import (
     fetch_config,
     make_lora,
     make_tar,
+    make_zip,
     nested,
     refusal,
 )
@@ -397,20 +398,27 @@ def test_what_civitai_does_not_have(places: Settings, host: Host, storage: Host)
         assert "civitai.com/models/9" in refusal(places, "civitai.com/models/9")
 
 
+@pytest.mark.parametrize("end", ["\n", "\r", "\v", "\f", "\x1c", "\x1e", "\x85", "\u2028", "\u2029"])
 def test_what_others_named_cannot_pretend_to_be_something_else_in_the_log(
-    places: Settings, host: Host, storage: Host, capfd: pytest.CaptureFixture
+    places: Settings, host: Host, storage: Host, capfd: pytest.CaptureFixture, end: str
 ) -> None:
     """Clients take the last line that looks like a progress bar for one."""
-    bar = "x\n100%|####| 28/28 \x1b[2J\u202e"
+    bar = f"x{end}100%|####| 28/28 \x1b[2J\u202e"
     versions = [{"id": 2, "baseModel": f"Flux.1 {bar}", "trainedWords": [bar, "\ud800"]}]
     civitai(host, storage, 1, versions, {2: LORA}, "", page())
     hugging_face(host, storage, "o/r", {f"{bar}.safetensors": OTHER}, card={"instance_prompt": bar})
     storage.routes["/tar"] = File(make_tar({f"{bar}/a.safetensors": make_lora(seed=5), f"{bar}/config.yaml": b""}))
+    storage.routes["/zip"] = File(make_zip({f"{bar}/a.safetensors": make_lora(seed=6)}))
     storage.routes["/two"] = File(make_tar({f"{bar}/a.safetensors": LORA, f"{bar}/b.safetensors": OTHER}))
-    for reference in ("civitai.com/models/1", "huggingface.co/o/r", storage.url("/tar")):
+    header = json.dumps({bar: {"dtype": bar, "shape": [1], "data_offsets": [0, 4]}}).encode()
+    storage.routes["/header"] = File(len(header).to_bytes(8, "little") + header + bytes(4))
+    storage.routes["/moved"] = redirect(f"http://a{end}x.invalid/".encode().decode("latin-1"))
+    for reference in ("civitai.com/models/1", "huggingface.co/o/r", storage.url("/tar"), storage.url("/zip")):
         with WeightsCache(replace(places, civitai_token=""), QUICK).open(reference) as weights:
             print(*weights.trigger_words, weights.name)
-    print(refusal(places, storage.url("/two")))
+    for path in ("/two", "/header", "/moved"):
+        print(refusal(places, storage.url(path)))
+    print(refusal(places, f"http://127.0.0.1:1/{end}x100%|####| 28/28"))
     printed = "".join(capfd.readouterr())
     assert "28/28" in printed
     assert all(line.isprintable() and not line.startswith("100%") for line in printed.split("\n"))
