@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode,
 
 from service.device_thread import check_cancelled
 from settings import Settings, names_host
-from sources.shown import hide_tokens, redact
+from sources.shown import hide_tokens, host_of, redact
 
 ACCEPTED = (
     "owner/name[/version] of Replicate, huggingface.co/owner/repo, civitai.com/models/id, "
@@ -169,7 +169,7 @@ def parse_picture(name: str, text: str) -> Picture:
         raise ValueError(
             f"{name} has {len(text)} characters; it must be an http(s) URL of at most {MAX_CHARACTERS}, or a data URI."
         )
-    if not names_host(text) or re.search(r"[\x00-\x1f\x7f]", text):
+    if not names_host(text) or re.search(r"[\x00-\x1f\x7f]", text) or _ends_in_login(text):
         raise ValueError(f"{name} is {redact(text)[:80]!r}; it must be an http(s) URL or a data URI.")
     return Url(text.partition("#")[0])
 
@@ -181,7 +181,7 @@ def _parse_url(text: str, url: str, settings: Settings | None) -> Reference:
         port = parts.port
     except ValueError:
         raise _unknown(text) from None
-    if not host or re.search(r"[\s\x00-\x1f\x7f]", url):
+    if not host or re.search(r"[\s\x00-\x1f\x7f]", url) or _ends_in_login(url):
         raise _unknown(text)
     readers = dict(READERS)
     if settings is not None:
@@ -190,6 +190,12 @@ def _parse_url(text: str, url: str, settings: Settings | None) -> Reference:
             readers[urlsplit(mirror).netloc.lower()] = reader
     reader = readers.get(host if port is None else f"{host}:{port}")
     return Url(url.partition("#")[0]) if reader is None else reader(text, url)
+
+
+def _ends_in_login(url: str) -> bool:
+    """Whether what looks like a fragment may be the rest of a login: without it, a password would be a port."""
+    before, _, fragment = url.partition("#")
+    return "@" in fragment and host_of(url) != host_of(before)
 
 
 def _read_replicate(path: str) -> Replicate | None:

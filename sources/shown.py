@@ -16,6 +16,11 @@ from settings import GIB, MIB
 # Where an address may begin in a text: two slashes or more, however they lean, or a web scheme without them.
 _HEAD = re.compile(r"https?:[/\\]*|[/\\]{2,}", re.IGNORECASE)
 _SCHEME = re.compile("https?:", re.IGNORECASE)
+# Schemes before which a user would hardly have such a name.
+_STORE = re.compile(
+    r"(?:^|[^\w:@])(?:s3a?|gs|gcs|az|adl|abfss?|hf|ftps?|sftp|ssh|file|git|wss?|rediss?|postgres(?:ql)?(?:\+\w{1,20})?):$",
+    re.IGNORECASE,
+)
 _QUERY = re.compile("[?#;]")
 _AUTHORITY = re.compile(r"[^/\\?#]*")
 # What stands there may also be percent-encoded, once or several times.
@@ -151,8 +156,8 @@ def _segment(text: str, whole: bool) -> Iterator[_Piece]:
     last = _last(_AT, text)
     head = _HEAD.search(text)
     bare = text if head is None else text[: head.start()]
-    if head is not None and ":" in bare[:-1] and last > head.end():
-        # A password with two slashes in it, without a scheme.
+    if head is not None and ":" in bare and last > head.end() and not _STORE.search(bare):
+        # A password with two slashes in it, without a scheme: u:a//b@host.
         at = 0
     else:
         yield from (pieces := list(_bare(bare, whole)))
