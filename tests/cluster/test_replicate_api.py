@@ -22,7 +22,7 @@ import httpx
 import replicate
 from replicate.exceptions import ModelError, ReplicateError
 
-from harness.cluster import Cluster, Server
+from harness.cluster import Cluster, Hooks, Server
 from tests.cluster.small_cluster import TOKEN
 
 MODEL = "someone/some-model"
@@ -148,6 +148,7 @@ def upload(cluster: Cluster, name: bytes, kind: bytes = b"image/png", metadata: 
     [
         (b"a\0b.png", "a?b.png"),
         (b"../../etc/passwd", "passwd"),
+        ("a\u2028b\x85c\x1b[2K.png".encode(), "a?b?c?[2K.png"),
         (b"C:\\\\x\\\\y.png", "y.png"),
         (b"\xed\xa0\x80", "\ufffd\ufffd\ufffd"),
         (b"a" * 4000, "a" * 128),
@@ -348,6 +349,40 @@ def test_no_token_is_shown_or_kept(cluster: Cluster, client: replicate.Client) -
     for shown in (text, kept, repr(made.dict())):
         assert "127.0.0.1" in shown
         assert not re.search("s3cret|user:pass|hf_abc", shown)
+
+
+def test_no_form_of_a_reference_is_shown_or_kept_with_its_secret(cluster: Cluster) -> None:
+    references = [
+        "http://u:ab/s3cret@127.0.0.1:9/x",
+        "https://u:12/s3cret@h",
+        "u:p\\s3cret@h",
+        " \ncivitai.com/models/1?token=s3cret",
+        "www.h.com/x.png?s3cret",
+        "civitai.com/models/1#token=s3cret",
+        "https://h.com/x%3Ftoken%3Ds3cret",
+        " data:image/png;base64,s3cret",
+        "\ufeffDATA: image/png ;base64,s3cret",
+    ]
+    shown, names = [], []
+    with Hooks() as hooks:
+        for number, reference in enumerate(references):
+            inputs = {"prompt": f"a fox as in {reference} please", "steps": 1, "replicate_weights": reference}
+            body = {"id": f"form-{number}", "input": inputs, "webhook": hooks.url}
+            status, _, text = cluster.request("POST", "/predictions", body)
+            assert status == 200
+            shown += [text, *map(str, hooks.until_ended(body["id"]))]
+            names.append(body["id"])
+            wrong = {"input": {"prompt": "a", "steps": reference, "model": reference, "strength": [reference]}}
+            status, _, refused = cluster.request("POST", "/v1/predictions", {"version": "a" * 64, **wrong})
+            assert status == 422
+            shown += [refused, cluster.request("POST", "/predictions", wrong)[2]]
+    shown += [cluster.request("GET", f"/v1/predictions/{name}")[2] for name in names]
+    shown.append(cluster.request("GET", "/v1/predictions")[2])
+    database = cluster.environment["DATABASE_URL"].removeprefix("sqlite:///")
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        shown.append(repr(connection.execute("SELECT * FROM predictions WHERE id LIKE 'form-%'").fetchall()))
+    assert [text for text in shown if "s3cret" in text] == []
+    assert "civitai.com/models/1" in shown[-1]
 
 
 @pytest.fixture(scope="module")
