@@ -4,7 +4,7 @@ import re
 import string
 from collections.abc import Collection, Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
@@ -18,6 +18,8 @@ LOG_CHARACTERS = 200_000
 # The longest address whose parts are looked for in logs, and in how many strings of an input.
 _ADDRESS_CHARACTERS = 20_000
 _ADDRESSES = 100
+# How many of its parts are: a login, a query, and what stands in them. Each costs a search of the whole log.
+_PARTS = 4
 
 
 def show_input(value: Any) -> Any:  # noqa: ANN401 (JSON)
@@ -52,8 +54,8 @@ def secrets_of(inputs: Any) -> Collection[str]:  # noqa: ANN401 (JSON)
     found = set()
     for text in islice(_strings(inputs), _ADDRESSES):
         if len(text) <= _ADDRESS_CHARACTERS and is_reference(text):
-            for part in hidden(text):
-                found |= {part.strip(), *_secrets_within(part.strip())}
+            parts = [part.strip() for part in islice(hidden(text), _PARTS)]
+            found |= {*parts, *islice(chain.from_iterable(map(_secrets_within, parts)), _PARTS)}
     # As they are, as libraries for HTTP write them, as these read them, and as Python shows them.
     for write in (partial(quote, safe=string.punctuation), unquote, lambda secret: repr(secret)[1:-1]):
         found |= set(map(write, found))

@@ -39,7 +39,7 @@ _BARE_USER = re.compile(rf"[^/\\@:?#]*@(?=(?:{_NAME})(?::\d*)?[/\\])")
 _BARE_AT = re.compile(r"(?:@|%(?:25)*40)(?=[\w\[])")
 # AIRs, models of CivitAI, weights and ratios: civitai:1@2, 16:9@24fps; and addresses of people.
 _NO_LOGIN = re.compile(
-    r"\W*(?:urn:air:.*|(?:[\w-]+:)+\d+(?:\.\d+)?@\d+(?:\.\w+)?\W*|\d+:\d+@\w*\W*|.*\bmailto:[^:@]*@[^@]*)",
+    r"\W*+(?:urn:air:.*|(?:[\w-]+:)+\d+(?:\.\d+)?@\d+(?:\.\w+)?\W*|\d+:\d+@\w*\W*|.*\bmailto:[^:@]*@[^@]*)",
     re.IGNORECASE | re.DOTALL,
 )
 # Tokens of Hugging Face, Replicate, GitHub, OpenAI, CivitAI and others; and what says that it is one.
@@ -54,7 +54,7 @@ _DATA = re.compile(f"{_BLANK}(data:)(?:[^,]*,|\\S*$)", re.IGNORECASE)
 _DATA_TYPE = re.compile(r"\s*([\w.+-]{1,80}/[\w.+-]{1,80})?")
 _DATA_IN_TEXT = re.compile(r"\bdata:([^,\r\n]{0,120}),(\s{0,4})\S+", re.IGNORECASE)
 _REFERENCE = re.compile(
-    rf"{_BLANK}(?:(?:[a-z][a-z0-9+.-]{{0,20}}:)?[/\\]{{2,}}|https?:|(?:{_NAME})(?::\d*)?[/\\?#])(?=\S)|\S*[/\\@]\S*$",
+    rf"{_BLANK}(?:(?:[a-z][a-z0-9+.-]{{0,20}}:)?[/\\]{{2,}}|https?:|(?:{_NAME})(?::\d*)?[/\\?#])(?=\S)|[^\s/\\@]*+[/\\@]\S*+$",
     re.IGNORECASE,
 )
 

@@ -107,16 +107,18 @@ def test_whatever_is_shown_it_raises_nothing(text: str) -> None:
     assert "s3cret" not in redact_text(f"{text} http://s3cret:s3cret@host/?s3cret")
 
 
-PIECES = "a : @ %40 %25 ? # ; / // a: http: http:// https: ?a ?a= :// ::@ a. a.b/ a:b@ //a.b/c@ //a:b@c/ data: data:,a,"
+PIECES = """a | [ mailto: urn:air: 1: 1:2@3 a:1@2 pk- token= %25%25 a:// u: : @ %40 %25 ?
+# ; / // a: http: http:// https: ?a ?a= :// ::@ a. a.b/ a:b@ //a.b/c@ //a:b@c/ data: data:,a,"""
 
 
 @pytest.mark.parametrize("piece", [*PIECES.split(), " a:b", "//a:b@c?d ", "data:,a "])
 def test_showing_takes_time_in_proportion_to_the_text(piece: str) -> None:
-    text = piece * (200_000 // len(piece))
-    for show in (redact, redact_text, is_reference):
-        started = time.process_time()
-        show(text)
-        assert time.process_time() - started < 3
+    text = piece * (50_000 // len(piece))
+    for end in ("", " x", "u:p@a", "@a.b/c?d"):
+        for show in (redact, redact_text, is_reference):
+            started = time.process_time()
+            show(f"{text}{end}")
+            assert time.process_time() - started < 1
 
 
 def answered(read: Callable[[str], object], reference: str) -> object:
