@@ -37,6 +37,7 @@ from service.machine import drawing_device
 from service.measure import PeakMemory, Stopwatch
 from service.occupancy import Occupancy
 from settings import Settings
+from sources.shown import redact_text
 from weights import Picture, WeightsCache, fetch, fetch_pictures, outlines, parse, parse_picture
 
 # Cog 0.23.1 would fetch `image` and `mask` before `predict`: from any address, and for as long as a host likes. So it is
@@ -232,7 +233,7 @@ class Predictor(BasePredictor):
         except ValueError:  # a sentence about the input
             raise
         except Exception as error:
-            print(faults.places(error))
+            print(redact_text(faults.places(error)))
             failure = faults.sentence(error, stopwatch.phase)
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -6,6 +6,7 @@ This module knows names and defaults; it opens no file and imports no torch.
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -127,7 +128,7 @@ class Settings:
         )
 
     def __repr__(self) -> str:
-        """Without the tokens, the proxies (of which some hold a password) and the project's own place.
+        """Without the tokens, the proxies (of which some hold a password), mirrors' logins and the project's own place.
 
         Settings are printed when the server starts.
         """
@@ -135,7 +136,7 @@ class Settings:
         secret = {name for name, value in shown.items() if value and (name == "proxies" or name.endswith("_token"))}
         shown |= dict.fromkeys(secret, "set")
         text = f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
-        return text.replace(f"{ROOT}{os.sep}", "")
+        return re.sub(r"://[^\s']*@", "://", text.replace(f"{ROOT}{os.sep}", ""))
 
 
 def _proxies(environ: Mapping[str, str]) -> dict[str, str]:

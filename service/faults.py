@@ -43,12 +43,12 @@ def places(error: Exception) -> str:
     """The error and where it came from, innermost last, without the paths of the machine."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
-    return "\n".join([*lines, message(error)])
+    return "\n".join([*lines, printable(message(error))])
 
 
 def message(error: Exception) -> str:
     """The error's type and its own words, without the paths of the machine."""
-    return f"{type(error).__name__}: {printable(without_paths(str(error)))}"
+    return f"{type(error).__name__}: {without_paths(str(error))}"
 
 
 def without_paths(text: str) -> str:

@@ -47,9 +47,10 @@ def test_a_limit_that_is_no_number_of_seconds_is_refused(value: str) -> None:
 
 def test_tokens_are_not_shown() -> None:
     environ = {"HF_TOKEN": "hf_secret", "CIVITAI_API_TOKEN": "civ_secret", "REPLICATE_API_TOKEN": "r8_secret"}
+    environ |= {"HF_ENDPOINT": "https://user:a/secret@mirror/hf", "CIVITAI_ENDPOINT": "https://secret@mirror"}
     shown = str(Settings.from_environment(cuda=False, environ=environ))
     assert "secret" not in shown
-    assert "hf_token='set'" in shown
+    assert "hf_token='set', hf_endpoint='https://mirror/hf'" in shown
 
 
 def test_proxies_are_read_in_either_case_and_not_shown() -> None:
