@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode,
 
 from service.device_thread import check_cancelled
 from settings import Settings, names_host
-from sources.shown import hide_tokens, host_of, redact
+from sources.shown import hide_tokens, redact
 
 ACCEPTED = (
     "owner/name[/version] of Replicate, huggingface.co/owner/repo, civitai.com/models/id, "
@@ -195,7 +195,7 @@ def _parse_url(text: str, url: str, settings: Settings | None) -> Reference:
 def _ends_in_login(url: str) -> bool:
     """Whether what looks like a fragment may be the rest of a login: without it, a password would be a port."""
     before, _, fragment = url.partition("#")
-    return "@" in fragment and host_of(url) != host_of(before)
+    return "@" in fragment and redact(url) != redact(before)
 
 
 def _read_replicate(path: str) -> Replicate | None:

@@ -204,13 +204,14 @@ def _bare(text: str, whole: bool) -> Iterator[_Piece]:
     end = _END.search(text) if whole or address else _BARE_QUERY.search(text)
     limit = end.start() if end else len(text)
     colon = text.find(":", 0, limit)
-    if end and colon != -1 and not address and _BARE_AT.search(text, limit):
+    certain = address is not None and ":" not in address[0]  # what has a port may be a user
+    if end and colon != -1 and not certain and _BARE_AT.search(text, limit):
         yield _Piece("", "***")
         return
     if user := _BARE_USER.match(text, 0, limit):
         yield _Piece(user[0], "")
         text, limit = text[user.end() :], limit - user.end()
-    yield from _without_login(text[:limit], 0 if address else colon)
+    yield from _without_login(text[:limit], 0 if certain else colon)
 
 
 def _without_login(text: str, colon: int) -> Iterator[_Piece]:

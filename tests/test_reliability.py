@@ -121,7 +121,8 @@ def test_a_bug_is_told_without_what_it_knows(faulty: CogServer) -> None:
     answer = faulty.predict(TINY | {"prompt": "break"})
     assert failure(answer) == "The server failed with KeyError; its log says where."
     log = faulty.log.read_text()
-    assert "KeyError: 'secret.bin is not there'" in log
+    assert "KeyError: 'secret.bin is not there, asked of " in log
+    assert "passw0rd" not in log
     assert "predict.py:" in log
     assert "/srv" not in str(answer)
     assert picture(faulty) == before

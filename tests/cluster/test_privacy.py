@@ -81,7 +81,7 @@ def test_hostile_inputs_take_time_in_proportion() -> None:
         assert time.process_time() - started < 3
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(references())
 def test_a_secret_of_a_reference_is_in_no_list_no_log_and_no_error(reference: str) -> None:
     inputs = {"prompt": "a fox", "replicate_weights": reference, "more": [{"image": [reference]}], reference: 1}
@@ -92,7 +92,7 @@ def test_a_secret_of_a_reference_is_in_no_list_no_log_and_no_error(reference: st
         assert not told(redact_log(f"ValueError: {written!r} names no LoRA", known))
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(logins() | queries(), st.integers(-120, 60))
 def test_no_secret_is_told_where_a_long_text_is_cut(reference: str, start: int) -> None:
     prompt = "a" * (SHOWN_CHARACTERS + start - 1) + f" {reference}" + " fox" * 100

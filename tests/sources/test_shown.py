@@ -129,7 +129,7 @@ def answered(read: Callable[[str], object], reference: str) -> object:
         return error
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(references())
 def test_no_reference_is_shown_with_its_secret(reference: str) -> None:
     assert not told(redact(reference))
@@ -140,7 +140,7 @@ def test_no_reference_is_shown_with_its_secret(reference: str) -> None:
             assert not told(host_of(answer.url))
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(st.one_of(logins(), queries(), escaped()))
 def test_within_a_text_no_address_is_shown_with_its_secret(reference: str) -> None:
     assert not told(redact_text(f"a fox as in {reference} please"))

@@ -50,7 +50,7 @@ def _draw_with_faults(self, request, stopwatch):
     if fault == "hang":
         threading.Event().wait()
     if fault == "break":
-        raise KeyError("/srv/models/secret.bin is not there")
+        raise KeyError("/srv/models/secret.bin is not there, asked of http://u:a/passw0rd@host/?passw0rd")
     paths = _draw(self, request, stopwatch)
     if fault == "corrupt":
         parameter = next(self.flux._transformers[0].parameters())
