@@ -69,13 +69,13 @@ LORAS_HELD = 16
 class CogWorker:
     """One GPU: the predictor in a Cog server of its own, reached over loopback."""
 
+    # When the prediction that is under way was begun, by the monotonic clock; and whether one hangs.
+    began: float | None = None
+    hung = False
+
     async def __init__(self, project: str) -> None:
         listen_on_this_node_only()
-        # Of this node: it may differ from the node where the cluster was started.
-        self.settings = ClusterSettings.from_environment()
-        # When the prediction that is under way was begun, by the monotonic clock; and whether one hangs.
-        self.began: float | None = None
-        self.hung = False
+        _ = self.settings  # what is wrong with them is said before anything is begun
         spawn(be_watched("worker", SECONDS_STILL))
         without = dict.fromkeys(withheld(os.environ))
         self.server = CogServer(Path(project), environment={**_authorities(), **without}).__enter__()
@@ -86,6 +86,11 @@ class CogWorker:
         except BaseException:
             self.stop()
             raise
+
+    @property
+    def settings(self) -> ClusterSettings:
+        """Those of this node: it may differ from the node where the cluster was started."""
+        return ClusterSettings.from_environment()
 
     async def _listen(self) -> None:
         """Listen for Cog's webhooks, which tell how a prediction goes."""

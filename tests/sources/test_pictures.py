@@ -65,7 +65,7 @@ def test_what_is_no_picture_gets_a_sentence(
     environment: Settings, host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     host.routes["/a"], sentence = REFUSED[what]
-    monkeypatch.setattr(pictures, "SECONDS", 1)
+    monkeypatch.setattr(pictures, "PICTURE_SECONDS", 1)
     if what.endswith("stated"):
         monkeypatch.setattr(pictures, "MAX_BYTES", MIB)
     with pytest.raises(ValueError, match=f"^mask {host.url('/a')} {re.escape(sentence)}") as caught:
