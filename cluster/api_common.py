@@ -198,8 +198,7 @@ class Authorised:
 def _refuse_foreign(request: Request) -> Refused | None:
     """What is answered where a request may be a foreign page's, before its body is read."""
     path = request.scope["path"]
-    fault = None if path == PROBE else find_fault(request.headers.items(), form=path == UPLOADS)
-    if fault is None:
+    if path == PROBE or not (fault := find_fault(request.headers.items(), form=path == UPLOADS)):
         return None
     status, sentence = fault
     detail = f"API_TOKENS is not set, and {sentence}"

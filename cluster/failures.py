@@ -12,6 +12,8 @@ from pathlib import Path
 # How many attempts a prediction has: that many workers may end while they run it, since each costs a start, and that
 # many attempts may come to nothing in other ways that may pass.
 ATTEMPTS = 3
+# One that hangs takes minutes before that is known, and so has fewer.
+ATTEMPTS_THAT_HANG = 2
 
 
 class Again(Enum):
@@ -21,7 +23,7 @@ class Again(Enum):
     UNDRAWN = "It may succeed, and is worth its cost unless a worker has begun to draw."
     CUT_OFF = "The attempt was cut off from outside."
     WORKER_ENDED = "A worker ended, perhaps because of the prediction."
-    HUNG = "It hung until its worker had to end, which may take minutes; so it has one more attempt."
+    HUNG = "It hung, and its worker had to end."
 
 
 class Failure(Exception):  # noqa: N818 (an outcome, not an accident)

@@ -42,7 +42,7 @@ from cluster.run import Means
 from cluster.settings import DRAIN_SECONDS, ClusterSettings
 from cluster.streams import Streams
 from cluster.tasks import spawn
-from cluster.watchdog import be_watched
+from cluster.watchdog import watch_event_loop
 from cluster.webhooks import Webhooks, open_client
 from local_cog import schema
 from local_cog.server import listen
@@ -100,7 +100,7 @@ class Front:
             async with self.predictions, open_client(allow_private=self.settings.private_webhooks) as client:
                 server = await self._build(client)
                 asking, tidying = spawn(self._ask_health()), spawn(self._tidy())
-                watched = spawn(be_watched("front", SECONDS_STILL))
+                watched = spawn(watch_event_loop("front", SECONDS_STILL))
                 self.beating = spawn(self._beat())
                 self.serving = spawn(server.serve([listening]))
                 yield

@@ -25,7 +25,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from sqlalchemy.exc import DBAPIError
 
 from cluster.database import may_be_repaired, may_pass
-from cluster.failures import ATTEMPTS, Again, Failure, places
+from cluster.failures import ATTEMPTS, ATTEMPTS_THAT_HANG, Again, Failure, places
 from cluster.files import Files, names_files
 from cluster.metrics import Metrics
 from cluster.predictions import PREDICTION_ID, UNFINISHED, File, Prediction, Predictions, now
@@ -231,7 +231,7 @@ class Run:
             return self.prediction.deaths < ATTEMPTS
         if failure.again is Again.HUNG:
             self.hangs += 1
-            return self.hangs < 2
+            return self.hangs < ATTEMPTS_THAT_HANG
         self.failures += 1
         helps = failure.again is Again.CUT_OFF or (failure.again is Again.UNDRAWN and not self.begun)
         return helps and self.failures < ATTEMPTS

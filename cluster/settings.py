@@ -40,7 +40,7 @@ class ClusterSettings:
     # WEBHOOKS_ALLOW_PRIVATE_HOSTS=1: let webhooks go to private and loopback addresses (tests, intranets). Otherwise
     # strangers could have the fronts, which stand inside the operator's network, send requests to what is in there.
     private_webhooks: bool
-    # PREDICTION_SECONDS: the predictors' own, 600 unless it is given; 0, no limit, is that of a worker that is to go.
+    # PREDICTION_SECONDS: the bound of every predictor here, 600 unless it is given; 0 is the longest that there may be.
     prediction_seconds: float
 
     @property

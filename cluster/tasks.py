@@ -23,4 +23,4 @@ def spawn(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
 def _forget(task: asyncio.Task[None]) -> None:
     _running.discard(task)
     if not task.cancelled() and task.exception():
-        logger.error("A task of the front failed: %s", places(task.exception()))
+        logger.error("A background task failed: %s", places(task.exception()))

@@ -5,14 +5,15 @@ is slow. Only its end lets others take over. This module knows processes, and no
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import subprocess
 
+from cluster.failures import places
+
 logger = logging.getLogger("ray.serve")
 
-# Reads a line each second: 0 is one more, 1 the end of the process that sends them, and anything else a second without
+# Reads two lines a second: 0 is one more, 1 the end of the process that sends them, and anything else a second without
 # any. Seconds are counted one by one: where the whole machine was stopped, or slept, there is nobody to blame.
 WATCH = """
 missed=0
@@ -20,30 +21,37 @@ while [ $missed -lt $2 ]; do
     read -r -t 1 _
     case $? in 0) missed=0 ;; 1) exit ;; *) missed=$((missed + 1)) ;; esac
 done
-echo "A $1 stood still for $2 seconds, and was ended." >&2
 kill -s KILL "$0"
+echo "A $1 stood still for $2 seconds, and was ended." >&2
 """
 
 
-async def be_watched(name: str, seconds: int) -> None:
-    """Show that this event loop turns, for as long as this runs; once it does not for so long, this process is ended.
+async def watch_event_loop(name: str, seconds: int) -> None:
+    """Have this process ended by force once its event loop has not turned for so long; until this is cancelled.
 
     Args:
         name: what this process is, for the log.
         seconds: more than anything takes that is done in its event loop, on a machine that has other work.
     """
-    command = ["bash", "-c", WATCH, str(os.getpid()), name, str(seconds)]
     while True:
-        watching = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
+        try:
+            await _show_turns("bash", "-c", WATCH, str(os.getpid()), name, str(seconds))
+        except OSError as error:  # somebody has ended it, or it cannot be started now
+            logger.error("What watches this %s is started again: %s", name, places(error))
+        await asyncio.sleep(1)
+
+
+async def _show_turns(*command: str) -> None:
+    """Start a process, and send it two lines a second; it is ended when this is.
+
+    Raises:
+        OSError: it cannot be started, or has ended.
+    """
+    with subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True) as watching:
         os.set_blocking(watching.stdin.fileno(), False)
         try:
-            with contextlib.suppress(BrokenPipeError):  # somebody has ended it: another one watches from now on
-                while True:
-                    with contextlib.suppress(BlockingIOError):  # it is stopped itself, and has heard enough
-                        watching.stdin.write(b"\n")
-                    await asyncio.sleep(1)
-            logger.warning("What watches this %s has ended; it is started again.", name)
+            while True:
+                watching.stdin.write(b"\n")  # nothing is written where the pipe is full: it is stopped itself
+                await asyncio.sleep(0.5)
         finally:
-            watching.stdin.close()
             watching.kill()
-            watching.wait()

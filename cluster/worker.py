@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import quote
 
 import aiohttp
@@ -28,7 +28,7 @@ from cluster.privacy import redact_log, secrets_of
 from cluster.replica import LOGGING, listen_on_this_node_only
 from cluster.settings import DRAIN_SECONDS, ClusterSettings
 from cluster.tasks import spawn
-from cluster.watchdog import be_watched
+from cluster.watchdog import watch_event_loop
 from cluster.withheld import withheld
 from local_cog.server import LOOPBACK, SECONDS_BETWEEN_CHECKS, SECONDS_FOR_HEALTH, CogServer, Verdict, hangs
 from service.faults import without_paths
@@ -42,7 +42,6 @@ HEARD = ["start", "logs", "completed"]
 # Where Debian keeps the certificates of authorities, and all of them in one file.
 AUTHORITIES = Path("/etc/ssl/certs")
 AUTHORITIES_FILE = AUTHORITIES / "ca-certificates.crt"
-HEALTH_TIMEOUT = aiohttp.ClientTimeout(total=SECONDS_FOR_HEALTH)
 # For everything else that Cog is asked: a body of 100 MiB takes it seconds.
 TIMEOUT = aiohttp.ClientTimeout(total=60)
 # How long Cog may take until it can take the next prediction: a predictor that was told to stop may come to the end of
@@ -52,8 +51,8 @@ SECONDS_TO_SETTLE = 60
 SECONDS_BETWEEN_LOOKS = 1
 # How long Cog may be ready for the next prediction without having told the end of this one.
 SECONDS_FOR_END = 10
-# A worker that stands still is ended after so long. It also does while it has something to tell to a front that stands
-# still, and that front must be the first to end.
+# A worker that stands still is ended after so long: its event loop also waits for a front that does not read what it is
+# told, until that front has been ended.
 SECONDS_STILL = 30
 # How many LoRAs a worker is taken to hold when requests are led to it.
 LORAS_HELD = 16
@@ -75,10 +74,10 @@ class CogWorker:
 
     async def __init__(self, project: str) -> None:
         listen_on_this_node_only()
-        _ = self.settings  # what is wrong with them is said before anything is begun
-        spawn(be_watched("worker", SECONDS_STILL))
+        spawn(watch_event_loop("worker", SECONDS_STILL))
+        given = {"PREDICTION_SECONDS": f"{self.settings.prediction_seconds:g}", **_authorities()}
         without = dict.fromkeys(withheld(os.environ))
-        self.server = CogServer(Path(project), environment={**_authorities(), **without}).__enter__()
+        self.server = CogServer(Path(project), environment=given | without).__enter__()
         self.verdict = Verdict(self.server)
         try:
             await asyncio.to_thread(self.server.wait_until_ready)
@@ -113,13 +112,13 @@ class CogWorker:
             self.events.put_nowait(await request.json())
         return web.Response()
 
-    async def health(self) -> dict[str, Any]:
+    async def health(self, seconds: float = SECONDS_FOR_HEALTH) -> dict[str, Any]:
         """What Cog's `GET /health-check` says here.
 
         Raises:
-            aiohttp.ClientError: Cog does not answer; TimeoutError if it is there, but stopped or hanging.
+            aiohttp.ClientError: Cog does not answer; TimeoutError if it is there, but silent for so long.
         """
-        async with self.client.get("/health-check", timeout=HEALTH_TIMEOUT) as answered:
+        async with self.client.get("/health-check", timeout=aiohttp.ClientTimeout(total=seconds)) as answered:
             return await answered.json()
 
     async def predict(
@@ -191,9 +190,13 @@ class CogWorker:
             try:
                 states = [await asyncio.wait_for(self.events.get(), SECONDS_BETWEEN_LOOKS)]
             except TimeoutError:
-                self._end_if(self.hung or self._has_taken(self.settings.longest_seconds), hung=True)
+                if self.hung or self._has_taken(self.settings.longest_seconds):
+                    self._give_up()
                 self._end_if(self.server.process.poll() is not None)
-                idle = idle + 1 if await self._status() == "READY" else 0
+                status = ""
+                with contextlib.suppress(TimeoutError):
+                    status = await asyncio.wait_for(self._status(), SECONDS_BETWEEN_LOOKS)
+                idle = idle + 1 if status == "READY" else 0
                 if idle == SECONDS_FOR_END:
                     raise Failure("Cog has ended the prediction without saying how.") from None
                 continue
@@ -216,17 +219,24 @@ class CogWorker:
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError):  # its status will say so too
                     async with self.client.post(f"{cancelling}/cancel") as answered:
                         forgotten += answered.status == 404
-            self._end_if(status != "BUSY" or forgotten > 20 or time.monotonic() > give_up)
+            lost = status != "BUSY" or forgotten > 20 or time.monotonic() > give_up
+            self._end_if(lost, hung=status == "SILENT")
             await asyncio.sleep(CANCEL_SECONDS if cancelling else 0.005)
 
     async def _status(self) -> str:
-        """What Cog says that it is; DEFUNCT where that cannot be read."""
+        """What Cog says that it is; DEFUNCT where that cannot be read, SILENT where it hangs."""
         try:
-            return (await self.health())["status"]
+            return (await self._ask())["status"]
         except TimeoutError:
-            self._end_if(True, hung=True)
+            return "SILENT"
         except (aiohttp.ClientError, ValueError, KeyError):
             return "DEFUNCT"
+
+    async def _ask(self) -> dict[str, Any]:
+        """Its health, asked twice: a time may have run out while this process stood still, with the answer waiting."""
+        with contextlib.suppress(TimeoutError):
+            return await self.health()
+        return await self.health(SECONDS_BETWEEN_LOOKS)
 
     def _has_taken(self, seconds: float) -> bool:
         """Whether there is a prediction under way that has taken so long."""
@@ -236,20 +246,27 @@ class CogWorker:
         """End this process if Cog is defunct: it would refuse everything for ever, and Serve replaces the worker.
 
         Raises:
-            Failure: a prediction hangs, or hung until its predictor ended itself. The process goes on until the front
-                has heard of that, for an end alone says nothing of its reason.
+            Failure: a prediction hangs, or has hung until its predictor ended itself; see `_give_up`.
         """
         if not defunct:
             return
+        hung = hung or self.hung or self._has_taken(self.settings.prediction_seconds)
+        if hung and self.began is not None:
+            self._give_up()
+        logger.error("The Cog server cannot go on; its worker ends.")
+        os._exit(1)
+
+    def _give_up(self) -> NoReturn:
+        """End this process as soon as the front has heard that the prediction hangs: an end tells no reason.
+
+        Raises:
+            Failure: always, for the front.
+        """
         if not self.hung:
-            if self.began is None or not (hung or self._has_taken(self.settings.prediction_seconds)):
-                logger.error("The Cog server cannot go on; its worker ends.")
-                os._exit(1)
             self.hung = True
             logger.error("A prediction hangs; its worker ends.")
-            spawn(self.client.close())  # what waits for Cog waits no more
-            asyncio.get_running_loop().call_later(3 * SECONDS_BETWEEN_LOOKS, os._exit, 1)
-        raise Failure("The prediction was given up: it hung twice.", Again.HUNG)
+            asyncio.get_running_loop().call_later(4 * SECONDS_BETWEEN_LOOKS, os._exit, 1)
+        raise Failure("The prediction was given up: two attempts at it did not end in time.", Again.HUNG)
 
     @serve.multiplexed(max_num_models_per_replica=LORAS_HELD)
     async def _hold(self, loras: str) -> Iterator[int]:
@@ -262,15 +279,18 @@ class CogWorker:
         Raises:
             aiohttp.ClientError: the connection broke; Serve replaces the worker if that happens again and again.
         """
+        if self.hung:  # it ends soon
+            return
         try:
-            health = await self.health()
+            health = await self._ask()
         except TimeoutError:
             reason, hung = "The Cog server does not answer.", True
         else:
             reason, hung = self.verdict.reason(health), hangs(health)
         if reason:
             logger.error(reason)
-        self._end_if(bool(reason), hung=hung)
+        with contextlib.suppress(Failure):  # the prediction's; it finds that out by itself
+            self._end_if(bool(reason), hung=hung)
 
     def stop(self) -> None:
         """End the Cog server."""

@@ -7,10 +7,12 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -20,15 +22,26 @@ from cluster.local import descendants
 from harness.cluster import Cluster, Hooks
 from harness.postgres import find_programs
 from local_cog.server import CogServer
+from tests.cluster.databases import run
 from tests.cluster.processes import runs, state, status, works
 from tests.cluster.small_cluster import PREDICTOR, TOKEN
 from tests.support.waiting import wait_until
 
+T = TypeVar("T")
 WORKERS, FRONTS = 4, 2
-# What a predictor would have for its pictures, its LoRAs and its work, and what the cluster adds.
-PREDICTION_SECONDS, LONGEST_SECONDS = 1, 33
+# A predictor has as much for its pictures, its LoRAs and its work each; the cluster gives a prediction 33 seconds.
+PREDICTION_SECONDS = 1
+GIVEN_UP = "The prediction was given up: two attempts at it did not end in time."
 # By what its command line holds: a Cog server has no title of its own.
 KINDS = ("CogWorker", "cog.server.http", "import coglet", "Front")
+
+
+@dataclass(frozen=True)
+class Story:
+    """One cluster, in which one process after another stands still."""
+
+    cluster: Cluster
+    hooks: Hooks
 
 
 def whole(cluster: Cluster) -> bool:
@@ -47,81 +60,34 @@ def pick(cluster: Cluster, kind: str, spared: int) -> int:
     """A process of a kind; of a worker's, one that draws, but not the one that is to be spared."""
     if kind == "Front":
         return cluster.processes(kind)[0]
-    while not (workers := set(drawing(cluster)) - {spared}):
-        time.sleep(0.1)
-    worker = workers.pop()
+    workers: list[int] = []
+
+    def found() -> bool:
+        workers[:] = set(drawing(cluster)) - {spared}
+        return bool(workers)
+
+    wait_until(found)
+    worker = workers[0]
     return worker if kind == "CogWorker" else cluster.processes(kind, below=worker)[0]
 
 
-def draw(cluster: Cluster, hooks: Hooks, *names: str, **inputs: object) -> Callable[[], list[dict[str, Any]]]:
+def draw(story: Story, *names: str, **inputs: object) -> Callable[[], list[dict[str, Any]]]:
     """Have predictions drawn that take five seconds each; what is returned waits for their ends."""
     for name in names:
-        ask(cluster, hooks, name, {"prompt": "slow", "steps": 10, **inputs})
-    return lambda: [hooks.until_ended(name, 240)[-1] for name in names]
+        ask(story, name, {"prompt": "slow", "steps": 10, **inputs})
+    return lambda: [story.hooks.until_ended(name, 90)[-1] for name in names]
 
 
-def ask(cluster: Cluster, hooks: Hooks, name: str, inputs: dict[str, object]) -> None:
+def ask(story: Story, name: str, inputs: dict[str, object]) -> None:
     """Have one prediction accepted; a front may be stopped before it has answered, so it is asked for again."""
-    give_up = time.monotonic() + 120
+    give_up = time.monotonic() + 60
     while time.monotonic() < give_up:
         with contextlib.suppress(OSError, http.client.HTTPException):
-            body = {"input": inputs, "webhook": hooks.url, "webhook_events_filter": ["start", "completed"]}
-            if cluster.request("PUT", f"/predictions/{name}", body, {"Prefer": "respond-async"})[0] in (200, 202):
+            body = {"input": inputs, "webhook": story.hooks.url, "webhook_events_filter": ["start", "completed"]}
+            if story.cluster.request("PUT", f"/predictions/{name}", body, {"Prefer": "respond-async"})[0] in (200, 202):
                 return
         time.sleep(0.2)
     raise TimeoutError(name)
-
-
-def story(url: str, folder: Path, project: Path) -> None:
-    """One cluster, in which one process after another stands still."""
-    environment = {
-        "DATABASE_URL": url,
-        "FILES_URL": str(folder / "files"),
-        "API_TOKENS": TOKEN,
-        "PREDICTION_SECONDS": str(PREDICTION_SECONDS),
-        "WEBHOOKS_ALLOW_PRIVATE_HOSTS": "1",
-    }
-    options = ("--project", str(project), "--workers", str(WORKERS), "--fronts", str(FRONTS))
-    with Cluster(*options, environment=environment, log=folder / "log", token=TOKEN) as cluster, Hooks() as hooks:
-        wait_until(lambda: whole(cluster), 120)
-        what_goes_on_in_time_is_left_alone(cluster, hooks)
-        began = time.monotonic()
-        woken = draw(cluster, hooks, "sleeping", prompt=f"sleep {folder / 'slept'}")
-        wait_until(lambda: len(drawing(cluster)) == 1)
-        (sleeper,) = drawing(cluster)
-        ask(cluster, hooks, "hanging", {"prompt": "hang"})
-        for kind in KINDS:
-            what_stands_still_is_replaced(cluster, hooks, kind, sleeper)
-        assert [end["status"] for end in woken()] == ["succeeded"]
-        assert time.monotonic() - began > LONGEST_SECONDS
-        ask(cluster, hooks, "stalling", {"prompt": "stall"})
-        what_hangs_has_one_more_attempt(hooks, folder / "log")
-
-
-def what_goes_on_in_time_is_left_alone(cluster: Cluster, hooks: Hooks) -> None:
-    """Each process is stopped for two seconds, while all workers draw."""
-    ended = draw(cluster, hooks, *(f"brief-{i}" for i in range(WORKERS)))
-    stopped = [process for kind in KINDS for process in cluster.processes(kind)]
-    for process in stopped:
-        os.kill(process, signal.SIGSTOP)
-    time.sleep(2)
-    for process in stopped:
-        os.kill(process, signal.SIGCONT)
-    assert [end["status"] for end in ended()] == ["succeeded"] * WORKERS
-    assert all(map(runs, stopped))
-
-
-def what_stands_still_is_replaced(cluster: Cluster, hooks: Hooks, kind: str, spared: int) -> None:
-    """One process is stopped while all workers draw: it is ended, and what it had is drawn elsewhere."""
-    ended = draw(cluster, hooks, *(f"{kind[:3]}-{i}" for i in range(WORKERS)))
-    stopped = pick(cluster, kind, spared)
-    os.kill(stopped, signal.SIGSTOP)
-    with ThreadPoolExecutor(8) as pool:
-        slowest = max(pool.map(lambda _: seconds_until_answered(cluster), range(64)))
-    assert slowest < 45  # a share of the port is a stopped front's, until it is ended
-    assert [end["status"] for end in ended()] == ["succeeded"] * WORKERS
-    wait_until(lambda: not runs(stopped), 120)
-    wait_until(lambda: whole(cluster), 120)
 
 
 def seconds_until_answered(cluster: Cluster) -> float:
@@ -132,46 +98,125 @@ def seconds_until_answered(cluster: Cluster) -> float:
     return time.monotonic() - began
 
 
-def what_hangs_has_one_more_attempt(hooks: Hooks, log: Path) -> None:
-    for name in ("hanging", "stalling"):
-        end = hooks.until_ended(name, 240)[-1]
-        assert (end["status"], end.get("error")) == ("failed", "The prediction was given up: it hung twice.")
-    wait_until(lambda: attempts(log) == {"hanging": 2, "stalling": 2, "sleeping": 1})
-
-
 def attempts(log: Path) -> Counter[str]:
     """How often each prediction hung, by the cluster's log, which comes a little later than what it tells."""
     told = r"An attempt at prediction '(hanging|stalling|sleeping)' came to nothing: RayTaskError\(Failure\)"
     return Counter(re.findall(told, log.read_text()))
 
 
-def slow_project(folder: Path) -> Path:
-    """A project whose predictor takes a minute to set up."""
-    (project := folder / "slow").mkdir()
-    (project / "predict.py").write_text(PREDICTOR.replace("self.made = 0", "self.made = time.sleep(60)"))
-    return project
-
-
-def what_is_stopped_while_it_starts_is_given_up(project: Path) -> None:
-    with CogServer(project, log=project / "log") as server:
-        wait_until(lambda: status(server.process.pid) == "STARTING")
-        os.kill(server.process.pid, signal.SIGSTOP)
-        with pytest.raises(RuntimeError, match=r"The server has not answered for 60 seconds\."):
-            server.wait_until_ready()
-
-
-def test_whatever_stands_still_nothing_waits_for_ever(
-    tmp_path: Path, project: Path, request: pytest.FixtureRequest
-) -> None:
-    """Both databases at once, since a story mostly waits."""
-    urls = [f"sqlite:///{tmp_path / 'predictions.db'}"]
+@pytest.fixture(scope="module")
+def stories(
+    tmp_path_factory: pytest.TempPathFactory, project: Path, request: pytest.FixtureRequest
+) -> Iterator[list[Story]]:
+    """A cluster over each database; both at once, since most of the time is waited."""
+    urls = [f"sqlite:///{tmp_path_factory.mktemp('sqlite') / 'predictions.db'}"]
     if find_programs() is not None:
         urls.append(request.getfixturevalue("postgres").url)
-    with ThreadPoolExecutor(3) as pool:
-        starting = pool.submit(what_is_stopped_while_it_starts_is_given_up, slow_project(tmp_path))
-        folders = [tmp_path / str(number) for number in range(len(urls))]
-        for folder in folders:
-            folder.mkdir()
-        for told in [pool.submit(story, url, folder, project) for url, folder in zip(urls, folders, strict=True)]:
-            told.result()
-        starting.result()
+        run(urls[-1], "DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    options = ("--project", str(project), "--workers", str(WORKERS), "--fronts", str(FRONTS))
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        made = []
+        for url in urls:
+            folder = tmp_path_factory.mktemp("hangs")
+            environment = {"DATABASE_URL": url, "FILES_URL": str(folder / "files"), "API_TOKENS": TOKEN}
+            environment |= {"PREDICTION_SECONDS": str(PREDICTION_SECONDS)}
+            made.append(Cluster(*options, environment=environment, log=folder / "log", token=TOKEN))
+        started = [pool.submit(cluster.__enter__) for cluster in made]
+        for cluster in [done.result() for done in started]:
+            stack.push(cluster)
+        yield [Story(cluster, stack.enter_context(Hooks())) for cluster in made]
+
+
+def everywhere(part: Callable[[Story], T], stories: list[Story]) -> list[T]:
+    """The same in each story, at once."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(part, stories))
+
+
+@pytest.fixture(scope="module")
+def sleepers(stories: list[Story]) -> dict[int, int]:
+    """By the cluster's port: the worker whose predictor answers, and whose prediction does not end. Another one hangs."""
+
+    def begin(story: Story) -> int:
+        wait_until(lambda: whole(story.cluster), 60)
+        draw(story, "sleeping", prompt=f"sleep {story.cluster.log.with_name('slept')}")
+        wait_until(lambda: len(drawing(story.cluster)) == 1)
+        (sleeper,) = drawing(story.cluster)
+        ask(story, "hanging", {"prompt": "hang"})
+        return sleeper
+
+    return dict(zip((story.cluster.port for story in stories), everywhere(begin, stories), strict=True))
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[str]]:
+    """What is said of a Cog server that is stopped while its predictor sets up; it takes a minute."""
+    folder = tmp_path_factory.mktemp("slow")
+    (folder / "predict.py").write_text(PREDICTOR.replace("self.made = 0", "self.made = time.sleep(60)"))
+
+    def start() -> str:
+        with CogServer(folder, log=folder / "log") as server:
+            wait_until(lambda: status(server.process.pid) == "STARTING")
+            os.kill(server.process.pid, signal.SIGSTOP)
+            with pytest.raises(RuntimeError) as told:
+                server.wait_until_ready()
+        return str(told.value)
+
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(start)
+
+
+def test_what_goes_on_in_time_is_left_alone(stories: list[Story], refused: Future[str]) -> None:
+    """Each process is stopped for two seconds, while all workers draw."""
+
+    def stop(story: Story) -> None:
+        wait_until(lambda: whole(story.cluster), 60)
+        ended = draw(story, *(f"brief-{i}" for i in range(WORKERS)))
+        stopped = [process for kind in KINDS for process in story.cluster.processes(kind)]
+        for process in stopped:
+            os.kill(process, signal.SIGSTOP)
+        time.sleep(2)
+        for process in stopped:
+            os.kill(process, signal.SIGCONT)
+        assert [end["status"] for end in ended()] == ["succeeded"] * WORKERS
+        assert all(map(runs, stopped))
+
+    everywhere(stop, stories)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stands_still_is_replaced(stories: list[Story], sleepers: dict[int, int], kind: str) -> None:
+    """One process is stopped while all workers draw: it is ended, and what it had is drawn elsewhere."""
+
+    def stop(story: Story) -> None:
+        cluster = story.cluster
+        ended = draw(story, *(f"{kind[:3]}-{i}" for i in range(WORKERS)))
+        stopped = pick(cluster, kind, sleepers[cluster.port])
+        os.kill(stopped, signal.SIGSTOP)
+        with ThreadPoolExecutor(8) as pool:
+            slowest = max(pool.map(lambda _: seconds_until_answered(cluster), range(64)))
+        assert slowest < 45  # a share of the port is a stopped front's, until it is ended
+        assert [end["status"] for end in ended()] == ["succeeded"] * WORKERS
+        wait_until(lambda: not runs(stopped), 60)
+        wait_until(lambda: whole(cluster), 60)
+
+    everywhere(stop, stories)
+
+
+@pytest.mark.usefixtures("sleepers")
+def test_what_hangs_has_one_more_attempt(stories: list[Story]) -> None:
+    """One hangs at each attempt, one ends its predictor after longer than it may take, one hangs the first time."""
+
+    def wait(story: Story) -> None:
+        ask(story, "stalling", {"prompt": "stall"})
+        for name in ("hanging", "stalling"):
+            end = story.hooks.until_ended(name, 90)[-1]
+            assert (end["status"], end.get("error")) == ("failed", GIVEN_UP)
+        assert story.hooks.until_ended("sleeping", 90)[-1]["status"] == "succeeded"
+        wait_until(lambda: attempts(story.cluster.log) == {"hanging": 2, "stalling": 2, "sleeping": 1})
+
+    everywhere(wait, stories)
+
+
+def test_a_server_that_is_stopped_while_it_starts_is_given_up(refused: Future[str]) -> None:
+    assert refused.result(120) == "The server has not answered for 60 seconds."
