@@ -135,7 +135,7 @@ def everywhere(part: Callable[[Story], T], stories: list[Story]) -> list[T]:
 
 @pytest.fixture(scope="module")
 def sleepers(stories: list[Story]) -> dict[int, int]:
-    """By the cluster's port: the worker whose predictor answers, and whose prediction does not end. Another one hangs."""
+    """By its cluster's port, a worker whose predictor answers, and whose prediction does not end; another one hangs."""
 
     def begin(story: Story) -> int:
         wait_until(lambda: whole(story.cluster), 60)

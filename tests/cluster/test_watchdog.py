@@ -15,7 +15,7 @@ from cluster.local import descendants
 from settings import ROOT
 from tests.support.waiting import wait_until
 
-SECONDS = 2
+SECONDS = 3
 # What the process does once it is watched; it says so before.
 PROGRAM = """
 import asyncio, sys, time
