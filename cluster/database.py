@@ -235,9 +235,19 @@ def _narrow(file: Path) -> None:
 
 
 def _share_sqlite(connection: sqlite3.Connection, _: object) -> None:
-    """Several processes write: readers do not wait for them, writers queue, and a commit is on the disk."""
-    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL"):
+    """Several processes write: readers do not wait for them, writers queue, and a commit is on the disk.
+
+    What is forgotten is overwritten, since it may be a secret.
+    """
+    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def empty_log(engine: sa.Engine) -> None:
+    """Empty SQLite's write-ahead log, in which rows stand as they were before; PostgreSQL's is its operator's."""
+    if engine.dialect.name == "sqlite":
+        with engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _blame_data(context: sa.ExceptionContext) -> Exception | None:

@@ -203,8 +203,8 @@ class Front:
             await asyncio.sleep(60)
             try:
                 await self.files.delete(await self.predictions.expire())
-            except Exception:
-                logger.exception("Could not tidy up; the next time may succeed.")
+            except Exception as error:
+                logger.error("Could not tidy up; the next time may succeed: %s", places(error))
 
     def check_health(self) -> None:
         """Called by Serve; RuntimeError where this front does not beat or does not listen."""

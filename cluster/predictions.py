@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column, sessionmaker, undefer
 
-from cluster.database import Unusable, may_pass, migrate, open_engine, unusable
+from cluster.database import Unusable, empty_log, may_pass, migrate, open_engine, unusable
 
 UNFINISHED = ("starting", "processing")
 # What a prediction may be called: its id becomes part of paths, URLs and headers, here and in Cog's server.
@@ -380,9 +380,14 @@ class Predictions:
         query = sa.select(File).where(File.about.is_not(None), File.expires_at > now()).order_by(File.created_at.desc())
         return list(session.scalars(query.limit(100)))
 
-    @_transaction
-    def expire(self, session: Session) -> list[str]:
+    async def expire(self) -> list[str]:
         """Forget what has been kept for its time: the ids of files whose contents may now be deleted."""
+        expired = await self._expire()
+        await asyncio.get_running_loop().run_in_executor(self.threads, empty_log, self.engine)
+        return expired
+
+    @_transaction
+    def _expire(self, session: Session) -> list[str]:
         old = Prediction.completed_at < now(-PREDICTION_LIFETIME)
         # Not `is_(False)`: SQLite would look all of those up instead of the few that are old.
         session.execute(sa.delete(Prediction).where(old, Prediction.webhook_due.is_not(True)))

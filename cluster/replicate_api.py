@@ -92,7 +92,7 @@ class ReplicateApi:
 
     async def _create(self, request: Request) -> Response:
         wait = _wait_seconds(request.headers.get("prefer", ""))
-        prediction = await self._accept(request, _cancel_at(request.headers.get("cancel-after")))
+        prediction = await self._accept(request, _lifetime(request.headers.getlist("cancel-after")))
         if wait is None:
             return JSONResponse(self.forms.replicate(prediction, self._base(request)), 201)
         prediction = await self.dispatcher.ended(prediction, wait)
@@ -100,11 +100,11 @@ class ReplicateApi:
         # Clients take any other status for the end.
         return JSONResponse(shown, 201) if prediction.finished else JSONResponse({**shown, "status": "starting"}, 202)
 
-    async def _accept(self, request: Request, cancel_at: str | None) -> Prediction:
+    async def _accept(self, request: Request, lifetime: timedelta | None) -> Prediction:
         """The prediction that a request asks for; its body is gone when this returns."""
         base = self._base(request)
         async with self.bodies.read(request, lambda content: self._prediction(request, content, base)) as prediction:
-            prediction.cancel_at = cancel_at
+            prediction.cancel_at = lifetime and now(lifetime)
             await self.dispatcher.accept(prediction)
             return prediction
 
@@ -332,19 +332,18 @@ def _wait_seconds(prefer: str) -> float | None:
     return min(float(found[1] or MAX_WAIT_SECONDS), MAX_WAIT_SECONDS) if found else None  # the longest are infinite
 
 
-def _cancel_at(duration: str | None) -> str | None:
-    """When a prediction of now is to be cancelled, where it has not ended within `30`, `30s`, `5m` or `1h30m`."""
-    if duration is None:
+def _lifetime(durations: list[str]) -> timedelta | None:
+    """After how long a prediction is to be cancelled that has not ended: `30`, `30s`, `5m`, `1h30m`; None: never."""
+    if not durations:
         return None
-    found = DURATION.fullmatch(duration.strip())
+    text = ", ".join(durations)
+    found = DURATION.fullmatch(text.strip())
     hours, minutes, seconds = map(int, found.groups("0")) if found else (0, 0, 0)
-    longest = timedelta(hours=hours, minutes=minutes, seconds=seconds)
-    if not SHORTEST <= longest <= PREDICTION_LIFETIME:
-        wrong = (
-            f"Cancel-After is {duration[:80]!r}; it must be a time from 5 seconds to 24 hours, such as 30s or 1h30m."
-        )
+    lifetime = timedelta(hours=hours, minutes=minutes, seconds=seconds)
+    if not SHORTEST <= lifetime <= PREDICTION_LIFETIME:
+        wrong = f"Cancel-After is {text[:80]!r}; it must be a time from 5 seconds to 24 hours, such as 30s or 1h30m."
         raise problem(422, "Bad header", wrong)
-    return now(longest)
+    return lifetime
 
 
 def _file(file: File, base: str) -> dict[str, Any]:

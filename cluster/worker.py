@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import quote
 
 import aiohttp
@@ -49,6 +49,8 @@ TIMEOUT = aiohttp.ClientTimeout(total=60)
 SECONDS_TO_SETTLE = 60
 # How often a worker looks whether there is still to come something of a prediction.
 SECONDS_BETWEEN_LOOKS = 1
+# How long a worker goes on that has to end, so that everybody who waits for it hears why.
+SECONDS_TO_TELL = 4
 # How long Cog may be ready for the next prediction without having told the end of this one.
 SECONDS_FOR_END = 10
 # A worker that stands still is ended after so long: its event loop also waits for a front that does not read what it is
@@ -68,9 +70,9 @@ LORAS_HELD = 16
 class CogWorker:
     """One GPU: the predictor in a Cog server of its own, reached over loopback."""
 
-    # When the prediction that is under way was begun, by the monotonic clock; and whether one hangs.
+    # When the prediction under way was begun, by the monotonic clock; and whether this process ends in a moment.
     began: float | None = None
-    hung = False
+    ending = False
 
     async def __init__(self, project: str) -> None:
         listen_on_this_node_only()
@@ -134,11 +136,11 @@ class CogWorker:
         """
         # Serve frees the place of a cancelled call before the call has cleaned up: wait for that here.
         async with self.one_at_a_time:
-            if self.hung:
-                raise BackPressureError(1, 0)  # this worker is about to end: the front asks again, and does not count
             await asyncio.wait([self.settling])
             if loras:
                 (self.lora_hits if next(await self._hold(loras)) else self.lora_loads).inc()
+            if self.ending:
+                raise BackPressureError(1, 0)  # the front asks again, and does not count this
             self.run, self.events = secrets.token_urlsafe(), asyncio.Queue()
             body = {"input": inputs, "webhook": f"{self.address}/{self.run}", "webhook_events_filter": HEARD}
             url = f"/predictions/{quote(prediction_id, safe='')}"
@@ -155,9 +157,8 @@ class CogWorker:
                     yield states
             finally:
                 self.began = None
-                if not self.hung:
-                    # Free Cog's slot in the background: the caller already has its result.
-                    self.settling = asyncio.create_task(self._settle(None if ended else url))
+                # Free Cog's slot in the background: the caller already has its result.
+                self.settling = asyncio.create_task(self._settle(None if ended else url))
 
     async def _hand_over(self, url: str, body: dict[str, Any]) -> None:
         """Have Cog begin a prediction.
@@ -190,8 +191,7 @@ class CogWorker:
             try:
                 states = [await asyncio.wait_for(self.events.get(), SECONDS_BETWEEN_LOOKS)]
             except TimeoutError:
-                if self.hung or self._has_taken(self.settings.longest_seconds):
-                    self._give_up()
+                self._end_if(self.ending or self._has_taken(self.settings.longest_seconds), hung=True)
                 self._end_if(self.server.process.poll() is not None)
                 status = ""
                 with contextlib.suppress(TimeoutError):
@@ -214,7 +214,7 @@ class CogWorker:
         if cancelling:
             await asyncio.sleep(CANCEL_SECONDS)
         forgotten, give_up = 0, time.monotonic() + SECONDS_TO_SETTLE
-        while (status := await self._status()) != "READY":
+        while not self.ending and (status := await self._status()) != "READY":
             if cancelling and status == "BUSY":
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError):  # its status will say so too
                     async with self.client.post(f"{cancelling}/cancel") as answered:
@@ -245,28 +245,25 @@ class CogWorker:
     def _end_if(self, defunct: bool, *, hung: bool = False) -> None:
         """End this process if Cog is defunct: it would refuse everything for ever, and Serve replaces the worker.
 
+        That is at once where a prediction is under way: whatever it is, it has not survived this worker. It is a little
+        later where there is none, or where one hangs, or hung until its predictor ended itself: an end tells no reason,
+        and those that ask meanwhile are to hear one.
+
         Raises:
-            Failure: a prediction hangs, or has hung until its predictor ended itself; see `_give_up`.
+            Failure: a prediction hangs.
         """
         if not defunct:
             return
-        hung = hung or self.hung or self._has_taken(self.settings.prediction_seconds)
-        if hung and self.began is not None:
-            self._give_up()
-        logger.error("The Cog server cannot go on; its worker ends.")
-        os._exit(1)
-
-    def _give_up(self) -> NoReturn:
-        """End this process as soon as the front has heard that the prediction hangs: an end tells no reason.
-
-        Raises:
-            Failure: always, for the front.
-        """
-        if not self.hung:
-            self.hung = True
-            logger.error("A prediction hangs; its worker ends.")
-            asyncio.get_running_loop().call_later(4 * SECONDS_BETWEEN_LOOKS, os._exit, 1)
-        raise Failure("The prediction was given up: two attempts at it did not end in time.", Again.HUNG)
+        hung = hung or self.ending or self._has_taken(self.settings.prediction_seconds)
+        if self.began is not None and not hung:
+            logger.error("The Cog server cannot go on; its worker ends.")
+            os._exit(1)
+        if not self.ending:
+            self.ending = True
+            logger.error("The Cog server %s; its worker ends.", "hangs" if hung else "cannot go on")
+            asyncio.get_running_loop().call_later(SECONDS_TO_TELL, os._exit, 1)
+        if self.began is not None:
+            raise Failure("The prediction was given up: two attempts at it did not end in time.", Again.HUNG)
 
     @serve.multiplexed(max_num_models_per_replica=LORAS_HELD)
     async def _hold(self, loras: str) -> Iterator[int]:
@@ -279,7 +276,7 @@ class CogWorker:
         Raises:
             aiohttp.ClientError: the connection broke; Serve replaces the worker if that happens again and again.
         """
-        if self.hung:  # it ends soon
+        if self.ending:
             return
         try:
             health = await self._ask()

@@ -22,7 +22,7 @@ from cluster.local import descendants
 from harness.cluster import Cluster, Hooks
 from harness.postgres import find_programs
 from local_cog.server import CogServer
-from tests.cluster.databases import run
+from tests.cluster.databases import rows, run
 from tests.cluster.processes import runs, state, status, works
 from tests.cluster.small_cluster import PREDICTOR, TOKEN
 from tests.support.waiting import wait_until
@@ -214,6 +214,27 @@ def test_what_hangs_has_one_more_attempt(stories: list[Story]) -> None:
             assert (end["status"], end.get("error")) == ("failed", GIVEN_UP)
         assert story.hooks.until_ended("sleeping", 90)[-1]["status"] == "succeeded"
         wait_until(lambda: attempts(story.cluster.log) == {"hanging": 2, "stalling": 2, "sleeping": 1})
+
+    everywhere(wait, stories)
+
+
+def test_what_waits_behind_cancelled_hangs_is_drawn(stories: list[Story]) -> None:
+    """Its workers end while it waits for them to be free, and none of that is its doing."""
+
+    def wait(story: Story) -> None:
+        wait_until(lambda: whole(story.cluster), 60)
+        hung = [f"unwanted-{i}" for i in range(WORKERS)]
+        for name in hung:
+            ask(story, name, {"prompt": "hang"})
+            story.hooks.until(lambda body, name=name: body["id"] == name)  # it has begun
+        patient = [f"patient-{i}" for i in range(WORKERS)]
+        ended = draw(story, *patient, prompt="a")
+        for name in hung:
+            story.cluster.request("POST", f"/predictions/{name}/cancel")
+        assert [story.hooks.until_ended(name)[-1]["status"] for name in hung] == ["canceled"] * WORKERS
+        assert [end["status"] for end in ended()] == ["succeeded"] * WORKERS
+        query = "SELECT deaths FROM predictions WHERE id LIKE 'patient-%'"
+        assert rows(story.cluster.environment["DATABASE_URL"], query) == [(0,)] * WORKERS
 
     everywhere(wait, stories)
 

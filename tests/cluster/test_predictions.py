@@ -93,6 +93,21 @@ def test_where_webhooks_go_is_kept_until_the_last_is_delivered_and_no_longer(
     asyncio.run(story())
 
 
+def test_no_file_of_sqlite_keeps_what_is_forgotten(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with Predictions(f"sqlite:///{tmp_path / 'predictions.db'}") as known:
+            for i in range(20):
+                secret = {"prompt": f"s3cret-{i}" * 50}
+                await known.create(made(f"one-{i}", secret_input=secret, shown_input={}, webhook="https://h/s3cret"))
+            assert any(b"s3cret" in file.read_bytes() for file in tmp_path.iterdir())
+            for i in range(20):
+                await known.finish(made(f"one-{i}"), [], status="succeeded", completed_at=now())
+            await known.expire()
+            assert [file.name for file in tmp_path.iterdir() if b"s3cret" in file.read_bytes()] == []
+
+    asyncio.run(story())
+
+
 def test_what_belongs_to_no_living_front_is_adopted_once(database: Database) -> None:
     async def story() -> None:
         async with database() as known:
