@@ -42,6 +42,8 @@ logger = logging.getLogger("ray.serve")
 MAX_ADOPTIONS = 5
 # How often a prediction's progress is written into the database; the end is written at once.
 RECORD_SECONDS = 0.5
+# How long a worker may take to let a cancelled prediction go, by the clock of its client: it may stand still.
+SECONDS_TO_CANCEL = 5
 # What Ray does not send along with a call, about; and how many calls that have more wait for workers at once.
 LARGE_BYTES, LARGE_AHEAD = 100_000, 4
 # Cog takes no larger body; files have a third more bytes in it than by themselves.
@@ -86,6 +88,8 @@ class Run:
     # What the attempt that is made now has asked of a worker, and whether that has begun.
     response: DeploymentResponseGenerator | None = None
     begun: bool = False
+    # How long it waits for what that worker tells: for ever, until it is cancelled.
+    patience: asyncio.Timeout | None = None
     # It has one of `Means.large_ahead`.
     ahead: bool = False
     # How many attempts came to nothing, but for those whose worker died; and how many of those hung.
@@ -113,6 +117,8 @@ class Run:
         """Cancel the prediction; its end is still written and told."""
         self.prediction.cancel_requested = True
         self._tell_worker_to_stop()
+        if self.patience is not None and self.patience.when() is None:
+            self.patience.reschedule(asyncio.get_running_loop().time() + SECONDS_TO_CANCEL)
 
     async def _go(self) -> None:
         prediction = self.prediction
@@ -171,13 +177,15 @@ class Run:
             if prediction.cancel_requested:  # meanwhile, when there was no worker to be told
                 return
             self.response = workers.predict.remote(prediction.id, inputs, loras)
-            async for states in self.response:
-                for state in states:
-                    await self._progress(storable(state))
-                if prediction.finished:
-                    return
+            async with asyncio.timeout(None) as self.patience:
+                async for states in self.response:
+                    for state in states:
+                        await self._progress(storable(state))
+                    if prediction.finished:
+                        return
             raise RuntimeError("The worker has told no end.")
         finally:
+            self.patience = None
             self._leave_ahead()
             if not prediction.finished:
                 self._tell_worker_to_stop()

@@ -170,6 +170,23 @@ def test_a_front_that_holds_much_leaves_what_is_to_be_adopted_to_others(
     asyncio.run(story())
 
 
+def test_a_cancelled_prediction_does_not_wait_for_a_worker_that_stands_still(tmp_path: Path) -> None:
+    workers = Workers({"stopped": [STARTED, lambda: asyncio.sleep(600)]})
+
+    async def story() -> None:
+        async with front(f"sqlite:///{tmp_path / 'db'}", tmp_path / "files", workers) as dispatcher:
+            prediction, _ = await dispatcher.accept(made("stopped-1", owner="front"))
+            await until(lambda: prediction.status == "processing")
+            for _ in range(3):  # each beat of the front repeats it
+                assert await dispatcher.cancel(prediction.id)
+                await asyncio.sleep(0.5)
+            assert (await dispatcher.ended(prediction, 60)).status == "canceled"
+            await until(lambda: not dispatcher.runs)
+            assert (await dispatcher.means.predictions.get(prediction.id)).status == "canceled"
+
+    asyncio.run(story())
+
+
 def test_large_inputs_wait_in_turn_and_small_ones_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.run.LARGE_BYTES", 10_000)
     monkeypatch.setattr("cluster.run.ray.put", lambda inputs: inputs)  # there is no Ray
