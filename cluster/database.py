@@ -9,6 +9,7 @@ import os
 import re
 import sqlite3
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,18 +163,30 @@ def unusable(error: DBAPIError) -> Unusable:
 def _to_json(value: Any) -> str:  # noqa: ANN401 (JSON)
     """JSON as it stands in the tables.
 
-    A string of an input may have a hundred megabytes: written at once, it would hold Python's lock for a large part of
-    a second.
+    A string of an input may have hundreds of megabytes: written at once, or copied more often than once, it would hold
+    Python's lock for seconds.
     """
+    return "".join(_json_pieces(value))
+
+
+def _json_pieces(value: Any) -> Iterator[str]:  # noqa: ANN401 (JSON)
     match value:
         case dict() if any(isinstance(item, str) and len(item) > PIECE_CHARACTERS for item in value.values()):
-            members = (f"{_to_json(key)}: {_to_json(item)}" for key, item in value.items())
-            return f"{{{', '.join(members)}}}"
+            before = "{"
+            for key, item in value.items():
+                yield before
+                yield from _json_pieces(key)
+                yield ": "
+                yield from _json_pieces(item)
+                before = ", "
+            yield "}"
         case str() if len(value) > PIECE_CHARACTERS:
-            beginnings = range(0, len(value), PIECE_CHARACTERS)
-            pieces = (_to_json(value[start : start + PIECE_CHARACTERS])[1:-1] for start in beginnings)
-            return f'"{"".join(pieces)}"'
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+            yield '"'
+            for start in range(0, len(value), PIECE_CHARACTERS):
+                yield json.dumps(value[start : start + PIECE_CHARACTERS], ensure_ascii=False)[1:-1]
+            yield '"'
+        case _:
+            yield json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _from_json(text: str) -> Any:  # noqa: ANN401 (JSON)

@@ -110,6 +110,7 @@ class CogServer:
         end = 'read -r _; kill -s KILL -- "-$0"; rm -rf -- "$1"'  # the one form of kill that every shell knows
         self.keeper = subprocess.Popen(
             ["sh", "-c", end, str(self.process.pid), self.scratch.name],
+            env={"PATH": os.environ.get("PATH", os.defpath)},  # to find `rm`; the others may be secrets
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
