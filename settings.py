@@ -128,15 +128,24 @@ class Settings:
         )
 
     def __repr__(self) -> str:
-        """Without the tokens, the proxies (of which some hold a password), mirrors' logins and the project's own place.
+        """Without the tokens, the proxies (some hold a password), mirrors' logins and queries, the project's own place.
 
         Settings are printed when the server starts.
         """
         shown = {f.name: getattr(self, f.name) for f in fields(self)}
         secret = {name for name, value in shown.items() if value and (name == "proxies" or name.endswith("_token"))}
         shown |= dict.fromkeys(secret, "set")
+        shown |= {name: _without_secrets(value) for name, value in shown.items() if name.endswith("_endpoint")}
         text = f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
-        return re.sub(r"://[^\s']*@", "://", text.replace(f"{ROOT}{os.sep}", ""))
+        return text.replace(f"{ROOT}{os.sep}", "")
+
+
+def _without_secrets(url: str) -> str:
+    """A mirror's address without login and query; of one whose login may have a query's signs in it, the scheme.
+
+    Stricter than sources/shown.py, which may not be imported here: settings are below all that uses them.
+    """
+    return re.sub(r"://(?:.*[?#;].*@.*|(?:.*@)?([^?#;]*).*)", r"://\1", url, flags=re.DOTALL)
 
 
 def _proxies(environ: Mapping[str, str]) -> dict[str, str]:

@@ -33,7 +33,18 @@ from sources.contents import Contents, copy_checked
 from sources.download import Download
 from sources.hosts import resolve
 from sources.pictures import fetch_pictures
-from sources.references import Civitai, Data, Picture, Reference, Url, is_pinned, parse, parse_picture
+from sources.references import (
+    Civitai,
+    Data,
+    HuggingFace,
+    Picture,
+    Reference,
+    Replicate,
+    Url,
+    is_pinned,
+    parse,
+    parse_picture,
+)
 from sources.shown import redact
 from sources.store import Store, disk_errors_told
 from sources.work import run_stoppable
@@ -314,5 +325,7 @@ def _identity(wanted: Reference) -> str:
             return f"data {hashlib.sha256(content).hexdigest()}"
         case Civitai():
             return f"{wanted.name} {wanted.host} {wanted.query} {wanted.token}"
-        case _:
-            return wanted.name
+        case HuggingFace():
+            return wanted.address  # of two, the names may be the same
+        case Replicate(owner, model, version):
+            return "/".join(filter(None, (owner, model, version)))

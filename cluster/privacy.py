@@ -1,17 +1,23 @@
 """What may be shown, logged and kept of an input: everything but tokens and URLs' secrets, known by their looks."""
 
+import json
 import re
 import string
 from collections.abc import Collection, Iterator
-from functools import partial
 from itertools import chain, islice
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
-from sources.shown import hidden, is_reference, redact, redact_text
+from service.lines import printable
+from sources.shown import SECRET_NAME, hidden, is_reference, looks_random, redact, redact_text
 
 # The inputs of some predictors that are nothing but a secret; a parameter of a query of such a name is one too.
-_SECRET = re.compile(r".*(token|secret|passw(or)?d|api_?key|credentials?)", re.IGNORECASE | re.DOTALL)
+_SECRET = re.compile(rf".*{SECRET_NAME}(s?)", re.IGNORECASE | re.DOTALL)
+# A login by itself, and what of it comes before its @: u:p@, u:p%40.
+_LOGIN = re.compile(r"(.*?)(?:@|%(?:25)*40)", re.DOTALL)
+# What begins or ends the hidden parts of addresses: with one of these, few characters are no word.
+_DELIMITER = re.compile("[@?#;]")
+_FEWEST_CHARACTERS = 6
 # How many characters are shown of a string: a page lists a hundred predictions, and a prompt may have 100 MB.
 SHOWN_CHARACTERS = 10_000
 LOG_CHARACTERS = 200_000
@@ -46,7 +52,11 @@ def _show(text: str) -> str:
 
 
 def _holds_secret(name: str, value: Any) -> bool:  # noqa: ANN401 (JSON)
-    return isinstance(value, str) and value != "" and _SECRET.fullmatch(name) is not None
+    """Whether a value is a secret by its name; max_tokens and the like are numbers."""
+    named = _SECRET.fullmatch(name)
+    if named is None or value in (None, "", [], {}) or isinstance(value, bool):
+        return False
+    return not (named[1] and isinstance(value, int | float))
 
 
 def secrets_of(inputs: Any) -> Collection[str]:  # noqa: ANN401 (JSON)
@@ -56,19 +66,36 @@ def secrets_of(inputs: Any) -> Collection[str]:  # noqa: ANN401 (JSON)
         if len(text) <= _ADDRESS_CHARACTERS and is_reference(text):
             parts = [part.strip() for part in islice(hidden(text), _PARTS)]
             found |= {*parts, *islice(chain.from_iterable(map(_secrets_within, parts)), _PARTS)}
-    # As they are, as libraries for HTTP write them, as these read them, and as Python shows them.
-    for write in (partial(quote, safe=string.punctuation), unquote, lambda secret: repr(secret)[1:-1]):
-        found |= set(map(write, found))
-    return sorted((secret for secret in found if len(secret) > 1), key=len, reverse=True)
+    found |= set(chain.from_iterable(map(_as_sent, found)))
+    found |= set(chain.from_iterable(map(_as_told, found)))
+    return sorted(filter(_is_long_enough, found), key=len, reverse=True)
 
 
 def _secrets_within(part: str) -> Iterator[str]:
-    """A password, and what a query calls a secret, by themselves, unless they are so short that any word has them."""
-    if part.endswith("@"):
-        values = part[:-1].split(":", 1)
+    """A password, and what a query calls a secret, by themselves; a user where no password is, or it looks like one."""
+    if login := _LOGIN.fullmatch(part):
+        user, colon, password = login[1].partition(":")
+        values = [password, user] if not colon or looks_random(user) else [password]
     else:
         values = [value for name, value in parse_qsl(part[1:]) if _SECRET.fullmatch(name)]
-    yield from (value for value in values if len(value) >= 6)
+    yield from (value for value in values if len(value) >= _FEWEST_CHARACTERS)
+
+
+def _as_sent(secret: str) -> tuple[str, ...]:
+    """As libraries for HTTP write it, as they read it, and without the blanks that they drop."""
+    encoded = quote(secret, safe=string.punctuation), quote(secret, safe="")
+    return *encoded, unquote(secret), re.sub(r"[\t\r\n]", "", secret)
+
+
+def _as_told(secret: str) -> tuple[str, ...]:
+    """As Python, JSON and our own sentences show it."""
+    packed = json.dumps(secret), json.dumps(secret, ensure_ascii=False), repr(secret)
+    return *(text[1:-1] for text in packed), printable(secret)
+
+
+def _is_long_enough(secret: str) -> bool:
+    """Whether it is no part of any word."""
+    return len(secret) >= _FEWEST_CHARACTERS or (len(secret) > 1 and _DELIMITER.search(secret) is not None)
 
 
 def redact_log(text: str, secrets: Collection[str]) -> str:
@@ -77,7 +104,7 @@ def redact_log(text: str, secrets: Collection[str]) -> str:
         end = text[-LOG_CHARACTERS:].partition("\n")[2]
         text = f"({len(text) - len(end)} characters are left out.)\n{end}"
     for secret in secrets:
-        text = text.replace(secret, "")
+        text = text.replace(secret, "***@" if secret.endswith("@") else "***")
     return redact_text(text)
 
 

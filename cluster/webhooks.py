@@ -27,7 +27,7 @@ from cluster.files import Inlined
 from cluster.predictions import Prediction
 from cluster.tasks import spawn
 from sources.connections import PrivateAddressError, is_public
-from sources.shown import redact
+from sources.shown import redact, redact_text
 
 logger = logging.getLogger("ray.serve")
 
@@ -166,7 +166,9 @@ class Webhooks:
                 return answered.status < 300 or 400 <= answered.status not in (429, 500, 502, 503, 504)
         # Such a URL, or such an id in a header, can never be sent; aiohttp's InvalidURL is a ValueError.
         except (ValueError, TypeError, AssertionError, aiohttp.NonHttpUrlClientError) as error:
-            logger.warning("A webhook of prediction %.130r cannot be sent: %s", prediction.id, places(error))
+            logger.warning(
+                "A webhook of prediction %.130r cannot be sent: %s", prediction.id, redact_text(places(error))
+            )
             return True
         except aiohttp.ClientConnectorError as error:
             if isinstance(error.os_error, PrivateAddressError):
@@ -176,7 +178,7 @@ class Webhooks:
         except (aiohttp.ClientError, TimeoutError):
             return False
         except Exception as error:
-            logger.warning("A webhook of prediction %.130r was not sent: %s", prediction.id, places(error))
+            logger.warning("A webhook of prediction %.130r was not sent: %s", prediction.id, redact_text(places(error)))
             return False
 
 

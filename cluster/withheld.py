@@ -1,6 +1,7 @@
 """Which variables the cluster keeps from the predictor's process: its own secrets, and the ways to them.
 
-The predictor parses files that strangers send, and needs none of these; all other variables pass to it.
+The predictor parses files that strangers send, and needs none of these; all other variables pass to it. A beginning
+takes more than secrets with it: AWS_CA_BUNDLE, AWS_REGION and AZURE_CLIENT_ID go too, and AWS_ENDPOINT_URL.
 This module knows names alone.
 """
 
@@ -14,6 +15,7 @@ WITHHELD = {
     "PGPASS": "PostgreSQL's client: PGPASSWORD, and PGPASSFILE, which has some",
     "PGSERVICE": "PostgreSQL's client: a service, and PGSERVICEFILE, which may have a password",
     "PGSSLKEY": "PostgreSQL's client: its private key",
+    "POSTGRES_PASSWORD": "PostgreSQL's image: the database's password, and POSTGRES_PASSWORD_FILE, which has it",
     "RAY_AUTH_TOKEN": "Ray: who may run code in the cluster; RAY_AUTH_TOKEN_PATH is where that lies",
     "RAY_REDIS_": "Ray's head: Redis's address, password and keys",
     "RAY_TLS_": "Ray: certificates and keys",
@@ -26,6 +28,8 @@ WITHHELD = {
     "GOOGLE_APPLICATION_CREDENTIALS": "gcsfs: a file with them",
     "CLOUDSDK_": "gcsfs: an account's credentials, and where they lie",
     "AZURE_": "adlfs: credentials, and where they lie",
+    "IDENTITY_HEADER": "Azure: with it, a managed identity's tokens are to be had",
+    "MSI_SECRET": "Azure: the same under its older name",
     "FSSPEC_": "fsspec: options of any file system, credentials among them",
 }
 

@@ -32,6 +32,7 @@ from cluster.watchdog import watch_event_loop
 from cluster.withheld import withheld
 from local_cog.server import LOOPBACK, SECONDS_BETWEEN_CHECKS, SECONDS_FOR_HEALTH, CogServer, Verdict, hangs
 from service.faults import without_paths
+from service.lines import printable
 
 logger = logging.getLogger("ray.serve")
 
@@ -285,7 +286,7 @@ class CogWorker:
         else:
             reason, hung = self.verdict.reason(health), hangs(health)
         if reason:
-            logger.error(reason)
+            logger.error("%s", printable(redact_log(reason, ())))  # it has the predictor's own words
         with contextlib.suppress(Failure):  # the prediction's; it finds that out by itself
             self._end_if(bool(reason), hung=hung)
 

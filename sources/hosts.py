@@ -20,7 +20,7 @@ from settings import Settings
 from sources import configs
 from sources.client import Client, Source, UnavailableError
 from sources.references import COMMIT, Civitai, HuggingFace, Replicate, Url
-from sources.shown import brief, hide_tokens, host_of
+from sources.shown import brief, hide_tokens, host_of, redact
 
 MAX_WORDS = 32
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -160,7 +160,9 @@ def _explain_hugging_face(
     if code == "GatedRepo":
         return ValueError(f"{name} is {_gate(reference.repo, settings)}.")
     if code == "RevisionNotFound":
-        return ValueError(f"{name} has no revision {reference.revision!r}; it must be a branch, a tag or a commit.")
+        return ValueError(
+            f"{name} has no revision {redact(reference.revision)!r}; it must be a branch, a tag or a commit."
+        )
     if code == "RepoNotFound" or status in (401, 403, 404):
         return ValueError(f"{name} cannot be fetched: {host} answered {status}; {_needs_token(settings)}.")
     if status != 429 and status < 500:

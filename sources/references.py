@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode,
 
 from service.device_thread import check_cancelled
 from settings import Settings, names_host
-from sources.shown import hide_tokens, redact
+from sources.shown import redact
 
 ACCEPTED = (
     "owner/name[/version] of Replicate, huggingface.co/owner/repo, civitai.com/models/id, "
@@ -36,10 +36,14 @@ class Replicate:
     model: str
     version: str | None = None
 
+    def __repr__(self) -> str:
+        """With its name alone."""
+        return f"Replicate({self.name!r})"
+
     @property
     def name(self) -> str:
-        """As it may be shown; naming it again gives the same reference."""
-        return "/".join(filter(None, (self.owner, self.model, self.version)))
+        """As it may be shown; naming it again gives the same reference, unless it looks like a token."""
+        return redact("/".join(filter(None, (self.owner, self.model, self.version))))
 
 
 @dataclass(frozen=True)
@@ -52,18 +56,23 @@ class HuggingFace:
     file: str | None = None
 
     def __repr__(self) -> str:
-        """With its name alone: a path may have a token in it."""
+        """With its name alone: a path may have a token in it, or a query that was encoded along with it."""
         return f"HuggingFace({self.name!r})"
 
     @property
-    def name(self) -> str:
-        """As it may be shown; naming it again gives the same reference, unless it has a token in it."""
+    def address(self) -> str:
+        """All of it, not to be shown; naming it again gives the same reference."""
         name, revision = f"huggingface.co/{self.repo}", quote(self.revision, safe="")
         if self.file is not None:
-            name += f"/resolve/{revision}/{quote(self.file)}"
-        elif self.folder or self.revision != "main":
-            name += f"/tree/{revision}/{quote(self.folder)}".rstrip("/")
-        return hide_tokens(name)
+            return f"{name}/resolve/{revision}/{quote(self.file, safe='/:@')}"
+        if self.folder or self.revision != "main":
+            return f"{name}/tree/{revision}/{quote(self.folder, safe='/:@')}".rstrip("/")
+        return name
+
+    @property
+    def name(self) -> str:
+        """As it may be shown; the same as its address, unless that has in it what may be a secret."""
+        return redact(self.address)
 
 
 @dataclass(frozen=True)

@@ -13,46 +13,74 @@ from urllib.parse import urlsplit
 from service.lines import printable
 from settings import GIB, MIB
 
+# What a name ends in whose value gives access: HF_TOKEN, X-Amz-Signature, api-key; of queries and of inputs alike.
+SECRET_NAME = (
+    r"(?:token|secret|passw(?:or)?d|pwd|passphrase|(?:api|access|secret|private)[_-]?key|authorization|credential"
+    r"|signature|(?<![^\W_])sig|sessionid)"
+)
 # Where an address may begin in a text: two slashes or more, however they lean, or a web scheme without them.
 _HEAD = re.compile(r"https?:[/\\]*|[/\\]{2,}", re.IGNORECASE)
+# Where another address begins within one: https://a/https://b.
 _SCHEME = re.compile("https?:", re.IGNORECASE)
-# Schemes before which a user would hardly have such a name.
+# Schemes before which a user would hardly have such a name: s3://u:p@bucket, but me://p@host may be a password.
 _STORE = re.compile(
     r"(?:^|[^\w:@])(?:s3a?|gs|gcs|az|adl|abfss?|hf|ftps?|sftp|ssh|file|git|wss?|rediss?|postgres(?:ql)?(?:\+\w{1,20})?):$",
     re.IGNORECASE,
 )
+# A query within a login, of which it is then a part: u:p?w@host.
 _QUERY = re.compile("[?#;]")
+# What ends before a path: u:p@host:80.
 _AUTHORITY = re.compile(r"[^/\\?#]*")
-# What stands there may also be percent-encoded, once or several times.
+# What ends a login, as it is or percent-encoded, once or several times: u:p@host, u:p%40host, u:p%2540host.
 _AT = re.compile("@|%(?:25)*40")
+# What ends a path, and may be percent-encoded too: x.png?token=, x.png%3Ftoken%3D.
 _END = re.compile("[?#;]|%(?:25)*(?:3f|23|3b)", re.IGNORECASE)
+# A host without a scheme before it: example.com, 10.0.0.1; no number: 1.5.
 _NAME = r"(?:[\w-]++\.)++(?=[^\W\d_])[\w-]++|(?:\d{1,3}\.){3}\d{1,3}"
-# No login: a name with a dot, which a colon after it would make uncertain, or the address of a machine.
+# No login: a name with a dot, which a colon after it would make uncertain, or the address of a machine: localhost:80.
 _CERTAIN = re.compile(
     r"(?:[\w-]++\.)++[\w-]*+|(?:(?:\d{1,3}\.){3}\d{1,3}|localhost|\[[0-9a-f:.]*\])(?::\d*)?", re.IGNORECASE
 )
+# A host and no password: host, host:80, [::1]:80; not host:secret.
 _HOST = re.compile(r"[^:@%]*|([\w.-]*|\[[0-9a-f:.]*\]):\d*|\[[0-9a-f:.]*\]", re.IGNORECASE)
-# The same without a scheme: civitai.com/models/1, (example.com/a.
-_BARE_ADDRESS = re.compile(rf"[^\w\s/\\@:]*(?:{_NAME}|localhost)(?::\d*)?[/\\?#]", re.IGNORECASE)
+# An address without a scheme: civitai.com/models/1, (example.com/a.
+_BARE_ADDRESS = re.compile(rf"[^\w\s/\\@:]*+(?:{_NAME}|localhost)(?::\d*)?[/\\?#]", re.IGNORECASE)
+# A query behind what is no address: /a.png?token=1.
 _BARE_QUERY = re.compile(r"[?#;][\w.~%+-]++=")
+# A user before such an address: token@github.com/a; me@example.com is a person.
 _BARE_USER = re.compile(rf"[^/\\@:?#]*@(?=(?:{_NAME})(?::\d*)?[/\\])")
+# The end of a login, which has a host behind it: u:p@host, u:p@[::1].
 _BARE_AT = re.compile(r"(?:@|%(?:25)*40)(?=[\w\[])")
-# AIRs, models of CivitAI, weights and ratios: civitai:1@2, 16:9@24fps; and addresses of people.
+# No logins though they have a colon and an @: AIRs and models of CivitAI (civitai:1@2), weights and ratios (16:9@24fps),
+# times (10:30@cafe), accounts (artist:@greg), images of Docker (x:tag@sha256:0a), and addresses of people.
 _NO_LOGIN = re.compile(
-    r"\W*+(?:urn:air:.*|(?:[\w-]+:)+\d+(?:\.\d+)?@\d+(?:\.\w+)?\W*|\d+:\d+@\w*\W*|.*\bmailto:[^:@]*@[^@]*)",
+    r"\W*+(?:urn:air:.*|(?:[\w-]+:)+\d+(?:\.\d+)?@\d+(?:\.\w+)?\W*|\d+:\d+@\w*\W*|\d{1,2}:\d{1,2}@[^@%:]*"
+    r"|(?-i:[a-z]{1,9}):@[^@%:]*|[^@%]*@sha256:[0-9a-f]+\W*|.*\bmailto:[^:@]*@[^@]*)",
     re.IGNORECASE | re.DOTALL,
 )
-# Tokens of Hugging Face, Replicate, GitHub, OpenAI, CivitAI and others; and what says that it is one.
-_TOKEN = re.compile(r"(?:\b|(?<=%[0-9A-Fa-f]{2}))(hf|r8|ghp|gho|sk|pk|api|civitai)[_-][A-Za-z0-9_-]{16,}")
-_NAMED = re.compile(
-    r"(token|secret|passw(?:or)?d|api_?key|access_?key|signature|sessionid|credential)(=|%(?:25)*3d)[^\s&]+",
-    re.IGNORECASE,
+# Tokens of Hugging Face, Replicate, GitHub, GitLab, npm, Slack, OpenAI, CivitAI and others (hf_A…, sk-proj-1…), of
+# headers (Bearer A…), of AWS (AKIA…), and JSON Web Tokens (eyJ….eyJ….…).
+_TOKEN = re.compile(
+    r"(?:\b|(?<=%[0-9A-Fa-f]{2}))(?:"
+    r"(?:hf|r8|gh[pousr]|github_pat|glpat|npm|xox[abp]|sk|pk|api|civitai)[_-]([A-Za-z0-9_-]{16,})"
+    r"|(?i:bearer)[ \t]{1,4}([\w.~+/-]{8,}=*)|A[KS]IA[0-9A-Z]{16}|eyJ[\w-]{8,}(?:\.[\w-]*)*)"
 )
-# What str.strip takes away, and what is invisible.
+# What is called one: token=1, api_key%3D1.
+_NAMED = re.compile(rf"({SECRET_NAME}(?:=|%(?:25)*3d))([^\s&]+)", re.IGNORECASE)
+# What people do not write in words: token=of has none, hf_style_illustrations_retro neither.
+_RANDOM = re.compile(r"[0-9]|(?<!^)[A-Z]")
+# What str.strip takes away, and what is invisible: \ufeffhttps://host.
 _BLANK = r"[\s\x00-\x1f\x7f-\xa0\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]*+"
-_DATA = re.compile(f"{_BLANK}(data:)(?:[^,]*,|\\S*$)", re.IGNORECASE)
-_DATA_TYPE = re.compile(r"\s*([\w.+-]{1,80}/[\w.+-]{1,80})?")
+# What a data URI says that it is: image/png.
+_TYPE = r"[\w.+-]{1,80}/[\w.+-]{1,80}"
+# A data URI, or what may have become of one: data:image/png;base64,aGk=; no prompt: data: a table, 3 rows.
+_DATA = re.compile(
+    rf"{_BLANK}(data:)(?:(?=[^,]*;\s*base64)|(?:(?!\s)|(?=\s*{_TYPE}))(?![^,]*,\x20))(?:[^,]*,|\S*$)", re.IGNORECASE
+)
+_DATA_TYPE = re.compile(rf"\s*({_TYPE})?")
+# The same within a text: see data:image/png;base64,aGk= here.
 _DATA_IN_TEXT = re.compile(r"\bdata:([^,\r\n]{0,120}),(\s{0,4})\S+", re.IGNORECASE)
+# A text that is a reference, which may have spaces (https://u:p w@host, example.com/a b) or not (owner/name, u:p@host).
 _REFERENCE = re.compile(
     rf"{_BLANK}(?:(?:[a-z][a-z0-9+.-]{{0,20}}:)?[/\\]{{2,}}|https?:|(?:{_NAME})(?::\d*)?[/\\?#])(?=\S)|[^\s/\\@]*+[/\\@]\S*+$",
     re.IGNORECASE,
@@ -96,8 +124,12 @@ def hidden(reference: str) -> list[str]:
     """The parts that `redact` leaves out: a login, up to its @; what begins with ?, # or ;; what a data URI holds."""
     if _DATA.match(reference):
         return [reference.partition(",")[2]]
-    pieces = _pieces_of(reference)
-    return [piece.text.replace("\0", " ") for piece in pieces if piece.text not in ("", piece.shown)]
+    parts, at = [], 0
+    for piece in _pieces_of(reference):
+        start, at = at, at + len(piece.text)
+        if piece.text not in ("", piece.shown):
+            parts.append(reference[start:at])  # with the blanks that it has there
+    return parts
 
 
 def redact_text(text: str) -> str:
@@ -107,7 +139,12 @@ def redact_text(text: str) -> str:
 
 def hide_tokens(text: str) -> str:
     """The text without what looks like a token, or is called one."""
-    return _NAMED.sub(r"\1\2***", _TOKEN.sub("***", text))
+    return _NAMED.sub(_without_value, _TOKEN.sub(_without_token, text))
+
+
+def looks_random(text: str) -> bool:
+    """Whether a text is long enough for a secret and has what words lack: a digit, or a capital letter within."""
+    return len(text) >= 6 and _RANDOM.search(text) is not None
 
 
 def host_of(url: str) -> str:
@@ -118,6 +155,14 @@ def host_of(url: str) -> str:
         return "***" if "***" in parts.netloc else parts.hostname or "***"
     except ValueError:
         return "***"
+
+
+def _without_token(found: re.Match[str]) -> str:
+    return "***" if re.search("[0-9A-Z]", found[1] or found[2] or found[0]) else found[0]
+
+
+def _without_value(found: re.Match[str]) -> str:
+    return f"{found[1]}***" if looks_random(found[2]) else found[0]
 
 
 def _shown_data(found: re.Match[str]) -> str:
@@ -134,7 +179,7 @@ def _shown_word(found: re.Match[str]) -> str:
 
 
 def _pieces_of(reference: str) -> Iterator[_Piece]:
-    # A space would end an address: what stands there is none while the secrets are sought.
+    # A space would end an address: what stands there is none while the secrets are sought, as long as it was.
     return _pieces(re.sub(r"\s", "\0", reference), whole=True)
 
 
@@ -209,7 +254,7 @@ def _bare(text: str, whole: bool) -> Iterator[_Piece]:
         yield _Piece("", "***")
         return
     if user := _BARE_USER.match(text, 0, limit):
-        yield _Piece(user[0], "")
+        yield _Piece(user[0], "***@")
         text, limit = text[user.end() :], limit - user.end()
     yield from _without_login(text[:limit], 0 if certain else colon)
 
@@ -223,5 +268,5 @@ def _without_login(text: str, colon: int) -> Iterator[_Piece]:
         return
     start = 0 if colon == first else max(text.rfind("/", 0, first), text.rfind("\\", 0, first)) + 1
     yield _Piece(text[:start], text[:start])
-    yield _Piece(text[start:last], "")
+    yield _Piece(text[start:last], "***@")
     yield _Piece(text[last:], text[last:])

@@ -53,6 +53,22 @@ def test_tokens_are_not_shown() -> None:
     assert "hf_token='set', hf_endpoint='https://mirror/hf'" in shown
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://mirror/hf?token=secret", "https://mirror/hf"),
+        ("https://mirror/hf;secret#secret", "https://mirror/hf"),
+        ("https://user:it's secret@mirror", "https://mirror"),
+        ("https://user:a?secret@mirror/hf", "https://"),
+        ("https://mirror/hf?a@secret", "https://"),
+    ],
+)
+def test_a_mirror_is_shown_without_login_and_query(url: str, shown: str) -> None:
+    text = str(Settings.from_environment(cuda=False, environ={"HF_ENDPOINT": url}))
+    assert f"hf_endpoint={shown!r}," in text
+    assert "secret" not in text
+
+
 def test_proxies_are_read_in_either_case_and_not_shown() -> None:
     environ = {
         "HTTPS_PROXY": "user:secret@proxy:3128",

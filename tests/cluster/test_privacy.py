@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.privacy import LOG_CHARACTERS, SHOWN_CHARACTERS, redact_log, secrets_of, show_input
+from service.lines import printable
+from settings import ROOT
 from tests.support.secrets import logins, queries, references, told
 
 
@@ -25,7 +27,7 @@ from tests.support.secrets import logins, queries, references, told
         ("https://user:pass@host/a", "https://host/a"),
         ("civitai.com/models/1?token=s3cret", "civitai.com/models/1"),
         ("a fox as in https://user:pass@host/a?token=s3cret please", "a fox as in https://host/a please"),
-        ("use hf_abcdefghijklmnopqrstuvwxyz now", "use *** now"),
+        ("use hf_Abcdefghijklmnopqrstuvwxyz now", "use *** now"),
         ({"a": ["https://host/?b=c"]}, {"a": ["https://host/"]}),
         ("//[a://b", "//***//b"),
         ("http://[x", "http://[x"),
@@ -61,7 +63,7 @@ def test_a_log_does_not_repeat_what_an_input_keeps_secret() -> None:
     for text in ("url: /a.png?token=s3 cret (host)", "url: /a.png?token=s3%20cret (host)", "user:pass@host said"):
         assert not {"s3", "pass"} & set(redact_log(text, known).replace("=", " ").replace("%", " ").split())
     assert redact_log("Asked for a fox? a hen", known) == "Asked for a fox? a hen"
-    assert redact_log("with hf_abcdefghijklmnopqrstuvwxyz, http://a/?b", known) == "with ***, http://a/"
+    assert redact_log("with hf_Abcdefghijklmnopqrstuvwxyz, http://a/?b", known) == "with ***, http://a/"
 
 
 def test_of_a_long_log_the_end_is_kept() -> None:
@@ -113,7 +115,68 @@ def test_whatever_is_read_as_a_data_uri_is_shown_by_its_hash(uri: str, header: s
     assert shown != show_input(uri.format(f"{header},aGVsbG9="))
 
 
-@pytest.mark.parametrize("name", ["hf_api_token", "civitai_api_token", "password", "API_KEY"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf_api_token",
+        "civitai_api_token",
+        "password",
+        "API_KEY",
+        "api-key",
+        "apikey",
+        "Authorization",
+        "pwd",
+        "passphrase",
+        "secrets",
+        "api_tokens",
+    ],
+)
 def test_an_input_that_is_a_secret_is_not_shown(name: str) -> None:
-    assert show_input({name: "s3cret", "prompt": "a fox"}) == {name: "***", "prompt": "a fox"}
-    assert show_input({name: ""}) == {name: ""}
+    for value in ("s3cret", ["s3cret"], {"v": "s3cret"}):
+        assert show_input({name: value, "prompt": "a fox"}) == {name: "***", "prompt": "a fox"}
+        assert show_input({"auth": {name: value}}) == {"auth": {name: "***"}}
+    for value in ("", None, True, [], {}):
+        assert show_input({name: value}) == {name: value}
+    assert show_input({"password": [1], "token": 1}) == {"password": "***", "token": "***"}
+
+
+def test_numbers_of_tokens_are_shown() -> None:
+    inputs = {"max_tokens": 100, "token_count": 3, "tokens": 2.5, "token_count_text": "a", "monkey": "a", "design": "a"}
+    assert show_input(inputs) == inputs
+
+
+def test_every_input_of_the_predictor_is_shown() -> None:
+    (method,) = re.findall(r"def predict\(.*?\) ->", (ROOT / "predict.py").read_text(), re.DOTALL)
+    inputs = dict.fromkeys(re.findall(r"^        (\w+):", method, re.MULTILINE), "a")
+    assert {"prompt", "seed", "replicate_weights"} <= inputs.keys()
+    assert show_input(inputs) == inputs
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ("artist:@greg", "The artist failed with @greg"),
+        ("data:science, art", "A party of art"),
+        ("data:,art", "A party of art"),
+        ("https://greg:123456@host", "Asked greg for it"),
+        ("https://host/?a=12345", "Has 12345 lines"),
+    ],
+)
+def test_no_word_is_taken_for_a_secret(inputs: str, said: str) -> None:
+    assert redact_log(said, secrets_of({"prompt": inputs})) == said
+
+
+def test_where_a_secret_stood_can_be_seen() -> None:
+    known = secrets_of(["https://u:S3cretly@host/a?token=abc/def", "https://T0kenOfMine:@host"])
+    assert redact_log("Asked u:S3cretly@host, S3cretly, T0kenOfMine", known) == "Asked ***@host, ***, ***"
+    assert redact_log("GET /a?token=abc/def", known) == "GET /a***"
+
+
+@pytest.mark.parametrize("secret", ['pw"12\\34', "pässwörd", "pw\t1234", "pw\x851234", "pw\u30001234", "pw\n1234"])
+def test_a_secret_is_known_however_it_is_written(secret: str) -> None:
+    known = secrets_of({"image": f"https://u:{secret}@h.com/x.png"})
+    packed = [json.dumps(secret, ensure_ascii=ascii)[1:-1] for ascii in (True, False)]
+    dropped = re.sub(r"[\t\r\n]", "", secret)  # as urllib does
+    for written in (secret, *packed, repr(secret)[1:-1], quote(secret, safe=""), printable(secret), dropped):
+        for text in (f"GET https://u:{written}@h.com/x.png", f"wrong: {written} there"):
+            assert written not in redact_log(text, known)

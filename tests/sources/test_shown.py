@@ -1,5 +1,6 @@
 """What people see of addresses: never a user, a password, a query or a fragment, however the address is written."""
 
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -9,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sources.references import Url, parse, parse_picture
-from sources.shown import host_of, is_reference, redact, redact_text
-from tests.support.secrets import escaped, logins, queries, references, told
+from sources.shown import hidden, hide_tokens, host_of, is_reference, redact, redact_text
+from tests.support.secrets import WITHIN, escaped, logins, queries, references, told
 
 ADDRESSES = {
     "https://host/a.safetensors": "https://host/a.safetensors",
@@ -35,7 +36,7 @@ ADDRESSES = {
     "http://s3cret:s3cret": "http://***",
     "http://s3cret:p?s3cret@host/": "http://***",
     "http://a/http://s3cret:s3cret@host/b": "http://a/http://host/b",
-    "s3cret:s3cret@host/a": "host/a",
+    "s3cret:s3cret@host/a": "***@host/a",
     "civitai.com/models/1?token=s3cret": "civitai.com/models/1",
     "urn:air:flux1:lora:civitai:1@2": "urn:air:flux1:lora:civitai:1@2",
     "owner/name:version": "owner/name:version",
@@ -47,7 +48,7 @@ TEXTS = {
     "from http://s3cret@a/b?s3cret and https://s3cret:s3cret@c/d#s3cret, both": "from http://a/b and https://c/d both",
     "see (http://a/b?s3cret) or //s3cret:s3cret@c": "see (http://a/b or //c",
     "Max retries with url: /a.png?token=s3cret (host)": "Max retries with url: /a.png (host)",
-    "s3cret:s3cret@host.com and http:s3cret:s3cret@host": "host.com and http:host",
+    "s3cret:s3cret@host.com and http:s3cret:s3cret@host": "***@host.com and http:host",
 }
 INNOCENT = (
     "a cat? yes",
@@ -61,7 +62,14 @@ INNOCENT = (
     "see https://example.com/a.png and //host/b",
     "node_modules/@scope/pkg@1.2.3",
     "at 10:30, @me said :@",
+    "meet me at 10:30@cafe/bar, ratio 16:9@2x/4k",
+    "artist:@greg, npm:@scope/pkg",
+    "docker.io/library/x:tag@sha256:abc",
     "data: a cat, a dog",
+    "data: a table of values, 3 rows",
+    "secret=recipe of grandma, signature=style of Picasso, a token=of appreciation",
+    "hf_style_illustrations_retro, sk_some_trigger_word_for_lora, civitai-style-illustration-of-a-fox",
+    "api-design-patterns-illustrated-poster, a bearer of-many-things",
     "why?",
     "",
 )
@@ -111,7 +119,7 @@ PIECES = """a | [ mailto: urn:air: 1: 1:2@3 a:1@2 pk- token= %25%25 a:// u: : @ 
 # ; / // a: http: http:// https: ?a ?a= :// ::@ a. a.b/ a:b@ //a.b/c@ //a:b@c/ data: data:,a,"""
 
 
-@pytest.mark.parametrize("piece", [*PIECES.split(), " a:b", "//a:b@c?d ", "data:,a "])
+@pytest.mark.parametrize("piece", [*PIECES.split(), " a:b", "//a:b@c?d ", "data:,a ", "-", "token token=", "1:1@1a "])
 def test_showing_takes_time_in_proportion_to_the_text(piece: str) -> None:
     text = piece * (50_000 // len(piece))
     for end in ("", " x", "u:p@a", "@a.b/c?d"):
@@ -119,6 +127,20 @@ def test_showing_takes_time_in_proportion_to_the_text(piece: str) -> None:
             started = time.process_time()
             show(f"{text}{end}")
             assert time.process_time() - started < 1
+
+
+# Some of each kind, and all that is neither a letter nor a digit.
+CHARACTERS = [character for character in map(chr, range(32, 127)) if not character.isalnum() or character in "afxF02"]
+
+
+@pytest.mark.parametrize("first", CHARACTERS)
+def test_no_two_characters_again_and_again_take_longer(first: str) -> None:
+    for second in CHARACTERS:
+        text = (first + second) * 5000
+        for show in (redact, redact_text, hide_tokens):
+            started = time.process_time()
+            show(f"{text}@a.b/c?d")
+            assert time.process_time() - started < 0.15, second
 
 
 def answered(read: Callable[[str], object], reference: str) -> object:
@@ -145,6 +167,60 @@ def test_no_reference_is_shown_with_its_secret(reference: str) -> None:
 def test_within_a_text_no_address_is_shown_with_its_secret(reference: str) -> None:
     assert not told(redact_text(f"a fox as in {reference} please"))
     assert not told(redact_text(f"a fox\n({reference})"))
+
+
+TOKENS = (
+    "hf_AbcdefghijklmnopqrstuvwxyzABCDEFGH",
+    "r8_abcdefghijklmnopqrstuvwxyz0123456789A",
+    "github_pat_11ABCDEFG0123456789_abcdefghij",
+    *(f"gh{kind}_abcdefghijklmnop0123456789ABCDEFGHIJ" for kind in "pousr"),
+    "glpat-abcdefgh-ABCDEFGH1234",
+    *(f"xox{kind}-123456789012-abcdefABCDEF" for kind in "abp"),
+    "npm_abcdefghijklmnopqrstuvwxyz0123456789",
+    "AKIAIOSFODNN7EXAMPLE",
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abc-DEF_123",
+    "Bearer abcDEF123",
+    "sig=abcDEF123",
+    "token=abcDEF123",
+    "api-key=abcDEF123",
+    "Signature%3DabcDEF123",
+    "passphrase=abc123",
+)
+
+
+@pytest.mark.parametrize("token", TOKENS)
+def test_a_token_is_not_shown(token: str) -> None:
+    shown = redact_text(f"with {token} in it")
+    assert shown.startswith("with ")
+    assert shown.endswith("*** in it")
+    assert not any(part in shown for part in re.findall(r"[A-Za-z]+\d\w*|[A-Z]{3,}", token[4:]))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("camera:Sony@85mm here", "***@85mm here"),
+        ("style:anime/@artist", "***@artist"),
+        ("(example.com/a?b", "(example.com/a"),
+        ("-a.b/x?y", "-a.b/x"),
+        ("..a.b/x?q", "..a.b/x"),
+        ("(localhost/x?y", "(localhost/x"),
+    ],
+)
+def test_of_a_word_without_a_scheme_the_rest_is_shown(text: str, shown: str) -> None:
+    assert redact_text(text) == shown
+
+
+@pytest.mark.parametrize("blank", WITHIN)
+def test_what_is_hidden_is_told_as_it_stands_in_the_reference(blank: str) -> None:
+    assert hidden(f"https://u:pw{blank}Secret9@h.com/x?a{blank}b") == [f"u:pw{blank}Secret9@", f"?a{blank}b"]
+
+
+@pytest.mark.parametrize("text", ["data: a table of values, 3 rows", "data:science, art", "data: a/b testing, c"])
+def test_a_prompt_about_data_is_no_file(text: str) -> None:
+    assert not is_reference(text)
+    assert redact(text) == text
+    assert is_reference("data:image/png;base64, aGk=")
 
 
 @pytest.mark.parametrize("text", INNOCENT)

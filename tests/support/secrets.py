@@ -25,9 +25,14 @@ ADDRESSES = (
     "huggingface.co/a/b/resolve/main/x@2.safetensors",
     "https://hf.co/a/b",
     "replicate.com/owner/name",
+    "https://huggingface.co/a/b/resolve/main/x.safetensors",
+    "huggingface.co/a/b/tree/main/x",
+    "huggingface.co/a/b/resolve/main",
 )
 MODELS = ("owner/name", "owner/name:0123456789abcdef", "urn:air:flux1:lora:civitai:1@2", "air:flux1:lora:civitai:1@2")
 HEADERS = ("image/png;base64", "", ";base64", " image/png; base64", "image/png ;base64", "text/plain", ";x=y")
+# What people paste within a line, and what breaks one: all of it is a part of a secret.
+WITHIN = " \t\n\x0b\x1c\x85\xa0\u2028\u3000"
 secrets = st.text("ABCxyz019", max_size=6).map(lambda more: SECRET + more)
 # People type what the makers of passwords gave them.
 around = st.text("ab1/\\:?#%@;.,&=~", max_size=5)
@@ -36,6 +41,14 @@ around = st.text("ab1/\\:?#%@;.,&=~", max_size=5)
 @st.composite
 def passwords(draw: st.DrawFn) -> str:
     return draw(around) + draw(secrets) + draw(around)
+
+
+@st.composite
+def with_blanks(draw: st.DrawFn) -> str:
+    """An address that is one reference, with a blank within its password or its query, before the secret."""
+    blank, secret = draw(st.sampled_from(WITHIN)), draw(secrets)
+    login, query = f"https://u:pw1234{blank}{secret}@h.com/x.png", f"https://h.com/x.png?token=pw1234{blank}{secret}"
+    return draw(st.sampled_from((login, query)))
 
 
 @st.composite
@@ -59,15 +72,16 @@ def queries(draw: st.DrawFn, addresses: tuple[str, ...] = ADDRESSES) -> str:
     """A secret behind an address: a query, a fragment, a session, encoded or not."""
     secret = draw(passwords())
     # As a query of Hugging Face's own, an escaped one is the name of a file.
-    starts = ("?", "?token=", "?a=b&token=", "#", "#token=", ";jsessionid=", "?a;b=", "/?x@y.z&key=")
+    starts = ("?", "?token=", "?a=b&token=", "#", "#token=", ";jsessionid=", "?a;b=", "/?x@y.z&key=", ";sig=", ";")
     return draw(st.sampled_from(addresses)) + draw(st.sampled_from(starts)) + secret
 
 
 @st.composite
 def escaped(draw: st.DrawFn) -> str:
     """A query that was encoded along with its address."""
-    address = draw(st.sampled_from(("https://host.com/x.png", "http://h/x", "www.h.com/x.png", "civitai.com/models/1")))
-    return address + draw(st.sampled_from(("%3Ftoken%3D", "%3f", "%253Ftoken%253D", "%23"))) + draw(secrets)
+    addresses = ("https://host.com/x.png", "http://h/x", "www.h.com/x.png", "civitai.com/models/1", "hf.co/a/b/x.bin")
+    starts = ("%3Ftoken%3D", "%3f", "%253Ftoken%253D", "%23", "%3Bsig%3D")
+    return draw(st.sampled_from(addresses)) + draw(st.sampled_from(starts)) + draw(secrets)
 
 
 @st.composite
@@ -81,7 +95,7 @@ def data_uris(draw: st.DrawFn) -> str:
 
 def references() -> st.SearchStrategy[str]:
     """A reference of any form, as somebody may have pasted it."""
-    bare = st.one_of(logins(), queries(), queries(MODELS), escaped(), data_uris())
+    bare = st.one_of(logins(), queries(), queries(MODELS), escaped(), data_uris(), with_blanks())
     return st.builds("{}{}{}".format, st.sampled_from(BLANKS), bare, st.sampled_from(BLANKS))
 
 
