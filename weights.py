@@ -326,6 +326,6 @@ def _identity(wanted: Reference) -> str:
         case Civitai():
             return f"{wanted.name} {wanted.host} {wanted.query} {wanted.token}"
         case HuggingFace():
-            return wanted.address  # of two, the names may be the same
+            return wanted.address  # the names of two may be the same
         case Replicate(owner, model, version):
             return "/".join(filter(None, (owner, model, version)))

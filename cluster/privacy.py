@@ -83,7 +83,7 @@ def _secrets_within(part: str) -> Iterator[str]:
 
 def _as_sent(secret: str) -> tuple[str, ...]:
     """As libraries for HTTP write it, as they read it, and without the blanks that they drop."""
-    encoded = quote(secret, safe=string.punctuation), quote(secret, safe="")
+    encoded = (quote(secret, safe=safe) for safe in (string.punctuation, "/", ""))
     return *encoded, unquote(secret), re.sub(r"[\t\r\n]", "", secret)
 
 

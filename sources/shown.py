@@ -51,8 +51,9 @@ _BARE_QUERY = re.compile(r"[?#;][\w.~%+-]++=")
 _BARE_USER = re.compile(rf"[^/\\@:?#]*@(?=(?:{_NAME})(?::\d*)?[/\\])")
 # The end of a login, which has a host behind it: u:p@host, u:p@[::1].
 _BARE_AT = re.compile(r"(?:@|%(?:25)*40)(?=[\w\[])")
-# No logins though they have a colon and an @: AIRs and models of CivitAI (civitai:1@2), weights and ratios (16:9@24fps),
-# times (10:30@cafe), accounts (artist:@greg), images of Docker (x:tag@sha256:0a), and addresses of people.
+# No logins though they have a colon and an @: AIRs and models of CivitAI (civitai:1@2), weights and ratios
+# (16:9@24fps), times (10:30@cafe), accounts (artist:@greg), images of Docker (x:tag@sha256:0a), and addresses of people
+# (mailto:me@example.com).
 _NO_LOGIN = re.compile(
     r"\W*+(?:urn:air:.*|(?:[\w-]+:)+\d+(?:\.\d+)?@\d+(?:\.\w+)?\W*|\d+:\d+@\w*\W*|\d{1,2}:\d{1,2}@[^@%:]*"
     r"|(?-i:[a-z]{1,9}):@[^@%:]*|[^@%]*@sha256:[0-9a-f]+\W*|.*\bmailto:[^:@]*@[^@]*)",

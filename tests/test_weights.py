@@ -364,3 +364,12 @@ def test_a_prediction_cancelled_while_its_image_comes_frees_the_server_at_once(s
     assert server.cancel("cancelled-image") == 200
     wait_until(lambda: server.health()["status"] == "READY")
     assert file.sent < 50
+
+
+def test_references_that_are_shown_alike_are_not_taken_for_each_other(
+    places: Settings, host: Host, storage: Host
+) -> None:
+    hugging_face(host, storage, "o/r", {"x;one.safetensors": LORA, "x;two.safetensors": OTHER})
+    address = f"https://huggingface.co/o/r/resolve/{'c' * 40}/x;"
+    assert fetch(places, f"{address}one.safetensors") == LORA
+    assert fetch(places, f"{address}two.safetensors") == OTHER

@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +50,7 @@ from cluster.worker import CogWorker
 from harness.cluster import Hooks
 from harness.postgres import Postgres, find_programs
 from local_cog.data_uri import uri
+from local_cog.server import Verdict
 from tests.support.waiting import until
 
 STARTED = {"status": "processing", "logs": "begun", "metrics": {}}
@@ -647,3 +649,13 @@ def test_a_failure_of_the_clusters_own_is_answered_503_with_retry_after() -> Non
 def test_a_failure_comes_whole_from_a_worker() -> None:
     failure = pickle.loads(pickle.dumps(Failure("A sentence.", Again.UNDRAWN)))
     assert (failure.sentence, failure.again) == ("A sentence.", Again.UNDRAWN)
+
+
+def test_no_line_of_the_log_is_a_predictor_s_own(caplog: pytest.LogCaptureFixture) -> None:
+    said = "Healthcheck failed: ValueError: no http://u:s3cret@h/a\n\x1b[1mERROR forged\u202e\x85"
+    running = object.__new__(CogWorker.func_or_class)
+    running.verdict = Verdict(SimpleNamespace(scratch=SimpleNamespace(name="/")))
+    running._ask = partial(asyncio.sleep, 0, {"status": "UNHEALTHY", "user_healthcheck_error": said})
+    running._end_if = lambda defunct, hung: None
+    asyncio.run(running.check_health())
+    assert caplog.messages == ["The predictor cannot go on: no http://h/a??[1mERROR forged??"]

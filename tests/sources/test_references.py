@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from settings import MINIATURE, Settings
 from sources.references import Civitai, Data, HuggingFace, Reference, Replicate, Url, parse, parse_picture
+from sources.shown import redact
 
 VERSION = "0123456789abcdef" * 4
 COMMIT = "0123456789abcdef" * 2 + "01234567"
@@ -122,6 +123,25 @@ references = st.one_of(
 @given(references)
 def test_a_shown_name_names_the_same_thing_again(reference: Reference) -> None:
     assert parse(reference.name) == reference
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("resolve/main/x.safetensors;sig=S3cretZZ", "resolve/main/x.safetensors"),
+        ("resolve/main/x.safetensors%3Fsig%3DS3cretZZ", "resolve/main/x.safetensors"),
+        ("resolve/main;sig=S3cretZZ/x.safetensors", "resolve/main"),
+        ("tree/main/x;sig=S3cretZZ", "tree/main/x"),
+        ("resolve/main/u:S3cretZZ@x.safetensors", "resolve/main/***@x.safetensors"),
+        ("resolve/main/hf_S3cretZZS3cretZZS3cretZZ", "resolve/main/***"),
+    ],
+)
+def test_a_reference_shows_what_its_text_shows(text: str, name: str) -> None:
+    address = f"huggingface.co/a/b/{text}"
+    reference = parse(address)
+    assert reference.name == redact(address) == f"huggingface.co/a/b/{name}"
+    assert "S3cret" not in repr(reference)
+    assert parse(reference.address) == reference
 
 
 @settings(max_examples=500)
