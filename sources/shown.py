@@ -16,7 +16,7 @@ from settings import GIB, MIB
 # What a name ends in whose value gives access: HF_TOKEN, X-Amz-Signature, api-key; of queries and of inputs alike.
 SECRET_NAME = (
     r"(?:token|secret|passw(?:or)?d|pwd|passphrase|(?:api|access|secret|private)[_-]?key|authorization|credential"
-    r"|signature|(?<![^\W_])sig|sessionid)"
+    r"|signature|(?:(?<![^\W_])|(?<=%[0-9a-f]{2}))sig|sessionid)"
 )
 # Where an address may begin in a text: two slashes or more, however they lean, or a web scheme without them.
 _HEAD = re.compile(r"https?:[/\\]*|[/\\]{2,}", re.IGNORECASE)

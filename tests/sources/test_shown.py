@@ -184,6 +184,7 @@ TOKENS = (
     "token=abcDEF123",
     "api-key=abcDEF123",
     "Signature%3DabcDEF123",
+    "a%3Bsig%3DabcDEF123",
     "passphrase=abc123",
 )
 
