@@ -68,8 +68,9 @@ _TOKEN = re.compile(
 )
 # What is called one: token=1, api_key%3D1.
 _NAMED = re.compile(rf"({SECRET_NAME}(?:=|%(?:25)*3d))([^\s&]+)", re.IGNORECASE)
-# What people do not write in words: token=of has none, hf_style_illustrations_retro neither.
-_RANDOM = re.compile(r"[0-9]|(?<!^)[A-Z]")
+# What people do not write in words: token=of has none, hf_style_illustrations_retro neither; no word is that long.
+_RANDOM = re.compile(r"[0-9]|(?<!^)[A-Z]|[a-z]{16}")
+_RANDOM_TOKEN = re.compile(r"[0-9A-Z]|[a-z]{16}")
 # What str.strip takes away, and what is invisible: \ufeffhttps://host.
 _BLANK = r"[\s\x00-\x1f\x7f-\xa0\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]*+"
 # What a data URI says that it is: image/png.
@@ -159,7 +160,7 @@ def host_of(url: str) -> str:
 
 
 def _without_token(found: re.Match[str]) -> str:
-    return "***" if re.search("[0-9A-Z]", found[1] or found[2] or found[0]) else found[0]
+    return "***" if _RANDOM_TOKEN.search(found[1] or found[2] or found[0]) else found[0]
 
 
 def _without_value(found: re.Match[str]) -> str:

@@ -63,7 +63,7 @@ OURS = InputSchema(schema.derive((ROOT / "predict.py").read_text()))
         (["a\nb\u2028\x1b[1m"], "The input 'a?b??[1m' is unknown and has no effect.\n"),
         (["", "a and b"], "The inputs '' and 'a and b' are unknown and have no effect.\n"),
         (["https://u:p@h/a?token=s3cret"], "The input 'https://h/a' is unknown and has no effect.\n"),
-        (["hf_Abcdefghijklmnopqrstuvwxyz"], "The input '***' is unknown and has no effect.\n"),
+        (["hf_abcdefghijklmnopqrstuvwxyz"], "The input '***' is unknown and has no effect.\n"),
         (["a" * 300], f"The input '{'a' * 197}...' is unknown and has no effect.\n"),
         (["a" * 10**6], f"The input '{'a' * 197}...' is unknown and has no effect.\n"),
         (
