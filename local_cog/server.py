@@ -26,6 +26,7 @@ from typing import Any, Self
 
 from local_cog import schema
 from local_cog.data_uri import decode, suffix
+from service.lines import printable
 from service.occupancy import Look
 from settings import ROOT
 
@@ -375,7 +376,7 @@ def _reason(health: Mapping[str, Any]) -> str:
     said = health.get("user_healthcheck_error", "")
     if not said or said.startswith("Healthcheck error: "):  # Cog has found nobody to ask
         return "its process has ended; see its log."
-    return re.sub(r"^Healthcheck failed: (\w+Error: )?", "", said)
+    return printable(re.sub(r"^Healthcheck failed: (\w+Error: )?", "", said))
 
 
 def main() -> None:
