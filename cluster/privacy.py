@@ -104,7 +104,7 @@ def redact_log(text: str, secrets: Collection[str]) -> str:
         end = text[-LOG_CHARACTERS:].partition("\n")[2]
         text = f"({len(text) - len(end)} characters are left out.)\n{end}"
     for secret in secrets:
-        text = text.replace(secret, "***@" if secret.endswith("@") else "***")
+        text = text.replace(secret, "")
     return redact_text(text)
 
 

@@ -357,7 +357,7 @@ def serve(server: CogServer) -> int:
     while (code := server.process.poll()) is None:
         try:
             if reason := verdict.reason(server.health()):
-                sys.exit(reason)
+                sys.exit(printable(reason))  # it has the predictor's own words
         except TimeoutError:
             sys.exit(f"The server cannot go on: it has not answered a health check for {SECONDS_FOR_HEALTH} seconds.")
         except OSError:  # it starts, or has just ended
@@ -376,7 +376,7 @@ def _reason(health: Mapping[str, Any]) -> str:
     said = health.get("user_healthcheck_error", "")
     if not said or said.startswith("Healthcheck error: "):  # Cog has found nobody to ask
         return "its process has ended; see its log."
-    return printable(re.sub(r"^Healthcheck failed: (\w+Error: )?", "", said))
+    return re.sub(r"^Healthcheck failed: (\w+Error: )?", "", said)
 
 
 def main() -> None:

@@ -256,7 +256,7 @@ def _bare(text: str, whole: bool) -> Iterator[_Piece]:
         yield _Piece("", "***")
         return
     if user := _BARE_USER.match(text, 0, limit):
-        yield _Piece(user[0], "***@")
+        yield _Piece(user[0], "")
         text, limit = text[user.end() :], limit - user.end()
     yield from _without_login(text[:limit], 0 if certain else colon)
 
@@ -270,5 +270,5 @@ def _without_login(text: str, colon: int) -> Iterator[_Piece]:
         return
     start = 0 if colon == first else max(text.rfind("/", 0, first), text.rfind("\\", 0, first)) + 1
     yield _Piece(text[:start], text[:start])
-    yield _Piece(text[start:last], "***@")
+    yield _Piece(text[start:last], "")
     yield _Piece(text[last:], text[last:])

@@ -517,7 +517,7 @@ def test_what_the_database_refuses_is_not_accepted_and_leaves_nothing(
 def test_a_webhook_whose_picture_cannot_be_read_is_sent_later_or_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hooks: Hooks
 ) -> None:
-    monkeypatch.setattr(webhooks, "TRIES", 3)
+    monkeypatch.setattr(webhooks, "TRIES", 4)
 
     async def story() -> None:
         async with front(f"sqlite:///{tmp_path / 'db'}", tmp_path / "files", Workers()) as dispatcher:

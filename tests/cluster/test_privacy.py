@@ -166,10 +166,10 @@ def test_no_word_is_taken_for_a_secret(inputs: str, said: str) -> None:
     assert redact_log(said, secrets_of({"prompt": inputs})) == said
 
 
-def test_where_a_secret_stood_can_be_seen() -> None:
+def test_a_log_has_no_part_of_what_an_address_keeps_secret() -> None:
     known = secrets_of(["https://u:S3cretly@host/a?token=abc/def", "https://T0kenOfMine:@host"])
-    assert redact_log("Asked u:S3cretly@host, S3cretly, T0kenOfMine", known) == "Asked ***@host, ***, ***"
-    assert redact_log("GET /a?token=abc/def", known) == "GET /a***"
+    assert redact_log("Asked u:S3cretly@host, S3cretly, T0kenOfMine", known) == "Asked host, , "
+    assert redact_log("GET /a?token=abc/def", known) == "GET /a"
 
 
 @pytest.mark.parametrize("secret", ['pw"12\\34', "pässwörd", "pw\t1234", "pw\x851234", "pw\u30001234", "pw\n1234"])

@@ -132,7 +132,7 @@ def test_a_shown_name_names_the_same_thing_again(reference: Reference) -> None:
         ("resolve/main/x.safetensors%3Fsig%3DS3cretZZ", "resolve/main/x.safetensors"),
         ("resolve/main;sig=S3cretZZ/x.safetensors", "resolve/main"),
         ("tree/main/x;sig=S3cretZZ", "tree/main/x"),
-        ("resolve/main/u:S3cretZZ@x.safetensors", "resolve/main/***@x.safetensors"),
+        ("resolve/main/u:S3cretZZ@x.safetensors", "resolve/main/x.safetensors"),
         ("resolve/main/hf_S3cretZZS3cretZZS3cretZZ", "resolve/main/***"),
     ],
 )

@@ -36,7 +36,7 @@ ADDRESSES = {
     "http://s3cret:s3cret": "http://***",
     "http://s3cret:p?s3cret@host/": "http://***",
     "http://a/http://s3cret:s3cret@host/b": "http://a/http://host/b",
-    "s3cret:s3cret@host/a": "***@host/a",
+    "s3cret:s3cret@host/a": "host/a",
     "civitai.com/models/1?token=s3cret": "civitai.com/models/1",
     "urn:air:flux1:lora:civitai:1@2": "urn:air:flux1:lora:civitai:1@2",
     "owner/name:version": "owner/name:version",
@@ -48,7 +48,7 @@ TEXTS = {
     "from http://s3cret@a/b?s3cret and https://s3cret:s3cret@c/d#s3cret, both": "from http://a/b and https://c/d both",
     "see (http://a/b?s3cret) or //s3cret:s3cret@c": "see (http://a/b or //c",
     "Max retries with url: /a.png?token=s3cret (host)": "Max retries with url: /a.png (host)",
-    "s3cret:s3cret@host.com and http:s3cret:s3cret@host": "***@host.com and http:host",
+    "s3cret:s3cret@host.com and http:s3cret:s3cret@host": "host.com and http:host",
 }
 INNOCENT = (
     "a cat? yes",
@@ -200,8 +200,8 @@ def test_a_token_is_not_shown(token: str) -> None:
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("camera:Sony@85mm here", "***@85mm here"),
-        ("style:anime/@artist", "***@artist"),
+        ("camera:Sony@85mm here", "85mm here"),
+        ("style:anime/@artist", "artist"),
         ("(example.com/a?b", "(example.com/a"),
         ("-a.b/x?y", "-a.b/x"),
         ("..a.b/x?q", "..a.b/x"),
