@@ -325,7 +325,5 @@ def _identity(wanted: Reference) -> str:
             return f"data {hashlib.sha256(content).hexdigest()}"
         case Civitai():
             return f"{wanted.name} {wanted.host} {wanted.query} {wanted.token}"
-        case HuggingFace():
+        case HuggingFace() | Replicate():
             return wanted.address  # the names of two may be the same
-        case Replicate(owner, model, version):
-            return "/".join(filter(None, (owner, model, version)))

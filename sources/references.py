@@ -41,9 +41,14 @@ class Replicate:
         return f"Replicate({self.name!r})"
 
     @property
+    def address(self) -> str:
+        """All of it, not to be shown; naming it again gives the same reference."""
+        return "/".join(filter(None, (self.owner, self.model, self.version)))
+
+    @property
     def name(self) -> str:
-        """As it may be shown; naming it again gives the same reference, unless it looks like a token."""
-        return redact("/".join(filter(None, (self.owner, self.model, self.version))))
+        """As it may be shown; the same as its address, unless that looks like a token."""
+        return redact(self.address)
 
 
 @dataclass(frozen=True)
