@@ -8,7 +8,6 @@ needs no other proof.
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import math
@@ -34,13 +33,10 @@ from sources.download import Download
 from sources.hosts import resolve
 from sources.pictures import fetch_pictures
 from sources.references import (
-    Civitai,
     Data,
-    HuggingFace,
     Picture,
     Reference,
-    Replicate,
-    Url,
+    identity,
     is_pinned,
     parse,
     parse_picture,
@@ -177,7 +173,7 @@ class _Lookup:
     def fetch(self, wanted: Reference) -> Held:
         """The file that a reference means now, or the one that it meant, where its host is down."""
         asked = time.time()
-        with self._record(_identity(wanted)) as record, contextlib.ExitStack() as stack:
+        with self._record(identity(wanted)) as record, contextlib.ExitStack() as stack:
             file = cached = self._store.open(record.sha256)
             stack.enter_context(cached or contextlib.nullcontext())
             # Others may have looked it up while we waited for the record.
@@ -314,16 +310,3 @@ class _Lookup:
 def _held(file: BinaryIO, path: Path, record: _Record, name: str, config: str) -> Held:
     """A file with what its record says of it; the config beside one on the disk is read anew each time."""
     return file, LoraFile(path.absolute(), record.sha256, name, tuple(record.trigger_words), config)
-
-
-def _identity(wanted: Reference) -> str:
-    """What has a record of its own: everything that chooses the file or says who may have it."""
-    match wanted:
-        case Url(url):
-            return f"url {url}"
-        case Data(content):
-            return f"data {hashlib.sha256(content).hexdigest()}"
-        case Civitai():
-            return f"{wanted.name} {wanted.host} {wanted.query} {wanted.token}"
-        case HuggingFace() | Replicate():
-            return wanted.address  # the names of two may be the same

@@ -1,31 +1,63 @@
-"""What people type to name a LoRA → a Reference; what they send as a picture → a Url or Data.
+"""What people type to name one LoRA → a Reference; what they send as a picture → a Url or Data.
 
 Parsing is pure: no file is opened, no host is asked. What a reference is at its host now, hosts.py asks.
 """
 
-import base64
-import binascii
 import hashlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import unicodedata
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
-from service.device_thread import check_cancelled
 from settings import Settings, names_host
-from sources.shown import redact
+from sources.data_uris import decode
+from sources.shown import BLANKS, QUOTES, redact
 
-ACCEPTED = (
+ELSEWHERE = (
     "owner/name[/version] of Replicate, huggingface.co/owner/repo, civitai.com/models/id, "
     "urn:air:flux1:lora:civitai:model@version, an http(s) URL or a data: URI"
 )
+ACCEPTED = f"a name or local:folder/name of LORAS_DIR, {ELSEWHERE}"
+# What files of LoRAs end in, packed or not.
+SUFFIXES = (".safetensors", ".tar", ".tar.gz", ".tgz", ".zip")
 # Signed addresses have some 2,000 characters, and servers take no more than this.
 MAX_CHARACTERS = 8192
-# A data URI is decoded in pieces, between two of which others run: it may have a hundred megabytes.
-PIECE = 2**18
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NUMBER = "[0-9]{1,18}"
+# No address has one of these, and a log would break at some.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# What the names of files may not have on some systems, and what would mean something else in an address.
+NO_NAME = re.compile(r'[\\:*?"<>|#;%@]')
+# What a header may carry; a token that has more was not copied as it is.
+TOKEN = re.compile(r"[!-~]+")
+# Of replicate.com, what stands where a model's owner would.
+NO_OWNERS = re.compile(
+    "about|account|api|blog|billing|changelog|collections|create|customers|dashboard|deployments|docs|enterprise|"
+    "explore|home|invoices|jobs|login|models|playground|predictions|pricing|privacy|search|settings|showcase|signin|"
+    "signup|status|support|terms|trainings|webhooks"
+)
+
+
+@dataclass(frozen=True)
+class Local:
+    """A LoRA of the operator's folder LORAS_DIR, by its path there, without suffix."""
+
+    path: str
+
+    def __repr__(self) -> str:
+        """With its name alone: what somebody took for one may be a token."""
+        return f"Local({self.name!r})"
+
+    @property
+    def address(self) -> str:
+        """All of it; naming it again gives the same reference."""
+        return self.path if _is_word(self.path) else f"local:{self.path}"
+
+    @property
+    def name(self) -> str:
+        """As it may be shown; the same as its address, unless that looks like a token."""
+        return redact(self.address)
 
 
 @dataclass(frozen=True)
@@ -35,6 +67,8 @@ class Replicate:
     owner: str
     model: str
     version: str | None = None
+    # Some people paste links that hold their own token.
+    token: str | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         """With its name alone."""
@@ -43,12 +77,13 @@ class Replicate:
     @property
     def address(self) -> str:
         """All of it, not to be shown; naming it again gives the same reference."""
-        return "/".join(filter(None, (self.owner, self.model, self.version)))
+        path = "/".join(filter(None, (self.owner, self.model, self.version)))
+        return path if self.token is None else f"replicate.com/{path}?{urlencode({'token': self.token})}"
 
     @property
     def name(self) -> str:
-        """As it may be shown; the same as its address, unless that looks like a token."""
-        return redact(self.address)
+        """As it may be shown; the same as its address, unless that has or looks like a token."""
+        return redact(replace(self, token=None).address)
 
 
 @dataclass(frozen=True)
@@ -59,6 +94,7 @@ class HuggingFace:
     revision: str = "main"
     folder: str = ""
     file: str | None = None
+    token: str | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         """With its name alone: a path may have a token in it, or a query that was encoded along with it."""
@@ -67,12 +103,12 @@ class HuggingFace:
     @property
     def address(self) -> str:
         """All of it, not to be shown; naming it again gives the same reference."""
-        name, revision = f"huggingface.co/{self.repo}", quote(self.revision, safe="")
+        place, revision = f"huggingface.co/{self.repo}", quote(self.revision, safe="")
         if self.file is not None:
-            return f"{name}/resolve/{revision}/{quote(self.file, safe='/:@')}"
-        if self.folder or self.revision != "main":
-            return f"{name}/tree/{revision}/{quote(self.folder, safe='/:@')}".rstrip("/")
-        return name
+            place = f"{place}/resolve/{revision}/{quote(self.file, safe='/:@')}"
+        elif self.folder or self.revision != "main":
+            place = f"{place}/tree/{revision}/{quote(self.folder, safe='/:@')}".rstrip("/")
+        return place if self.token is None else f"{place}?{urlencode({'token': self.token})}"
 
     @property
     def name(self) -> str:
@@ -82,15 +118,16 @@ class HuggingFace:
 
 @dataclass(frozen=True)
 class Civitai:
-    """A model on CivitAI, which means its newest version for FLUX.1, or one version."""
+    """A model on CivitAI, which means its newest version for what it is drawn with, or one version."""
 
     model: int | None
     version: int | None = None
     # Which of a version's files, as a download link says it: `type=Model&format=SafeTensor`.
     query: str = field(default="", repr=False)
     host: str = "civitai.com"
-    # Some people paste links that hold their own token.
     token: str | None = field(default=None, repr=False)
+    # dev or schnell: which of a model's versions is meant, where none is named.
+    drawn_with: str = "dev"
 
     @property
     def name(self) -> str:
@@ -107,6 +144,8 @@ class Url:
     """A file anywhere. The query belongs to the address (signed URLs) and is never shown."""
 
     url: str = field(repr=False)
+    # Whether a #fragment was left out of it.
+    cut: bool = field(default=False, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -126,7 +165,7 @@ class Data:
         return f"sha256:{hashlib.sha256(self.content).hexdigest()[:12]}"
 
 
-Reference = Replicate | HuggingFace | Civitai | Url | Data
+Reference = Local | Replicate | HuggingFace | Civitai | Url | Data
 Picture = Url | Data
 
 
@@ -137,19 +176,41 @@ def is_pinned(reference: Reference) -> bool:
     return isinstance(reference, Data) or (isinstance(reference, Replicate) and reference.version is not None)
 
 
-def parse(text: str, settings: Settings | None = None) -> Reference:
+def identity(reference: Reference) -> str:
+    """All that chooses its file or says who may have it, tokens too: not to be shown. Of one file, it may change."""
+    match reference:
+        case Local(path):
+            return f"local {path}"
+        case Url(url):
+            return f"url {url}"
+        case Data(content):
+            return f"data {hashlib.sha256(content).hexdigest()}"
+        case Civitai(version=None):
+            return f"{reference.name} {reference.host} {reference.token} {reference.drawn_with}"
+        case Civitai():
+            return f"{reference.name} {reference.host} {reference.query} {reference.token}"
+        case HuggingFace() | Replicate():
+            return reference.address  # the names of two may be the same
+
+
+def parse(text: str, settings: Settings | None = None, model: str = "dev") -> Reference:
     """Read a reference.
 
     Args:
-        text: as somebody typed it.
+        text: as somebody typed or pasted it.
         settings: their mirrors' addresses count as the hosts that they mirror.
+        model: what it is drawn with, dev or schnell.
 
     Raises:
         ValueError: a sentence that lists the accepted forms.
     """
-    text = text.strip()
+    reference = _parse(unwrapped(text), settings)
+    return replace(reference, drawn_with=model) if isinstance(reference, Civitai) else reference
+
+
+def _parse(text: str, settings: Settings | None) -> Reference:
     if text[:5].lower() == "data:":
-        return _parse_data(text)
+        return Data(decode(text))
     if len(text) > MAX_CHARACTERS:
         raise ValueError(
             f"A reference to a LoRA of {len(text)} characters is too long; it must be of at most {MAX_CHARACTERS}, "
@@ -161,9 +222,26 @@ def parse(text: str, settings: Settings | None = None) -> Reference:
         return _parse_url(text, text, settings)
     if text.lower().removeprefix("www.").partition("/")[0] in READERS:
         return _parse_url(text, f"https://{text}", settings)
+    if text[:6].lower() == "local:" or _is_word(text):
+        return _parse_local(text)
     if (reference := _read_replicate(text)) is not None:
         return reference
     raise _unknown(text)
+
+
+def unwrapped(text: str) -> str:
+    """The text without what is around it when it is pasted: spaces, what is invisible, and quotes."""
+    for _ in range(8):  # more of them, one in the other, are no quotes; and each time a long text is copied
+        text = text.strip(BLANKS)
+        if len(text) < 2 or QUOTES.get(text[0]) != text[-1]:
+            break
+        text = text[1:-1]
+    return text.strip(BLANKS)
+
+
+def left_out(name: str) -> str:
+    """The sentence about an address whose fragment was left out."""
+    return f"{name}: what follows the # was left out; a # in the name of a file must be written %23."
 
 
 def parse_picture(name: str, text: str) -> Picture:
@@ -176,16 +254,17 @@ def parse_picture(name: str, text: str) -> Picture:
     Raises:
         ValueError: a sentence that names the input.
     """
-    text = text.strip()
+    text = unwrapped(text)
     if text[:5].lower() == "data:":
-        return _parse_data(text, f"The data: URI of {name}")
+        return Data(decode(text, f"The data: URI of {name}"))
     if len(text) > MAX_CHARACTERS:
         raise ValueError(
             f"{name} has {len(text)} characters; it must be an http(s) URL of at most {MAX_CHARACTERS}, or a data URI."
         )
     if not names_host(text) or re.search(r"[\x00-\x1f\x7f]", text) or _ends_in_login(text):
         raise ValueError(f"{name} is {redact(text)[:80]!r}; it must be an http(s) URL or a data URI.")
-    return Url(text.partition("#")[0])
+    address, fragment, _ = text.partition("#")
+    return Url(address, cut=bool(fragment))
 
 
 def _parse_url(text: str, url: str, settings: Settings | None) -> Reference:
@@ -195,7 +274,9 @@ def _parse_url(text: str, url: str, settings: Settings | None) -> Reference:
         port = parts.port
     except ValueError:
         raise _unknown(text) from None
-    if not host or re.search(r"[\s\x00-\x1f\x7f]", url) or _ends_in_login(url):
+    # A blank or a quote in a path is part of a file's name; in front of the path it is a mistake.
+    unfit = CONTROL.search(url) or re.search(r"\s", parts.netloc) or set(host) & {*QUOTES, *QUOTES.values()}
+    if not host or unfit or _ends_in_login(url):
         raise _unknown(text)
     readers = dict(READERS)
     if settings is not None:
@@ -203,7 +284,10 @@ def _parse_url(text: str, url: str, settings: Settings | None) -> Reference:
         for mirror, reader in zip(mirrors, (_read_hugging_face, _read_civitai, _read_replicate_page), strict=True):
             readers[urlsplit(mirror).netloc.lower()] = reader
     reader = readers.get(host if port is None else f"{host}:{port}")
-    return Url(url.partition("#")[0]) if reader is None else reader(text, url)
+    if reader is not None:
+        return reader(text, url)
+    address, fragment, _ = url.partition("#")
+    return Url(address, cut=bool(fragment))
 
 
 def _ends_in_login(url: str) -> bool:
@@ -212,28 +296,74 @@ def _ends_in_login(url: str) -> bool:
     return "@" in fragment and redact(url) != redact(before)
 
 
+def _token_in(text: str, parts: SplitResult) -> str | None:
+    """What an address says by `token=`, else by its password or its user: a host with tokens has no use for others."""
+    login = unquote(parts.password or parts.username or "")
+    token = dict(parse_qsl(parts.query)).get("token") or login or None
+    if token is not None and TOKEN.fullmatch(token) is None:
+        raise ValueError(
+            f"The token in {redact(text)[:120]!r} must be one word of letters, digits and signs, without spaces."
+        )
+    return token
+
+
+def _is_word(text: str) -> bool:
+    """Whether a text is one word, of letters and digits of any script, their marks, _, . and -."""
+    inside = text.replace("_", "").replace(".", "").replace("-", "")
+    return text[:1] not in ("", ".", "-") and all(unicodedata.category(sign)[0] in "LMN" for sign in inside)
+
+
+def _parse_local(text: str) -> Local:
+    path = unicodedata.normalize("NFC", text[6:].strip() if text[:6].lower() == "local:" else text)
+    if suffix := next((it for it in sorted(SUFFIXES, key=len, reverse=True) if path.lower().endswith(it)), None):
+        raise ValueError(
+            f"{redact(text)[:120]!r} ends in {suffix}; a LoRA of LORAS_DIR must be named without it, as "
+            f"{redact(text[: -len(suffix)])[:120]!r}."
+        )
+    folders = path.split("/")
+    if not path.isprintable() or NO_NAME.search(path) or any(it.strip(" ") in ("", ".", "..") for it in folders):
+        raise ValueError(
+            f"{redact(text)[:120]!r} names no LoRA of LORAS_DIR; it must be local:name or local:folder/name, "
+            "without suffix."
+        )
+    return Local(path)
+
+
 def _read_replicate(path: str) -> Replicate | None:
     found = re.fullmatch(
         r"(?P<owner>[A-Za-z0-9_-]+)/(?P<model>[A-Za-z0-9_.-]*[A-Za-z0-9_-])"
         r"(?:(?:/versions/|/|:)(?P<version>[0-9a-f]{8,64}))?(?:/_weights)?/?",
         path,
     )
-    if found is None or found["model"].endswith((".safetensors", ".tar", ".zip", ".gz")) or found["model"][0] == ".":
+    if found is None or found["model"].endswith((*SUFFIXES, ".gz")) or found["model"][0] == ".":
         return None
     return Replicate(found["owner"], found["model"], found["version"])
 
 
 def _read_replicate_page(text: str, url: str) -> Replicate:
-    reference = _read_replicate(unquote(urlsplit(url).path).strip("/"))
-    if reference is None:
+    parts = urlsplit(url)
+    path = unquote(parts.path).strip("/")
+    first, *rest = path.split("/")
+    shown = redact(text)[:120]
+    if first == "p":
         raise ValueError(
-            f"{redact(text)[:120]!r} names no model of Replicate; it must be replicate.com/owner/name[/version]."
+            f"{shown!r} is a prediction or a training of Replicate; it must be the model, as owner/name, or the "
+            "address of the trained_model.tar."
         )
-    return reference
+    if NO_OWNERS.fullmatch(first) is None:
+        if (reference := _read_replicate(path)) is not None:
+            return replace(reference, token=_token_in(text, parts))
+        if len(rest) > 1 and (model := _read_replicate(f"{first}/{rest[0]}")) is not None:
+            raise ValueError(
+                f"{shown!r} is a page about a model of Replicate; it must be {model.name}, or a version of it."
+            )
+    raise ValueError(f"{shown!r} names no model of Replicate; it must be replicate.com/owner/name[/version].")
 
 
 def _read_hugging_face(text: str, url: str) -> HuggingFace:
-    segments = [unquote(segment) for segment in urlsplit(url).path.split("/") if segment]
+    parts = urlsplit(url)
+    token = _token_in(text, parts)
+    segments = [unquote(segment) for segment in parts.path.split("/") if segment]
     name = r"[A-Za-z0-9_.-]+"
     if len(segments) < 2 or segments[0] in ("datasets", "spaces", "api", "models", "docs", "blog", "collections"):
         segments = []
@@ -244,25 +374,29 @@ def _read_hugging_face(text: str, url: str) -> HuggingFace:
         )
     repo, rest = "/".join(segments[:2]), segments[2:]
     if not rest:
-        return HuggingFace(repo)
+        return HuggingFace(repo, token=token)
     if rest[0] not in ("blob", "resolve", "raw", "tree") or len(rest) == 1:
-        path = "/".join(rest)
-        return HuggingFace(repo, file=path) if "." in rest[-1] else HuggingFace(repo, folder=path)
-    length = 3 if rest[1] == "refs" and len(rest) > 3 else 1
-    revision, path = "/".join(rest[1 : 1 + length]), "/".join(rest[1 + length :])
-    return HuggingFace(repo, revision, file=path) if path and rest[0] != "tree" else HuggingFace(repo, revision, path)
+        path, revision, is_file = "/".join(rest), "main", "." in rest[-1]
+    else:
+        length = 3 if rest[1] == "refs" and len(rest) > 3 else 1
+        revision, path = "/".join(rest[1 : 1 + length]), "/".join(rest[1 + length :])
+        is_file = bool(path) and rest[0] != "tree"
+    return HuggingFace(repo, revision, "" if is_file else path, path if is_file else None, token)
 
 
 def _read_civitai(text: str, url: str) -> Civitai:
     parts = urlsplit(url)
     host = "civitai.red" if (parts.hostname or "").endswith("civitai.red") else "civitai.com"
     query = dict(parse_qsl(parts.query))
-    token = query.pop("token", None)
-    if found := re.fullmatch(rf"/api/download/models/({NUMBER})/?", parts.path):
+    query.pop("token", None)
+    token = _token_in(text, parts)
+    # A page in another language has that before its own path: /pt-BR, /zh-Hans, /fil.
+    path = re.sub(r"^/(?!api/)[A-Za-z]{2,3}(?:-[A-Za-z]{2,4})?(?=/)", "", parts.path)
+    if found := re.fullmatch(rf"/api/download/models/({NUMBER})/?", path):
         return Civitai(None, int(found[1]), urlencode(query), host, token)
-    if found := re.fullmatch(rf"(?:/api/v1)?/model-versions/({NUMBER})/?", parts.path):
+    if found := re.fullmatch(rf"(?:/api/v1)?/model-versions/({NUMBER})/?", path):
         return Civitai(None, int(found[1]), "", host, token)
-    found = re.fullmatch(rf"(?:/[a-z]{{2}})?(?:/api/v1)?/models/({NUMBER})(?:/[^/]*)?/?", parts.path)
+    found = re.fullmatch(rf"(?:/api/v1)?/models/({NUMBER})(?:/[^/]*)?/?", path)
     version = query.get("modelVersionId", "")
     if found is None or not re.fullmatch(f"({NUMBER})?", version):
         raise ValueError(
@@ -270,43 +404,6 @@ def _read_civitai(text: str, url: str) -> Civitai:
             "with ?modelVersionId=id where one version is meant."
         )
     return Civitai(int(found[1]), int(version) if version else None, "", host, token)
-
-
-def _parse_data(text: str, name: str = "The data: URI") -> Data:
-    header, comma, payload = text.partition(",")
-    if not comma:
-        raise ValueError(f"{name} has no comma; it must be data:[type][;base64],content.")
-    content = b"".join(_unquoted(payload))
-    if re.search(r"; *base64 *(;|$)", header, re.IGNORECASE):
-        content = content.translate(bytes.maketrans(b"-_", b"+/"), b" \t\n\r\v\f").rstrip(b"=")
-        try:
-            content = b"".join(_decoded(content))
-        except binascii.Error:
-            raise ValueError(f"{name} is damaged: what follows its comma is not base64.") from None
-    if not content:
-        raise ValueError(f"{name} is empty: no data follows its comma.")
-    return Data(content)
-
-
-def _unquoted(payload: str) -> Iterator[bytes]:
-    """The bytes that a text with percent-escapes stands for, piece by piece; no piece ends within an escape."""
-    start = 0
-    while start < len(payload):
-        check_cancelled()
-        end = start + PIECE
-        if (escape := payload.rfind("%", end - 2, end)) != -1:
-            end = escape
-        piece = payload[start:end].encode(errors="replace")
-        yield unquote_to_bytes(piece) if b"%" in piece else piece
-        start = end
-
-
-def _decoded(content: bytes) -> Iterator[bytes]:
-    """Base64 without padding, piece by piece."""
-    for start in range(0, len(content), PIECE):
-        check_cancelled()
-        piece = content[start : start + PIECE]
-        yield base64.b64decode(piece + b"=" * (-len(piece) % 4), validate=True)
 
 
 def _parse_air(text: str) -> Civitai:

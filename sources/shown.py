@@ -71,20 +71,28 @@ _NAMED = re.compile(rf"({SECRET_NAME}(?:=|%(?:25)*3d))([^\s&]+)", re.IGNORECASE)
 # What people do not write in words: token=of has none, hf_style_illustrations_retro neither; no word is that long.
 _RANDOM = re.compile(r"[0-9]|(?<!^)[A-Z]|[a-z]{16}")
 _RANDOM_TOKEN = re.compile(r"[0-9A-Z]|[a-z]{16}")
-# What str.strip takes away, and what is invisible: \ufeffhttps://host.
-_BLANK = r"[\s\x00-\x1f\x7f-\xa0\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]*+"
+# What comes along when an address is copied, on both sides of it: spaces of every kind, and what is invisible, such as
+# \ufeff; and quotes, by the one that begins: "https://host", <https://host>.
+BLANKS = "".join(
+    (
+        *filter(str.isspace, map(chr, range(0x3001))),
+        *map(chr, (0xAD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF)),
+    )
+)
+QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "`": "`", "<": ">"}
+_AROUND = rf"[{BLANKS}\x00-\x1f\x7f-\xa0{''.join(QUOTES)}]*+"
 # What a data URI says that it is: image/png.
 _TYPE = r"[\w.+-]{1,80}/[\w.+-]{1,80}"
 # A data URI, or what may have become of one: data:image/png;base64,aGk=; no prompt: data: a table, 3 rows.
 _DATA = re.compile(
-    rf"{_BLANK}(data:)(?:(?=[^,]*;\s*base64)|(?:(?!\s)|(?=\s*{_TYPE}))(?![^,]*,\x20))(?:[^,]*,|\S*$)", re.IGNORECASE
+    rf"{_AROUND}(data:)(?:(?=[^,]*;\s*base64)|(?:(?!\s)|(?=\s*{_TYPE}))(?![^,]*,\x20))(?:[^,]*,|\S*$)", re.IGNORECASE
 )
 _DATA_TYPE = re.compile(rf"\s*({_TYPE})?")
 # The same within a text: see data:image/png;base64,aGk= here.
 _DATA_IN_TEXT = re.compile(r"\bdata:([^,\r\n]{0,120}),(\s{0,4})\S+", re.IGNORECASE)
 # A text that is a reference, which may have spaces (https://u:p w@host, example.com/a b) or not (owner/name, u:p@host).
 _REFERENCE = re.compile(
-    rf"{_BLANK}(?:(?:[a-z][a-z0-9+.-]{{0,20}}:)?[/\\]{{2,}}|https?:|(?:{_NAME})(?::\d*)?[/\\?#])(?=\S)|[^\s/\\@]*+[/\\@]\S*+$",
+    rf"{_AROUND}(?:(?:[a-z][a-z0-9+.-]{{0,20}}:)?[/\\]{{2,}}|https?:|(?:{_NAME})(?::\d*)?[/\\?#])(?=\S)|[^\s/\\@]*+[/\\@]\S*+$",
     re.IGNORECASE,
 )
 

@@ -4,13 +4,26 @@ import base64
 import contextlib
 import re
 import string
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from settings import MINIATURE, Settings
-from sources.references import Civitai, Data, HuggingFace, Reference, Replicate, Url, parse, parse_picture
+from sources.references import (
+    Civitai,
+    Data,
+    HuggingFace,
+    Local,
+    Reference,
+    Replicate,
+    Url,
+    identity,
+    parse,
+    parse_picture,
+    unwrapped,
+)
 from sources.shown import redact
 
 VERSION = "0123456789abcdef" * 4
@@ -65,6 +78,35 @@ FORMS = [
     ("data:application/x-tar;base64,AAEC", Data(b"\x00\x01\x02")),
     ("data:;base64,AA EC\n_-8", Data(b"\x00\x01\x02\xff\xef")),
     ("data:,a%20b", Data(b"a b")),
+    ("zorp", Local("zorp")),
+    ("Zorp_2.v1-b", Local("Zorp_2.v1-b")),
+    ("цапля", Local("цапля")),
+    ("हिन्दी", Local("हिन्दी")),
+    ("cafe\u0301", Local("café")),
+    ("local:zorp", Local("zorp")),
+    ("LOCAL: styles/ink", Local("styles/ink")),
+    ("local:my styles/in/deep ink", Local("my styles/in/deep ink")),
+    ("local:styles/cafe\u0301", Local("styles/café")),
+    ("https://example.com/my lora.safetensors?a=b c", Url("https://example.com/my lora.safetensors?a=b c")),
+    ('https://example.com/"my"/lo\'ra', Url('https://example.com/"my"/lo\'ra')),
+    (
+        'https://huggingface.co/a/b/resolve/main/my "best" lora.safetensors',
+        HuggingFace("a/b", file='my "best" lora.safetensors'),
+    ),
+    ("huggingface.co/a/b/resolve/main/my lora.safetensors", HuggingFace("a/b", file="my lora.safetensors")),
+    ("https://huggingface.co/a/b?token=s3cr3t", HuggingFace("a/b", token="s3cr3t")),
+    ("https://me:s3cr3t@huggingface.co/a/b", HuggingFace("a/b", token="s3cr3t")),
+    ("https://s3cr3t@hf.co/a/b/tree/v1", HuggingFace("a/b", "v1", token="s3cr3t")),
+    ("https://replicate.com/owner/name?token=s3cr3t", Replicate("owner", "name", token="s3cr3t")),
+    (f"https://me:s3cr3t%21@replicate.com/owner/name/{VERSION}", Replicate("owner", "name", VERSION, "s3cr3t!")),
+    ("https://s3cr3t@civitai.com/models/12", Civitai(12, token="s3cr3t")),
+    ("https://a:b@civitai.com/api/download/models/34?token=s3cr3t", Civitai(None, 34, token="s3cr3t")),
+    ("https://civitai.com/pt-BR/models/12/um-nome?modelVersionId=34", Civitai(12, 34)),
+    ("https://civitai.com/zh-Hans/models/12", Civitai(12)),
+    ("civitai.com/fil/api/download/models/34", Civitai(None, 34)),
+    ("civitai.com/de/model-versions/34", Civitai(None, 34)),
+    ("collections/flux", Replicate("collections", "flux")),
+    ("p/abcdef", Replicate("p", "abcdef")),
 ]
 
 
@@ -73,9 +115,29 @@ def test_every_form_means_what_it_says(text: str, reference: Reference) -> None:
     assert parse(text) == reference
 
 
+QUOTED = [
+    *(f"{first}{{}}{last}" for first, last in ('""', "''", "“”", "‘’", "``", "<>")),
+    '"<{}>"',
+    "\ufeff' {}\u200b '\n",
+]
+
+
+@pytest.mark.parametrize("around", QUOTED)
+@pytest.mark.parametrize(
+    "text",
+    ["zorp", "local:a b", "owner/name", "civitai.com/models/1", "https://h.com/a b?c", "data:,a", "https://a@h/"],
+)
+def test_what_is_pasted_along_with_a_reference_is_taken_off(around: str, text: str) -> None:
+    assert unwrapped(around.format(text)) == text
+    assert parse(around.format(text)) == parse(text)
+    if text[:5] in ("https", "data:"):
+        assert parse_picture("image", around.format(text)) == parse_picture("image", text)
+
+
 LONG = "9" * 5000
 NONE = [
-    *("", " ", "name", "a/b/c/d/e", "owner/", "/name", "owner/.name", "a b/c", "example.com/a.safetensors"),
+    *("", " ", '""', "a b", "zörp/a b", "-a", ".", "..", ".name", "name:a", "a+b", "a*2"),
+    *("a/b/c/d/e", "owner/", "/name", "owner/.name", "a b/c", "example.com/a.safetensors"),
     *("/etc/passwd", "./a/b", "../a", "../../a/b.safetensors", "~/lora", "loras/a.safetensors", "C:\\a", "\\\\a\\b"),
     *("file:///etc/hostname", "file:a/b", "FILE:///etc", "ftp://example.com/a", "s3://a/b", "javascript:alert(1)"),
     *("http://", "http:///a", "http://[::1", "http://a b/c", "https://host:port/a", "https://exa\nmple.com/a"),
@@ -84,6 +146,12 @@ NONE = [
     *("https://replicate.com/explore", "urn:air:sdxl:lora:civitai:1@2", "urn:air:flux1:lora:huggingface:1", "urn:air:"),
     *(f"civitai.com/models/{LONG}", f"civitai.com/models/1?modelVersionId={LONG}", f"air:flux1:lora:civitai:{LONG}"),
     *(f"https://example.com/{'a' * 8200}", "a/" * 10_000, "//" * 10_000),
+    *("zorp.safetensors", "zorp.TAR.gz", "local:zorp.zip", "local:", "local:/a", "local:a//b"),
+    *("local:../a", "local:a/..", "local:a/./b", "local: ", "local:a\\b", "local:a?b", "local:a\nb", "local:a#b"),
+    *("https://my host/a", 'https://ho"st/a', "https://<host>/a", "https://u:p w@host/a", "local:local:a"),
+    *("https://host/a\x85b", "https://host/a\nb","https://host/a\u2028b", "https://hf.co/a/b?token=a%0Ab", "https://%C3%A9@hf.co/a/b"),
+    *("https://replicate.com/collections/flux", "replicate.com/docs/get-started", "replicate.com/p/abcdef"),
+    *("replicate.com/owner/name/api", "replicate.com/owner/name/versions", "civitai.com/api/models/12"),
     *("data:", "data:;base64", "data:;base64,!", "owner/name/version", f"owner/name@{VERSION}"),
 ]  # fmt: skip
 
@@ -100,8 +168,53 @@ def test_what_is_none_gets_one_sentence_with_what_would_be(text: str) -> None:
 def test_the_accepted_forms_are_listed() -> None:
     with pytest.raises(ValueError, match="names no LoRA") as caught:
         parse("/etc/passwd")
-    for form in ("owner/name", "huggingface.co/", "civitai.com/models/", "urn:air:", "http(s)", "data:"):
+    for form in ("owner/name", "huggingface.co/", "civitai.com/models/", "urn:air:", "http(s)", "data:", "LORAS_DIR"):
         assert form in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("zorp.tar.gz", "'zorp.tar.gz' ends in .tar.gz; a LoRA of LORAS_DIR must be named without it, as 'zorp'."),
+        (
+            "local:a/b.zip",
+            "'local:a/b.zip' ends in .zip; a LoRA of LORAS_DIR must be named without it, as 'local:a/b'.",
+        ),
+        (
+            "https://replicate.com/p/abcdef?x=s3cr3t",
+            "'https://replicate.com/p/abcdef' is a prediction or a training of Replicate; it must be the model, as "
+            "owner/name, or the address of the trained_model.tar.",
+        ),
+        *(
+            (
+                f"replicate.com/owner/name/{page}",
+                f"'replicate.com/owner/name/{page}' is a page about a model of Replicate; it must be owner/name, or a "
+                "version of it.",
+            )
+            for page in ("api", "train", "examples", "readme", "versions", "api/learn-more")
+        ),
+        *(
+            (
+                f"replicate.com/{place}/flux",
+                f"'replicate.com/{place}/flux' names no model of Replicate; it must be "
+                "replicate.com/owner/name[/version].",
+            )
+            for place in (
+                "collections",
+                "explore",
+                "docs",
+                "blog",
+                "account",
+                "trainings",
+                "predictions",
+                "deployments",
+            )
+        ),
+    ],
+)
+def test_what_people_paste_instead_gets_a_sentence_of_its_own(text: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        parse(text)
 
 
 word = st.text(string.ascii_letters + string.digits + "-_", min_size=1, max_size=12)
@@ -111,6 +224,7 @@ repo = st.builds("{}/{}".format, owner, word)
 path = st.lists(word, min_size=1, max_size=3).map("/".join)
 number = st.integers(1, 10**9)
 references = st.one_of(
+    st.builds(Local, word.filter(lambda name: name[0] != "-") | path),
     st.builds(Replicate, word, word, st.none() | st.text("0123456789abcdef", min_size=64, max_size=64)),
     st.builds(HuggingFace, repo),
     st.builds(HuggingFace, repo, word, file=path.map("{}.safetensors".format)),
@@ -123,6 +237,41 @@ references = st.one_of(
 @given(references)
 def test_a_shown_name_names_the_same_thing_again(reference: Reference) -> None:
     assert parse(reference.name) == reference
+
+
+tokens = st.text(string.ascii_letters + string.digits + string.punctuation, min_size=1, max_size=20)
+
+
+@given(st.one_of(st.builds(HuggingFace, repo, word, path), st.builds(Replicate, owner, word)), tokens)
+def test_a_token_in_an_address_is_part_of_what_it_is_and_not_of_its_name(reference: Reference, token: str) -> None:
+    mine = replace(reference, token=token)
+    assert parse(mine.address) == mine != reference
+    assert mine.name == reference.name
+    assert repr(mine) == repr(reference)
+    assert identity(mine) != identity(reference)
+
+
+def test_what_has_a_record_of_its_own() -> None:
+    same = [
+        ("zorp", "local:zorp"),
+        ("https://example.com/a#b", "https://example.com/a"),
+        ("hf.co/a/b", "huggingface.co/a/b/tree/main"),
+    ]
+    for one, other in same:
+        assert identity(parse(one)) == identity(parse(other))
+    other = [
+        ("https://civitai.com/models/12", "https://civitai.red/models/12"),
+        ("https://civitai.com/models/12", "https://civitai.com/models/12?token=a"),
+        ("https://civitai.com/models/12?token=b", "https://civitai.com/models/12?token=a"),
+        ("https://hf.co/a/b?token=b", "https://hf.co/a/b?token=a"),
+        (f"https://hf.co/a/b/tree/{COMMIT}?token=b", f"https://hf.co/a/b/tree/{COMMIT}"),
+    ]
+    for one, another in other:
+        assert identity(parse(one)) != identity(parse(another))
+    model, version = "civitai.com/models/12", "civitai.com/models/12?modelVersionId=34"
+    assert identity(parse(model, model="schnell")) != identity(parse(model, model="dev"))
+    assert identity(parse(version, model="schnell")) == identity(parse(version, model="dev"))
+    assert identity(Local("a/b")) == "local a/b"
 
 
 @pytest.mark.parametrize(
@@ -173,10 +322,17 @@ def test_no_name_and_no_sentence_shows_a_secret(user: str, host: str, where: str
         f"https://civitai.com/models/7?modelVersionId=8&token={secret}",
         f"https://huggingface.co/{user}/{host}?token={secret}",
         f"https://replicate.com/{user}/{host}?token={secret}",
+        f"https://{user}:{secret}@huggingface.co/{user}/{host}",
+        f"https://{secret}@replicate.com/{user}/{host}",
+        f"https://{secret}@civitai.com/models/7",
+        f"<https://{host}.com/{where}?token={secret}>",
+        f"hf_{'A1b2' * 5}{secret}",
+        f"local:{where}/hf_{'A1b2' * 5}{secret}",
     ):
-        reference = parse(text)
-        assert secret not in reference.name
-        assert secret not in repr(reference)
+        with contextlib.suppress(ValueError):  # some are the names of Replicate's own pages
+            reference = parse(text)
+            assert secret not in reference.name
+            assert secret not in repr(reference)
     for text in (f"ftp://{user}:{secret}@{host}/{where}?token={secret}", f"https://civitai.com/x?token={secret}"):
         with pytest.raises(ValueError, match="must be") as caught:
             parse(text)
