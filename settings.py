@@ -52,6 +52,8 @@ class Settings:
     # FLUX_DEV, FLUX_SCHNELL, SAFETY_CHECKER, NSFW_CLASSIFIER: the official repos on a CUDA machine,
     # the miniature where there is none, so that the same command works on a laptop.
     models: Models
+    # LORAS_DIR: a folder of LoRAs that requests may name; the miniature comes with its own. None: there is none.
+    loras_dir: Path | None = None
     # WEIGHTS_CACHE: LoRA files on disk, and compile caches in its folder `compile`.
     cache_dir: Path = Path("weights-cache")
     # WEIGHTS_CACHE_GB: what the LoRA files together may take; compile caches are not counted.
@@ -105,13 +107,16 @@ class Settings:
                 )
             return int(gib * GIB)
 
+        dev = text("FLUX_DEV", default.dev)
+        loras_dir = text("LORAS_DIR", str(ROOT / "mini" / "loras") if dev == MINIATURE.dev else None)
         return cls(
             models=Models(
-                dev=text("FLUX_DEV", default.dev),
+                dev=dev,
                 schnell=text("FLUX_SCHNELL", default.schnell),
                 safety_checker=text("SAFETY_CHECKER", default.safety_checker),
                 nsfw_classifier=text("NSFW_CLASSIFIER", default.nsfw_classifier),
             ),
+            loras_dir=Path(loras_dir) if loras_dir else None,
             cache_dir=Path(text("WEIGHTS_CACHE", "weights-cache")),
             cache_bytes=size("WEIGHTS_CACHE_GB", 50),
             lora_max_bytes=size("LORA_MAX_GB", 5),

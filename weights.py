@@ -31,13 +31,16 @@ from sources.client import Client, Patience, Source, Stream, UnavailableError
 from sources.contents import Contents, copy_checked
 from sources.download import Download
 from sources.hosts import resolve
+from sources.library import find
 from sources.pictures import fetch_pictures
 from sources.references import (
     Data,
+    Local,
     Picture,
     Reference,
     identity,
     is_pinned,
+    left_out,
     parse,
     parse_picture,
 )
@@ -87,27 +90,33 @@ class WeightsCache:
     def __init__(self, settings: Settings, patience: Patience = Patience()) -> None:  # noqa: B008 (frozen)
         self._settings, self._patience = settings, patience
 
-    def open(self, reference: str, until: float = math.inf) -> AbstractContextManager[LoraFile]:
+    def open(self, reference: str, until: float = math.inf, model: str = "dev") -> AbstractContextManager[LoraFile]:
         """The file that a reference means now; it is not evicted inside.
 
         Args:
             reference: see `sources.references`.
             until: when it must be there, by `time.monotonic`.
+            model: what it is drawn with, dev or schnell.
 
         Raises:
             ValueError: a sentence that names the source, what it answered and what to do.
         """
-        wanted = parse(reference, self._settings)
+        wanted = parse(reference, self._settings, model)
+        if "#" in reference and not isinstance(wanted, Data):  # no form but an address has one
+            print(left_out(wanted.name))
         return self._opened(lambda lookup: lookup.fetch(wanted), wanted.name, until)
 
-    def open_local(self, reference: str, until: float = math.inf) -> AbstractContextManager[LoraFile]:
+    def open_local(
+        self, reference: str, until: float = math.inf, model: str = "dev"
+    ) -> AbstractContextManager[LoraFile]:
         """The same for the operator's own reference, which may be a path: a file, an archive, or a folder with one."""
         path = Path(reference.removeprefix("file://")).expanduser()
         with contextlib.suppress(OSError):  # too long for a path: a data URI
             if path.exists():
-                return self._opened(lambda lookup: lookup.read(path), printable(path.name), until)
+                name = printable(path.name)
+                return self._opened(lambda lookup: lookup.read(path, name), name, until)
         try:
-            return self.open(reference, until)
+            return self.open(reference, until, model)
         except ValueError as error:
             if path.is_absolute():  # where the operator keeps it is not for clients
                 raise ValueError(f"There is no file or folder {path.name!r} at the path that was given.") from None
@@ -172,6 +181,8 @@ class _Lookup:
 
     def fetch(self, wanted: Reference) -> Held:
         """The file that a reference means now, or the one that it meant, where its host is down."""
+        if isinstance(wanted, Local):
+            return self.read(find(wanted.path, self._settings.loras_dir), wanted.name)
         asked = time.time()
         with self._record(identity(wanted)) as record, contextlib.ExitStack() as stack:
             file = cached = self._store.open(record.sha256)
@@ -253,13 +264,15 @@ class _Lookup:
                 )
             return self._keep(file, contents)
 
-    def read(self, path: Path) -> Held:
-        """The operator's file: used where it lies, unpacked into the store where it is an archive."""
+    def read(self, path: Path, name: str) -> Held:
+        """A file of the operator's, shown as `name`: used where it lies, an archive unpacked into the store."""
         if path.is_dir():
             path = path / choose((str(file.relative_to(path)) for file in path.rglob("*")), "The folder")
-        state, name = path.stat(), printable(path.name)
-        identity = f"path {path.resolve()} {state.st_ino} {state.st_size} {state.st_mtime_ns}"
-        with self._record(identity) as record, contextlib.ExitStack() as stack:
+        state = path.stat()
+        with (
+            self._record(f"path {path.resolve()} {state.st_ino} {state.st_size} {state.st_mtime_ns}") as record,
+            contextlib.ExitStack() as stack,
+        ):
             content = stack.enter_context(path.open("rb"))
             if record.key is None:
                 contents = Contents(name, state.st_size)

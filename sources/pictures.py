@@ -13,7 +13,7 @@ from pathlib import Path
 from settings import MIB, PICTURE_SECONDS, Settings
 from sources.client import Client, Patience, Source, Stream
 from sources.download import Download
-from sources.references import Data, Picture
+from sources.references import Data, Picture, left_out
 from sources.shown import host_of
 from sources.work import run_stoppable
 
@@ -48,6 +48,8 @@ def fetch_pictures(
             (folder / name).write_bytes(picture.content)
         else:
             source = Source(f"{name} {picture.name}", picture.url)
+            if picture.cut:
+                print(left_out(source.name))
             run_stoppable(partial(_fetch, source, folder / name), settings, patience, source.name, until)
 
 

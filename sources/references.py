@@ -320,8 +320,8 @@ def _parse_local(text: str) -> Local:
             f"{redact(text)[:120]!r} ends in {suffix}; a LoRA of LORAS_DIR must be named without it, as "
             f"{redact(text[: -len(suffix)])[:120]!r}."
         )
-    folders = path.split("/")
-    if not path.isprintable() or NO_NAME.search(path) or any(it.strip(" ") in ("", ".", "..") for it in folders):
+    hidden = any(part.strip()[:1] in ("", ".") for part in path.split("/"))
+    if hidden or not path.isprintable() or NO_NAME.search(path):
         raise ValueError(
             f"{redact(text)[:120]!r} names no LoRA of LORAS_DIR; it must be local:name or local:folder/name, "
             "without suffix."

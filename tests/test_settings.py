@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,20 @@ def test_the_device_chooses_the_models() -> None:
 def test_a_variable_wins_over_the_device_and_an_empty_one_does_not() -> None:
     models = Settings.from_environment(cuda=False, environ={"FLUX_DEV": "me/mine", "FLUX_SCHNELL": " "}).models
     assert (models.dev, models.schnell) == ("me/mine", MINIATURE.schnell)
+
+
+def test_the_miniature_comes_with_a_library_and_another_one_wins() -> None:
+    def library(cuda: bool, **environ: str) -> Path | None:
+        return Settings.from_environment(cuda=cuda, environ=environ).loras_dir
+
+    mini = ROOT / "mini" / "loras"
+    assert (
+        library(cuda=False) == library(cuda=False, LORAS_DIR=" ") == library(cuda=True, FLUX_DEV=MINIATURE.dev) == mini
+    )
+    assert library(cuda=True) is library(cuda=False, FLUX_DEV="me/mine") is None
+    assert (
+        library(cuda=False, LORAS_DIR="/srv/loras") == library(cuda=True, LORAS_DIR="/srv/loras") == Path("/srv/loras")
+    )
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", "nan", "inf"])

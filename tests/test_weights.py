@@ -32,7 +32,7 @@ from tests.support.fetching import (
     start,
 )
 from tests.support.waiting import wait_until
-from weights import WeightsCache
+from weights import WeightsCache, fetch_pictures, parse_picture
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_behind")
 
@@ -43,6 +43,27 @@ def test_what_has_not_changed_is_not_sent_again(environment: Settings, host: Hos
         assert fetch(environment, host.url("/a")) == LORA
     assert file.sent == len(LORA)
     assert [request.headers.get("If-None-Match") for request in host.seen] == [None, '"1"', '"1"']
+
+
+@pytest.mark.parametrize("name", ["my lora.safetensors", "a \"b\" <c> 'd' `e`", "цапля\u3000[1] 100%|a^b", "{x}"])
+def test_a_name_with_spaces_and_quotes_is_asked_for_as_it_is(environment: Settings, host: Host, name: str) -> None:
+    host.routes[f"/in it/{name}"] = redirect("/b c")
+    host.routes["/b c"] = File(LORA)
+    for reference in (host.url(f"/in it/{name}?a=b c"), f"<HTTP{host.url(f'/in it/{name}?a=b c')[4:]}>"):
+        assert fetch(environment, reference) == LORA
+    assert [request.query for request in host.seen] == [{"a": "b c"}, {}] * 2
+
+
+def test_what_follows_a_number_sign_is_left_out_with_a_word(
+    environment: Settings, host: Host, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    host.routes |= {"/lora": File(LORA), "/lora#1": File(OTHER)}
+    assert fetch(environment, host.url(f"/lora?a={SECRET}#{SECRET}")) == LORA
+    fetch_pictures({"image": parse_picture("image", host.url(f"/lora#{SECRET}"))}, tmp_path / "request", environment)
+    told = "what follows the # was left out; a # in the name of a file must be written %23."
+    assert capfd.readouterr().out.splitlines() == [f"{host.url('/lora')}: {told}", f"image {host.url('/lora')}: {told}"]
+    assert fetch(environment, host.url("/lora%231")) == OTHER
+    assert capfd.readouterr().out == ""
 
 
 def test_what_has_changed_is_fetched(environment: Settings, host: Host) -> None:
@@ -351,7 +372,7 @@ def test_cog_neither_fetches_nor_opens_images_and_masks(server: CogServer, host:
         said = failure(server.predict(SMALL | inputs | {"image": text}))
         assert said.startswith(("image is ", "The data: URI of image has "))
     # A mask without an image, or a LoRA that is none, is refused before anything is fetched.
-    for wrong in ({"image": ""}, {"image": host.url("/photo.png"), "extra_lora": "none"}):
+    for wrong in ({"image": ""}, {"image": host.url("/photo.png"), "extra_lora": "no LoRA"}):
         assert failure(server.predict(SMALL | inputs | wrong))
     assert host.seen == []
     assert list(Path(server.scratch.name).glob("tmp*")) == []

@@ -1,0 +1,116 @@
+"""The operator's folder of LoRAs that requests may name: a name → its file, and the names that there are.
+
+Names are paths in the folder without suffix. Nothing outside of the folder can be named, through no link either, and no
+sentence tells where the folder lies. This module knows names; it opens no file.
+"""
+
+import difflib
+import os
+import stat
+import unicodedata
+from pathlib import Path
+
+from sources.references import ELSEWHERE, SUFFIXES, Local, parse
+from sources.shown import redact
+
+# How many names a sentence has, where none of them is near to the one that is missing.
+FEW = 5
+
+
+def find(name: str, folder: Path | None) -> Path:
+    """The file of a name.
+
+    Args:
+        name: its path in the folder, without suffix, in NFC; see `references.Local`.
+        folder: LORAS_DIR, if there is one.
+
+    Raises:
+        ValueError: a sentence: there is none, and which are near; two files have the name; the folder cannot be read.
+    """
+    shown = Local(name).name
+    if folder is None:
+        raise ValueError(
+            f"{shown!r} would be a LoRA of LORAS_DIR, which this server does not have; it must be {ELSEWHERE}."
+        )
+    try:
+        files = [it for it in _files_at(folder, name.split("/")) if _is_within(it, folder)]
+    except OSError as error:
+        raise ValueError(f"LORAS_DIR, where {shown!r} would be, cannot be read: {error.strerror}.") from None
+    if not files:
+        raise ValueError(f"There is no LoRA {shown!r} in LORAS_DIR; {_instead(name, _paths(folder))}.")
+    if len(files) > 1:
+        both = " and ".join(sorted(redact(it.name) for it in files))
+        raise ValueError(f"{shown!r} names {len(files)} files of LORAS_DIR, {both}; it must be the name of one.")
+    return files[0]
+
+
+def names(folder: Path) -> list[str]:
+    """All that references may name in a folder, as they write it; what lies behind a link to a folder is left out."""
+    return [Local(path).address for path in _paths(folder)]
+
+
+def _paths(folder: Path) -> list[str]:
+    found = set()
+    for place, _, files in os.walk(folder):
+        for file in (Path(place, name) for name in files):
+            path = _stem(str(file.relative_to(folder)))
+            if path is not None and _is_nameable(path) and _is_within(file, folder):
+                found.add(path)
+    return sorted(found)
+
+
+def _files_at(folder: Path, parts: list[str]) -> list[Path]:
+    """The files that a path without suffix may mean; names that differ only in how accents are written are the same."""
+    *folders, last = parts
+    places = [folder]
+    for part in folders:
+        places = [it for place in places for it in place.iterdir() if _normal(it.name) == part and it.is_dir()]
+    return [it for place in places for it in place.iterdir() if _stem(it.name) == last]
+
+
+def _stem(name: str) -> str | None:
+    """A name without its suffix, in NFC; None where it has none of those."""
+    suffix = max((it for it in SUFFIXES if name.lower().endswith(it)), key=len, default=None)
+    return None if suffix is None else _normal(name[: -len(suffix)])
+
+
+def _normal(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _is_nameable(path: str) -> bool:
+    """Whether a reference can have that name: no hidden file, and none whose name has the signs of an address."""
+    try:
+        return parse(Local(path).address) == Local(path)
+    except ValueError:
+        return False
+
+
+def _is_within(file: Path, folder: Path) -> bool:
+    """Whether it is a regular file and lies in the folder, wherever links lead on the way to it."""
+    try:
+        place = file.resolve(strict=True)
+        return stat.S_ISREG(place.stat().st_mode) and place.is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a link to nothing, or to itself
+        return False
+
+
+def _instead(path: str, paths: list[str]) -> str:
+    """The end of a sentence: which names are near to one that is missing, else the first ones."""
+    word = _last(path)
+    near = [it for it in paths if _last(it) == word]
+    if not near:
+        folded = {it.casefold(): it for it in reversed(paths)}
+        near = [folded[it] for it in difflib.get_close_matches(path.casefold(), folded)]
+    if near:
+        return f"the nearest there: {_listed(near[:3])}"
+    more = f" and {len(paths) - FEW} more" if len(paths) > FEW else ""
+    return f"it has {_listed(paths[:FEW]) or 'none'}{more}"
+
+
+def _last(path: str) -> str:
+    return path.rpartition("/")[2].casefold()
+
+
+def _listed(paths: list[str]) -> str:
+    return ", ".join(Local(path).name for path in paths)
