@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -48,7 +48,7 @@ from sources.shown import redact
 from sources.store import Store, disk_errors_told
 from sources.work import run_stoppable
 
-__all__ = ["Picture", "WeightsCache", "fetch", "fetch_pictures", "outlines", "parse", "parse_picture"]
+__all__ = ["Picture", "WeightsCache", "fetch", "fetch_one", "fetch_pictures", "outlines", "parse", "parse_picture"]
 
 # What is read of a repo, where that is not all: schnell is drawn with dev's text encoders, tokenizers and VAE.
 PARTS = {"schnell": ("transformer", "scheduler")}
@@ -75,8 +75,16 @@ def fetch(settings: Settings, patience: Patience = Patience()) -> Models:  # noq
     Raises:
         ValueError: a sentence about why one cannot be had, and what to accept and to set where it is gated.
     """
-    models = asdict(settings.models)
-    return Models(**{name: str(snapshot(it, settings, patience, PARTS.get(name))) for name, it in models.items()})
+    return Models(**{field.name: str(fetch_one(field.name, settings, patience)) for field in fields(Models)})
+
+
+def fetch_one(name: str, settings: Settings, patience: Patience = Patience()) -> Path:  # noqa: B008 (frozen)
+    """The base model of that name in `Models`, as a folder on this machine.
+
+    Raises:
+        ValueError: see `fetch`.
+    """
+    return snapshot(getattr(settings.models, name), settings, patience, PARTS.get(name))
 
 
 class WeightsCache:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 # No answer takes longer, whatever a test does.
@@ -36,6 +36,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: "_Server"
 
     def do_GET(self) -> None:
+        self._answer_form("")
+
+    def do_HEAD(self) -> None:
         self._answer_form("")
 
     def do_CONNECT(self) -> None:
@@ -64,7 +67,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         for name, value in ({"Content-Length": str(len(body))} | dict(headers or {})).items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, *_: object) -> None: ...
 
@@ -73,6 +77,18 @@ class _Server(http.server.ThreadingHTTPServer):
     host: "Host"
     daemon_threads = True
     request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], handler: type[_Handler]) -> None:
+        super().__init__(address, handler)
+        self.connections: set[socket.socket] = set()
+
+    def process_request(self, request: socket.socket, client_address: object) -> None:
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        self.connections.discard(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request: object, client_address: object) -> None: ...
 
@@ -103,8 +119,11 @@ class Host:
         self._thread.join()
 
     def stop(self) -> None:
-        """Be down from now on: connections are refused."""
+        """Be down from now on: connections are refused, and those that clients keep end."""
         self.__exit__()
+        for connection in list(self._server.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     @property
     def address(self) -> str:
@@ -205,9 +224,9 @@ def status(code: int, headers: Mapping[str, str] | None = None, body: bytes = b"
     return lambda handler: handler.reply(code, body, headers)
 
 
-def redirect(url: str, code: int = 302) -> Answer:
+def redirect(url: str, code: int = 302, headers: Mapping[str, str] | None = None) -> Answer:
     """The file is elsewhere."""
-    return status(code, {"Location": url})
+    return status(code, {"Location": url, **(headers or {})})
 
 
 def page(code: int = 200) -> Answer:
@@ -352,8 +371,10 @@ def hugging_face(
     siblings += [{"rfilename": path, "size": size, "blobId": "0" * 40} for path, size in (stated or {}).items()]
     info = in_json({"id": repo, "sha": commit, "siblings": siblings, "cardData": dict(card or {}), "gated": gated})
     missing = in_json({"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
+    tree = in_json([_listed(sibling) for sibling in siblings])
     for revision in {*revisions, commit}:
         host.routes[f"/api/models/{repo}/revision/{revision}"] = info if gated else guarded(info, denied)
+    host.routes[f"/api/models/{repo}/tree/{commit}"] = tree if gated else guarded(tree, denied)
     host.routes[f"/api/models/{repo}/revision/missing"] = missing
     host.routes[f"/api/models/{repo}/paths-info/{commit}"] = in_json(
         [
@@ -370,8 +391,17 @@ def hugging_face(
     for path, content in files.items():
         digest = hashlib.sha256(content).hexdigest()
         storage.routes[f"/{digest}"] = without_token(File(content, etag=f'"{digest}"'))
-        link = redirect(f"{storage.url('/' + digest)}?X-Amz-Signature=s3cr3t")
+        described = {"X-Repo-Commit": commit, "X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{digest}"'}
+        link = redirect(f"{storage.url('/' + digest)}?X-Amz-Signature=s3cr3t", headers=described)
         host.routes[f"/{repo}/resolve/{commit}/{path}"] = guarded(link, refused if gated else denied)
+
+
+def _listed(sibling: Mapping[str, Any]) -> dict[str, object]:
+    """A file in the listing of a repo's tree, by what the description of the repo says of it."""
+    file = {"type": "file", "path": sibling["rfilename"], "size": sibling["size"], "oid": sibling["blobId"]}
+    if lfs := sibling.get("lfs"):
+        file["lfs"] = {"oid": lfs["sha256"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
+    return file
 
 
 def civitai(

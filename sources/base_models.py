@@ -1,68 +1,56 @@
-"""A base model by name → a folder in diffusers or transformers layout, of which what is missing is downloaded.
+"""A base model by name → a folder in diffusers or transformers layout, in Hugging Face's own cache.
 
-Knows Hugging Face's repos, and keeps them apart from LoRAs: what is there stays.
+huggingface_hub downloads and keeps; this module knows which files of a repo are needed, and what to say when one cannot
+be had. HF_HOME and HF_HUB_CACHE (where the cache lies) and HF_HUB_OFFLINE (nothing is asked) are the library's
+variables, read when it is imported. What is in the cache stays, apart from what killed downloads have left.
 """
 
-import hashlib
+import glob
 import json
-import os
+import math
 import re
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TextIO
+from uuid import uuid4
+
+import httpx2
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    DryRunError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import WeakFileLock, logging, validate_repo_id
+from tqdm import tqdm
 
 from service.outline import Outline
 from settings import Settings
-from sources.client import Client, Patience, Source, UnavailableError
-from sources.download import Download
-from sources.hosts import Repo, list_repo
-from sources.references import HuggingFace
-from sources.shown import gigabytes
-from sources.store import disk_errors_told, locked
+from sources.client import Client, Patience, UnavailableError
+from sources.hosts import _explain_hugging_face as explain
+from sources.references import COMMIT, HuggingFace
+from sources.shown import gigabytes, host_of
 from sources.work import run_stoppable
+
+# The library's warnings show signed addresses, and paths of this machine; its errors are raised.
+logging.set_verbosity_error()
+warnings.filterwarnings("ignore", "Not enough free disk space")
 
 VARIANT = re.compile(r"\.(?:fp16|bf16|fp32|non_ema|ema)[.-]")
 PICKLED = re.compile(r"(?:diffusion_)?pytorch_model(?:-\d+-of-\d+)?\.bin(?:\.index\.json)?")
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """A repo at a revision, the parts of it that are wanted (all where that is None), and where they are kept.
-
-    Files lie by their content in `blobs`; each commit has a folder of links to them, as in Hugging Face's cache.
-    """
-
-    reference: HuggingFace
-    parts: tuple[str, ...] | None
-    home: Path
-
-    @property
-    def blobs(self) -> Path:
-        return self.home / "blobs"
-
-    def folder(self, commit: str) -> Path:
-        """Where a commit lies; some parts of it have a folder of their own, unless all are there."""
-        whole = self.home / commit
-        return whole if self.parts is None or whole.is_dir() else self.home / ".".join((commit, *self.parts))
-
-    @contextmanager
-    def latest(self, client: Client) -> Iterator[TextIO]:
-        """The file with the last commit that the revision was, locked."""
-        self.blobs.mkdir(parents=True, exist_ok=True)
-        name = hashlib.sha256(self.reference.revision.encode()).hexdigest()[:16]
-        with locked(self.home / name, client.pause) as file:
-            yield file
-
-    def files(self, repo: Repo) -> dict[str, tuple[Source, Path]]:
-        """What is needed of the repo, by path: from where, and which blob it becomes."""
-        needed = [path for path in _needed(repo.files) if self.parts is None or path.partition("/")[0] in self.parts]
-        if not needed:
-            raise ValueError(f"huggingface.co/{repo.id} has no model in diffusers layout.")
-        return {path: (repo.files[path], self.blobs / _blob_name(repo.files[path])) for path in needed}
+# How often a bar is drawn at most: where the log is no terminal, each time is a line of it.
+DRAWN = 200
+DISK = "the disk of Hugging Face's cache"
 
 
 def snapshot(
@@ -75,17 +63,19 @@ def snapshot(
 
     Args:
         model: a folder, or a Hugging Face repo `owner/repo[@revision]`, of which what is missing is downloaded.
-        settings: where it is kept, token, mirror.
-        patience: how long the host may keep us waiting.
+        settings: token, mirror.
+        patience: how long the host may take to say what the repo has.
         parts: the folders that are needed of a repo in diffusers layout; all unless given.
 
     Raises:
         ValueError: a sentence about why it cannot be had, and what to accept and to set where it is gated.
     """
-    found = _find(model, settings, parts)
+    found = _find(model)
     if isinstance(found, Path):
         return found
-    return run_stoppable(lambda client: _snapshot(found, settings, client), settings, patience, found.reference.name)
+    return run_stoppable(
+        lambda client: _Model(found, parts, settings, client).snapshot(), settings, patience, found.name
+    )
 
 
 def outline(
@@ -98,63 +88,255 @@ def outline(
 
     Args and Raises: see `snapshot`.
     """
-    found = _find(model, settings, parts)
+    found = _find(model)
     if isinstance(found, Path):
         return _outline_folder(found)
-    return run_stoppable(lambda client: _outline(found, settings, client), settings, patience, found.reference.name)
+    return run_stoppable(
+        lambda client: _Model(found, parts, settings, client).outline(), settings, patience, found.name
+    )
 
 
-def _find(model: str, settings: Settings, parts: tuple[str, ...] | None) -> Path | _Wanted:
+def _find(model: str) -> Path | HuggingFace:
     with suppress(OSError, RuntimeError):  # too long for a path; ~ of a user that there is not
         if (folder := Path(model).expanduser()).is_dir():
             return folder
-    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", model)
-    if found is None or model.startswith("."):
-        raise ValueError(f"{model!r} is no folder; it must be one, or a Hugging Face repo as owner/repo.")
-    reference = HuggingFace(found[1], found[2] or "main")
-    return _Wanted(reference, parts, settings.cache_dir / "models" / reference.repo.replace("/", "--"))
+    found = re.fullmatch(r"(?!\.)([\w.-]+/[\w.-]+)(?:@((?!.*\.\.)[\w./-]+))?", model)
+    with suppress(HFValidationError):
+        if found is not None:
+            validate_repo_id(found[1])
+            return HuggingFace(found[1], found[2] or "main")
+    raise ValueError(f"{model!r} is no folder; it must be one, or a Hugging Face repo as owner/repo.")
 
 
-@disk_errors_told()
-def _snapshot(wanted: _Wanted, settings: Settings, client: Client) -> Path:
-    with wanted.latest(client) as latest:
-        there = wanted.folder(latest.read() or "nothing")
+@dataclass(frozen=True)
+class _Files:
+    """What is needed of a repo at one commit: bytes by path; and the cache's folder of that commit."""
+
+    commit: str
+    folder: Path
+    sizes: Mapping[str, int]
+
+    def missing(self, *, weights: bool) -> list[str]:
+        """The paths that are not there; those of weights only if asked for."""
+        wanted = [path for path in self.sizes if weights or not _is_weights(path)]
+        return [path for path in wanted if not (self.folder / path).is_file()]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A repo at a revision, and the parts of it that are wanted; all where that is None."""
+
+    reference: HuggingFace
+    parts: tuple[str, ...] | None
+    settings: Settings
+    client: Client
+
+    @property
+    def home(self) -> Path:
+        """The repo's folder of the cache."""
+        name = repo_folder_name(repo_id=self.reference.repo, repo_type="model")
+        return Path(constants.HF_HUB_CACHE).expanduser() / name
+
+    def snapshot(self) -> Path:
+        """The folder of the commit that the revision is now, complete."""
+        self._sweep()
+        self._tell_of_older_cache()
+        files = self._files(weights=True)
+        self._note(files.commit)
+        return files.folder
+
+    def outline(self) -> Outline:
+        """The outline, of files that are in the cache then; weights need not be."""
+        files = self._files(weights=False)
+        return _outlined(files.sizes, lambda path: (files.folder / path).read_bytes())
+
+    def _files(self, *, weights: bool) -> _Files:
+        """What the host names, downloaded; what is in the cache, while the host is down or must not be asked."""
+        kept = self._kept(weights=weights)
+        if kept is not None and kept.commit == self.reference.revision:  # which never changes
+            return kept
         try:
-            repo = list_repo(wanted.reference, settings, client, hasty=there.is_dir())
-            folder = wanted.folder(repo.commit)
-            if not folder.is_dir():
-                _download_folder(wanted, repo, folder, client)
+            files = self.client.persist(self._ask, hasty=kept is not None or constants.is_offline_mode())
+            if missing := files.missing(weights=weights):
+                self._download(files, missing)
+            return files
         except UnavailableError as error:
-            if not there.is_dir():
+            if kept is None:
                 raise
-            print(f"{error} The files on the disk are used.")
-            return there
-        latest.seek(0)
-        latest.truncate()
-        latest.write(repo.commit)
-        return folder
+            if not constants.is_offline_mode():
+                print(f"{error} The files on the disk are used.")
+            return kept
 
+    def _ask(self) -> _Files:
+        """What the revision is now, in one request."""
+        with self._errors_told():
+            hub = huggingface_hub.HfApi(self.settings.hf_endpoint, token=self.settings.hf_token)
+            info = hub.model_info(
+                self.reference.repo,
+                revision=self.reference.revision,
+                files_metadata=True,
+                timeout=constants.HF_HUB_ETAG_TIMEOUT,
+            )
+            sizes = {file.rfilename: file.size or 0 for file in info.siblings}
+            if not COMMIT.fullmatch(info.sha):
+                raise LookupError
+        files = self._choose(info.sha, sizes)
+        if not files.sizes:
+            raise ValueError(f"huggingface.co/{self.reference.repo} has no model in diffusers layout.")
+        return files
 
-@disk_errors_told()
-def _outline(wanted: _Wanted, settings: Settings, client: Client) -> Outline:
-    with wanted.latest(client) as latest:
-        there = wanted.folder(latest.read() or "nothing")
+    def _kept(self, *, weights: bool) -> _Files | None:
+        """What the revision was when it was last downloaded, here or by the library itself, if all of that is there."""
+        ref, commit = self.home / "refs" / self.reference.revision, self.reference.revision
+        with suppress(OSError):
+            commit = ref.read_text()
+        if not COMMIT.fullmatch(commit):
+            return None
+        folder = self.home / "snapshots" / commit
         try:
-            files = wanted.files(list_repo(wanted.reference, settings, client, hasty=there.is_dir()))
-            for path, (source, blob) in files.items():
-                if not (_is_weights(path) or blob.exists()):
-                    _download_blob(source, blob, client)
-        except UnavailableError as error:
-            if not there.is_dir():
-                raise
-            print(f"{error} The files on the disk are used.")
-            return _outline_folder(there)
-        sizes = {path: source.size or 0 for path, (source, _) in files.items()}
-        return _outlined(sizes, lambda path: files[path][1].read_bytes())
+            tree = huggingface_hub.get_cached_repo_tree(self.reference.repo, revision=commit)
+            sizes = {file.path: file.size for file in tree}
+        except CachedRepoTreeNotFoundError:  # an older version of the library has written it
+            sizes = _sizes(folder)
+        files = self._choose(commit, sizes)
+        return None if not files.sizes or files.missing(weights=weights) else files
+
+    def _choose(self, commit: str, sizes: Mapping[str, int]) -> _Files:
+        needed = [path for path in _needed(sizes) if self.parts is None or path.partition("/")[0] in self.parts]
+        return _Files(commit, self.home / "snapshots" / commit, {path: sizes[path] for path in needed})
+
+    def _download(self, files: _Files, paths: list[str]) -> None:
+        """Have the library download these files, after a look at what that takes of the disk."""
+        name, host = self.reference.name, host_of(self.settings.hf_endpoint)
+        download = partial(
+            huggingface_hub.snapshot_download,
+            self.reference.repo,
+            revision=files.commit,
+            allow_patterns=[glob.escape(path) for path in paths],
+            token=self.settings.hf_token,
+            endpoint=self.settings.hf_endpoint,
+        )
+        with self._errors_told():
+            # Where the library states no time, it would wait for ever.
+            huggingface_hub.get_session().timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+            asked = download(dry_run=True, tqdm_class=_counter(lambda size: None))
+        sizes = {file.filename: files.sizes[file.filename] for file in asked if file.will_download}
+        missing = sum(sizes.values())
+        free = shutil.disk_usage(next(folder for folder in self.home.parents if folder.exists())).free
+        if missing > free:
+            raise ValueError(f"{name} needs {gigabytes(missing)}, but {DISK} has {gigabytes(free)} left.")
+        if any(map(_is_weights, sizes)):
+            print(f"{name}: {gigabytes(missing)} to download; {DISK} has {gigabytes(free)} left.", flush=True)
+        with _bar(name, missing) as bar, self._errors_told():
+            download(tqdm_class=_counter(self._counted(bar)))
+        # Of a repo that it cannot list, the library gives the folder as it is.
+        if not set(paths).isdisjoint(files.missing(weights=True)):
+            raise UnavailableError(f"{name} cannot be fetched: the connection to {host} failed or broke off.")
+
+    def _counted(self, bar: tqdm) -> Callable[[int], object]:
+        """What shows bytes that have arrived; in a download that has been given up, it ends the library's thread."""
+
+        def count(size: int) -> None:
+            self.client.check()
+            with bar.get_lock():
+                bar.update(size)
+
+        return count
+
+    def _sweep(self) -> None:
+        """Delete what killed processes have left: nobody goes on with it. The library locks what it is writing."""
+        for file in self.home.glob("blobs/*.incomplete"):
+            lock = self.home.parent / ".locks" / self.home.name / f"{file.name.rsplit('.', 2)[0]}.lock"
+            with suppress(OSError), WeakFileLock(lock, timeout=0.1):
+                file.unlink()
+
+    def _note(self, commit: str) -> None:
+        """Note which commit the revision was, as the library does; only now, since all of it is there."""
+        ref = self.home / "refs" / self.reference.revision
+        with suppress(OSError):  # a cache that cannot be written to
+            if commit != self.reference.revision and not (ref.is_file() and ref.read_text() == commit):
+                ref.parent.mkdir(parents=True, exist_ok=True)
+                fresh = ref.with_name(f"{ref.name}.{uuid4().hex}.tmp")
+                fresh.write_text(commit)
+                fresh.replace(ref)
+
+    def _tell_of_older_cache(self) -> None:
+        older = self.reference.repo.replace("/", "--")
+        if (self.settings.cache_dir / "models" / older).is_dir():
+            print(
+                f"WEIGHTS_CACHE/models/{older} is not used any more and may be deleted: "
+                "base models lie in Hugging Face's own cache."
+            )
+
+    @contextmanager
+    def _errors_told(self) -> Iterator[None]:
+        """Make a sentence of what the library raises: its own show addresses and paths."""
+        try:
+            yield
+        except Exception as error:
+            self.client.check()
+            told = self._told(error)
+        else:
+            return
+        raise told
+
+    def _told(self, error: BaseException) -> ValueError:
+        name, host = self.reference.name, host_of(self.settings.hf_endpoint)
+        while isinstance(error, LocalEntryNotFoundError | DryRunError) and error.__cause__ is not None:
+            error = error.__cause__
+        match error:
+            case HfHubHTTPError():
+                return explain(self.reference, self.settings, error.response.status_code, error.response.headers)
+            case OfflineModeIsEnabled():
+                return UnavailableError(
+                    f"{name} is not in Hugging Face's cache, or not all of it, and HF_HUB_OFFLINE forbids fetching it: "
+                    "unset that, or run script/models first, where there is a network."
+                )
+            case httpx2.TimeoutException() | httpx2.ConnectError():
+                return UnavailableError(f"{name} cannot be fetched: {host} does not answer.")
+            case httpx2.HTTPError():
+                return UnavailableError(f"{name} cannot be fetched: the connection to {host} failed or broke off.")
+            case OSError(errno=int()):
+                return ValueError(f"Hugging Face's cache cannot be used: {error.strerror or 'its disk fails'}.")
+            case OSError() if type(error) is OSError:  # the library counts the bytes of a file
+                return ValueError(f"{name} arrived damaged: a file has another size than its host states; try again.")
+            case _:
+                return UnavailableError(f"{name} cannot be fetched: {host} sent something else than an answer.")
+
+
+def _bar(name: str, total: int) -> tqdm:
+    """A bar for bytes, with a name in front: clients take one without for the progress of drawing."""
+    # Steps and no times, however slow it is: a log has at most so many lines of it.
+    drawn = {"miniters": total // DRAWN + 1, "mininterval": 1, "maxinterval": math.inf, "delay": 1, "leave": False}
+    return tqdm(desc=name, total=total, unit="B", unit_scale=True, unit_divisor=1024, **drawn)
+
+
+def _counter(count: Callable[[int], object]) -> type[tqdm]:
+    """A class for the library's bars, none of which is drawn, whatever HF_HUB_DISABLE_PROGRESS_BARS says.
+
+    It has three: files, bytes from the network, and bytes on the disk, which are counted.
+    """
+
+    class Counter(tqdm):
+        def __init__(self, *args: object, desc: str = "", **options: object) -> None:
+            super().__init__(*args, desc=desc, **options | {"disable": True})
+            self._counts = desc.startswith("Reconstructing")
+
+        def update(self, n: float | None = 1) -> None:
+            if self._counts:
+                count(int(n or 0))
+
+    return Counter
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes by path, of what models may need."""
+    files = [file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.is_file()]
+    return {str(file.relative_to(folder)): file.stat().st_size for file in files}
 
 
 def _outline_folder(folder: Path) -> Outline:
-    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.glob("*/*") if file.is_file()}
+    sizes = {path: size for path, size in _sizes(folder).items() if path.count("/") == 1}
     # Drawing does without model_index.json, which tells a pipeline.
     needed = [path for path in _needed({*sizes, "model_index.json"}) if path in sizes]
     return _outlined({path: sizes[path] for path in needed}, lambda path: (folder / path).read_bytes())
@@ -173,57 +355,6 @@ def _outlined(sizes: Mapping[str, int], read: Callable[[str], bytes]) -> Outline
             except (ValueError, AttributeError, RecursionError):
                 raise ValueError(f"A model's {path} is no JSON object; fetch or copy it again.") from None
     return Outline(configs, weights)
-
-
-def _download_folder(wanted: _Wanted, repo: Repo, folder: Path, client: Client) -> None:
-    files = wanted.files(repo)
-    missing = sum(source.size or 0 for source, blob in files.values() if not blob.exists())
-    free = shutil.disk_usage(wanted.blobs).free
-    if missing > free:
-        raise ValueError(
-            f"huggingface.co/{repo.id} needs {gigabytes(missing)}, but the disk has {gigabytes(free)} left."
-        )
-    growing = folder.with_name(f"{folder.name}.incomplete")
-    shutil.rmtree(growing, ignore_errors=True)
-    for path, (source, blob) in files.items():
-        if not blob.exists():
-            _download_blob(source, blob, client)
-        link = growing / path
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(os.path.relpath(blob, link.parent))
-    growing.rename(folder)
-
-
-def _blob_name(source: Source) -> str:
-    return source.sha256 or hashlib.sha256(source.key.encode()).hexdigest()
-
-
-def _download_blob(source: Source, blob: Path, client: Client) -> None:
-    """Fetch a file, going on where an earlier attempt ended: beside the bytes lies a list of the pieces among them."""
-    part, list_of_pieces = blob.with_suffix(".part"), blob.with_suffix(".pieces")
-    part.touch()
-    with part.open("rb+", buffering=0) as file, list_of_pieces.open("a+b", buffering=0) as pieces:
-        pieces.seek(0)
-        # Only a hash can tell whether everything reached the disk before the power went.
-        kept = set(map(int, pieces.read().split())) if source.sha256 else ()
-        digest = hashlib.sha256()
-        with client.persist(lambda: client.open(source)) as stream:
-            size = Download(
-                stream,
-                file.fileno(),
-                reserve=lambda size: os.posix_fallocate(file.fileno(), 0, max(size, 1)),
-                kept=kept,
-                keep=lambda start: pieces.write(b"%d\n" % start),
-            ).run(digest.update)
-        file.truncate(size)
-        os.fsync(file.fileno())
-    damaged = source.sha256 not in (None, digest.hexdigest()) or source.size not in (None, size)
-    if not damaged:
-        part.rename(blob)
-    part.unlink(missing_ok=True)
-    list_of_pieces.unlink()
-    if damaged:
-        raise ValueError(f"{source.name} arrived damaged: it is not what its host states that it is; try again.")
 
 
 def _is_weights(path: str) -> bool:

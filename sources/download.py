@@ -5,7 +5,7 @@ Knows HTTP's ranges and one open file; it knows neither what the file is nor wha
 
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -44,20 +44,11 @@ class Download:
         first: the open answer to a request for the whole of it.
         file: the descriptor of the file to be written.
         reserve: called with a number of bytes before the file grows to it; has room for them on the disk, or raises.
-        kept: the starts of pieces that the file holds already, from an earlier attempt.
-        keep: called with the start of each piece that has come to the disk.
     """
 
-    def __init__(
-        self,
-        first: Stream,
-        file: int,
-        reserve: Callable[[int], None],
-        kept: Collection[int] = (),
-        keep: Callable[[int], None] = lambda start: None,
-    ) -> None:
+    def __init__(self, first: Stream, file: int, reserve: Callable[[int], None]) -> None:
         self._client, self._source, self._first, self._file = first.client, first.source, first, file
-        self._reserve, self._kept, self._keep = reserve, kept, keep
+        self._reserve = reserve
         self._url = first.url
         etag = first.headers.get("ETag", "W/")
         self._unless_changed = {} if etag.startswith("W/") else {"If-Range": etag}
@@ -85,8 +76,7 @@ class Download:
             self._reserve(self._first.size)
         self._parallel = self._honours_ranges()
         self._pieces = self._cut()
-        waiting = iter([piece for piece in self._pieces if not piece.done])
-        self._received = sum(piece.position - piece.start for piece in self._pieces)
+        waiting = iter(self._pieces)
         options = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "delay": 1, "mininterval": 1, "leave": False}
         with (
             tqdm(desc=self._source.name, total=self._first.size, **options) as bar,
@@ -116,8 +106,7 @@ class Download:
         if size is None or not self._parallel:
             return [_Piece(0, size, 0)]
         length = min(max(SMALLEST_PIECE, size // (4 * CONNECTIONS)), LARGEST_PIECE)
-        cuts = [(start, min(start + length, size), start in self._kept) for start in range(0, size, length)]
-        return [_Piece(start, end, end if kept else start, kept) for start, end, kept in cuts]
+        return [_Piece(start, min(start + length, size), start) for start in range(0, size, length)]
 
     def _work(self, waiting: Iterator[_Piece], stream: Stream | None) -> None:
         """Fetch pieces until none is waiting; a stream goes on to the next piece where that follows."""
@@ -128,8 +117,6 @@ class Download:
                 if piece is None:
                     break
                 stream = self._fetch(piece, stream)
-                if piece.done:
-                    self._keep(piece.start)
         except Exception as error:
             self._fail(error)
         finally:

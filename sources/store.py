@@ -99,9 +99,9 @@ class Store:
 
     @contextmanager
     def note(self, name: str, pause: Callable[[float], None]) -> Iterator[TextIO]:
-        """What was noted under a name, empty at first, to be read and written; `pause`: see `locked`."""
+        """What was noted under a name, empty at first, to be read and written; `pause`: see `_locked`."""
         path = self._notes / hashlib.sha256(name.encode()).hexdigest()
-        with locked(path, pause) as file:
+        with _locked(path, pause) as file:
             before = os.fstat(file.fileno()).st_size
             yield file
             file.flush()
@@ -176,7 +176,7 @@ class Store:
 
 
 @contextmanager
-def locked(path: Path, pause: Callable[[float], None]) -> Iterator[TextIO]:
+def _locked(path: Path, pause: Callable[[float], None]) -> Iterator[TextIO]:
     """A file that one thread of one process has at a time, created where it is missing.
 
     While another has it, `pause` is called with seconds to wait; it raises where the caller has given up.

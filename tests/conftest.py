@@ -1,10 +1,20 @@
+# ruff: noqa: E402 (what is read when huggingface_hub is imported has to be set before)
+import os
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+# Of the processes that tests start too: the user's cache and login are not for tests.
+for variable in [name for name in os.environ if name.startswith("HF_")]:
+    del os.environ[variable]
+HUGGING_FACE = tempfile.TemporaryDirectory(prefix="huggingface-")
+os.environ["HF_HOME"] = HUGGING_FACE.name
+
 import pytest
+from huggingface_hub import constants
 
 from harness.hosts import Host
 from local_cog.server import CogServer
@@ -35,7 +45,14 @@ def storage() -> Iterator[Host]:
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> Settings:
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Hugging Face's cache of one test."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "huggingface"))
+    return tmp_path / "huggingface"
+
+
+@pytest.fixture
+def environment(tmp_path: Path, hub_cache: Path) -> Settings:
     return Settings(MINIATURE, cache_dir=tmp_path / "cache", allow_private_hosts=True)
 
 

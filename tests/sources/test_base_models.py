@@ -1,13 +1,17 @@
-"""Base models: what is needed of a repo, once, and going on where it broke."""
+"""Base models: what is needed of a repo, once, in the cache that Hugging Face's own tools use."""
 
 import hashlib
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
-from harness.hosts import File, Host, hugging_face
-from settings import MIB, Settings
+from harness.hosts import File, Host, hugging_face, status
+from settings import MIB, ROOT, Settings
 from sources.base_models import outline, snapshot
 from tests.support.caches import SECRET
 from tests.support.fetching import LARGE, LORA, OTHER, QUICK, make_lora, start
@@ -33,6 +37,7 @@ PIPELINE = {
 }
 
 
+CONFIG = b'{"size": 1}'
 NEEDED = set(PIPELINE) - {
     "README.md",
     "flux1-dev.safetensors",
@@ -60,13 +65,16 @@ def test_of_a_base_model_comes_what_is_needed_once(places: Settings, host: Host,
     folder = snapshot("o/r", places, QUICK)
     assert files_in(folder) == {path: PIPELINE[path] for path in NEEDED}
     sent = len(storage.seen)
-    assert snapshot("o/r@v2", places, QUICK) == folder
+    host.seen.clear()
+    assert snapshot("o/r", places, QUICK) == snapshot("o/r@v2", places, QUICK) == folder
+    assert [request.path.rpartition("/")[2] for request in host.seen] == ["main", "v2"]
     hugging_face(host, storage, "o/r", PIPELINE | {"tokenizer/merges.txt": b"c d"}, commit="d" * 40)
     newer = snapshot("o/r", places, QUICK)
     assert files_in(newer)["tokenizer/merges.txt"] == b"c d"
     assert len(storage.seen) == sent + 1
     host.stop()
     assert snapshot("o/r", places, QUICK) == newer
+    assert snapshot(f"o/r@{'c' * 40}", places, QUICK) == folder
 
 
 def test_a_base_model_in_transformers_layout(places: Settings, host: Host, storage: Host) -> None:
@@ -92,32 +100,55 @@ def test_a_base_model_in_transformers_layout(places: Settings, host: Host, stora
     }
 
 
-def test_a_killed_download_of_a_base_model_goes_on_where_it_was(places: Settings, host: Host, storage: Host) -> None:
-    content = make_lora(40 * MIB, seed=11)
-    hugging_face(host, storage, "o/r", {"config.json": b"{}", "model.safetensors": content})
-    file = storage.routes[f"/{hashlib.sha256(content).hexdigest()}"] = File(content, delay=0.01, etag='"x"')
-    process = start("o/r", places, QUICK, target=snapshot)
-    wait_until(lambda: any(path.stat().st_size for path in places.cache_dir.glob("models/*/blobs/*.pieces")), 20)
-    process.kill()
-    process.join()
-    (journal,) = places.cache_dir.glob("models/*/blobs/*.pieces")
-    kept = {f"bytes={start}" for start in journal.read_text().split()}
-    file.delay = 0
+def test_what_a_killed_download_leaves_is_deleted_and_what_another_process_writes_is_not(
+    places: Settings, host: Host, storage: Host, hub_cache: Path
+) -> None:
+    hugging_face(host, storage, "o/r", {"config.json": b"{}", "model.safetensors": LARGE})
+    digest = hashlib.sha256(LARGE).hexdigest()
+    storage.routes[f"/{digest}"] = File(LARGE, delay=0.01)
+
+    def parts() -> list[Path]:
+        return list(hub_cache.glob(f"models--o--r/blobs/{digest}.*.incomplete"))
+
+    killed = start("o/r", places, QUICK, target=snapshot)
+    wait_until(parts)
+    killed.kill()
+    killed.join()
+    (left,) = parts()
+    other = start("o/r", places, QUICK, target=snapshot)
+    wait_until(lambda: parts() and left not in parts())
     storage.seen.clear()
-    assert files_in(snapshot("o/r", places, QUICK))["model.safetensors"] == content
-    asked = {request.headers.get("Range", "").partition("-")[0] for request in storage.seen}
-    assert kept
-    assert not asked & kept
+    folder = snapshot("o/r", places, QUICK)  # waits for the other's download
+    other.join()
+    assert other.exitcode == 0
+    assert storage.seen == []
+    assert files_in(folder)["model.safetensors"] == LARGE
+    assert parts() == []
 
 
-def test_a_damaged_base_model_is_not_kept(places: Settings, host: Host, storage: Host) -> None:
+def test_a_file_of_another_size_is_not_kept(places: Settings, host: Host, storage: Host) -> None:
     hugging_face(host, storage, "o/r", {"config.json": b"{}", "model.safetensors": LORA})
     path = f"/{hashlib.sha256(LORA).hexdigest()}"
-    storage.routes[path] = File(OTHER)
-    with pytest.raises(ValueError, match="arrived damaged"):
+    storage.routes[path] = File(LORA[:-1])
+    with pytest.raises(ValueError, match=r"^huggingface.co/o/r arrived damaged"):
         snapshot("o/r", places, QUICK)
     storage.routes[path] = File(LORA)
     assert files_in(snapshot("o/r", places, QUICK))["model.safetensors"] == LORA
+
+
+def test_a_host_that_goes_down_in_the_middle_leaves_what_was_there(
+    places: Settings, host: Host, storage: Host, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hugging_face(host, storage, "o/r", PIPELINE)
+    folder = snapshot("o/r", places, QUICK)
+    capfd.readouterr()
+    files = PIPELINE | {"tokenizer/merges.txt": b"c d", "transformer/config.json": CONFIG}
+    hugging_face(host, storage, "o/r", files, commit="d" * 40)
+    storage.routes[f"/{hashlib.sha256(b'c d').hexdigest()}"] = status(500)
+    for _ in range(2):
+        assert snapshot("o/r", places, QUICK) == folder
+        (line,) = "".join(capfd.readouterr()).splitlines()
+        assert line.endswith("answered 500; try again later. The files on the disk are used.")
 
 
 def test_a_gated_base_model_says_what_to_accept_and_what_to_set(places: Settings, host: Host, storage: Host) -> None:
@@ -132,17 +163,20 @@ def test_a_gated_base_model_says_what_to_accept_and_what_to_set(places: Settings
     assert set(files_in(folder)) == NEEDED
     with pytest.raises(ValueError, match="does not exist, or is private and"):
         snapshot("o/nothing", places, QUICK)
+    with pytest.raises(ValueError, match="has no revision 'missing'; it must be a branch, a tag or a commit"):
+        snapshot("black-forest-labs/FLUX.1-dev@missing", places, QUICK)
 
 
 def test_a_base_model_that_does_not_fit_on_the_disk(
-    places: Settings, host: Host, storage: Host, small_disk: Path
+    places: Settings, host: Host, storage: Host, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(small_disk / "hub"))
     hugging_face(host, storage, "o/r", {"config.json": b"{}", "model.safetensors": make_lora(25 * MIB)})
-    with pytest.raises(ValueError, match="but the disk has"):
-        snapshot("o/r", replace(places, cache_dir=small_disk / "cache"), QUICK)
+    with pytest.raises(ValueError, match=r"needs 0.02 GB, but the disk of Hugging Face's cache has 0.02 GB left"):
+        snapshot("o/r", places, QUICK)
+    assert storage.seen == []
 
 
-CONFIG = b'{"size": 1}'
 SHARED = {
     "scheduler/scheduler_config.json": b"{}",
     "transformer/config.json": b"{}",
@@ -206,3 +240,60 @@ def test_a_config_that_is_no_json_is_named(environment: Settings, tmp_path: Path
     (tmp_path / "vae" / "config.json").write_text("<html>")
     with pytest.raises(ValueError, match=r"vae/config\.json is no JSON"):
         outline(str(tmp_path), environment)
+
+
+USED = """
+from settings import Settings
+from weights import fetch, outlines
+
+settings = Settings.from_environment(cuda=False)
+try:
+    print(dict(outlines(settings, ["dev"])["dev"].weights), fetch(settings).dev)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_what_the_librarys_own_command_has_fetched_is_used_without_a_request(
+    places: Settings, host: Host, storage: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hugging_face(host, storage, "o/r", {path: PIPELINE[path] for path in NEEDED} | {"README.md": b"hello"})
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_ENDPOINT", host.address)
+    command = [Path(sys.prefix) / "bin" / "hf", "download", "o/r"]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    asked, sent = len(host.seen), len(storage.seen)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    folder = snapshot("o/r", places, QUICK)
+    assert set(files_in(folder)) > NEEDED
+    assert outline("o/r", places, QUICK).weights["text_encoder"] == len(OTHER)
+    assert {request.path for request in host.seen[asked:]} == {"/api/models/o/r/revision/main"}
+    asked = len(host.seen)
+
+    def offline(model: str) -> str:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "FLUX_DEV": model}
+        ran = subprocess.run(
+            [sys.executable, "-c", USED], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert (ran.returncode, ran.stderr) == (0, "")
+        return ran.stdout
+
+    weights = {"transformer": len(LARGE) + len(LORA), "text_encoder": len(OTHER)}
+    assert offline("o/r").strip().endswith(f" {folder}")
+    assert str(weights["text_encoder"]) in offline("o/r")
+    assert offline("o/other").startswith(
+        "huggingface.co/o/other is not in Hugging Face's cache, or not all of it, and HF_HUB_OFFLINE"
+    )
+    assert (len(host.seen), len(storage.seen)) == (asked, sent)
+
+
+def test_a_model_in_the_cache_of_an_earlier_version_is_named(
+    places: Settings, host: Host, storage: Host, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hugging_face(host, storage, "o/r", {"config.json": b"{}", "model.safetensors": LORA})
+    (places.cache_dir / "models" / "o--r").mkdir(parents=True)
+    snapshot("o/r", places, QUICK)
+    printed = capfd.readouterr().out
+    assert printed.startswith("WEIGHTS_CACHE/models/o--r is not used any more and may be deleted: ")
+    assert str(places.cache_dir) not in printed
+    assert (places.cache_dir / "models" / "o--r").is_dir()

@@ -1,0 +1,44 @@
+"""Fetch the models that a machine with a GPU draws with, ahead of time, into Hugging Face's cache: script/models.
+
+For images, which are built without a GPU, and for machines that will have no network. Folders are left as they are.
+"""
+
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from settings import ROOT, Models, Settings
+from sources.shown import gigabytes
+from weights import fetch_one
+
+
+def _fetch_all(settings: Settings) -> None:
+    """Fetch one model after the other, and say of each how large it is."""
+    for field in fields(Models):
+        model = getattr(settings.models, field.name)
+        print(f"{field.name}: {model}", flush=True)
+        folder = fetch_one(field.name, settings)
+        if folder == Path(model).expanduser():
+            print("It is a folder, which is left as it is.")
+        else:
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            print(f"It has {gigabytes(size)} in Hugging Face's cache.")
+
+
+def main() -> None:
+    """Fetch them; exit with 1 and a sentence if one cannot be had."""
+    if sys.argv[1:]:
+        sys.exit("usage: script/models. FLUX_DEV, FLUX_SCHNELL and the other variables say which models.")
+    os.chdir(ROOT)  # where the predictor runs, and relative paths of the environment begin
+    try:
+        _fetch_all(Settings.from_environment(cuda=True))
+    except ValueError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        print("Cancelled.", file=sys.stderr, flush=True)
+        os._exit(1)  # Python would wait for the library's threads, and they for the ends of their files
+
+
+if __name__ == "__main__":
+    main()
