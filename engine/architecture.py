@@ -5,7 +5,8 @@ knows neither files nor where anything lies.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -82,6 +83,19 @@ def skeletons(
     return made
 
 
+def outlined(outline: Outline) -> tuple[FluxTransformer2DModel, CLIPTextModel]:
+    """A model's transformer and CLIP without memory: the names and shapes that a LoRA is read for.
+
+    Raises:
+        ValueError: a sentence about a part without a config, or with one that makes no sense.
+    """
+    config, clip = (_config("dev", outline, part) for part in ("transformer", "text_encoder"))
+    with _sentences():
+        (transformer,) = skeletons({"dev": config}, torch.bfloat16).values()
+        with torch.device("meta"):
+            return transformer, CLIPTextModel(CLIPTextConfig.from_dict(clip))
+
+
 def sizes(outlines: Mapping[str, Outline]) -> Sizes:
     """What the models will take in memory.
 
@@ -93,11 +107,17 @@ def sizes(outlines: Mapping[str, Outline]) -> Sizes:
     """
     configs = {name: _config(name, outline, "transformer") for name, outline in outlines.items()}
     parts = {part: _config("dev", outlines["dev"], part) for part in ("text_encoder", "text_encoder_2", "vae")}
+    file_bytes = {name: outline.weights.get("transformer", 0) for name, outline in outlines.items()}
+    with _sentences():
+        return _count(configs, parts, file_bytes)
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """Turn whatever a library finds wrong with configs, or does not find, into a sentence."""
     try:
-        return _count(
-            configs, parts, {name: outline.weights.get("transformer", 0) for name, outline in outlines.items()}
-        )
-    except Exception as error:  # of whatever a library finds wrong, or does not find
+        yield
+    except Exception as error:
         raise ValueError(
             f"The configs of dev and schnell describe no FLUX ({type(error).__name__}); fetch or copy them again."
         ) from error

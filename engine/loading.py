@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 from diffusers.hooks import apply_group_offloading
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, T5Config, T5EncoderModel
 
 from engine import fp8
@@ -73,7 +73,7 @@ def load(
         architectures = skeletons(configs, dtype)
         for names, skeleton in architectures.items():
             for name in names:
-                _check_fit(name, bases[name], skeleton)
+                _check_fit(f"transformer of {name}", bases[name], skeleton)
         placement = placement or Placement.in_one_memory(folders, fp8=fp8.supported(device))
     with stopwatch("read"), ThreadPoolExecutor(READERS) as readers:
         # The readers move the large tensors, while this thread alone loads the rest: transformers is not thread-safe.
@@ -125,6 +125,31 @@ def assemble(
     )
 
 
+def map_weights(folder: Path, transformer: nn.Module, text_encoder: nn.Module) -> tuple[Tensors, Tensors]:
+    """The pristine parameters of a model's transformer and CLIP by name, mapped from disk and not read yet.
+
+    Args:
+        folder: of the model.
+        transformer: has the names and shapes that they must have; it may be without memory.
+        text_encoder: likewise.
+
+    Raises:
+        ValueError: a sentence: weights that cannot be read, or do not fit their own config.
+    """
+    base = _mapped(folder / "transformer", "diffusion_pytorch_model")
+    _check_fit("transformer of dev", base, transformer)
+    # Files and versions of transformers differ in whether names begin with text_model; a file may have more parts.
+    stored = {_bare(name): tensor for name, tensor in _mapped(folder / "text_encoder", "model").items()}
+    names = [name for name, _ in text_encoder.named_parameters() if _bare(name) in stored]
+    clip = {name: stored[_bare(name)] for name in names}
+    _check_fit("text encoder of dev", clip, text_encoder)
+    return base, clip
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("text_model.")
+
+
 def _mapped(folder: Path, stem: str) -> Tensors:
     """The tensors of a model directory, whole or in shards, mapped from disk rather than copied."""
     index = folder / f"{stem}.safetensors.index.json"
@@ -138,14 +163,14 @@ def _mapped(folder: Path, stem: str) -> Tensors:
         raise ValueError(f"The weights in {place} cannot be read: {reason}; fetch or copy them again.") from None
 
 
-def _check_fit(name: str, base: Tensors, transformer: FluxTransformer2DModel) -> None:
-    shapes = {key: tuple(parameter.shape) for key, parameter in transformer.named_parameters()}
+def _check_fit(what: str, base: Tensors, module: nn.Module) -> None:
+    shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
     wrong = [key for key, tensor in base.items() if shapes.get(key) != tuple(tensor.shape)]
     wrong += [key for key in shapes if key not in base and "guidance_embedder" not in key]
     if wrong:
         raise ValueError(
-            f"The transformer of {name} does not fit its own config: {len(wrong)} tensor(s) are missing or have "
-            f"another shape, the first of them {sorted(wrong)[0]}."
+            f"The {what} does not fit its own config: {len(wrong)} tensor(s) are missing or have another shape, the "
+            f"first of them {sorted(wrong)[0]}."
         )
 
 

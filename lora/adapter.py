@@ -9,7 +9,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,6 +53,9 @@ REFUSED = {
 }
 # Where headers name the model that a file was trained for, and what has FLUX.1's names and shapes and is another.
 BASES = ("modelspec.architecture", "modelspec.implementation", "ss_base_model_version")
+# Where they do so for people: Stability's model spec (sd-scripts, OneTrainer, SimpleTuner), ai-toolkit and sd-scripts,
+# sd-scripts' own file, others.
+NAMED_BASES = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name", "base_model")
 OTHER_BASES = {r"flux[ ._-]?2(?!\d)": "FLUX.2", r"(?<![a-z])chroma(?![a-z])": "Chroma"}
 # For Python's own engine, or for the one that can be stopped.
 Expression = re.Pattern[str] | regex.Pattern[str]
@@ -270,6 +273,22 @@ def read_config(text: str, factors: Iterable[Factors]) -> tuple[Adapter, str]:
         return Adapter(), f"its {BESIDE} is left aside: {reason}"
     _refuse(config, BESIDE)
     return adapter, f"its {BESIDE} counts"
+
+
+def named_base(metadata: Mapping[str, str], config: str = "") -> tuple[str, str] | None:
+    """The base model that a file says it is made for, and where it says so; None where it says nothing.
+
+    Args:
+        metadata: the header's; its own fields come first, then a config in it.
+        config: text of the config beside the file, which is asked last.
+    """
+    stated = [(key, metadata.get(key)) for key in NAMED_BASES]
+    for source, text in ((IN_HEADER, metadata.get(IN_HEADER, "{}")), (BESIDE, config or "{}")):
+        with suppress(ValueError):
+            values = _parse(text, source).items()
+            stated += [(source, value) for key, value in values if key.endswith("base_model_name_or_path")]
+    named = ((value.strip(), source) for source, value in stated if isinstance(value, str))
+    return next((it for it in named if it[0].lower() not in ("", "none", "null")), None)
 
 
 def _another_s(config: Mapping[str, object], factors: Iterable[Factors]) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora.adapter import MAX_EXPRESSIONS, Pattern
+from lora.adapter import MAX_EXPRESSIONS, Pattern, named_base
 from lora_loader import read_lora
 from tests.support import lora_files, models
 from tests.support.lora_files import RANK, Tensors
@@ -272,3 +272,33 @@ def test_many_expressions_that_take_long_together_are_given_up(monkeypatch: pyte
 def test_more_expressions_than_layers_are_refused(reader: Reader) -> None:
     many = {f"layer.{number}": 1 for number in range(MAX_EXPRESSIONS + 1)}
     assert f"{MAX_EXPRESSIONS + 1} expressions" in reader.refusal(pair(), lora_files.metadata(rank_pattern=many))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "config", "expected"),
+    [
+        ({}, "", None),
+        ({"format": "pt", "ss_base_model_version": "None", "ss_sd_model_name": ""}, "", None),
+        (
+            {"ss_sd_model_name": "flux1-dev.safetensors", "modelspec.architecture": "flux-1-dev/lora"},
+            "",
+            ("flux-1-dev/lora", "modelspec.architecture"),
+        ),
+        ({"ss_base_model_version": "flux1"}, '{"base_model_name_or_path": "x"}', ("flux1", "ss_base_model_version")),
+        (
+            {"lora_adapter_metadata": '{"transformer.r": 4, "transformer.base_model_name_or_path": "o/FLUX.1-dev"}'},
+            "",
+            ("o/FLUX.1-dev", "lora_adapter_metadata"),
+        ),
+        (
+            {"lora_adapter_metadata": '{"transformer.base_model_name_or_path": null}'},
+            '{"base_model_name_or_path": "o/FLUX.1-dev"}',
+            ("o/FLUX.1-dev", "adapter_config.json"),
+        ),
+        ({}, "no JSON", None),
+    ],
+)
+def test_the_base_model_that_a_file_names_is_found(
+    metadata: dict[str, str], config: str, expected: tuple[str, str] | None
+) -> None:
+    assert named_base(metadata, config) == expected

@@ -1,0 +1,282 @@
+"""Fetch and check LoRAs ahead of time, and print what is in them, how large they are and how much they overlap.
+
+A LoRA is fetched into the cache that the predictor uses, and read as the predictor reads it: what is reported here is
+what a request would get. Neither a GPU nor the base's weights are needed; where these are on this machine, a LoRA's
+change is measured beside them. This module knows reports; `lora.measures` knows the arithmetic.
+"""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+
+# Read when the libraries are imported: what they say while loading tells an operator nothing; their errors are raised.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from engine.architecture import official, outlined
+from engine.loading import map_weights
+from lora.adapter import named_base
+from lora.measures import Size, cosine, measure
+from lora_loader import Lora, read_lora
+from request import LoraFile
+from service.machine import drawing_device
+from settings import OFFICIAL, ROOT, Settings
+from sources.shown import brief, gigabytes, redact, redact_text
+from weights import WeightsCache, outlines
+
+MODELS = ("transformer", "text_encoder")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A LoRA that the predictor would take."""
+
+    reference: str  # as it may be shown
+    file: LoraFile
+    nbytes: int
+    named_base: tuple[str, str] | None  # the base model that it says it is made for, and where it says so
+    lora: Lora
+    sizes: Mapping[str, Size] = field(default_factory=dict)  # of its changes, by model
+
+    def lines(self) -> list[str]:
+        """The report for people; the first line is its title."""
+        file, base = self.file, self.named_base
+        return [
+            file.name,
+            str(self.lora.report).removesuffix("."),
+            f"{self.nbytes:,} bytes ({gigabytes(self.nbytes)}), SHA-256 {file.sha256}",
+            f"base model by its header: {f'{_shown(base[0])} ({base[1]})' if base else 'none named'}",
+            f"trigger words: {', '.join(map(_shown, file.trigger_words)) or 'none named'}",
+            *(_size_line(model.replace("_", " "), size) for model, size in self.sizes.items()),
+        ]
+
+    def document(self) -> dict[str, object]:
+        """The same for a machine."""
+        base = self.named_base
+        return {
+            "reference": self.reference,
+            "name": self.file.name,
+            "bytes": self.nbytes,
+            "sha256": self.file.sha256,
+            "base_model": {"name": _shown(base[0]), "stated_in": base[1]} if base else None,
+            "trigger_words": [_shown(it) for it in self.file.trigger_words],
+            **self.lora.report.metric(),
+            "change": {
+                model: {
+                    "norm": size.delta,
+                    "base_norm": size.base,
+                    "ratio": size.ratio,
+                    "most": {"parameter": size.most[0], "ratio": size.most[1]} if size.most else None,
+                    "left_out": size.left_out,
+                }
+                for model, size in self.sizes.items()
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A reference that cannot be had, or read."""
+
+    reference: str  # as it may be shown
+    error: str
+
+    def lines(self) -> list[str]:
+        """See `Checked.lines`."""
+        return [self.reference, self.error]
+
+    def document(self) -> dict[str, object]:
+        """See `Checked.document`."""
+        return {"reference": self.reference, "error": self.error}
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What became of all references."""
+
+    loras: Sequence[Checked | Refused]  # in the order of the references
+    overlaps: Mapping[tuple[int, int], float | None]  # cosines of the changes, by places in the order
+    no_base: str  # why nothing was measured beside the base; empty where it was
+
+    @property
+    def failed(self) -> bool:
+        """Whether any reference was refused."""
+        return any(isinstance(it, Refused) for it in self.loras)
+
+    def report(self) -> str:
+        """Everything, for people."""
+        parts = [it.lines() for it in self.loras]
+        if self.no_base:
+            parts.append(["beside the base", self.no_base])
+        if self.overlaps:
+            parts.append(["overlap", *self._overlap_lines()])
+        return "\n".join("\n  ".join(lines) for lines in parts)
+
+    def _overlap_lines(self) -> list[str]:
+        pairs = {f"{self._name(a)}, {self._name(b)}": value for (a, b), value in self.overlaps.items()}
+        width = max(map(len, pairs))
+        return [
+            *(f"{pair:<{width}}  {_cosine(value)}" for pair, value in pairs.items()),
+            "(the cosine of their changes: 1 is the same direction, 0 nothing in common, -1 the opposite direction)",
+        ]
+
+    def _name(self, place: int) -> str:
+        """A LoRA's name; with a part of its hash where others have that name, which some trainers give to all."""
+        file = self.loras[place].file
+        others = (it.file for it in self.loras if isinstance(it, Checked) and it.file.name == file.name)
+        return file.name if all(it.sha256 == file.sha256 for it in others) else f"{file.name} ({file.sha256[:8]})"
+
+    def document(self) -> dict[str, object]:
+        """The same for a machine."""
+        return {
+            "loras": [it.document() for it in self.loras],
+            "overlaps": [{"loras": pair, "cosine": value} for pair, value in self.overlaps.items()],
+            "no_base": self.no_base or None,
+        }
+
+
+def _size_line(model: str, size: Size) -> str:
+    if size.ratio is None:
+        line = f"norm of its change: {size.delta:.4g} ({model})"
+    else:
+        line = f"beside the base: {_percent(size.ratio)} ({model})"
+    if size.most:
+        line += f", most in {size.most[0]}: {_percent(size.most[1])}"
+    if size.left_out:
+        line += f"; without {size.left_out} parameter(s) whose change depends on the base's weights"
+    return line
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:.1f} %" if ratio >= 0.1 else f"{100 * ratio:.2g} %"
+
+
+def _shown(text: str) -> str:
+    """What others have written into a file, in one line; an address in it may hold a token."""
+    return brief(redact_text(text))
+
+
+def _cosine(value: float | None) -> str:
+    return "one of them changes nothing" if value is None else f"{round(value, 3) + 0.0:6.3f}"  # no -0.000
+
+
+def check(references: Sequence[str], here: Path, settings: Settings) -> Checks:
+    """Fetch, read and measure LoRAs.
+
+    Args:
+        references: see `read`.
+        here: where relative paths among them begin.
+        settings: the predictor's.
+
+    Raises:
+        ValueError: a sentence about a base model whose configs cannot be had.
+    """
+    known = settings.models.dev == OFFICIAL.dev
+    shapes = outlined(official()["dev"] if known else outlines(settings, ["dev"])["dev"])
+    loras = [read(reference, here, settings, shapes) for reference in references]
+    places = [place for place, it in enumerate(loras) if isinstance(it, Checked)]
+    bases, no_base = find_bases(settings, shapes) if places else ((None, None), "")
+    products = torch.zeros(len(places), len(places), dtype=torch.float64)
+    for model, module, base in zip(MODELS, shapes, bases, strict=True):
+        changes = [getattr(loras[place].lora, model) for place in places]
+        sizes, own = measure(changes, dict(module.named_parameters()), base)
+        products += own
+        for place, size in zip(places, sizes, strict=True):
+            if size is not None:
+                loras[place] = replace(loras[place], sizes={**loras[place].sizes, model: size})
+    pairs = combinations(range(len(places)), 2)
+    return Checks(loras, {(places[a], places[b]): cosine(products, a, b) for a, b in pairs}, no_base)
+
+
+def read(reference: str, here: Path, settings: Settings, shapes: tuple[nn.Module, nn.Module]) -> Checked | Refused:
+    """A LoRA, fetched where it is not on this machine, or the sentence about it.
+
+    Args:
+        reference: see `WeightsCache.open_local`.
+        here: where it begins, if it is a relative path.
+        settings: the predictor's.
+        shapes: the transformer and CLIP that it is for.
+    """
+    shown = brief(redact(reference))
+    with suppress(OSError):  # too long for a path: a data URI
+        if (path := here / reference).exists():
+            reference = str(path)
+    try:
+        with WeightsCache(settings).open_local(reference) as file:
+            lora = read_lora(file.path, *shapes, file.config)
+            with safe_open(file.path, framework="pt") as tensors:
+                base = named_base(tensors.metadata() or {}, file.config)
+            return Checked(shown, file, file.path.stat().st_size, base, lora)
+    except ValueError as error:
+        return Refused(shown, str(error))
+
+
+def find_bases(
+    settings: Settings, shapes: tuple[nn.Module, nn.Module]
+) -> tuple[tuple[dict[str, Tensor] | None, dict[str, Tensor] | None], str]:
+    """The pristine parameters of dev's transformer and CLIP, mapped from disk; without them, the sentence why."""
+    folder = folder_on_disk(settings.models.dev)
+    if folder is None:
+        model = redact(settings.models.dev)
+        return (None, None), f"The weights of {model} are not on this machine; only a change's own norm is known."
+    try:
+        return map_weights(folder, *shapes), ""
+    except ValueError as error:
+        return (None, None), str(error)
+
+
+def folder_on_disk(model: str) -> Path | None:
+    """The folder of a model that is on this machine; nothing is fetched."""
+    if (folder := Path(model).expanduser()).is_dir():
+        return folder
+    repo, _, revision = model.partition("@")
+    try:
+        folder = Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
+    except (OSError, HfHubHTTPError, HFValidationError):
+        return None
+    return folder if any(folder.glob("transformer/*.safetensors")) else None
+
+
+def main() -> None:
+    """Print the report; exit with 1 if a reference was refused, or if there is none."""
+    parser = argparse.ArgumentParser(
+        prog="script/lora",
+        description="Fetch and check LoRAs: what is in them, how large their changes are, how much they overlap.",
+    )
+    parser.add_argument(
+        "references",
+        nargs="+",
+        metavar="REFERENCE",
+        help="a path, or any reference that a request may have: owner/name, huggingface.co/…, civitai.com/…, https://…",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of a report")
+    options = parser.parse_intermixed_args()
+    here = Path.cwd()
+    os.chdir(ROOT)  # where the predictor runs, and relative paths of the environment begin
+    warnings.simplefilter("ignore")  # of libraries, with paths of this machine
+    try:
+        with redirect_stdout(sys.stderr):  # what fetching says is no part of the report
+            checks = check(options.references, here, Settings.from_environment(cuda=drawing_device().type == "cuda"))
+    except KeyboardInterrupt:
+        sys.exit("Cancelled.")
+    except ValueError as error:
+        sys.exit(str(error))
+    print(json.dumps(checks.document(), ensure_ascii=False, indent=2) if options.json else checks.report())
+    sys.exit(checks.failed)
+
+
+if __name__ == "__main__":
+    main()
