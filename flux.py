@@ -31,12 +31,12 @@ from engine.acceleration import (
     convolve_in_float32,
     keep_compiled_code,
 )
-from engine.architecture import sizes
-from engine.live import Live, Term
+from engine.architecture import by_block, sizes
+from engine.live import Live, Term, add_up
 from engine.loading import Models, load
 from engine.placement import Placement, plan
 from lora_loader import Lora, LoraCache
-from request import LoraChoice, LoraFile, Request
+from request import LoraChoice, LoraFile, Request, exact
 from service.device_thread import check_cancelled
 from service.machine import host_memory
 from service.measure import Stopwatch
@@ -68,12 +68,28 @@ class AppliedLora:
     choice: LoraChoice
     file: LoraFile
     lora: Lora
-    scale: float  # what was asked for, times fp8's factor where fp8 runs
     left_out: tuple[str, ...]  # parameters that this request's model does not have
+    by_block: Mapping[str, float]  # what the strength is multiplied by, where it is
+
+    def term(self, factor: float) -> Term:
+        """Its part of the transformer's mix; strengths are multiplied by the factor."""
+        scale = exact(self.choice.scale) * exact(factor)
+        parts = {block: scale * exact(own) for block, own in self.by_block.items()}
+        return Term(self.file.content, scale, self.lora.transformer, parts)
+
+    def words(self, factor: float) -> Term:
+        """Its part of the text encoder's mix."""
+        scale = self.choice.scale if self.choice.clip is None else self.choice.clip
+        return Term(self.file.content, exact(scale) * exact(factor), self.lora.text_encoder)
+
+    def entry(self) -> dict[str, object]:
+        """What names it again: the object that stands for it in JSON."""
+        return self.choice.entry(self.file.name)
 
     def metric(self) -> dict[str, object]:
         """What is recorded of it."""
-        metric = {"name": self.file.name, "scale": self.choice.scale, **self.lora.report.metric()}
+        metric = {**self.entry(), "name": self.file.name, "trigger_words": list(self.file.trigger_words)}
+        metric |= self.lora.report.metric()
         return metric | ({"left_out": list(self.left_out)} if self.left_out else {})
 
 
@@ -258,12 +274,12 @@ class Flux:
         with stopwatch("input"):
             canvas = _canvas(request)
         with stopwatch("loras"):
-            factor = FP8_LORA_FACTOR if runs_fp8 else 1.0
             pairs = zip(request.loras, loras, strict=True)
-            applied = tuple(self._apply(choice, file, request.model, live, factor) for choice, file in pairs)
+            applied = tuple(self._apply(choice, file, request.model, live) for choice, file in pairs)
         with stopwatch("swap"):
-            live.hold(request.model, [Term(it.file.content, it.scale, it.lora.transformer) for it in applied])
-            words = [Term(it.file.content, it.scale, it.lora.text_encoder) for it in applied if it.lora.text_encoder]
+            factor = FP8_LORA_FACTOR if runs_fp8 else 1
+            live.hold(request.model, [it.term(factor) for it in applied])
+            words = add_up(it.words(factor) for it in applied if it.lora.text_encoder)
             self._live_text_encoder.hold("shared", words)
         pipeline = self._pipeline(request, live)
         with stopwatch("prompt"):
@@ -287,15 +303,22 @@ class Flux:
         runs_fp8 = live is None or (request.fp8 and live_fp8 is not None)
         return (live_fp8 if runs_fp8 else live), runs_fp8
 
-    def _apply(self, choice: LoraChoice, file: LoraFile, model: str, live: Live, factor: float) -> AppliedLora:
+    def _apply(self, choice: LoraChoice, file: LoraFile, model: str, live: Live) -> AppliedLora:
         lora = self.lora_cache.read(file)
         left_out = live.lacking(model, lora.transformer)
-        print(f"LoRA {file.name} at {choice.scale:g}: {lora.report}")
+        factors, lacking = by_block(choice.blocks, live.module)
+        clip = "" if choice.clip is None else f", CLIP at {choice.clip:g}"
+        blocks = "".join(f", {key} times {factor:g}" for key, factor in choice.blocks.items())
+        print(f"LoRA {file.name} at {choice.scale:g}{clip}{blocks}: {lora.report}")
         if left_out:
             print(f"{model} has no guidance embedder: left {len(left_out)} of its parameters out.")
+        if lacking:
+            print(f"{model} has not all of the blocks {', '.join(lacking)}; those that it lacks change nothing.")
+        if choice.clip is not None and not lora.text_encoder:
+            print("clip has no effect: this LoRA changes no text encoder.")
         if file.trigger_words:
             print(f"Trigger words: {', '.join(file.trigger_words)}")
-        return AppliedLora(choice, file, lora, choice.scale * factor, left_out)
+        return AppliedLora(choice, file, lora, left_out, factors)
 
     def _pipeline(self, request: Request, live: Live) -> FluxPipeline | FluxImg2ImgPipeline | FluxInpaintPipeline:
         with_image = FluxImg2ImgPipeline if request.mask is None else FluxInpaintPipeline

@@ -1,7 +1,10 @@
 """One validated prediction. Knows what may be asked for and says in one sentence what may not; no torch."""
 
+import re
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
 
@@ -11,6 +14,32 @@ LARGEST_SEED = 2**63 - 1
 LONGEST_PROMPT = 50_000
 # What a seed that nobody chose is drawn below: short enough to be copied by hand.
 DRAWN_SEEDS = 2**32
+# LoRAs of one request, in both inputs together.
+MOST_LORAS = 8
+# Black Forest Labs' names for both kinds of blocks, alone or with numbers from 0 on, the last one included.
+BLOCKS = re.compile(r"(double_blocks|single_blocks)(?:\.([0-9]{1,3})(?:-([0-9]{1,3}))?)?")
+
+
+def exact(number: float | Fraction) -> Fraction:
+    """The decimal that a number is written as: 0.1 is a tenth, which no float is."""
+    return Fraction(str(number))
+
+
+def named_blocks(key: str) -> tuple[str, range]:
+    """The kind of blocks that a key such as "double_blocks.0-6" names, and their numbers: of a kind alone, any.
+
+    Raises:
+        ValueError: the end of a sentence about what has this key.
+    """
+    found = BLOCKS.fullmatch(key)
+    kind, first, last = found.groups() if found else ("", "1", "0")
+    numbers = range(10**3) if first is None else range(int(first), int(last or first) + 1)
+    if not numbers:
+        raise ValueError(
+            f"blocks {key[:40]!r}; it must be double_blocks or single_blocks, alone or with numbers from the lower to "
+            "the higher, such as double_blocks.3 or double_blocks.0-6."
+        )
+    return kind, numbers
 
 
 @dataclass(frozen=True)
@@ -23,10 +52,19 @@ class LoraChoice:
     reference: str
     scale: float = 1.0
     trusted: bool = False
+    clip: float | None = None  # the text encoder's strength, where that is another one
+    # What the strength is multiplied by in some of the transformer's blocks, see `named_blocks`; of several keys that
+    # name a block, that of the fewest counts.
+    blocks: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """JSON's 1 is a scale too."""
         object.__setattr__(self, "scale", float(self.scale))
+
+    def entry(self, path: str) -> dict[str, object]:
+        """The object that stands for it in JSON, under a name that may be shown."""
+        more = {"clip": self.clip, "blocks": dict(self.blocks)}
+        return {"path": path, "scale": self.scale} | {name: it for name, it in more.items() if it not in (None, {})}
 
 
 @dataclass(frozen=True)
@@ -82,6 +120,8 @@ class Request:
             self._set(name, _integer(name, getattr(self, name)))
         for name in ("prompt_strength", "guidance_scale"):
             self._set(name, float(getattr(self, name)))
+        if len(self.loras) > MOST_LORAS:
+            raise ValueError(f"The request names {len(self.loras)} LoRAs; it may name at most {MOST_LORAS} together.")
         if self.mask is not None and self.image is None:
             raise ValueError("A mask was given without an image; send the image that it belongs to as `image`.")
         if self.custom_size and None in (self.width, self.height):

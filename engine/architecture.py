@@ -14,11 +14,14 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from engine.placement import Sizes
+from request import named_blocks
 from service.outline import Outline
 
 # The linear layers of blocks run in fp8, except modulation: it multiplies one vector, which is cheap, and its result
 # scales every token, with its rounding errors.
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
+# Their names at Black Forest Labs.
+KINDS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
 MODULATION = (".norm.linear", ".norm1.linear", ".norm1_context.linear")
 # The official models' configs, as far as they are not the defaults of diffusers and transformers: those of the
 # transformer are FLUX.1's. The repo of dev is gated; whoever asks what it takes need not have it.
@@ -57,6 +60,23 @@ def official() -> dict[str, Outline]:
 def is_block_linear(name: str) -> bool:
     """Whether a layer of the transformer is one of those that fp8 may multiply."""
     return name.startswith(BLOCKS) and not name.endswith(MODULATION)
+
+
+def by_block(factors: Mapping[str, float], transformer: FluxTransformer2DModel) -> tuple[dict[str, float], list[str]]:
+    """The same factors by single blocks, as the transformer calls them; and the keys that name blocks it lacks.
+
+    Args:
+        factors: by keys that `request.named_blocks` reads; of several that name a block, that of the fewest counts.
+        transformer: whose blocks they are.
+    """
+    named = sorted(((*named_blocks(key), key) for key in factors), key=lambda it: len(it[1]), reverse=True)
+    found, lacking = {}, []
+    for kind, numbers, key in named:
+        blocks = range(len(getattr(transformer, KINDS[kind])))
+        found |= {f"{KINDS[kind]}.{number}": factors[key] for number in numbers if number in blocks}
+        if key != kind and numbers[-1] not in blocks:
+            lacking.append(key)
+    return found, lacking
 
 
 def skeletons(

@@ -10,7 +10,8 @@ knows neither LoRA files nor pipelines.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import partial
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from engine import fp8
 from lora.deltas import Bring, Delta, float32_products, gather
+from request import exact
 from service.slabs import SLAB, Uploads
 
 # Elements of the float32 buffer in which a mix is summed. It stays in the last-level cache (8 MiB on a CPU, 32 MiB of
@@ -31,16 +33,46 @@ UPLOADS = 4 * SLAB
 
 @dataclass(frozen=True)
 class Term:
-    """One LoRA of a mix, as far as one module is concerned."""
+    """One LoRA of a mix, as far as one module is concerned.
+
+    Strengths are finite; a float stands for the decimal that it is written as, so that 0.1 and 0.2 add up to 0.3.
+    """
 
     content: str  # identifies the deltas: `LoraFile.content`, a hash of the LoRA's file and of its config
-    scale: float
+    scale: float | Fraction
     deltas: Mapping[str, Sequence[Delta]]  # by parameter name
+    # The strengths in parts of the module, by the first two words of their parameters' names.
+    parts: Mapping[str, float | Fraction] = field(default_factory=dict)
+
+    def scale_of(self, parameter: str) -> float | Fraction:
+        """The strength at which a parameter is changed."""
+        return self.parts.get(".".join(parameter.split(".", 2)[:2]), self.scale) if self.parts else self.scale
+
+
+def add_up(terms: Iterable[Term]) -> list[Term]:
+    """The same sum, each content once, in an order that does not depend on theirs: sums of floats do.
+
+    Equal contents are added up exactly, then rounded: one at 0.4 and again at 0.3 has the bits of one at 0.7.
+    """
+    by_content: dict[str, list[Term]] = {}
+    for term in terms:
+        by_content.setdefault(term.content, []).append(term)
+    return [_as_one(by_content[content]) for content in sorted(by_content)]
+
+
+def _as_one(terms: Sequence[Term]) -> Term:
+    """Terms of one content as one."""
+    named = {part for term in terms for part in term.parts}
+    return replace(
+        terms[0],
+        scale=float(sum(exact(term.scale) for term in terms)),
+        parts={part: float(sum(exact(term.parts.get(part, term.scale)) for term in terms)) for part in named},
+    )
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a live tensor is written from: base + Σ scale · delta, in this order."""
+    """What a live tensor is written from: base + Σ scale · delta, summed in this order."""
 
     base: Tensor  # the pristine parameter, where it lies
     deltas: Sequence[tuple[float, Delta]]
@@ -159,18 +191,19 @@ class Live:
     @torch.no_grad()
     @float32_products()
     def hold(self, base: str, terms: Sequence[Term]) -> int:
-        """Make the module hold base + terms, in this order; return how many tensors had to be written.
+        """Make the module hold base + terms, in whatever order they come; return how many tensors had to be written.
 
         Anything may interrupt this (an error, a cancellation): the next call writes what is then unknown.
         """
-        pristine = self._bases[base]
+        pristine, terms = self._bases[base], add_up(terms)
         buffer = self._buffer()
         bring = Uploads(buffer.device, UPLOADS)  # goes with this call, and what it has brought with it
         written = 0
         for name, tensor in self._tensors.items():
-            touching = [term for term in terms if term.scale != 0 and name in term.deltas and name in pristine]
-            mix = (base, *((term.content, term.scale) for term in touching))
-            deltas = [(term.scale, delta) for term in touching for delta in term.deltas[name]]
+            touching = [(term, term.scale_of(name)) for term in terms if name in term.deltas and name in pristine]
+            touching = [(term, scale) for term, scale in touching if scale != 0]
+            mix = (base, *((term.content, scale) for term, scale in touching))
+            deltas = [(scale, delta) for term, scale in touching for delta in term.deltas[name]]
             recipe = Recipe(pristine.get(name, self._zeros.get(name)), deltas, pristine)
             written += tensor.hold(mix, recipe, buffer, bring)
         return written

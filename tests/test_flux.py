@@ -287,6 +287,25 @@ def test_embeddings_follow_the_lora_of_the_text_encoder(flux: Flux, photo: Path,
     assert torch.equal(pooled(1), whole)
 
 
+def test_a_strength_of_the_text_encoder_is_its_own(flux: Flux, photo: Path, tmp_path: Path) -> None:
+    words, name = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "transformer_blocks.0.attn.to_q"
+    shapes = {words: (POOLED, POOLED), name: flux.lora_cache._models[0].get_parameter(f"{name}.weight").shape}
+    tensors = {f"{layer}.lora_A.weight": torch.randn(2, shape[1]) for layer, shape in shapes.items()}
+    tensors |= {f"{layer}.lora_B.weight": torch.randn(shape[0], 2) for layer, shape in shapes.items()}
+    save_file(tensors, tmp_path / "both.safetensors")
+
+    def held(scale: float, clip: float | None = None) -> tuple[Tensor, Tensor]:
+        choice = LoraChoice(str(tmp_path / "both.safetensors"), scale, clip=clip)
+        request = Request(prompt="a grey heron", image=photo, loras=(choice,))
+        job = flux.prepare(request, files(request), Stopwatch(CPU))
+        return job.pipeline.transformer.get_parameter(f"{name}.weight").clone(), job.embeddings["pooled_prompt_embeds"]
+
+    drawn, read = held(0.8, clip=0.3)
+    assert torch.equal(drawn, held(0.8)[0])
+    assert torch.equal(read, held(0.3)[1])
+    assert not torch.equal(read, held(0.8)[1])
+
+
 def test_flux_knows_files_and_imports_nothing_that_fetches_them() -> None:
     asked = "import sys, flux; print(*(name for name in sys.modules if name.split('.')[0] in ('weights', 'sources')))"
     done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import hashlib
+import random
 import resource
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from types import FrameType
 
@@ -94,6 +96,7 @@ def read_loras(folder: Path) -> dict[str, Lora]:
         "attention": lora_files.EXACT["diffusers"](changes(2, "img_attn.qkv", "linear2")),
         "DoRA": lora_files.EXACT["kohya"](changes(3, "linear1")) | magnitudes,
         "LoKr": lora_files.lokr(changes(4, "linear1", "img_mlp", "guidance_in")),
+        "LoHa": lora_files.loha(changes(7, "img_attn", "linear1")),
         "difference and norm": lora_files.full(changes(5, "img_mlp.0", "img_in")) | norm,
     }
     return {
@@ -229,13 +232,43 @@ def test_a_negative_scale_is_the_mirror_image(loras: dict[str, Lora]) -> None:
         torch.testing.assert_close(held[1.0][name] - base, base - held[-1.0][name], rtol=1e-4, atol=2e-6)
 
 
-def test_the_same_lora_twice_adds_up(loras: dict[str, Lora]) -> None:
-    lives = Lives(bases(torch.float32))
-    hold(lives, ("dev", False, (("everywhere", 0.5), ("everywhere", 0.25))), loras)
-    twice = {name: parameter.clone() for name, parameter in lives.plain.module.named_parameters()}
-    hold(lives, ("dev", False, (("everywhere", 0.75),)), loras)
-    for name, parameter in lives.plain.module.named_parameters():
-        torch.testing.assert_close(twice[name], parameter, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_sum_has_no_order(loras: dict[str, Lora], quantized: bool) -> None:
+    lives, chance = Lives(bases()), random.Random(8)
+    strengths = {name: Fraction(tenths, 10) for name, tenths in zip(loras, (7, -3, 11, 4, 9, -6), strict=True)}
+    expected = fresh(("dev", quantized, tuple((name, float(it)) for name, it in strengths.items())), loras)
+    for _ in range(12):
+        parts = [part for name, whole in strengths.items() for part in split(name, whole, chance)]
+        chance.shuffle(parts)
+        hold(lives, ("schnell", quantized, ()), loras)  # so that everything is written
+        hold(lives, ("dev", quantized, tuple(parts)), loras)
+        assert same(bits(lives.of(quantized).module), expected)
+
+
+def split(name: str, strength: Fraction, chance: random.Random) -> list[tuple[str, float]]:
+    """One to three strengths that come to the same, as people write them."""
+    parts = [Fraction(chance.randrange(-99, 100), 100) for _ in range(chance.randrange(3))]
+    return [(name, float(part)) for part in (*parts, strength - sum(parts))]
+
+
+def test_what_adds_up_to_nothing_leaves_no_trace(loras: dict[str, Lora]) -> None:
+    terms = (("everywhere", 0.1), ("LoKr", 1.0), ("everywhere", 0.2), ("everywhere", -0.3))
+    assert same(fresh(("dev", False, terms), loras), fresh(("dev", False, (("LoKr", 1.0),)), loras))
+
+
+def test_some_parts_of_a_module_may_have_strengths_of_their_own(loras: dict[str, Lora]) -> None:
+    lives, deltas = Lives(bases()), loras["everywhere"].transformer
+    double, single = "transformer_blocks.0", "single_transformer_blocks.0"
+    lives.plain.hold("dev", [Term("a", 0.5, deltas, {double: 0.2, single: 0})])
+    parts = bits(lives.plain.module)
+    for prefix, scale in ((double, 0.2), (single, 0), ("context_embedder", 0.5)):
+        lives.plain.hold("dev", [Term("a", scale, deltas)])
+        assert any(name.startswith(f"{prefix}.") for name in deltas)
+        for name, expected in bits(lives.plain.module).items():
+            assert not name.startswith(f"{prefix}.") or torch.equal(parts[name], expected)
+    # Parts are added up as the rest is, also where only one of two terms has them.
+    lives.plain.hold("dev", [Term("a", 0.4, deltas), Term("a", 0.1, deltas, {double: -0.2, single: -0.4})])
+    assert same(bits(lives.plain.module), parts)
 
 
 def test_a_base_without_guidance_leaves_its_embedder_at_zero(loras: dict[str, Lora]) -> None:
