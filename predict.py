@@ -5,6 +5,7 @@ description is one string literal, and the position of a parameter is its x-orde
 """
 # ruff: noqa: B008, E501, UP045 (Cog's form: Input called in a default, a description in one literal, Optional[T])
 
+import json
 import math
 import os
 import shutil
@@ -38,7 +39,16 @@ from service.measure import PeakMemory, Stopwatch
 from service.occupancy import Occupancy
 from settings import Settings
 from sources.shown import redact_text
-from weights import Picture, WeightsCache, fetch, fetch_pictures, outlines, parse, parse_picture
+from weights import (
+    Picture,
+    WeightsCache,
+    fetch,
+    fetch_pictures,
+    outlines,
+    parse_picture,
+    read_choices,
+    read_own_choices,
+)
 
 # Cog 0.23.1 would fetch `image` and `mask` before `predict`: from any address, and for as long as a host likes. So it is
 # to hand on what was sent, and they are fetched as LoRAs are.
@@ -76,14 +86,13 @@ class Predictor(BasePredictor):
         self.flux = Flux.load(replace(settings, models=models), device, placement)
         self.safety = SafetyChecker.load(Path(models.safety_checker), Path(models.nsfw_classifier), device)
         self.cache, self.leftovers, self.occupancy = WeightsCache(settings), Leftovers(), Occupancy()
-        self.default_lora = weights or None
+        self.default_lora = weights
         # Encoders release Python's lock. Start all threads now: one that failed to later would be waited for for ever.
         self.encoders = ThreadPoolExecutor(OUTPUTS)
         list(self.encoders.map(Barrier(OUTPUTS).wait, repeat(None, OUTPUTS)))
-        if self.default_lora:
-            # Said now rather than to the first request, should it be unusable.
-            with self.cache.open_local(self.default_lora) as file:
-                self.flux.lora_cache.read(file)
+        for choice in _choices(None, 1, self.default_lora):
+            with self.cache.open_local(choice.reference) as file:
+                self.flux.lora_cache.read(file)  # said now rather than to the first request, should it be unusable
 
     def predict(
         self,
@@ -189,6 +198,8 @@ class Predictor(BasePredictor):
         with self.occupancy.shown():
             folder = self.leftovers.place()
             sent = {name: parse_picture(name, text) for name, text in (("image", image), ("mask", mask)) if text}
+            main = _choices(replicate_weights, lora_scale, self.default_lora)
+            extra = _choices(extra_lora, extra_lora_scale)
             request = Request(
                 prompt=prompt,
                 aspect_ratio=aspect_ratio,
@@ -205,11 +216,10 @@ class Predictor(BasePredictor):
                 disable_safety_checker=disable_safety_checker,
                 go_fast=go_fast,
                 megapixels=megapixels,
-                loras=_choices(replicate_weights, lora_scale, self.default_lora, extra_lora, extra_lora_scale),
+                loras=(*main, *extra),
                 **{name: folder / name for name in sent},
             )
-            main = replicate_weights or self.default_lora
-            unused = [*request.without_effect, *_unused_scales(main, lora_scale, extra_lora, extra_lora_scale)]
+            unused = [*request.without_effect, *_unused_scales(main, lora_scale, extra, extra_lora_scale)]
             print(f"Using seed: {request.seed}", *unused, sep="\n")
             return self.device_thread.run(self._attempt, request, sent, folder)
 
@@ -243,7 +253,7 @@ class Predictor(BasePredictor):
         raise RuntimeError(failure)
 
     def _draw(self, request: Request, stopwatch: Stopwatch) -> list[Path]:
-        with closing(self._open(request.loras)) as loras:
+        with closing(self._open(request)) as loras:
             drawing = self.flux.generate(request, loras, stopwatch)
         self._report(request, drawing)
         with stopwatch("safety"):
@@ -251,14 +261,14 @@ class Predictor(BasePredictor):
         with stopwatch("encode"):
             return self._write(request, drawing, kept)
 
-    def _open(self, choices: tuple[LoraChoice, ...]) -> Iterator[LoraFile]:
+    def _open(self, request: Request) -> Iterator[LoraFile]:
         """The file of each LoRA, fetched when it is asked for, and not evicted until the next one is."""
         until = time.monotonic() + (self.settings.prediction_seconds or math.inf)  # for hosts, not the device
-        for choice in choices:
+        for choice in request.loras:
             opened = self.cache.open_local if choice.trusted else self.cache.open
             with ExitStack() as stack:
                 with self.device_thread.watchdog.paused():
-                    file = stack.enter_context(opened(choice.reference, until))
+                    file = stack.enter_context(opened(choice.reference, until, request.model))
                 yield file
 
     def _report(self, request: Request, drawing: Drawing) -> None:
@@ -302,20 +312,14 @@ class Predictor(BasePredictor):
             self.record_metric(f"peak_bytes.{place}", size)
 
 
-def _choices(
-    main: Optional[str], main_scale: float, default: Optional[str], extra: Optional[str], extra_scale: float
-) -> tuple[LoraChoice, ...]:
-    """The LoRAs that a request names, and the operator's where it names no main one."""
-    for reference in filter(None, (main, extra)):
-        parse(reference)
-    choices = (
-        LoraChoice(main, main_scale) if main else LoraChoice(default, main_scale, trusted=True),
-        LoraChoice(extra, extra_scale),
-    )
-    return tuple(choice for choice in choices if choice.reference)
+def _choices(text: Optional[str], scale: float, default: Optional[str] = None) -> list[LoraChoice]:
+    """The LoRAs that an input names; the operator's where it names none."""
+    if text:
+        return read_choices(text, scale)
+    return read_own_choices(default, scale) if default else []
 
 
-def _unused_scales(main: Optional[str], main_scale: float, extra: Optional[str], extra_scale: float) -> list[str]:
+def _unused_scales(main: list[LoraChoice], main_scale: float, extra: list[LoraChoice], extra_scale: float) -> list[str]:
     """A sentence for each scale that is not at its default and has no LoRA."""
     scales = (
         ("lora_scale", main_scale, main, "replicate_weights"),
@@ -323,8 +327,8 @@ def _unused_scales(main: Optional[str], main_scale: float, extra: Optional[str],
     )
     return [
         no_effect(name, scale, f"{needed} names no LoRA")
-        for name, scale, reference, needed in scales
-        if not reference and scale != 1
+        for name, scale, choices, needed in scales
+        if not choices and scale != 1
     ]
 
 
@@ -355,7 +359,6 @@ def _metadata(request: Request, drawing: Drawing, seed: int) -> dict[str, object
         inputs |= {"aspect_ratio": "custom", "width": request.width, "height": request.height}
     else:
         inputs |= {"aspect_ratio": request.aspect_ratio, "megapixels": request.megapixels}
-    names = (("replicate_weights", "lora_scale"), ("extra_lora", "extra_lora_scale"))
-    for (name, scale_name), applied in zip(names, drawing.loras, strict=False):
-        inputs |= {name: applied.file.name, scale_name: applied.choice.scale}
+    if drawing.loras:
+        inputs |= {"replicate_weights": json.dumps([applied.entry() for applied in drawing.loras], ensure_ascii=False)}
     return inputs

@@ -27,6 +27,7 @@ from settings import Models, Settings
 from sources import configs
 from sources.archives import choose, unpack
 from sources.base_models import outline, snapshot
+from sources.choices import read_choices, read_own_choices
 from sources.client import Client, Patience, Source, Stream, UnavailableError
 from sources.contents import Contents, copy_checked
 from sources.download import Download
@@ -48,7 +49,18 @@ from sources.shown import redact
 from sources.store import Store, disk_errors_told
 from sources.work import run_stoppable
 
-__all__ = ["Picture", "WeightsCache", "fetch", "fetch_one", "fetch_pictures", "outlines", "parse", "parse_picture"]
+__all__ = [
+    "Picture",
+    "WeightsCache",
+    "fetch",
+    "fetch_one",
+    "fetch_pictures",
+    "outlines",
+    "parse",
+    "parse_picture",
+    "read_choices",
+    "read_own_choices",
+]
 
 # What is read of a repo, where that is not all: schnell is drawn with dev's text encoders, tokenizers and VAE.
 PARTS = {"schnell": ("transformer", "scheduler")}

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
 from service.lines import printable
+from sources.choices import redact_choices, references
 from sources.shown import SECRET_NAME, hidden, is_reference, looks_random, redact, redact_text
 
 # The inputs of some predictors that are nothing but a secret; a parameter of a query of such a name is one too.
@@ -42,6 +43,8 @@ def show_input(value: Any) -> Any:  # noqa: ANN401 (JSON)
 
 def _show(text: str) -> str:
     if len(text) <= SHOWN_CHARACTERS:
+        if references(text):
+            return redact_choices(text)
         return redact(text) if is_reference(text) else redact_text(text)
     if re.match(r"\s*data:", text, re.IGNORECASE) and is_reference(text):
         return redact(text)
@@ -63,8 +66,8 @@ def secrets_of(inputs: Any) -> Collection[str]:  # noqa: ANN401 (JSON)
     """The logins and queries of the addresses among the inputs, longest first: an error may tell them alone."""
     found = set()
     for text in islice(_strings(inputs), _ADDRESSES):
-        if len(text) <= _ADDRESS_CHARACTERS and is_reference(text):
-            parts = [part.strip() for part in islice(hidden(text), _PARTS)]
+        for reference in [text, *references(text)] if len(text) <= _ADDRESS_CHARACTERS else []:
+            parts = [part.strip() for part in islice(hidden(reference), _PARTS)] if is_reference(reference) else []
             found |= {*parts, *islice(chain.from_iterable(map(_secrets_within, parts)), _PARTS)}
     found |= set(chain.from_iterable(map(_as_sent, found)))
     found |= set(chain.from_iterable(map(_as_told, found)))

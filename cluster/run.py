@@ -35,6 +35,7 @@ from cluster.tasks import spawn
 from cluster.webhooks import Webhooks
 from service.strict_json import storable
 from settings import MIB
+from sources.choices import identities
 
 logger = logging.getLogger("ray.serve")
 
@@ -367,9 +368,10 @@ def _size(inputs: Any) -> int:  # noqa: ANN401 (JSON: an older front may have le
 
 
 def _lora_key(inputs: dict[str, Any]) -> str:
-    """A name for the LoRAs that a request needs; hashed, for it becomes a label and references may hold tokens."""
-    references = [inputs[name] for name in ("replicate_weights", "extra_lora") if inputs.get(name)]
-    digest = hashlib.sha256()
-    for reference in references:
-        digest.update(f"{reference}\n".encode())
-    return digest.hexdigest()[:16] if references else ""
+    """A name for the LoRAs that a request needs, in any order and at any strength.
+
+    It is hashed, for it becomes a label, and references may hold tokens.
+    """
+    texts = [str(inputs[name]) for name in ("replicate_weights", "extra_lora") if inputs.get(name)]
+    named = sorted(set().union(*map(identities, texts)))
+    return hashlib.sha256("\n".join(named).encode(errors="replace")).hexdigest()[:16] if named else ""

@@ -1,0 +1,194 @@
+"""What an input says of LoRAs → a choice for each of them.
+
+It is one reference, a sum of them, or JSON:
+
+    fofr/pixar-cars*0.8 + huggingface.co/owner/repo*.5 + zorp
+    [{"path": "fofr/pixar-cars", "scale": 0.8, "clip": 0.4, "blocks": {"double_blocks.0-6": 0.5, "single_blocks": 0}}]
+
+Parsing is pure: no file is opened, no host is asked. What one reference by itself means, references.py reads.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from request import MOST_LORAS, LoraChoice, exact, named_blocks
+from service import strict_json
+from sources.references import MAX_CHARACTERS, SUFFIXES, Civitai, Replicate, identity, parse, unwrapped
+from sources.shown import QUOTES, redact
+
+PLUS = " + "
+DECIMAL = re.compile(r"[+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})")
+# More deforms every picture, and is a slip of the pen more often than a wish.
+LARGEST_STRENGTH = 10
+NAMES = ("path", "scale", "clip", "blocks")
+RIGHT = 'it must be a list such as [{"path": "owner/name", "scale": 0.8}]'
+
+
+def read_choices(text: str, scale: float = 1) -> list[LoraChoice]:
+    """The LoRAs that an input names, each with its strength: its own factor times the input's scale.
+
+    Args:
+        text: as somebody typed it.
+        scale: of the input.
+
+    Raises:
+        ValueError: a sentence that names the bad term and says what would be right.
+    """
+    terms = list(_read_json(unwrapped(text))) if _is_json(text) else _read_sum(_unquoted(text))
+    return [_times(term, scale) for term in terms]
+
+
+def read_own_choices(text: str, scale: float = 1) -> list[LoraChoice]:
+    """The same of the operator's own text, which may be a path; whoever opens that says what is wrong with it."""
+    with suppress(OSError, ValueError):  # too long for a path; no reference
+        if not Path(text).expanduser().exists():
+            return read_choices(text, scale)
+    return [LoraChoice(text, scale, trusted=True)]
+
+
+def identities(text: str) -> set[str]:
+    """What an input names, whatever the order and the factors; not to be shown."""
+    if len(text) > MAX_CHARACTERS:  # with a file in it, which takes long to decode
+        return {text}
+    try:
+        return {identity(parse(choice.reference)) for choice in read_choices(text)}
+    except ValueError:
+        return {text}
+
+
+def references(text: str) -> list[str]:
+    """The references in a sum or in JSON; none in any other text."""
+    if PLUS not in text and not _is_json(text):
+        return []
+    try:
+        return [choice.reference for choice in read_choices(text)]
+    except ValueError:
+        return []
+
+
+def redact_choices(text: str) -> str:
+    """A sum, or JSON, as it may be shown: each reference as `redact` shows it, and all else as it was."""
+    if _is_json(text):
+        return json.dumps([choice.entry(redact(choice.reference)) for choice in read_choices(text)], ensure_ascii=False)
+    for reference in sorted(references(text), key=len, reverse=True):  # one may begin as another does
+        text = text.replace(reference, redact(reference))
+    return text
+
+
+def _is_json(text: str) -> bool:
+    return unwrapped(text).startswith("[")
+
+
+def _unquoted(text: str) -> str:
+    """The text without quotes around it; those around the first and the last term are not around the sum."""
+    inner = unwrapped(text)
+    return text.strip() if {*QUOTES, *QUOTES.values()} & set(inner) else inner
+
+
+def _times(choice: LoraChoice, scale: float) -> LoraChoice:
+    """A choice of an input with a scale; no strength in it may be too large."""
+
+    def strength(own: float) -> float:
+        product = exact(own) * exact(scale)
+        if abs(product) > LARGEST_STRENGTH:
+            raise ValueError(
+                f"{_named(choice.reference)} has strength {float(product):g}, which is its own {own:g} times the "
+                f"input's scale {scale:g}; it must be from {-LARGEST_STRENGTH} to {LARGEST_STRENGTH}."
+            )
+        return float(product)
+
+    for factor in choice.blocks.values():
+        strength(float(exact(factor) * exact(choice.scale)))
+    clip = None if choice.clip is None else strength(choice.clip)
+    return LoraChoice(choice.reference, strength(choice.scale), clip=clip, blocks=choice.blocks)
+
+
+def _named(reference: str) -> str:
+    return repr(redact(reference)[:120])
+
+
+def _read_sum(text: str) -> list[LoraChoice]:
+    parts = text.split(PLUS, MOST_LORAS)  # one more than there may be, at most
+    try:
+        choices = [_read_term(part, alone=len(parts) == 1) for part in parts]
+    except ValueError:
+        if len(parts) == 1 or not _is_one(text, parts):
+            raise
+        return [_read_term(text, alone=True)]
+    if len(choices) > MOST_LORAS:
+        raise ValueError(f"A sum of {text.count(PLUS) + 1} LoRAs is too long; it must have at most {MOST_LORAS}.")
+    return choices
+
+
+def _is_one(text: str, parts: list[str]) -> bool:
+    """Whether what looks like a sum, of which a part is no reference, is one address with a plus in it."""
+    if any(_split(part)[1] != "1" or part.endswith(SUFFIXES) for part in parts[:-1]):
+        return False
+    try:
+        return not isinstance(parse(_split(text)[0]), Replicate | Civitai)  # of whose addresses not all is read
+    except ValueError:
+        return False
+
+
+def _read_term(text: str, *, alone: bool) -> LoraChoice:
+    source, factor = _split(_unquoted(text))
+    if not alone and _is_plain_data(source):
+        raise ValueError("A data: URI in a sum must be base64: data:;base64,content.")
+    parse(source)
+    return LoraChoice(source, float(factor))
+
+
+def _split(text: str) -> tuple[str, str]:
+    """A term as its source and its factor."""
+    source, star, factor = text.rpartition("*")
+    factor = factor.strip()
+    if not star or not DECIMAL.fullmatch(factor) or _is_plain_data(text):
+        return text.strip(), "1"
+    return source.strip(), factor
+
+
+def _is_plain_data(text: str) -> bool:
+    """Whether it is a data URI that is not base64: any signs may stand in it."""
+    text = unwrapped(text)
+    return text[:5].lower() == "data:" and "base64" not in text.partition(",")[0].lower()
+
+
+def _read_json(text: str) -> Iterator[LoraChoice]:
+    try:
+        items = strict_json.read(text.encode(errors="replace"))
+    except ValueError as error:
+        raise ValueError(f"A text that begins with [ is read as JSON, and {str(error).rstrip('.')}; {RIGHT}.") from None
+    if len(items) > MOST_LORAS:
+        raise ValueError(f"A list of {len(items)} LoRAs is too long; it must have at most {MOST_LORAS}.")
+    for number, item in enumerate(items, 1):
+        if not isinstance(item, dict) or not isinstance(path := item.get("path"), str) or not path.strip():
+            raise ValueError(f"LoRA {number} of the list names no path; {RIGHT}.")
+        parse(path)
+        yield _read_object(path, item)
+
+
+def _read_object(path: str, item: Mapping[str, Any]) -> LoraChoice:
+    def number(name: str, value: Any) -> float:  # noqa: ANN401 (JSON)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name} {str(value)[:40]!r}; it must be a number.")
+        return float(value)
+
+    try:
+        if unknown := sorted(item.keys() - {*NAMES}):
+            raise ValueError(f"{unknown[0][:40]!r}; it may have {', '.join(NAMES[:-1])} and {NAMES[-1]}.")
+        blocks = item.get("blocks") or {}
+        if not isinstance(blocks, dict):
+            raise ValueError('blocks that are no object; they must be such as {"single_blocks": 0.5}.')
+        return LoraChoice(
+            path,
+            number("scale", item.get("scale", 1)),
+            clip=None if item.get("clip") is None else number("clip", item["clip"]),
+            blocks={key: number(f"blocks {key[:40]!r}", blocks[key]) for key in blocks if named_blocks(key)},
+        )
+    except ValueError as error:
+        raise ValueError(f"{_named(path)} has {error}") from None
