@@ -309,7 +309,8 @@ class _Lookup:
 
     def _take(self, content: BinaryIO, name: str, record: _Record) -> BinaryIO:
         """A file that is here already, but not in the store."""
-        contents = Contents(name)
+        # What people send within a request, nobody else need see.
+        contents = Contents(name, shown=False)
         with self._store.incoming(name) as (file, reserve):
             copy_checked(content, file, contents, reserve, self._client.check)
             file, contents = self._keep(file, contents)

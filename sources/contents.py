@@ -50,16 +50,22 @@ class Contents:
         size: in bytes, where it is known beforehand.
         web_page: why there may be a web page instead, if more than the usual reasons are known.
         kinds: what it may be.
+        shown: whether a sentence may have its first bytes.
     """
 
     def __init__(
-        self, name: str, size: int | None = None, web_page: str | None = None, kinds: Collection[str] = KINDS
+        self,
+        name: str,
+        size: int | None = None,
+        web_page: str | None = None,
+        kinds: Collection[str] = KINDS,
+        shown: bool = True,
     ) -> None:
         self.name, self.size = name, 0
         self.kind: str | None = None
         self.trigger_words: tuple[str, ...] = ()
         self.config: str | None = None  # what lay beside it in its archive; None where it came from none
-        self._stated_size, self._web_page, self._kinds = size, web_page or WEB_PAGE, kinds
+        self._stated_size, self._web_page, self._kinds, self._shown = size, web_page or WEB_PAGE, kinds, shown
         self._head: bytearray | None = bytearray()  # until the header is complete
         self._hash = hashlib.sha256()
         self._end: int | None = None  # where a safetensors file ends, by its header
@@ -106,7 +112,8 @@ class Contents:
         if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
             raise UnfitError(f"{self.name} gave a web page instead of a file: {self._web_page}.")
         raise UnfitError(
-            f"{self.name} begins with {head[:16]!r}; it must be a .safetensors file"
+            f"{self.name} {f'begins with {head[:16]!r}' if self._shown else 'holds something else'}; "
+            "it must be a .safetensors file"
             + (", or a tar, tar.gz or zip archive of one." if "tar" in self._kinds else ".")
         )
 
