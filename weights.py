@@ -229,7 +229,13 @@ class _Lookup:
             return cached
         # Before the weights: it is short, and what is wrong with it is known before they have come.
         config = self._fetch_config(source.config, hasty=cached is not None)
-        return self._find(source, record, config) or self._download(source, record, cached, config)
+        if (file := self._find(source, record, config)) is not None:
+            return file
+        file = self._download(source, record, cached, config)
+        # What came by a token of the reference's own is for those who have it, though all may learn its hash.
+        if getattr(wanted, "token", None) is None:
+            self._store.grant(source.sha256)
+        return file
 
     def _fetch_config(self, source: Source | None, hasty: bool) -> str:
         """The config that lies beside a file at its host."""
@@ -245,7 +251,7 @@ class _Lookup:
 
     def _find(self, source: Source, record: _Record, config: str) -> BinaryIO | None:
         """The file, where what its host states of it is enough to know that the store has it."""
-        file = self._store.open(source.sha256)
+        file = self._store.open_granted(source.sha256)
         if file is not None:
             record.remember(source.sha256, source.trigger_words, config, source.key)
         return file

@@ -23,6 +23,15 @@ from sources.references import COMMIT, Civitai, HuggingFace, Replicate, Url
 from sources.shown import brief, hide_tokens, host_of, redact
 
 MAX_WORDS = 32
+# CivitAI's names of the models that LoRAs for dev or schnell are for, exactly, in the order in which they count: the
+# model's own and what was tuned from it with the same inputs, then the other's. A version for anything else (Kontext
+# and Fill take further inputs) is used only where the reference names it.
+BASES = {
+    "dev": (("Flux.1 D", "Flux.1 Krea"), ("Flux.1 S",)),
+    "schnell": (("Flux.1 S",), ("Flux.1 D", "Flux.1 Krea")),
+}
+# Where a token came from that is not the operator's.
+IN_ADDRESS = "the token in the address"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # How trainers name what they save on the way: name_000001500, name-step00002000, checkpoint-500.
 CHECKPOINT = re.compile(r"[_-]0\d{4,}$|[_-](?:steps?|epoch|checkpoint)[_-]?\d+$|^checkpoint-\d+$", re.IGNORECASE)
@@ -50,14 +59,15 @@ def resolve(
 
 def _resolve_replicate(reference: Replicate, settings: Settings) -> Source:
     versions = f"/versions/{reference.version}" if reference.version else ""
+    needed = f"the account of {IN_ADDRESS} may not read it" if reference.token else "needs REPLICATE_API_TOKEN"
     refused = (
-        "it has no weights, or is private and needs REPLICATE_API_TOKEN "
+        f"it has no weights, or is private and {needed} "
         f"(on Hugging Face it would be huggingface.co/{reference.owner}/{reference.model})"
     )
     return Source(
         reference.name,
         f"{settings.replicate_endpoint}/{reference.owner}/{reference.model}{versions}/_weights",
-        token=settings.replicate_token,
+        token=reference.token or settings.replicate_token,
         advice=dict.fromkeys((401, 403, 404), refused),
         web_page=refused,
     )
@@ -112,7 +122,8 @@ def _read_repo(answer: dict[str, Any], reference: HuggingFace, settings: Setting
     if not COMMIT.fullmatch(commit):
         raise UnavailableError(f"{reference.name} cannot be looked up: its host names no commit.")
     trigger_words = _words((answer.get("cardData") or {}).get("instance_prompt"))
-    refused = f"it is {_gate(repo, settings)}" if answer.get("gated") else _needs_token(settings)
+    account = _account(reference, settings)
+    refused = f"it is {_gate(repo, account)}" if answer.get("gated") else _needs_token(account)
 
     def source(path: str, file: dict[str, Any]) -> Source:
         sha256 = (file.get("lfs") or {}).get("sha256")
@@ -120,7 +131,7 @@ def _read_repo(answer: dict[str, Any], reference: HuggingFace, settings: Setting
         return Source(
             printable(hide_tokens(f"huggingface.co/{repo}/resolve/{reference.revision}/{path}")),
             f"{settings.hf_endpoint}/{repo}/resolve/{commit}/{quote(path, errors='replace')}",
-            token=settings.hf_token,
+            token=reference.token or settings.hf_token,
             key=f"{repo}/{path} {sha256 or file.get('blobId') or commit}",
             sha256=sha256,
             size=None if file.get("size") is None else operator.index(file["size"]),
@@ -136,35 +147,41 @@ def _question(reference: HuggingFace, settings: Settings, asked: str, form: byte
     return Source(
         reference.name,
         f"{settings.hf_endpoint}/api/models/{asked}",
-        token=settings.hf_token,
+        token=reference.token or settings.hf_token,
         form=form,
         explain=partial(_explain_hugging_face, reference, settings),
     )
 
 
-def _gate(repo: str, settings: Settings) -> str:
-    account = "the account of HF_TOKEN" if settings.hf_token else "an account, and set HF_TOKEN to a token of it"
+def _account(reference: HuggingFace, settings: Settings) -> str | None:
+    """Who asks Hugging Face, as the end of a sentence; None: nobody, without a token."""
+    if reference.token:
+        return f"the account of {IN_ADDRESS}"
+    return "the account of HF_TOKEN" if settings.hf_token else None
+
+
+def _gate(repo: str, account: str | None) -> str:
+    account = account or "an account, and set HF_TOKEN to a token of it"
     return f"gated: accept its conditions at https://huggingface.co/{repo} with {account}"
 
 
-def _needs_token(settings: Settings) -> str:
-    if settings.hf_token:
-        return "it does not exist, or is private and the account of HF_TOKEN may not read it"
-    return "it does not exist, or is private and needs HF_TOKEN"
+def _needs_token(account: str | None) -> str:
+    return f"it does not exist, or is private and {f'{account} may not read it' if account else 'needs HF_TOKEN'}"
 
 
 def _explain_hugging_face(
     reference: HuggingFace, settings: Settings, status: int, headers: Mapping[str, str]
 ) -> ValueError:
     name, host, code = reference.name, host_of(settings.hf_endpoint), headers.get("X-Error-Code")
+    account = _account(reference, settings)
     if code == "GatedRepo":
-        return ValueError(f"{name} is {_gate(reference.repo, settings)}.")
+        return ValueError(f"{name} is {_gate(reference.repo, account)}.")
     if code == "RevisionNotFound":
         return ValueError(
             f"{name} has no revision {redact(reference.revision)!r}; it must be a branch, a tag or a commit."
         )
     if code == "RepoNotFound" or status in (401, 403, 404):
-        return ValueError(f"{name} cannot be fetched: {host} answered {status}; {_needs_token(settings)}.")
+        return ValueError(f"{name} cannot be fetched: {host} answered {status}; {_needs_token(account)}.")
     if status != 429 and status < 500:
         return ValueError(f"{name} cannot be fetched: {host} answered {status}.")
     pause = headers.get("Retry-After", "")
@@ -191,7 +208,7 @@ def _choose_in_repo(reference: HuggingFace, repo: Repo, settings: Settings, clie
             return named[0]
     finished = [path for path in paths if not CHECKPOINT.search(PurePosixPath(path).stem)] or paths
     if len(finished) > 1:
-        finished = _newest(finished, repo, reference, settings, client)
+        finished = _last_changed(finished, repo, reference, settings, client)
     if len(finished) != 1:
         raise ValueError(
             f"{reference.name} has {_some(paths)}; "
@@ -200,7 +217,9 @@ def _choose_in_repo(reference: HuggingFace, repo: Repo, settings: Settings, clie
     return finished[0]
 
 
-def _newest(paths: list[str], repo: Repo, reference: HuggingFace, settings: Settings, client: Client) -> list[str]:
+def _last_changed(
+    paths: list[str], repo: Repo, reference: HuggingFace, settings: Settings, client: Client
+) -> list[str]:
     """Those of the last commit; all of them where the host does not tell."""
     try:
         form = urlencode({"paths": paths, "expand": "true"}, doseq=True).encode()
@@ -230,8 +249,8 @@ def _resolve_civitai(reference: Civitai, settings: Settings, client: Client, has
     advice = {401: refused, 403: refused, 404: missing}
     answer = client.json(Source(reference.name, f"{endpoint}/api/v1/{asked}", token, advice=advice), hasty)
     try:
-        version = _newest_for_flux(answer["modelVersions"], reference) if reference.version is None else answer
-        file = _choose_file(version["files"], reference)
+        version = _newest(answer["modelVersions"], reference) if reference.version is None else answer
+        file = _choose_file(version, reference)
         download = urlsplit(file.get("downloadUrl") or f"/api/download/models/{version['id']}")
         base = version.get("baseModel")
         print(
@@ -255,30 +274,42 @@ def _resolve_civitai(reference: Civitai, settings: Settings, client: Client, has
         ) from None
 
 
-def _newest_for_flux(versions: list[dict[str, Any]], reference: Civitai) -> dict[str, Any]:
-    fitting = [
-        version
-        for version in versions
-        if str(version.get("baseModel", "")).startswith("Flux.1") and any(map(_is_weights, version.get("files", ())))
+def _newest(versions: list[dict[str, Any]], reference: Civitai) -> dict[str, Any]:
+    """The version of a model that was published last, of those for the first of `BASES` that it has any for."""
+    usable = [version for version in versions if _weights_of(version)]
+    for bases in BASES[reference.drawn_with]:
+        if fitting := [version for version in usable if version.get("baseModel") in bases]:
+            return max(fitting, key=_age)
+    if not usable:
+        raise ValueError(f"{reference.name} has no version with a .safetensors file.")
+    others = brief(", ".join(f"{version['id']} for {version.get('baseModel')}" for version in usable))
+    raise ValueError(
+        f"{reference.name} has no version for FLUX.1 [dev] or [schnell]; it has {others}. Where one of these is meant, "
+        f"it must be named, as {reference.name}?modelVersionId=…."
+    )
+
+
+def _age(version: dict[str, Any]) -> tuple[str, int]:
+    return str(version.get("publishedAt") or version.get("createdAt") or ""), version["id"]
+
+
+def _weights_of(version: dict[str, Any]) -> list[dict[str, Any]]:
+    """The files of a version that may be its LoRA: neither what it was trained on, nor what cannot be read safely."""
+    return [
+        file
+        for file in version.get("files", ())
+        if _is_weights(file) and file.get("type", "Model") in ("Model", "Pruned Model")
     ]
-    if not fitting:
-        bases = brief(", ".join(sorted({str(version.get("baseModel")) for version in versions}))) or "nothing"
-        raise ValueError(f"{reference.name} has no version for FLUX.1 with a .safetensors file; it is for {bases}.")
-
-    def age(version: dict[str, Any]) -> tuple[str, int]:
-        return str(version.get("publishedAt") or version.get("createdAt") or ""), version["id"]
-
-    return max(fitting, key=age)
 
 
 def _is_weights(file: dict[str, Any]) -> bool:
     kind = (file.get("metadata") or {}).get("format")
-    return kind == "SafeTensor" or (kind is None and file["name"].endswith(".safetensors"))
+    return kind == "SafeTensor" or (kind is None and str(file.get("name")).endswith(".safetensors"))
 
 
-def _choose_file(files: list[dict[str, Any]], reference: Civitai) -> dict[str, Any]:
+def _choose_file(version: dict[str, Any], reference: Civitai) -> dict[str, Any]:
     """The one that a download link asks for, else the one that CivitAI calls primary, else the first."""
-    fitting = [file for file in files if _is_weights(file) and file.get("type", "Model") in ("Model", "Pruned Model")]
+    fitting = _weights_of(version)
     if not fitting:
         raise ValueError(f"{reference.name} has no .safetensors file.")
     wanted = dict(parse_qsl(reference.query)).items()

@@ -40,18 +40,20 @@ def disk_errors_told() -> Iterator[None]:
 class Store:
     """Files named by the SHA-256 of their content: whole, and on the disk, before they got that name.
 
-    `loras` has them; `incoming` what is being written; `references` notes, each of a name.
+    `loras` has them; `incoming` what is being written; `references` notes, each of a name; `open` the contents that
+    anybody may have who can say their hash.
 
     Args:
-        folder: where all three lie.
+        folder: where all four lie.
         budget: bytes that the files together may take.
         largest: bytes that one of them may take.
     """
 
     def __init__(self, folder: Path, budget: int, largest: int) -> None:
         self._budget, self._largest, self._lock = budget, largest, folder / "lock"
-        self._files, self._incoming, self._notes = (folder / name for name in ("loras", "incoming", "references"))
-        for made in (self._files, self._incoming, self._notes):
+        made_here = [folder / name for name in ("loras", "incoming", "references", "open")]
+        self._files, self._incoming, self._notes, self._granted = made_here
+        for made in made_here:
             made.mkdir(parents=True, exist_ok=True)
 
     def path(self, sha256: str) -> Path:
@@ -72,6 +74,19 @@ class Store:
             return None
         os.utime(file.fileno())
         return file
+
+    def grant(self, sha256: str | None) -> None:
+        """Anybody may have that content from now on, as `open_granted` gives it."""
+        if sha256 is not None:
+            (self._granted / sha256).touch()
+
+    def open_granted(self, sha256: str | None) -> BinaryIO | None:
+        """A file that anybody may have; None where it is not there, or nobody has said so."""
+        try:
+            os.utime(self._granted / (sha256 or ""))
+        except FileNotFoundError:
+            return None
+        return self.open(sha256)
 
     @contextmanager
     def incoming(self, name: str) -> Iterator[tuple[BinaryIO, Reserve]]:
@@ -147,7 +162,7 @@ class Store:
         """Delete what killed processes have left, and notes that nobody has used for long or has room for."""
         for file in self._incoming.iterdir():
             _delete_unless_held(file)
-        notes = sorted((*_last_use(note), note) for note in self._notes.iterdir())
+        notes = sorted((*_last_use(note), note) for note in (*self._notes.iterdir(), *self._granted.iterdir()))
         taken = sum(size for _, size, _ in notes)
         for used, size, note in notes:
             if (used < time.time() - NOTES_KEPT or taken > NOTES_BYTES) and _delete_unless_held(note):

@@ -354,12 +354,12 @@ CONTENTS = {number: make_lora(seed=number) for number in (30, 35, 40, 50)}
 @pytest.mark.parametrize(
     ("reference", "version"),
     [
-        ("civitai.com/models/7", 35),
-        ("https://civitai.red/models/7/some-name", 35),
+        ("civitai.com/models/7", 30),
+        ("https://civitai.red/models/7/some-name", 30),
         ("https://civitai.com/models/7?modelVersionId=30", 30),
         ("https://civitai.com/api/download/models/30", 30),
         ("https://civitai.com/api/download/models/40?type=Model&format=SafeTensor", 40),
-        ("urn:air:flux1:lora:civitai:7", 35),
+        ("urn:air:flux1:lora:civitai:7", 30),
         ("urn:air:flux1:lora:civitai:7@30", 30),
     ],
 )
@@ -376,6 +376,76 @@ def test_civitai_in_all_its_forms(
     )
 
 
+NEWEST = [
+    (["Flux.1 D", "Flux.1 S", "Flux.1 Kontext"], "dev", 1),
+    (["Flux.1 D", "Flux.1 S", "Flux.1 Kontext"], "schnell", 2),
+    (["Flux.1 D", "Flux.1 Krea", "Flux.1 Fill"], "dev", 2),
+    (["Flux.1 D", "Flux.1 Krea", "Flux.1 Fill"], "schnell", 2),
+    (["SDXL 1.0", "Flux.1 S", "Flux.2 D"], "dev", 2),
+    (["Flux.1 D", "SDXL 1.0", "Flux.1 Something"], "schnell", 1),
+    (["Flux.1 D", "Flux.1 D", "flux.1 d"], "dev", 2),
+]
+
+
+@pytest.mark.parametrize(("bases", "model", "chosen"), NEWEST)
+def test_the_newest_version_for_what_is_drawn_with(
+    places: Settings, host: Host, storage: Host, bases: list[str], model: str, chosen: int
+) -> None:
+    versions = [
+        {"id": number, "baseModel": base, "publishedAt": f"2026-0{number}-01T00:00:00Z"}
+        for number, base in enumerate(bases, 1)
+    ]
+    versions.append({"id": 4, "baseModel": "Flux.1 D", "publishedAt": "2026-09-01T00:00:00Z", "files": []})
+    contents = {number: make_lora(seed=number) for number in range(1, 5)}
+    civitai(host, storage, 7, versions, contents, SECRET, status(401))
+    cache = WeightsCache(replace(places, civitai_token=SECRET), QUICK)
+    for other in ("dev", "schnell", model):  # what is drawn with one of them is no answer for the other
+        with cache.open("civitai.com/models/7", model=other) as weights:
+            found = weights.path.read_bytes()
+    assert found == contents[chosen]
+    with cache.open("civitai.com/models/7?modelVersionId=3", model=model) as weights:
+        assert weights.path.read_bytes() == contents[3]
+
+
+def test_what_came_by_a_token_in_the_address_is_for_that_token(places: Settings, host: Host, storage: Host) -> None:
+    """Hugging Face and CivitAI list hashes of what they give to some alone."""
+    hugging_face(host, storage, "o/gated", {"a.safetensors": LORA}, token=SECRET, gated=True)
+    hugging_face(host, storage, "o/private", {"a.safetensors": OTHER}, token=SECRET)
+    civitai(host, storage, 7, VERSIONS, CONTENTS, SECRET, status(401))
+    replicate(host, storage, "owner/name", PACKED["tar"], version=VERSION, token=SECRET)
+    pinned = f"huggingface.co/o/private/tree/{'c' * 40}"
+    bases = ("huggingface.co/o/gated", pinned, "civitai.com/models/7", f"replicate.com/owner/name/{VERSION}")
+    for base in bases:
+        for _ in range(2):
+            for reference in (
+                f"https://{base}?token={SECRET}",
+                f"https://me:{SECRET}@{base}",
+                f"https://{SECRET}@{base}",
+            ):
+                assert fetch(places, reference) in (LORA, OTHER, CONTENTS[30])
+        refusal(places, base)
+        refusal(places, f"https://{base}?token=other")
+    assert all("Authorization" not in request.headers for request in storage.seen)
+    # By the operator's token, everybody may.
+    for base in bases[:3]:
+        assert fetch(replace(places, hf_token=SECRET, civitai_token=SECRET), base) in (LORA, OTHER, CONTENTS[30])
+
+
+def test_whose_token_is_not_enough_is_told(places: Settings, host: Host, storage: Host) -> None:
+    hugging_face(host, storage, "o/gated", {"a.safetensors": LORA}, token=SECRET, gated=True)
+    hugging_face(host, storage, "o/private", {"a.safetensors": OTHER}, token=SECRET)
+    replicate(host, storage, "owner/name", PACKED["tar"], token=SECRET)
+    known = replace(places, hf_token="hf_operators", replicate_token="r8_operators")
+    for settings in (places, known):
+        said = refusal(settings, "https://huggingface.co/o/gated?token=wrong")
+        assert "conditions at https://huggingface.co/o/gated with the account of the token in the address." in said
+        said = refusal(settings, "https://huggingface.co/o/private?token=wrong")
+        assert said.endswith("is private and the account of the token in the address may not read it.")
+        said = refusal(settings, "https://replicate.com/owner/name?token=wrong")
+        assert "or is private and the account of the token in the address may not read it" in said
+        assert "wrong" not in said
+
+
 @pytest.mark.parametrize("denied", [status(401), status(403), redirect("/login"), page()])
 def test_civitai_without_a_token(places: Settings, host: Host, storage: Host, denied: Callable) -> None:
     host.routes["/login"] = page()
@@ -388,7 +458,10 @@ def test_civitai_without_a_token(places: Settings, host: Host, storage: Host, de
 
 def test_what_civitai_does_not_have(places: Settings, host: Host, storage: Host) -> None:
     civitai(host, storage, 7, VERSIONS[:1], CONTENTS, "", page())
-    assert "it is for SDXL 1.0" in refusal(places, "civitai.com/models/7")
+    assert refusal(places, "civitai.com/models/7") == (
+        "civitai.com/models/7 has no version for FLUX.1 [dev] or [schnell]; it has 40 for SDXL 1.0. Where one of these "
+        "is meant, it must be named, as civitai.com/models/7?modelVersionId=…."
+    )
     assert "no such model" in refusal(places, "civitai.com/models/8")
     assert "no such version" in refusal(places, "civitai.com/models/8?modelVersionId=9")
     host.routes["/api/v1/models/9"] = page()
@@ -413,7 +486,9 @@ def test_what_others_named_cannot_pretend_to_be_something_else_in_the_log(
     header = json.dumps({bar: {"dtype": bar, "shape": [1], "data_offsets": [0, 4]}}).encode()
     storage.routes["/header"] = File(len(header).to_bytes(8, "little") + header + bytes(4))
     storage.routes["/moved"] = redirect(f"http://a{end}x.invalid/".encode().decode("latin-1"))
-    for reference in ("civitai.com/models/1", "huggingface.co/o/r", storage.url("/tar"), storage.url("/zip")):
+    print(refusal(places, "civitai.com/models/1"))
+    version = "civitai.com/models/1?modelVersionId=2"
+    for reference in (version, "huggingface.co/o/r", storage.url("/tar"), storage.url("/zip")):
         with WeightsCache(replace(places, civitai_token=""), QUICK).open(reference) as weights:
             print(*weights.trigger_words, weights.name)
     for path in ("/two", "/header", "/moved"):
