@@ -2,6 +2,7 @@
 
 import http.server
 import io
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -282,3 +283,48 @@ def test_a_bad_image_is_refused_before_a_lora_is_fetched(server: CogServer, host
     inputs = {"image": uri(b"no picture", "image/png"), "extra_lora": host.url("/lora.safetensors")}
     assert "image is not a picture" in failure(server.predict(SMALL | inputs))
     assert host.seen == []
+
+
+def test_a_sum_has_no_order_whichever_inputs_name_it(draw: Callable) -> None:
+    (expected,) = draw(replicate_weights="zorp*0.7 + bold*0.5 + dusk*-0.2")
+    entries = [{"path": "bold", "scale": 0.25}, {"path": "dusk", "scale": -0.1}, {"path": "zorp", "scale": 0.35}]
+    for inputs in (
+        {"replicate_weights": "dusk*-0.1 + zorp*0.4", "extra_lora": "bold*0.5 + zorp*0.3 + local:dusk*-0.1"},
+        {"extra_lora": json.dumps(entries), "extra_lora_scale": 2},
+        {"replicate_weights": "bold", "lora_scale": 0.5, "extra_lora": "zorp*0.7 + zorp*0 + dusk*-0.2"},
+    ):
+        assert same(draw(**inputs)[0], expected)
+    assert not same(draw(replicate_weights="zorp*0.7 + bold*0.5")[0], expected)
+
+
+def test_a_lora_in_json_has_strengths_of_its_own(server: CogServer, draw: Callable) -> None:
+    blocks = {"double_blocks.0-6": 0.5, "single_blocks": 0}
+    entry = {"path": "zorp", "scale": 0.8, "clip": 0.4, "blocks": blocks}
+    answer = server.predict(SMALL | UNSAFE | {"replicate_weights": json.dumps([entry])})
+    (metric,) = answer["metrics"]["loras"]
+    assert entry.items() <= metric.items()
+    assert metric["trigger_words"] == ["zorp"]
+    (drawn,) = (Image.open(io.BytesIO(content)) for _, content in files(answer))
+    assert not same(drawn, draw(replicate_weights="zorp*0.8")[0])
+    assert "LoRA zorp at 0.8, CLIP at 0.4, double_blocks.0-6 times 0.5, single_blocks times 0: " in answer["logs"]
+    assert "dev has not all of the blocks double_blocks.0-6; those that it lacks change nothing." in answer["logs"]
+    assert "clip has no effect: this LoRA changes no text encoder." in answer["logs"]
+    nothing = {"path": "zorp", "blocks": {"double_blocks": 0, "single_blocks": 0}}
+    assert same(draw(replicate_weights=json.dumps([nothing]))[0], draw()[0])
+
+
+def test_a_picture_names_its_loras_as_they_were_applied(draw: Callable) -> None:
+    inputs = {"replicate_weights": "zorp*0.5 + bold", "lora_scale": 0.5, "extra_lora": "dusk", "extra_lora_scale": -1}
+    (drawn,) = draw(**inputs, go_fast=True, output_format="png")
+    made = json.loads(drawn.info["Description"])
+    scales = {"zorp": 0.25, "bold": 0.5, "dusk": -1}
+    assert json.loads(made["replicate_weights"]) == [{"path": name, "scale": it} for name, it in scales.items()]
+    assert same(draw(**made)[0], drawn)
+
+
+def test_both_inputs_together_name_eight_loras_at_most(server: CogServer) -> None:
+    six = " + ".join(["zorp*0.1"] * 6)
+    assert failure(server.predict(SMALL | {"replicate_weights": six, "extra_lora": "bold + dusk"})) is None
+    assert failure(server.predict(SMALL | {"replicate_weights": six, "extra_lora": "bold + dusk + zorp"})) == (
+        "The request names 9 LoRAs; it may name at most 8 together."
+    )
