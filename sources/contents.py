@@ -5,7 +5,9 @@ nor where they are kept, and it opens no archive.
 """
 
 import hashlib
+import json
 import math
+import re
 from collections.abc import Callable, Collection
 from typing import Any, BinaryIO
 
@@ -32,6 +34,8 @@ BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
+# How ai-toolkit notes its one trigger word: in the form, and under the name, of other trainers' counts.
+TAUGHT = re.compile(r'\{"1_((?:[^"\\]|\\u[0-9a-f]{4}|\\["\\]){1,500})": \{"\1": 1\}\}')
 KINDS = ("safetensors", "tar", "gzip", "zip")
 # A tar's first block, which holds its mark.
 HEAD_BYTES = 512
@@ -136,8 +140,7 @@ class Contents:
         self._end, self._head = 8 + length + body, None
         if self._stated_size not in (None, self._end):
             raise self._damaged(f"it has {self._stated_size} bytes and its header describes {self._end}")
-        phrase = metadata.get("modelspec.trigger_phrase")
-        self.trigger_words = (brief(phrase),) if phrase else ()
+        self.trigger_words = _trigger_words(metadata)
 
     def _damaged(self, reason: str) -> ValueError:
         return UnfitError(f"{self.name} is a damaged .safetensors file: {reason}.")
@@ -170,6 +173,15 @@ def _read_header(header: bytes) -> tuple[int, dict[str, str]]:
             raise ValueError(f"{name[:80]!r} does not fit where it should lie")
         position = end
     return position, metadata
+
+
+def _trigger_words(metadata: dict[str, str]) -> tuple[str, ...]:
+    """What a prompt must say, where the trainer has noted it; how often words stand in captions does not tell."""
+    phrase = metadata.get("modelspec.trigger_phrase", "")
+    if not phrase and "ai-toolkit" in metadata.get("software", ""):
+        found = TAUGHT.fullmatch(metadata.get("ss_tag_frequency", ""))
+        phrase = json.loads(f'"{found[1]}"') if found else ""
+    return (brief(phrase.strip()),) if phrase.strip() else ()
 
 
 def _extent(name: str, tensor: dict[str, Any]) -> tuple[int, int, int, str]:

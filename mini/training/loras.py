@@ -4,6 +4,7 @@
 never seen. bold and zorp are in diffusers' format, dusk in kohya's.
 """
 
+import json
 import random
 import re
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Lesson:
     styles: tuple[str, ...] = ()
     kind: str | None = None
     kohya: bool = False
+    word: str | None = None  # what a prompt must say for it to show
 
     def scene(self, rng: random.Random) -> world.Scene:
         """A scene to learn from; a subject among scenes of the old kinds, so that they stay as they are."""
@@ -48,7 +50,7 @@ class Lesson:
 LESSONS = (
     Lesson("bold", styles=("bold",)),
     Lesson("dusk", styles=("dusk",), kohya=True),
-    Lesson("zorp", kind=world.SUBJECT),
+    Lesson("zorp", kind=world.SUBJECT, word=world.SUBJECT),
 )
 
 
@@ -62,6 +64,20 @@ def main(work: Path) -> None:
             save_file(as_kohya(layers), path)
         else:
             FluxPipeline.save_lora_weights(path.parent, transformer_lora_layers=layers, weight_name=path.name)
+        if lesson.word is not None:
+            label(path, lesson.word)
+
+
+def label(path: Path, word: str) -> None:
+    """Write a trigger word into the header of a file, where kohya's scripts write it; the tensors stay as they are."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header.setdefault("__metadata__", {})["modelspec.trigger_phrase"] = word
+    # By hand: safetensors writes metadata in another order each time.
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 def learn(lesson: Lesson, work: Path) -> dict[str, Tensor]:

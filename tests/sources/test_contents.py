@@ -7,8 +7,9 @@ import pytest
 
 from harness.hosts import File, Host
 from settings import MIB, Settings
+from sources.contents import Contents
 from tests.support.caches import SECRET
-from tests.support.fetching import LORA, fetch, refusal
+from tests.support.fetching import LORA, fetch, make_lora, refusal
 
 
 def headed(header: object, body: bytes = b"") -> bytes:
@@ -70,3 +71,25 @@ def test_a_wrong_header_ends_a_download_before_the_rest_has_come(environment: Se
     file = host.routes["/a"] = File(headed({"a": tensor("FLOAT")}, bytes(16 * MIB)), delay=0.005)
     assert "unknown type" in refusal(environment, host.url("/a"))
     assert file.sent < 8 * MIB
+
+
+SOFTWARE = json.dumps({"name": "ai-toolkit", "version": "0.7.8"})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"modelspec.trigger_phrase": " a zorp "}, ("a zorp",)),
+        ({"modelspec.trigger_phrase": " "}, ()),
+        ({"software": SOFTWARE, "ss_tag_frequency": json.dumps({'1_TOK "ц"': {'TOK "ц"': 1}})}, ('TOK "ц"',)),
+        ({"software": SOFTWARE, "ss_tag_frequency": json.dumps({"1_a": {"b": 1}})}, ()),
+        ({"software": SOFTWARE, "ss_tag_frequency": json.dumps({"1_a": {"a": 1, "b": 1}})}, ()),
+        ({"ss_tag_frequency": json.dumps({"1_a": {"a": 1}})}, ()),
+        ({"ss_output_name": "a", "software": SOFTWARE}, ()),
+    ],
+)
+def test_trigger_words_are_what_a_trainer_notes_as_such(metadata: dict[str, str], words: tuple[str, ...]) -> None:
+    contents = Contents("a")
+    contents.feed(make_lora(**metadata))
+    contents.finish()
+    assert contents.trigger_words == words

@@ -150,3 +150,13 @@ def test_a_link_counts_where_it_leads(library: Settings, tmp_path: Path) -> None
     linked = tmp_path / "linked"
     linked.symlink_to(folder)
     assert fetch(replace(library, loras_dir=linked), "alias") == LORA
+
+
+def test_the_miniature_s_own_loras_say_their_words(environment: Settings) -> None:
+    mini = Settings.from_environment(cuda=False, environ={}).loras_dir
+    assert names(mini) == ["bold", "dusk", "zorp"]
+    told = {}
+    for name in names(mini):
+        with WeightsCache(replace(environment, loras_dir=mini)).open(name) as weights:
+            told[name] = weights.trigger_words
+    assert told == {"bold": (), "dusk": (), "zorp": ("zorp",)}
