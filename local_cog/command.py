@@ -19,6 +19,9 @@ from local_cog.data_uri import file_uri
 from local_cog.server import MAX_FILE_BYTES, CogServer, exit_on_signals, failure, files
 from settings import ROOT
 
+# Inputs that take a LoRA: a text, by their type, as a prompt is; and what no name of a LoRA looks like.
+LORAS = ("replicate_weights", "extra_lora")
+PATH = re.compile(r"[./~].*|.*\.(?:safetensors|tar|t?gz|zip)", re.IGNORECASE)
 # A progress bar as tqdm draws it; it is redrawn in place.
 BAR = re.compile(r"\d+%\|")
 
@@ -62,6 +65,8 @@ def read_inputs(pairs: list[str], document: dict[str, Any]) -> dict[str, Any]:
                     f"would be {sent / 1e6:.1f} MB; set COG_WEIGHTS=path for a large LoRA, or give its URL."
                 )
             inputs[key] = file_uri(path)
+        elif (field.get("format") == "uri" or (key in LORAS and PATH.fullmatch(value))) and _is_file(value):
+            raise ValueError(f"{key} is {value!r}, which is a file here; -i {key}=@{value} sends it.")
         else:
             inputs[key] = _typed(key, value, kind)
     if missing := [key for key in schemas["Input"].get("required", []) if key not in inputs]:
@@ -72,6 +77,13 @@ def read_inputs(pairs: list[str], document: dict[str, Any]) -> dict[str, Any]:
 def _is_text(field: dict[str, Any]) -> bool:
     """Whether any words may stand there: in files, choices, numbers and truth values they may not."""
     return field.get("type") == "string" and "format" not in field
+
+
+def _is_file(value: str) -> bool:
+    try:
+        return Path(value).expanduser().is_file()
+    except (OSError, RuntimeError):  # too long for a path: a data URI; ~somebody who is not known
+        return False
 
 
 def _typed(key: str, value: str, kind: str) -> str | int | float | bool:
