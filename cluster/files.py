@@ -26,6 +26,7 @@ from local_cog.data_uri import OCTETS, decode, head, suffix, uri
 from service.faults import DISK_FULL
 from service.strict_json import compact
 from settings import MIB
+from sources.choices import references, rewrite
 
 logger = logging.getLogger("ray.serve")
 
@@ -214,7 +215,8 @@ async def read_pieces(file: BinaryIO, size: int) -> AsyncIterator[bytes]:
 def names_files(inputs: Any) -> bool:  # noqa: ANN401 (JSON)
     """Whether an input names what may be a file of the cluster."""
     values = inputs.values() if isinstance(inputs, dict) else ()
-    return any(isinstance(value, str) and _STORED.fullmatch(value) for value in values)
+    texts = (text for value in values if isinstance(value, str) for text in (value, *references(value)))
+    return any(map(_STORED.fullmatch, texts))
 
 
 def content_type(name: str) -> str:
@@ -245,4 +247,8 @@ async def _replace_strings(value: Any, replacement: Callable[[str], Awaitable[An
         return {key: await _replace_strings(item, replacement) for key, item in value.items()}
     if isinstance(value, list):
         return [await _replace_strings(item, replacement) for item in value]
-    return await replacement(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    if named := references(value):  # a file may be a term of a sum
+        return rewrite(value, {reference: await replacement(reference) for reference in named})
+    return await replacement(value)

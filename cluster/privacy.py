@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
 from service.lines import printable
-from sources.choices import redact_choices, references
+from sources.choices import references, rewrite
 from sources.shown import SECRET_NAME, hidden, is_reference, looks_random, redact, redact_text
 
 # The inputs of some predictors that are nothing but a secret; a parameter of a query of such a name is one too.
@@ -43,8 +43,8 @@ def show_input(value: Any) -> Any:  # noqa: ANN401 (JSON)
 
 def _show(text: str) -> str:
     if len(text) <= SHOWN_CHARACTERS:
-        if references(text):
-            return redact_choices(text)
+        if named := references(text):
+            return rewrite(text, {reference: redact(reference) for reference in named})
         return redact(text) if is_reference(text) else redact_text(text)
     if re.match(r"\s*data:", text, re.IGNORECASE) and is_reference(text):
         return redact(text)

@@ -23,6 +23,8 @@ from sources.shown import QUOTES, redact
 
 PLUS = " + "
 DECIMAL = re.compile(r"[+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})")
+# Characters of a text whose references are looked for: eight of the longest.
+LONGEST_SUM = 8 * MAX_CHARACTERS
 # More deforms every picture, and is a slip of the pen more often than a wish.
 LARGEST_STRENGTH = 10
 NAMES = ("path", "scale", "clip", "blocks")
@@ -62,8 +64,8 @@ def identities(text: str) -> set[str]:
 
 
 def references(text: str) -> list[str]:
-    """The references in a sum or in JSON; none in any other text."""
-    if PLUS not in text and not _is_json(text):
+    """The references in a sum or in JSON, of a reasonable length; none in any other text."""
+    if len(text) > LONGEST_SUM or not (PLUS in text or _is_json(text)):
         return []
     try:
         return [choice.reference for choice in read_choices(text)]
@@ -71,13 +73,18 @@ def references(text: str) -> list[str]:
         return []
 
 
-def redact_choices(text: str) -> str:
-    """A sum, or JSON, as it may be shown: each reference as `redact` shows it, and all else as it was."""
+def rewrite(text: str, renamed: Mapping[str, str]) -> str:
+    """The same sum, or the same in JSON, with other references.
+
+    Args:
+        text: one for which `references` gives some.
+        renamed: what stands for each of them.
+    """
     if _is_json(text):
-        return json.dumps([choice.entry(redact(choice.reference)) for choice in read_choices(text)], ensure_ascii=False)
-    for reference in sorted(references(text), key=len, reverse=True):  # one may begin as another does
-        text = text.replace(reference, redact(reference))
-    return text
+        entries = [choice.entry(renamed[choice.reference]) for choice in read_choices(text)]
+        return json.dumps(entries, ensure_ascii=False)
+    longest_first = sorted(map(re.escape, renamed), key=len, reverse=True)  # one may begin as another does
+    return re.sub("|".join(longest_first), lambda found: renamed[found[0]], text)
 
 
 def _is_json(text: str) -> bool:

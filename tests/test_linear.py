@@ -21,6 +21,7 @@ from lora import adapter
 from lora.names import Layer, Part, assign
 from service.device_thread import DeviceThread
 from sources import archives
+from sources.choices import read_choices
 from sources.connections import StoppedError
 from sources.contents import Contents
 from sources.references import parse
@@ -102,6 +103,12 @@ READERS: dict[str, tuple[Callable, Callable[[int], object], int]] = {
     "base64 with spaces": (parse, lambda n: "data:;base64," + "AAAA " * n, 50_000),
     "parts of a path": (parse, lambda n: "huggingface.co/a" + "/a" * n, 2_000),
     "characters of a name": (parse, lambda n: "a/" + "b." * n, 2_000),
+    "terms of a sum": (read_choices, lambda n: "zorp + " * n, 100_000),
+    "blanks of a sum": (read_choices, lambda n: f"zorp{' ' * n}* 2", 100_000),
+    "stars of a sum": (read_choices, lambda n: f"data:;base64,{'*2' * n}", 100_000),
+    "quotes of a sum": (read_choices, lambda n: "'" * n + "zorp" + "'" * n, 50_000),
+    "lists in JSON": (read_choices, lambda n: "[" * n, 20_000),
+    "blanks in JSON": (read_choices, lambda n: f'[{" " * n}{{"path": "zorp"}}]', 100_000),
 }
 
 

@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 
 from cluster.local import descendants
+from cluster.run import _lora_key
 from harness.cluster import ENDS, Cluster, Hooks
 from tests.cluster.processes import runs, works
 from tests.cluster.small_cluster import QUEUE, WORKERS
@@ -154,3 +155,16 @@ def test_every_accepted_prediction_ends_once_whatever_is_killed(cluster: Cluster
 def cog_output(body: dict[str, Any]) -> str:
     (uri,) = body["output"]
     return base64.b64decode(uri.partition(",")[2]).decode()
+
+
+def test_the_key_of_loras_knows_neither_their_order_nor_their_strength() -> None:
+    main, extra = "fofr/cars*0.8", "https://huggingface.co/a/b"
+    same = (
+        {"replicate_weights": main, "extra_lora": extra, "lora_scale": 0.3},
+        {"replicate_weights": extra, "extra_lora": "replicate.com/fofr/cars"},
+        {"extra_lora": f"{extra}*-1 + {main} + fofr/cars"},
+        {"replicate_weights": json.dumps([{"path": extra, "blocks": {"single_blocks": 0}}, {"path": "fofr/cars"}])},
+    )
+    assert len(set(map(_lora_key, same))) == 1
+    assert _lora_key({"replicate_weights": main}) not in (_lora_key(same[0]), "")
+    assert _lora_key({"prompt": "a", "extra_lora": ""}) == ""

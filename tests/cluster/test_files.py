@@ -15,7 +15,7 @@ from cluster.addresses import Addresses
 from cluster.api_common import exception_handlers
 from cluster.bodies import Bodies
 from cluster.failures import Failure
-from cluster.files import PIECE_BYTES, Files, read_pieces
+from cluster.files import PIECE_BYTES, Files, names_files, read_pieces
 from cluster.predictions import File, Predictions
 from harness.cluster import Server
 from local_cog.data_uri import uri
@@ -82,6 +82,23 @@ def test_uploads_that_are_too_large_together_are_not_read(tmp_path: Path) -> Non
                 await files.inline_files(inputs, predictions, "http://front", 8100)
             with pytest.raises(Failure, match=r"too large together: 0 MiB of JSON; at most 0\."):
                 await files.inline_files(inputs, predictions, "http://front", 7999)
+
+    asyncio.run(story())
+
+
+def test_a_file_may_be_a_term_of_a_sum_or_of_json(tmp_path: Path) -> None:
+    async def story() -> None:
+        files = Files(str(tmp_path / "files"))
+        async with Predictions(f"sqlite:///{tmp_path / 'predictions.db'}") as predictions:
+            file = await files.write(b"a LoRA", "a.safetensors", "application/octet-stream", {})
+            await predictions.add_file(file)
+            url, inside = f"http://front/v1/files/{file.id}", uri(b"a LoRA", "application/octet-stream")
+            escaped = json.dumps([{"path": url, "scale": 2}, {"path": "zorp"}]).replace("/", "\\/")
+            inputs = {"prompt": "a cat + a fox", "replicate_weights": f"{url}*0.5 + zorp", "extra_lora": escaped}
+            assert names_files(inputs)
+            inlined = await files.inline_files(inputs, predictions, "http://front", 8100)
+            assert (inlined["prompt"], inlined["replicate_weights"]) == ("a cat + a fox", f"{inside}*0.5 + zorp")
+            assert json.loads(inlined["extra_lora"]) == [{"path": inside, "scale": 2}, {"path": "zorp", "scale": 1}]
 
     asyncio.run(story())
 

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from request import LoraChoice
-from sources.choices import identities, read_choices, read_own_choices, redact_choices
+from sources.choices import identities, read_choices, read_own_choices, references, rewrite
 from sources.references import parse
-from tests.support.secrets import references, told
+from sources.shown import redact
+from tests.support import secrets
+from tests.support.secrets import told
 
 JSON = '[{"path": "zorp", "scale": 0.8, "clip": 0.4, "blocks": {"double_blocks.0-6": 0.5, "single_blocks": 0}}]'
 EIGHT = " + ".join(["zorp"] * 8)
@@ -120,24 +122,24 @@ def test_what_names_the_same_loras_has_one_identity_whatever_their_order_and_str
     assert identities("no reference!") == {"no reference!"}
 
 
+def redacted(text: str) -> str:
+    return rewrite(text, {reference: redact(reference) for reference in references(text)})
+
+
 @settings(max_examples=200, deadline=None)
-@given(references(), references(), st.booleans())
+@given(secrets.references(), secrets.references(), st.booleans())
 def test_no_form_shows_a_secret(first: str, second: str, in_json: bool) -> None:
     text = json.dumps([{"path": first}, {"path": second}]) if in_json else f"{first}*0.5 + {second}"
     said: list[object] = []
     try:
         said += [parse(choice.reference).name for choice in read_choices(text)]
-        said.append(redact_choices(text))
+        said.append(redacted(text))
     except ValueError as error:
         said.append(error)
     assert not any(map(told, said))
 
 
 def test_what_is_shown_is_what_was_typed_but_for_secrets() -> None:
-    assert (
-        redact_choices("https://u:p@h/a?t=x*0.50 + https://u:p@h/a + zorp") == "https://h/a*0.50 + https://h/a + zorp"
-    )
-    assert json.loads(redact_choices(JSON)) == json.loads(JSON)
-    assert (
-        redact_choices(r'[{"path":"https://u:p@h/a\u003ftoken=s3cret"}]') == '[{"path": "https://h/a", "scale": 1.0}]'
-    )
+    assert redacted("https://u:p@h/a?t=x*0.50 + https://u:p@h/a + zorp") == "https://h/a*0.50 + https://h/a + zorp"
+    assert json.loads(redacted(JSON)) == json.loads(JSON)
+    assert redacted(r'[{"path":"https://u:p@h/a\u003ftoken=s3cret"}]') == '[{"path": "https://h/a", "scale": 1.0}]'
