@@ -273,12 +273,18 @@ def mutated(draw: Callable[..., Any], files: list[bytes], head: int) -> bytes:
 
 HOST = r"(127\.0\.0\.1|\[::1\]|169\.254\.169\.254|0x7f000001)"
 NAMES = ["", "..", "owner/name", "owner/name/version", "huggingface.co/o/r", "civitai.com/models/1", "data:,"]
+JSON = '[{"path": "zorp", "scale": 0.5, "clip": 1, "blocks": {"single_blocks.0-1": 0}}]'
 REFERENCES = st.one_of(
     st.sampled_from(NAMES),
     st.from_regex(r"\A(https?://)?" + HOST + r"(:[0-9]{1,6})?(/[!-~]{0,20})?\Z"),
     st.from_regex(r"\A(\.\./|/|~/|file://|data:)[!-~]{0,40}\Z"),
     # Without a dot nothing is a host: nobody outside is asked.
     st.text(st.characters(exclude_characters=".", exclude_categories=("Cs",)), max_size=80),
+)
+TERMS = st.builds("{}*{}".format, st.sampled_from(["zorp", "bold", *NAMES]), st.integers(-12, 12))
+SUMS = st.one_of(
+    st.lists(TERMS, max_size=10).map(" + ".join),
+    mutated([JSON.encode()], len(JSON)).map(lambda content: content.decode(errors="replace")),
 )
 
 
@@ -300,7 +306,7 @@ def run(fuzz: Fuzz, cases: int, seed: int) -> None:
         "images": mutated(PICTURES, 64),
         "masks": mutated(PICTURES, 64),
         "loras": mutated(LORAS, 3000),
-        "references": REFERENCES,
+        "references": st.one_of(REFERENCES, SUMS),
     }
     for surface, share in SHARES.items():
         options = settings(

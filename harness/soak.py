@@ -270,11 +270,15 @@ def _loras(rng: random.Random, hosts: World) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     for name, scale in (("replicate_weights", "lora_scale"), ("extra_lora", "extra_lora_scale")):
         if rng.random() < 0.35:
-            path = f"/good-{rng.randrange(8)}.safetensors"
-            by_url = rng.random() < 0.7
-            inputs |= {name: f"{hosts.address}{path}" if by_url else uri(hosts.files[path])}
-            inputs |= {scale: rng.choice((0, 1, round(rng.uniform(-1, 3), 2)))}
+            terms = [_lora(rng, hosts) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
+            inputs |= {name: " + ".join(terms), scale: rng.choice((0, 1, round(rng.uniform(-1, 3), 2)))}
     return inputs
+
+
+def _lora(rng: random.Random, hosts: World) -> str:
+    path = f"/good-{rng.randrange(8)}.safetensors"
+    reference = f"{hosts.address}{path}" if rng.random() < 0.7 else uri(hosts.files[path])
+    return reference if rng.random() < 0.7 else f"{reference}*{rng.uniform(-1, 1):.2f}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
