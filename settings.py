@@ -51,6 +51,8 @@ class Settings:
 
     # FLUX_DEV, FLUX_SCHNELL, SAFETY_CHECKER, NSFW_CLASSIFIER: the official repos on a CUDA machine,
     # the miniature where there is none, so that the same command works on a laptop.
+    # HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE, which say where repos lie and whether Hugging Face may be asked, are its
+    # library's own variables, read when that is imported.
     models: Models
     # LORAS_DIR: a folder of LoRAs that requests may name; the miniature comes with its own. None: there is none.
     loras_dir: Path | None = None

@@ -40,6 +40,7 @@ from sources.client import Client, Patience, UnavailableError
 from sources.hosts import _explain_hugging_face as explain
 from sources.references import COMMIT, HuggingFace
 from sources.shown import gigabytes, host_of
+from sources.store import disk_errors_told
 from sources.work import run_stoppable
 
 # The library's warnings show signed addresses, and paths of this machine; its errors are raised.
@@ -137,6 +138,7 @@ class _Model:
         name = repo_folder_name(repo_id=self.reference.repo, repo_type="model")
         return Path(constants.HF_HUB_CACHE).expanduser() / name
 
+    @disk_errors_told()
     def snapshot(self) -> Path:
         """The folder of the commit that the revision is now, complete."""
         self._sweep()
@@ -145,13 +147,14 @@ class _Model:
         self._note(files.commit)
         return files.folder
 
+    @disk_errors_told()
     def outline(self) -> Outline:
         """The outline, of files that are in the cache then; weights need not be."""
         files = self._files(weights=False)
         return _outlined(files.sizes, lambda path: (files.folder / path).read_bytes())
 
     def _files(self, *, weights: bool) -> _Files:
-        """What the host names, downloaded; what is in the cache, while the host is down or must not be asked."""
+        """What the host names now, downloaded; what it named last, where that cannot be had or may not be asked."""
         kept = self._kept(weights=weights)
         if kept is not None and kept.commit == self.reference.revision:  # which never changes
             return kept
@@ -160,10 +163,10 @@ class _Model:
             if missing := files.missing(weights=weights):
                 self._download(files, missing)
             return files
-        except UnavailableError as error:
+        except ValueError as error:
             if kept is None:
                 raise
-            if not constants.is_offline_mode():
+            if weights and not constants.is_offline_mode():  # an outline is of what comes next, which tells then
                 print(f"{error} The files on the disk are used.")
             return kept
 
@@ -189,7 +192,7 @@ class _Model:
         """What the revision was when it was last downloaded, here or by the library itself, if all of that is there."""
         ref, commit = self.home / "refs" / self.reference.revision, self.reference.revision
         with suppress(OSError):
-            commit = ref.read_text()
+            commit = ref.read_text().strip()
         if not COMMIT.fullmatch(commit):
             return None
         folder = self.home / "snapshots" / commit

@@ -508,7 +508,8 @@ def main() -> None:
         device = drawing_device()
         rows = check(Settings.from_environment(cuda=device.type == "cuda"), device, lora)
     except KeyboardInterrupt:
-        sys.exit("Cancelled.")
+        print("Cancelled.", file=sys.stderr, flush=True)
+        os._exit(1)  # Python would wait for the threads of a download, and they for the ends of their files
     except ValueError as error:
         sys.exit(str(error))
     except Exception as error:

@@ -37,7 +37,7 @@ def main() -> None:
         sys.exit(str(error))
     except KeyboardInterrupt:
         print("Cancelled.", file=sys.stderr, flush=True)
-        os._exit(1)  # Python would wait for the library's threads, and they for the ends of their files
+        os._exit(1)  # Python would wait for the threads of a download, and they for the ends of their files
 
 
 if __name__ == "__main__":
