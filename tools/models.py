@@ -3,6 +3,7 @@
 For images, which are built without a GPU, and for machines that will have no network. Folders are left as they are.
 """
 
+import argparse
 import os
 import sys
 from dataclasses import fields
@@ -28,8 +29,11 @@ def _fetch_all(settings: Settings) -> None:
 
 def main() -> None:
     """Fetch them; exit with 1 and a sentence if one cannot be had."""
-    if sys.argv[1:]:
-        sys.exit("usage: script/models. FLUX_DEV, FLUX_SCHNELL and the other variables say which models.")
+    argparse.ArgumentParser(
+        prog="script/models",
+        description="Fetch ahead of time what a machine with a GPU draws with, into Hugging Face's cache (HF_HOME); "
+        "FLUX_DEV, FLUX_SCHNELL, SAFETY_CHECKER and NSFW_CLASSIFIER choose other repos.",
+    ).parse_args()
     os.chdir(ROOT)  # where the predictor runs, and relative paths of the environment begin
     try:
         _fetch_all(Settings.from_environment(cuda=True))
