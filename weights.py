@@ -26,7 +26,7 @@ from service.outline import Outline
 from settings import Models, Settings
 from sources import configs
 from sources.archives import choose, unpack
-from sources.base_models import outline, snapshot
+from sources.base_models import on_disk, outline, snapshot
 from sources.choices import read_choices, read_own_choices
 from sources.client import Client, Patience, Source, Stream, UnavailableError
 from sources.contents import Contents, copy_checked
@@ -55,6 +55,7 @@ __all__ = [
     "fetch",
     "fetch_one",
     "fetch_pictures",
+    "on_disk",
     "outlines",
     "parse",
     "parse_picture",

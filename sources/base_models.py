@@ -37,7 +37,7 @@ from tqdm import tqdm
 from service.outline import Outline
 from settings import Settings
 from sources.client import Client, Patience, UnavailableError
-from sources.hosts import _explain_hugging_face as explain
+from sources.hosts import explain_hugging_face
 from sources.references import COMMIT, HuggingFace
 from sources.shown import gigabytes, host_of
 from sources.store import disk_errors_told
@@ -95,6 +95,20 @@ def outline(
     return run_stoppable(
         lambda client: _Model(found, parts, settings, client).outline(), settings, patience, found.name
     )
+
+
+def on_disk(model: str, settings: Settings, parts: tuple[str, ...] | None = None) -> Path | None:
+    """A model that is on this machine, as a folder, or None; no host is asked.
+
+    Args and Raises: see `snapshot`.
+    """
+    found = _find(model)
+    if isinstance(found, Path):
+        return found
+    kept = run_stoppable(
+        lambda client: _Model(found, parts, settings, client).kept(weights=True), settings, Patience(), found.name
+    )
+    return kept and kept.folder
 
 
 def _find(model: str) -> Path | HuggingFace:
@@ -155,7 +169,7 @@ class _Model:
 
     def _files(self, *, weights: bool) -> _Files:
         """What the host names now, downloaded; what it named last, where that cannot be had or may not be asked."""
-        kept = self._kept(weights=weights)
+        kept = self.kept(weights=weights)
         if kept is not None and kept.commit == self.reference.revision:  # which never changes
             return kept
         try:
@@ -188,7 +202,7 @@ class _Model:
             raise ValueError(f"huggingface.co/{self.reference.repo} has no model in diffusers layout.")
         return files
 
-    def _kept(self, *, weights: bool) -> _Files | None:
+    def kept(self, *, weights: bool) -> _Files | None:
         """What the revision was when it was last downloaded, here or by the library itself, if all of that is there."""
         ref, commit = self.home / "refs" / self.reference.revision, self.reference.revision
         with suppress(OSError):
@@ -289,7 +303,8 @@ class _Model:
             error = error.__cause__
         match error:
             case HfHubHTTPError():
-                return explain(self.reference, self.settings, error.response.status_code, error.response.headers)
+                answer = error.response
+                return explain_hugging_face(self.reference, self.settings, answer.status_code, answer.headers)
             case OfflineModeIsEnabled():
                 return UnavailableError(
                     f"{name} is not in Hugging Face's cache, or not all of it, and HF_HUB_OFFLINE forbids fetching it: "

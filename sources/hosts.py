@@ -74,7 +74,7 @@ def _resolve_replicate(reference: Replicate, settings: Settings) -> Source:
 
 
 def _resolve_hugging_face(reference: HuggingFace, settings: Settings, client: Client, hasty: bool) -> Source:
-    repo = list_repo(reference, settings, client, hasty)
+    repo = _list_repo(reference, settings, client, hasty)
     path = reference.file if reference.file is not None else _choose_in_repo(reference, repo, settings, client)
     if path not in repo.files:
         raise ValueError(f"{reference.name} does not exist; the repo has {_some(_weights_in(repo, ''))}.")
@@ -88,7 +88,7 @@ def _resolve_hugging_face(reference: HuggingFace, settings: Settings, client: Cl
 
 
 @dataclass(frozen=True)
-class Repo:
+class _Repo:
     """A repo on Hugging Face at one commit, and its files by path."""
 
     id: str
@@ -96,7 +96,7 @@ class Repo:
     files: Mapping[str, Source]
 
 
-def list_repo(reference: HuggingFace, settings: Settings, client: Client, hasty: bool = False) -> Repo:
+def _list_repo(reference: HuggingFace, settings: Settings, client: Client, hasty: bool = False) -> _Repo:
     """Ask Hugging Face for a repo's files, with their hashes.
 
     Raises:
@@ -116,7 +116,7 @@ def list_repo(reference: HuggingFace, settings: Settings, client: Client, hasty:
         raise UnavailableError(f"{name} cannot be looked up: {host} sent something else than an answer.") from None
 
 
-def _read_repo(answer: dict[str, Any], reference: HuggingFace, settings: Settings) -> Repo:
+def _read_repo(answer: dict[str, Any], reference: HuggingFace, settings: Settings) -> _Repo:
     repo, commit = answer["id"], answer.get("sha") or ""
     validate_repo_id(repo)
     if not COMMIT.fullmatch(commit):
@@ -139,7 +139,7 @@ def _read_repo(answer: dict[str, Any], reference: HuggingFace, settings: Setting
             advice={401: refused, 403: refused},
         )
 
-    return Repo(repo, commit, {file["rfilename"]: source(file["rfilename"], file) for file in answer["siblings"]})
+    return _Repo(repo, commit, {file["rfilename"]: source(file["rfilename"], file) for file in answer["siblings"]})
 
 
 def _question(reference: HuggingFace, settings: Settings, asked: str, form: bytes | None = None) -> Source:
@@ -149,7 +149,7 @@ def _question(reference: HuggingFace, settings: Settings, asked: str, form: byte
         f"{settings.hf_endpoint}/api/models/{asked}",
         token=reference.token or settings.hf_token,
         form=form,
-        explain=partial(_explain_hugging_face, reference, settings),
+        explain=partial(explain_hugging_face, reference, settings),
     )
 
 
@@ -169,9 +169,10 @@ def _needs_token(account: str | None) -> str:
     return f"it does not exist, or is private and {f'{account} may not read it' if account else 'needs HF_TOKEN'}"
 
 
-def _explain_hugging_face(
+def explain_hugging_face(
     reference: HuggingFace, settings: Settings, status: int, headers: Mapping[str, str]
 ) -> ValueError:
+    """What Hugging Face means by a status that is no answer, as the sentence to raise."""
     name, host, code = reference.name, host_of(settings.hf_endpoint), headers.get("X-Error-Code")
     account = _account(reference, settings)
     if code == "GatedRepo":
@@ -191,7 +192,7 @@ def _explain_hugging_face(
     )
 
 
-def _weights_in(repo: Repo, folder: str) -> list[str]:
+def _weights_in(repo: _Repo, folder: str) -> list[str]:
     """The .safetensors files in a folder, or in its folders where it has none itself."""
     prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
     paths = [path for path in repo.files if path.startswith(prefix) and path.endswith(".safetensors")]
@@ -199,7 +200,7 @@ def _weights_in(repo: Repo, folder: str) -> list[str]:
     return [path for path in paths if path.count("/") == highest]
 
 
-def _choose_in_repo(reference: HuggingFace, repo: Repo, settings: Settings, client: Client) -> str:
+def _choose_in_repo(reference: HuggingFace, repo: _Repo, settings: Settings, client: Client) -> str:
     """The file that a repo, or a folder of it, is about: by its usual name, else the only one, else the newest."""
     paths = _weights_in(repo, reference.folder)
     for stem in ("pytorch_lora_weights", "lora", "adapter_model"):
@@ -218,7 +219,7 @@ def _choose_in_repo(reference: HuggingFace, repo: Repo, settings: Settings, clie
 
 
 def _last_changed(
-    paths: list[str], repo: Repo, reference: HuggingFace, settings: Settings, client: Client
+    paths: list[str], repo: _Repo, reference: HuggingFace, settings: Settings, client: Client
 ) -> list[str]:
     """Those of the last commit; all of them where the host does not tell."""
     try:

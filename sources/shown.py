@@ -92,7 +92,8 @@ _DATA_TYPE = re.compile(rf"\s*({_TYPE})?")
 _DATA_IN_TEXT = re.compile(r"\bdata:([^,\r\n]{0,120}),(\s{0,4})\S+", re.IGNORECASE)
 # A text that is a reference, which may have spaces (https://u:p w@host, example.com/a b) or not (owner/name, u:p@host).
 _REFERENCE = re.compile(
-    rf"{_AROUND}(?:(?:[a-z][a-z0-9+.-]{{0,20}}:)?[/\\]{{2,}}|https?:|(?:{_NAME})(?::\d*)?[/\\?#])(?=\S)|[^\s/\\@]*+[/\\@]\S*+$",
+    rf"{_AROUND}(?:(?:(?:[a-z][a-z0-9+.-]{{0,20}}:)?[/\\]{{2,}}|https?:|(?:{_NAME})(?::\d*)?[/\\?#])(?=\S)"
+    rf"|[^\s/\\@]*+[/\\@]\S*+[{BLANKS}{''.join(QUOTES.values())}]*+$)",
     re.IGNORECASE,
 )
 

@@ -21,8 +21,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -35,7 +33,7 @@ from request import LoraFile
 from service.machine import drawing_device
 from settings import OFFICIAL, ROOT, Settings
 from sources.shown import brief, gigabytes, redact, redact_text
-from weights import WeightsCache, outlines, read_own_choices
+from weights import WeightsCache, on_disk, outlines, read_own_choices
 
 MODELS = ("transformer", "text_encoder")
 
@@ -238,7 +236,7 @@ def find_bases(
     settings: Settings, shapes: tuple[nn.Module, nn.Module]
 ) -> tuple[tuple[dict[str, Tensor] | None, dict[str, Tensor] | None], str]:
     """The pristine parameters of dev's transformer and CLIP, mapped from disk; without them, the sentence why."""
-    folder = folder_on_disk(settings.models.dev)
+    folder = on_disk(settings.models.dev, settings, MODELS)
     if folder is None:
         model = redact(settings.models.dev)
         return (None, None), f"The weights of {model} are not on this machine; only a change's own norm is known."
@@ -246,18 +244,6 @@ def find_bases(
         return map_weights(folder, *shapes), ""
     except ValueError as error:
         return (None, None), str(error)
-
-
-def folder_on_disk(model: str) -> Path | None:
-    """The folder of a model that is on this machine; nothing is fetched."""
-    if (folder := Path(model).expanduser()).is_dir():
-        return folder
-    repo, _, revision = model.partition("@")
-    try:
-        folder = Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
-    except (OSError, HfHubHTTPError, HFValidationError):
-        return None
-    return folder if any(folder.glob("transformer/*.safetensors")) else None
 
 
 def main() -> None:

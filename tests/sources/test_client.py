@@ -349,7 +349,8 @@ from dataclasses import replace
 from harness.hosts import File, Host, redirect, _Handler, _Server
 from sources.client import Patience
 from settings import MINIATURE, Settings
-from weights import Url, WeightsCache, fetch_pictures
+from sources.references import Url
+from weights import WeightsCache, fetch_pictures
 
 LORA = (Path(sys.argv[1]) / "lora").read_bytes()
 

@@ -242,7 +242,7 @@ def test_a_shown_name_names_the_same_thing_again(reference: Reference) -> None:
 tokens = st.text(string.ascii_letters + string.digits + string.punctuation, min_size=1, max_size=20)
 
 
-@given(st.one_of(st.builds(HuggingFace, repo, word, path), st.builds(Replicate, owner, word)), tokens)
+@given(st.one_of(st.builds(HuggingFace, repo, word, path), st.builds(Replicate, word.map("my{}".format), word)), tokens)
 def test_a_token_in_an_address_is_part_of_what_it_is_and_not_of_its_name(reference: Reference, token: str) -> None:
     mine = replace(reference, token=token)
     assert parse(mine.address) == mine != reference

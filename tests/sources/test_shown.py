@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.lines import printable
 from sources.references import Url, parse, parse_picture
 from sources.shown import hidden, hide_tokens, host_of, is_reference, redact, redact_text
 from tests.support.secrets import WITHIN, escaped, logins, queries, references, told
@@ -87,6 +88,9 @@ HARMLESS = (
     "http://127.0.0.1:8000/x@2.safetensors",
     "https://host:8080/a.safetensors",
     "https://medium.com/@somebody/picture",
+    "zorp",
+    "local:styles/ink",
+    "local:styles/v1.5/ink-2",
 )
 
 
@@ -232,4 +236,15 @@ def test_what_is_no_secret_stays(text: str) -> None:
 @pytest.mark.parametrize("reference", HARMLESS)
 def test_a_reference_without_a_secret_stays(reference: str) -> None:
     assert redact(reference) == redact_text(f"as in {reference} there")[6:-6] == reference
-    assert is_reference(reference)
+    assert is_reference(reference) or "/" not in reference
+
+
+@pytest.mark.parametrize("around", ['"{}"', "'{}'", "“{}”", "‘{}’", "`{}`", "<{}>", '"<{}>"', " \ufeff'{}'\n"])
+def test_what_is_quoted_is_a_reference_too(around: str) -> None:
+    for reference in ("https://u:p s3cret@host/my lora?token=s3cret", "data:;base64, s3cret", "host.com/a b#s3cret"):
+        text = around.format(reference)
+        assert is_reference(text)
+        assert "s3cret" not in redact(text)
+        assert "s3cret" in "".join(hidden(text))
+    for name in ("local:my styles/deep ink", "zorp"):
+        assert redact(around.format(name)) == printable(around.format(name).replace("\n", " "))

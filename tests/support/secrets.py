@@ -7,9 +7,20 @@ from hypothesis import strategies as st
 
 SECRET = "TOPSECRET"
 # What `str.strip` takes away, what is invisible, and what is neither.
-BLANKS = ("", "", "", " ", "\n", "\t", "\r\n", "\xa0", "\x0b", "\u2028", "\x85", "\ufeff", "\u200b")
+BLANKS = ("", "", "", " ", "\n", "\t", "\r\n", "\xa0", "\x0b", "\u2028", "\x85", "\ufeff", "\u200b", "\u2060", "\xad")
+# And what addresses are copied along with: "https://host", <https://host>.
+QUOTES = ("{}", "{}", "{}", '"{}"', "'{}'", "“{}”", "‘{}’", "`{}`", "<{}>", '"<{}>"', "' “{}”\ufeff'", '"{}', "{}>")
 SCHEMES = ("http://", "https://", "HTTPS://", "hTTp:/\\", "https:////", "http:/", "http:", "//", "\\\\", "s3://")
-HOSTS = ("h", "host/x", "host.com/x.png", "127.0.0.1:9/a", "[::1]:80/a", "huggingface.co/a/b", "civitai.com/models/1")
+HOSTS = (
+    "h",
+    "host/x",
+    "host.com/x.png",
+    "127.0.0.1:9/a",
+    "[::1]:80/a",
+    "huggingface.co/a/b",
+    "civitai.com/models/1",
+    "replicate.com/o/n",
+)
 ADDRESSES = (
     "http://h",
     "https://host.com/x.png",
@@ -28,8 +39,18 @@ ADDRESSES = (
     "https://huggingface.co/a/b/resolve/main/x.safetensors",
     "huggingface.co/a/b/tree/main/x",
     "huggingface.co/a/b/resolve/main",
+    "https://host.com/my lora.safetensors",
+    "https://replicate.com/p/abc",
+    "https://civitai.com/pt-BR/models/1",
+    'https://huggingface.co/a/b/resolve/main/my "best" lora.safetensors',
 )
-MODELS = ("owner/name", "owner/name:0123456789abcdef", "urn:air:flux1:lora:civitai:1@2", "air:flux1:lora:civitai:1@2")
+MODELS = (
+    "local:styles/ink",
+    "owner/name",
+    "owner/name:0123456789abcdef",
+    "urn:air:flux1:lora:civitai:1@2",
+    "air:flux1:lora:civitai:1@2",
+)
 HEADERS = ("image/png;base64", "", ";base64", " image/png; base64", "image/png ;base64", "text/plain", ";x=y")
 # What people paste within a line, and what breaks one: all of it is a part of a secret.
 WITHIN = " \t\n\x0b\x1c\x85\xa0\u2028\u3000"
@@ -96,7 +117,8 @@ def data_uris(draw: st.DrawFn) -> str:
 def references() -> st.SearchStrategy[str]:
     """A reference of any form, as somebody may have pasted it."""
     bare = st.one_of(logins(), queries(), queries(MODELS), escaped(), data_uris(), with_blanks())
-    return st.builds("{}{}{}".format, st.sampled_from(BLANKS), bare, st.sampled_from(BLANKS))
+    quoted = st.builds(str.format, st.sampled_from(QUOTES), bare)
+    return st.builds("{}{}{}".format, st.sampled_from(BLANKS), quoted, st.sampled_from(BLANKS))
 
 
 def told(shown: object) -> bool:
