@@ -39,16 +39,7 @@ from service.measure import PeakMemory, Stopwatch
 from service.occupancy import Occupancy
 from settings import Settings
 from sources.shown import redact_text
-from weights import (
-    Picture,
-    WeightsCache,
-    fetch,
-    fetch_pictures,
-    outlines,
-    parse_picture,
-    read_choices,
-    read_own_choices,
-)
+from weights import Picture, WeightsCache, fetch, fetch_pictures, outlines, parse_picture
 
 # Cog 0.23.1 would fetch `image` and `mask` before `predict`: from any address, and for as long as a host likes. So it is
 # to hand on what was sent, and they are fetched as LoRAs are.
@@ -90,7 +81,7 @@ class Predictor(BasePredictor):
         # Encoders release Python's lock. Start all threads now: one that failed to later would be waited for for ever.
         self.encoders = ThreadPoolExecutor(OUTPUTS)
         list(self.encoders.map(Barrier(OUTPUTS).wait, repeat(None, OUTPUTS)))
-        for choice in _choices(None, 1, self.default_lora):
+        for choice in _choices(self.cache, None, 1, self.default_lora):
             with self.cache.open_local(choice.reference) as file:
                 self.flux.lora_cache.read(file)  # said now rather than to the first request, should it be unusable
 
@@ -198,8 +189,8 @@ class Predictor(BasePredictor):
         with self.occupancy.shown():
             folder = self.leftovers.place()
             sent = {name: parse_picture(name, text) for name, text in (("image", image), ("mask", mask)) if text}
-            main = _choices(replicate_weights, lora_scale, self.default_lora)
-            extra = _choices(extra_lora, extra_lora_scale)
+            main = _choices(self.cache, replicate_weights, lora_scale, self.default_lora)
+            extra = _choices(self.cache, extra_lora, extra_lora_scale)
             request = Request(
                 prompt=prompt,
                 aspect_ratio=aspect_ratio,
@@ -312,11 +303,11 @@ class Predictor(BasePredictor):
             self.record_metric(f"peak_bytes.{place}", size)
 
 
-def _choices(text: Optional[str], scale: float, default: Optional[str] = None) -> list[LoraChoice]:
+def _choices(cache: WeightsCache, text: Optional[str], scale: float, default: Optional[str] = None) -> list[LoraChoice]:
     """The LoRAs that an input names; the operator's where it names none."""
     if text:
-        return read_choices(text, scale)
-    return read_own_choices(default, scale) if default else []
+        return cache.choices(text, scale)
+    return cache.choices(default, scale, own=True) if default else []
 
 
 def _unused_scales(main: list[LoraChoice], main_scale: float, extra: list[LoraChoice], extra_scale: float) -> list[str]:

@@ -20,7 +20,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import BinaryIO
 
-from request import LoraFile
+from request import LoraChoice, LoraFile
 from service.lines import printable
 from service.outline import Outline
 from settings import Models, Settings
@@ -35,6 +35,7 @@ from sources.hosts import resolve
 from sources.library import find
 from sources.pictures import fetch_pictures
 from sources.references import (
+    MAX_CHARACTERS,
     Data,
     Local,
     Picture,
@@ -59,7 +60,6 @@ __all__ = [
     "outlines",
     "parse",
     "parse_picture",
-    "read_choices",
     "read_own_choices",
 ]
 
@@ -110,6 +110,26 @@ class WeightsCache:
 
     def __init__(self, settings: Settings, patience: Patience = Patience()) -> None:  # noqa: B008 (frozen)
         self._settings, self._patience = settings, patience
+
+    def choices(self, text: str, scale: float, *, own: bool = False) -> list[LoraChoice]:
+        """The LoRAs that an input names; those of the library are there.
+
+        Args:
+            text: see `sources.choices`.
+            scale: of the input.
+            own: it is the operator's, which may be a path.
+
+        Raises:
+            ValueError: a sentence, before anything is fetched.
+        """
+        choices = read_own_choices(text, scale) if own else read_choices(text, scale)
+        for choice in choices:
+            # What is longer has a file in it, which takes long to decode.
+            if not choice.trusted and len(choice.reference) <= MAX_CHARACTERS:
+                wanted = parse(choice.reference)
+                if isinstance(wanted, Local):
+                    find(wanted.path, self._settings.loras_dir)
+        return choices
 
     def open(self, reference: str, until: float = math.inf, model: str = "dev") -> AbstractContextManager[LoraFile]:
         """The file that a reference means now; it is not evicted inside.

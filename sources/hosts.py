@@ -283,10 +283,10 @@ def _newest(versions: list[dict[str, Any]], reference: Civitai) -> dict[str, Any
             return max(fitting, key=_age)
     if not usable:
         raise ValueError(f"{reference.name} has no version with a .safetensors file.")
-    others = brief(", ".join(f"{version['id']} for {version.get('baseModel')}" for version in usable))
+    others = brief(", ".join(f"{version.get('baseModel')} (version {version['id']})" for version in usable))
     raise ValueError(
-        f"{reference.name} has no version for FLUX.1 [dev] or [schnell]; it has {others}. Where one of these is meant, "
-        f"it must be named, as {reference.name}?modelVersionId=…."
+        f"{reference.name} has no version for FLUX.1 [dev] or [schnell]; it is for {others}. Where one of these is "
+        f"meant, it must be named, as {reference.name}?modelVersionId=…."
     )
 
 

@@ -372,7 +372,7 @@ def test_cog_neither_fetches_nor_opens_images_and_masks(server: CogServer, host:
         said = failure(server.predict(SMALL | inputs | {"image": text}))
         assert said.startswith(("image is ", "The data: URI of image has "))
     # A mask without an image, or a LoRA that is none, is refused before anything is fetched.
-    for wrong in ({"image": ""}, {"image": host.url("/photo.png"), "extra_lora": "no LoRA"}):
+    for wrong in ({"image": ""}, {"image": host.url("/photo.png"), "extra_lora": "none"}):
         assert failure(server.predict(SMALL | inputs | wrong))
     assert host.seen == []
     assert list(Path(server.scratch.name).glob("tmp*")) == []

@@ -459,8 +459,8 @@ def test_civitai_without_a_token(places: Settings, host: Host, storage: Host, de
 def test_what_civitai_does_not_have(places: Settings, host: Host, storage: Host) -> None:
     civitai(host, storage, 7, VERSIONS[:1], CONTENTS, "", page())
     assert refusal(places, "civitai.com/models/7") == (
-        "civitai.com/models/7 has no version for FLUX.1 [dev] or [schnell]; it has 40 for SDXL 1.0. Where one of these "
-        "is meant, it must be named, as civitai.com/models/7?modelVersionId=…."
+        "civitai.com/models/7 has no version for FLUX.1 [dev] or [schnell]; it is for SDXL 1.0 (version 40). Where "
+        "one of these is meant, it must be named, as civitai.com/models/7?modelVersionId=…."
     )
     assert "no such model" in refusal(places, "civitai.com/models/8")
     assert "no such version" in refusal(places, "civitai.com/models/8?modelVersionId=9")
