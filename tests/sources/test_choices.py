@@ -1,6 +1,7 @@
 """What an input may say of LoRAs: one, a sum, or JSON; each with its strength. No host is asked."""
 
 import json
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from request import LoraChoice
+from settings import ROOT
 from sources.choices import identities, read_choices, read_own_choices, references, rewrite
 from sources.references import parse
 from sources.shown import redact
@@ -143,3 +145,12 @@ def test_what_is_shown_is_what_was_typed_but_for_secrets() -> None:
     assert redacted("https://u:p@h/a?t=x*0.50 + https://u:p@h/a + zorp") == "https://h/a*0.50 + https://h/a + zorp"
     assert json.loads(redacted(JSON)) == json.loads(JSON)
     assert redacted(r'[{"path":"https://u:p@h/a\u003ftoken=s3cret"}]') == '[{"path": "https://h/a", "scale": 1.0}]'
+
+
+def test_every_form_in_the_readme_is_read() -> None:
+    table = (ROOT / "README.md").read_text().partition("| paste | and get |")[2].partition("\n\n")[0]
+    forms = [form for line in table.splitlines()[2:] for form in re.findall("`([^`]*)`", line.split(" | ")[0])]
+    for form in forms:
+        text = re.sub("<[a-z]+>", "12345678", form).replace("…", "AAAA")
+        assert read_choices(text), form
+    assert len(forms) > 15
