@@ -58,7 +58,7 @@ class Predictor(BasePredictor):
         """Load the models.
 
         Args:
-            weights: `COG_WEIGHTS`, the main LoRA of requests that name none: a path or a reference.
+            weights: `COG_WEIGHTS`, the main LoRAs of requests that name none: a path, or what that input takes.
         """
         self.device_thread = DeviceThread()
         self.device_thread.run(self._load, weights)
@@ -82,7 +82,7 @@ class Predictor(BasePredictor):
         self.encoders = ThreadPoolExecutor(OUTPUTS)
         list(self.encoders.map(Barrier(OUTPUTS).wait, repeat(None, OUTPUTS)))
         for choice in _choices(self.cache, None, 1, self.default_lora):
-            with self.cache.open_local(choice.reference) as file:
+            with self.cache.open_choice(choice) as file:
                 self.flux.lora_cache.read(file)  # said now rather than to the first request, should it be unusable
 
     def predict(
@@ -256,10 +256,9 @@ class Predictor(BasePredictor):
         """The file of each LoRA, fetched when it is asked for, and not evicted until the next one is."""
         until = time.monotonic() + (self.settings.prediction_seconds or math.inf)  # for hosts, not the device
         for choice in request.loras:
-            opened = self.cache.open_local if choice.trusted else self.cache.open
             with ExitStack() as stack:
                 with self.device_thread.watchdog.paused():
-                    file = stack.enter_context(opened(choice.reference, until, request.model))
+                    file = stack.enter_context(self.cache.open_choice(choice, until, request.model))
                 yield file
 
     def _report(self, request: Request, drawing: Drawing) -> None:

@@ -165,6 +165,13 @@ class WeightsCache:
                 f"There is no file or folder {redact(reference)[:120]!r}; as a reference, {error}"
             ) from None
 
+    def open_choice(
+        self, choice: LoraChoice, until: float = math.inf, model: str = "dev"
+    ) -> AbstractContextManager[LoraFile]:
+        """The same for a choice of an input: its reference, which may be a path only where it is the operator's own."""
+        opened = self.open_local if choice.trusted else self.open
+        return opened(choice.reference, until, model)
+
     @contextmanager
     def _opened(self, work: "Callable[[_Lookup], Held]", name: str, until: float) -> Iterator[LoraFile]:
         settings = self._settings

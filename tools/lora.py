@@ -29,7 +29,7 @@ from engine.loading import map_weights
 from lora.adapter import named_base
 from lora.measures import Size, cosine, measure
 from lora_loader import Lora, read_lora
-from request import LoraFile
+from request import LoraChoice, LoraFile
 from service.machine import drawing_device
 from settings import OFFICIAL, ROOT, Settings
 from sources.shown import brief, gigabytes, redact, redact_text
@@ -204,26 +204,26 @@ def read_all(text: str, here: Path, settings: Settings, shapes: tuple[nn.Module,
     path = here / text
     with suppress(OSError):  # too long for a path: a data URI
         if path.exists():
-            return [read(text, str(path), settings, shapes)]
+            return [read(text, LoraChoice(str(path), trusted=True), settings, shapes)]
     try:
         choices = read_own_choices(text)
     except ValueError as error:
         return [Refused(brief(redact(text)), str(error))]
-    return [read(choice.reference, choice.reference, settings, shapes) for choice in choices]
+    return [read(choice.reference, choice, settings, shapes) for choice in choices]
 
 
-def read(name: str, reference: str, settings: Settings, shapes: tuple[nn.Module, nn.Module]) -> Checked | Refused:
+def read(name: str, choice: LoraChoice, settings: Settings, shapes: tuple[nn.Module, nn.Module]) -> Checked | Refused:
     """A LoRA, fetched where it is not on this machine, or the sentence about it.
 
     Args:
         name: what it was called.
-        reference: see `WeightsCache.open_local`.
+        choice: what it is; its strength does not matter here.
         settings: the predictor's.
         shapes: the transformer and CLIP that it is for.
     """
     shown = brief(redact(name))
     try:
-        with WeightsCache(settings).open_local(reference) as file:
+        with WeightsCache(settings).open_choice(choice) as file:
             lora = read_lora(file.path, *shapes, file.config)
             with safe_open(file.path, framework="pt") as tensors:
                 base = named_base(tensors.metadata() or {}, file.config)

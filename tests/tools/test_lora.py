@@ -162,3 +162,13 @@ def test_the_text_encoders_change_is_measured_beside_it(tmp_path: Path) -> None:
     assert size.delta == pytest.approx(sum(norm**2 for norm in changes.values()) ** 0.5)
     assert size.ratio > 0
     assert size.most[0].removesuffix(".weight").endswith(tuple(name.partition("encoder.")[2] for name in changes))
+
+
+def test_a_name_means_what_it_would_mean_in_a_request_whatever_folder_is_called_so(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # which stands for the repository, where main goes
+    (tmp_path / "zorp").mkdir()
+    settings = replace(settings, loras_dir=LORAS)
+    for text in ("bold + zorp", '[{"path": "zorp"}]'):
+        assert check([text], tmp_path, settings).loras[-1].file.sha256 == hashlib.sha256(ZORP.read_bytes()).hexdigest()
