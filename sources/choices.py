@@ -60,7 +60,7 @@ def read_own_choices(text: str, scale: float = 1) -> list[LoraChoice]:
 
 def identities(text: str) -> set[str]:
     """What an input names, whatever the order and the factors; not to be shown."""
-    if len(text) > MAX_CHARACTERS:  # with a file in it, which takes long to decode
+    if len(text) > LONGEST_SUM:  # with a file in it, which takes long to decode
         return {text}
     try:
         return {identity(parse(choice.reference)) for choice in read_choices(text)}
@@ -79,12 +79,14 @@ def references(text: str) -> list[str]:
 
 
 def rewrite(text: str, renamed: Mapping[str, str]) -> str:
-    """The same sum, or the same in JSON, with other references.
+    """The same sum, or the same in JSON, with other references; as it is, where none is another one.
 
     Args:
         text: one for which `references` gives some.
         renamed: what stands for each of them.
     """
+    if all(renamed[reference] == reference for reference in renamed):
+        return text  # which may be a prompt that looks like JSON
     if _is_json(text):
         entries = [choice.entry(renamed[choice.reference]) for choice in read_choices(text)]
         return json.dumps(entries, ensure_ascii=False)
@@ -193,7 +195,7 @@ def _read_object(path: str, item: Mapping[str, Any]) -> LoraChoice:
     try:
         if unknown := sorted(item.keys() - {*NAMES}):
             raise ValueError(f"{unknown[0][:40]!r}; it may have {', '.join(NAMES[:-1])} and {NAMES[-1]}.")
-        blocks = item.get("blocks") or {}
+        blocks = {} if item.get("blocks") is None else item["blocks"]
         if not isinstance(blocks, dict):
             raise ValueError('blocks that are no object; they must be such as {"single_blocks": 0.5}.')
         return LoraChoice(

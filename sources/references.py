@@ -144,7 +144,7 @@ class Url:
     """A file anywhere. The query belongs to the address (signed URLs) and is never shown."""
 
     url: str = field(repr=False)
-    # Whether a #fragment was left out of it.
+    # Of a picture: whether a #fragment was left out of it.
     cut: bool = field(default=False, repr=False, compare=False)
 
     @property
@@ -284,10 +284,7 @@ def _parse_url(text: str, url: str, settings: Settings | None) -> Reference:
         for mirror, reader in zip(mirrors, (_read_hugging_face, _read_civitai, _read_replicate_page), strict=True):
             readers[urlsplit(mirror).netloc.lower()] = reader
     reader = readers.get(host if port is None else f"{host}:{port}")
-    if reader is not None:
-        return reader(text, url)
-    address, fragment, _ = url.partition("#")
-    return Url(address, cut=bool(fragment))
+    return Url(url.partition("#")[0]) if reader is None else reader(text, url)
 
 
 def _ends_in_login(url: str) -> bool:

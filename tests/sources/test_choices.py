@@ -77,6 +77,7 @@ WRONG = [
     ('[{"path": "zorp", "clip": 11}]', "'zorp' has strength 11"),
     ('[{"path": "zorp", "scale": 5, "blocks": {"single_blocks": 3}}]', "'zorp' has strength 15"),
     ('[{"path": "zorp", "blocks": [1]}]', "'zorp' has blocks that are no object"),
+    ('[{"path": "zorp", "blocks": []}]', "'zorp' has blocks that are no object"),
     ('[{"path": "zorp", "blocks": {"double_blocks.6-0": 1}}]', "'zorp' has blocks 'double_blocks.6-0'; it must be"),
     ('[{"path": "zorp", "blocks": {"transformer": 1}}]', "'zorp' has blocks 'transformer'; it must be double_blocks"),
     (json.dumps([{"path": "zorp"}] * 9), "A list of 9 LoRAs is too long"),
@@ -121,6 +122,8 @@ def test_what_names_the_same_loras_has_one_identity_whatever_their_order_and_str
     assert first == identities("https://huggingface.co/a/b*2 + https://replicate.com/fofr/cars")
     assert first == identities('[{"path": "fofr/cars"}, {"path": "hf.co/a/b", "scale": 0.1}]')
     assert first != identities("fofr/cars")
+    signed = f"https://h/a?signature={'a' * 5000}"
+    assert identities(f"{signed} + {signed}b*2") == identities(f"{signed}b + {signed}*0.5")
     assert identities("no reference!") == {"no reference!"}
 
 
@@ -144,6 +147,7 @@ def test_no_form_shows_a_secret(first: str, second: str, in_json: bool) -> None:
 def test_what_is_shown_is_what_was_typed_but_for_secrets() -> None:
     assert redacted("https://u:p@h/a?t=x*0.50 + https://u:p@h/a + zorp") == "https://h/a*0.50 + https://h/a + zorp"
     assert json.loads(redacted(JSON)) == json.loads(JSON)
+    assert redacted('[ {"path": "zorp"}]') == '[ {"path": "zorp"}]'
     assert redacted(r'[{"path":"https://u:p@h/a\u003ftoken=s3cret"}]') == '[{"path": "https://h/a", "scale": 1.0}]'
 
 
