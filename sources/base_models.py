@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from uuid import uuid4
@@ -130,6 +130,7 @@ class _Files:
     commit: str
     folder: Path
     sizes: Mapping[str, int]
+    listed: bool = True  # by the repo's own listing; False: these are the files of the folder, and there may be more
 
     def missing(self, *, weights: bool) -> list[str]:
         """The paths that are not there; those of weights only if asked for."""
@@ -170,7 +171,7 @@ class _Model:
     def _files(self, *, weights: bool) -> _Files:
         """What the host names now, downloaded; what it named last, where that cannot be had or may not be asked."""
         kept = self.kept(weights=weights)
-        if kept is not None and kept.commit == self.reference.revision:  # which never changes
+        if kept is not None and kept.listed and kept.commit == self.reference.revision:  # which never changes
             return kept
         try:
             files = self.client.persist(self._ask, hasty=kept is not None or constants.is_offline_mode())
@@ -212,10 +213,10 @@ class _Model:
         folder = self.home / "snapshots" / commit
         try:
             tree = huggingface_hub.get_cached_repo_tree(self.reference.repo, revision=commit)
-            sizes = {file.path: file.size for file in tree}
-        except CachedRepoTreeNotFoundError:  # an older version of the library has written it
-            sizes = _sizes(folder)
-        files = self._choose(commit, sizes)
+            sizes, listed = {file.path: file.size for file in tree}, True
+        except CachedRepoTreeNotFoundError:  # written file by file, or by an older version of the library
+            sizes, listed = _sizes(folder), False
+        files = replace(self._choose(commit, sizes), listed=listed)
         return None if not files.sizes or files.missing(weights=weights) else files
 
     def _choose(self, commit: str, sizes: Mapping[str, int]) -> _Files:

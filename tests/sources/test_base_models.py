@@ -77,6 +77,20 @@ def test_of_a_base_model_comes_what_is_needed_once(places: Settings, host: Host,
     assert snapshot(f"o/r@{'c' * 40}", places, QUICK) == folder
 
 
+def test_a_commit_of_which_single_files_were_fetched_is_completed(
+    places: Settings, host: Host, storage: Host, hub_cache: Path
+) -> None:
+    hugging_face(host, storage, "o/r", PIPELINE)
+    pinned, folder = f"o/r@{'c' * 40}", hub_cache / "models--o--r" / "snapshots" / ("c" * 40)
+    for path in ("model_index.json", "transformer/config.json"):  # as the library writes them, but for its links
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(PIPELINE[path])
+    assert snapshot(pinned, places, QUICK) == folder
+    assert files_in(folder) == {path: PIPELINE[path] for path in NEEDED}
+    host.stop()
+    assert snapshot(pinned, places, QUICK) == folder
+
+
 def test_a_base_model_in_transformers_layout(places: Settings, host: Host, storage: Host) -> None:
     files = {
         "config.json": b"{}",
