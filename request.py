@@ -31,15 +31,15 @@ def named_blocks(key: str) -> tuple[str, range]:
     Raises:
         ValueError: the end of a sentence about what has this key.
     """
-    found = BLOCKS.fullmatch(key)
-    kind, first, last = found.groups() if found else ("", "1", "0")
-    numbers = range(10**3) if first is None else range(int(first), int(last or first) + 1)
-    if not numbers:
-        raise ValueError(
-            f"blocks {key[:40]!r}; it must be double_blocks or single_blocks, alone or with numbers from the lower to "
-            "the higher, such as double_blocks.3 or double_blocks.0-6."
-        )
-    return kind, numbers
+    if found := BLOCKS.fullmatch(key):
+        kind, first, last = found.groups()
+        numbers = range(10**3) if first is None else range(int(first), int(last or first) + 1)
+        if numbers:
+            return kind, numbers
+    raise ValueError(
+        f"blocks {key[:40]!r}; it must be double_blocks or single_blocks, alone or with numbers from the lower to "
+        "the higher, such as double_blocks.3 or double_blocks.0-6."
+    )
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class LoraChoice:
     scale: float = 1.0
     trusted: bool = False
     clip: float | None = None  # the text encoder's strength, where that is another one
-    # What the strength is multiplied by in some of the transformer's blocks, see `named_blocks`; of several keys that
-    # name a block, that of the fewest counts.
+    # What the strength is multiplied by in some of the transformer's blocks, see `named_blocks`. Where several keys
+    # name a block, the one that names the fewest blocks counts; of those that name as many, the last.
     blocks: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

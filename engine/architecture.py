@@ -66,7 +66,7 @@ def by_block(factors: Mapping[str, float], transformer: FluxTransformer2DModel) 
     """The same factors by single blocks, as the transformer calls them; and the keys that name blocks it lacks.
 
     Args:
-        factors: by keys that `request.named_blocks` reads; of several that name a block, that of the fewest counts.
+        factors: by keys that `request.named_blocks` reads; which of several counts: see `LoraChoice.blocks`.
         transformer: whose blocks they are.
     """
     named = sorted(((*named_blocks(key), key) for key in factors), key=lambda it: len(it[1]), reverse=True)

@@ -177,7 +177,10 @@ def is_pinned(reference: Reference) -> bool:
 
 
 def identity(reference: Reference) -> str:
-    """All that chooses its file or says who may have it, tokens too: not to be shown. Of one file, it may change."""
+    """All that chooses its file or says who may have it, with its token: not to be shown.
+
+    References that mean the same file may have different ones.
+    """
     match reference:
         case Local(path):
             return f"local {path}"

@@ -76,14 +76,16 @@ class Store:
         return file
 
     def grant(self, sha256: str | None) -> None:
-        """Anybody may have that content from now on, as `open_granted` gives it."""
+        """Mark a content: from now on `open_granted` gives its file to anybody who can say its hash."""
         if sha256 is not None:
             (self._granted / sha256).touch()
 
     def open_granted(self, sha256: str | None) -> BinaryIO | None:
-        """A file that anybody may have; None where it is not there, or nobody has said so."""
+        """The file of that content; None where it is not there, or not granted to anybody."""
+        if sha256 is None:
+            return None
         try:
-            os.utime(self._granted / (sha256 or ""))
+            os.utime(self._granted / sha256)
         except FileNotFoundError:
             return None
         return self.open(sha256)

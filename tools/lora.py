@@ -247,7 +247,7 @@ def find_bases(
 
 
 def main() -> None:
-    """Print the report; exit with 1 if a reference was refused, or if there is none."""
+    """Print the report; exit with 1 if a reference was refused."""
     parser = argparse.ArgumentParser(
         prog="script/lora",
         description="Fetch and check LoRAs: what is in them, how large their changes are, how much they overlap.",

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.architecture import official, sizes
+from engine.architecture import by_block, official, sizes
 from engine.loading import load
 from engine.placement import GB
 from service.measure import Stopwatch
 from service.outline import Outline
 from settings import Settings
-from tests.support.models import write_models
+from tests.support.models import transformer, write_models
 from weights import outlines
 
 CPU = torch.device("cpu")
@@ -75,3 +75,21 @@ def test_a_config_that_makes_no_sense_is_a_sentence(part: str, change: dict[str,
     configs = {**both["dev"].configs, part: both["dev"].configs[part] | change}
     with pytest.raises(ValueError, match=r"of dev and schnell describe no FLUX \(\w+\); fetch or copy them"):
         sizes(both | {"dev": replace(both["dev"], configs=configs)})
+
+
+@pytest.mark.parametrize(
+    ("factors", "double", "single", "lacking"),
+    [
+        ({}, {}, {}, []),
+        ({"double_blocks": 0.5}, {0: 0.5, 1: 0.5}, {}, []),
+        ({"single_blocks.1": 0, "single_blocks": 2}, {}, {0: 2, 1: 0, 2: 2}, []),
+        ({"single_blocks.0-1": 3, "single_blocks.1-2": 4, "single_blocks": 5}, {}, {0: 3, 1: 4, 2: 4}, []),
+        ({"double_blocks.1-18": 2, "single_blocks.3": 1}, {1: 2}, {}, ["double_blocks.1-18", "single_blocks.3"]),
+    ],
+)
+def test_of_several_factors_for_a_block_that_of_the_fewest_blocks_counts(
+    factors: dict[str, float], double: dict[int, float], single: dict[int, float], lacking: list[str]
+) -> None:
+    expected = {f"transformer_blocks.{number}": factor for number, factor in double.items()}
+    expected |= {f"single_transformer_blocks.{number}": factor for number, factor in single.items()}
+    assert by_block(factors, transformer()) == (expected, lacking)
