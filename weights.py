@@ -151,8 +151,9 @@ class WeightsCache:
         self, reference: str, until: float = math.inf, model: str = "dev"
     ) -> AbstractContextManager[LoraFile]:
         """The same for the operator's own reference, which may be a path: a file, an archive, or a folder with one."""
-        path = Path(reference.removeprefix("file://")).expanduser()
-        with contextlib.suppress(OSError):  # too long for a path: a data URI
+        path = Path(reference.removeprefix("file://"))
+        with contextlib.suppress(OSError, RuntimeError):  # too long for a path; ~somebody who is not known
+            path = path.expanduser()
             if path.exists():
                 name = printable(path.name)
                 return self._opened(lambda lookup: lookup.read(path, name), name, until)

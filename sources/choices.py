@@ -47,7 +47,7 @@ def read_choices(text: str, scale: float = 1) -> list[LoraChoice]:
 
 def read_own_choices(text: str, scale: float = 1) -> list[LoraChoice]:
     """The same of the operator's own text, which may be a path; whoever opens that says what is wrong with it."""
-    with suppress(OSError):  # too long for a path
+    with suppress(OSError, RuntimeError):  # too long for a path; ~somebody who is not known
         if Path(text).expanduser().exists():
             return [LoraChoice(text, scale, trusted=True)]
     try:

@@ -251,6 +251,8 @@ def test_the_operators_reference(environment: Settings, host: Host) -> None:
         assert weights.path.read_bytes() == LORA
     with pytest.raises(ValueError, match="There is no file or folder 'all' at the path that was given"):
         WeightsCache(environment).open_local("/nowhere/at/all").__enter__()
+    with pytest.raises(ValueError, match="There is no file or folder '~nobody-of-that-name/a'"):
+        WeightsCache(environment).open_local("~nobody-of-that-name/a").__enter__()
     with pytest.raises(ValueError, match=r"There is no file or folder 'http://\*\*\*@h'; as a reference") as refused:
         WeightsCache(environment).open_local(f"http://u:ab/{SECRET}@h").__enter__()
     assert SECRET not in str(refused.value)
