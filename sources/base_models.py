@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from uuid import uuid4
@@ -49,6 +49,7 @@ warnings.filterwarnings("ignore", "Not enough free disk space")
 
 VARIANT = re.compile(r"\.(?:fp16|bf16|fp32|non_ema|ema)[.-]")
 PICKLED = re.compile(r"(?:diffusion_)?pytorch_model(?:-\d+-of-\d+)?\.bin(?:\.index\.json)?")
+SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(\..*)")
 # How often a bar is drawn at most: where the log is no terminal, each time is a line of it.
 DRAWN = 200
 DISK = "the disk of Hugging Face's cache"
@@ -130,7 +131,7 @@ class _Files:
     commit: str
     folder: Path
     sizes: Mapping[str, int]
-    listed: bool = True  # by the repo's own listing; False: these are the files of the folder, and there may be more
+    listed: bool  # by the host; else what is there tells what may be missing
 
     def missing(self, *, weights: bool) -> list[str]:
         """The paths that are not there; those of weights only if asked for."""
@@ -213,15 +214,16 @@ class _Model:
         folder = self.home / "snapshots" / commit
         try:
             tree = huggingface_hub.get_cached_repo_tree(self.reference.repo, revision=commit)
-            sizes, listed = {file.path: file.size for file in tree}, True
-        except CachedRepoTreeNotFoundError:  # written file by file, or by an older version of the library
-            sizes, listed = _sizes(folder), False
-        files = replace(self._choose(commit, sizes), listed=listed)
-        return None if not files.sizes or files.missing(weights=weights) else files
+            files = self._choose(commit, {file.path: file.size for file in tree})
+        except CachedRepoTreeNotFoundError:  # an older version of the library has written it
+            files = self._choose(commit, dict.fromkeys(_promised(folder), 0) | _sizes(folder), listed=False)
+        # Of weights that nobody has listed, only those that are there have a known size.
+        lacking = files.missing(weights=weights or not files.listed)
+        return None if lacking or not files.sizes else files
 
-    def _choose(self, commit: str, sizes: Mapping[str, int]) -> _Files:
+    def _choose(self, commit: str, sizes: Mapping[str, int], *, listed: bool = True) -> _Files:
         needed = [path for path in _needed(sizes) if self.parts is None or path.partition("/")[0] in self.parts]
-        return _Files(commit, self.home / "snapshots" / commit, {path: sizes[path] for path in needed})
+        return _Files(commit, self.home / "snapshots" / commit, {path: sizes[path] for path in needed}, listed)
 
     def _download(self, files: _Files, paths: list[str]) -> None:
         """Have the library download these files, after a look at what that takes of the disk."""
@@ -352,6 +354,23 @@ def _sizes(folder: Path) -> dict[str, int]:
     """Bytes by path, of what models may need."""
     files = [file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.is_file()]
     return {str(file.relative_to(folder)): file.stat().st_size for file in files}
+
+
+def _promised(folder: Path) -> set[str]:
+    """The paths that should be in a folder by what is there: links, other shards, weights, parts of a pipeline."""
+    files = list(folder.glob("**/*"))
+    paths = {file for file in files if file.is_symlink()}  # to nothing, too
+    for file in files:
+        if found := SHARD.fullmatch(file.name):
+            stem, count, suffix = found.groups()
+            paths.update(file.with_name(f"{stem}-{i:05}-of-{count}{suffix}") for i in range(1, int(count) + 1))
+        if file.name == "config.json" and not any(_is_weights(it.name) for it in file.parent.iterdir()):
+            paths.add(file.with_name("model.safetensors"))
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
+        for part, kind in json.loads((folder / "model_index.json").read_bytes()).items():
+            if isinstance(kind, list) and None not in kind and not (folder / part).is_dir():
+                paths.add(folder / part / "config.json")
+    return {str(path.relative_to(folder)) for path in paths}
 
 
 def _outline_folder(folder: Path) -> Outline:

@@ -1,9 +1,12 @@
 """Base models: what is needed of a repo, once, in the cache that Hugging Face's own tools use."""
 
 import hashlib
+import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from huggingface_hub import constants
 
 from harness.hosts import File, Host, hugging_face, status
 from settings import MIB, ROOT, Settings
-from sources.base_models import outline, snapshot
+from sources.base_models import on_disk, outline, snapshot
 from tests.support.caches import SECRET
 from tests.support.fetching import LARGE, LORA, OTHER, QUICK, make_lora, start
 from tests.support.waiting import wait_until
@@ -310,3 +313,48 @@ def test_a_model_in_the_cache_of_an_earlier_version_is_named(
     assert printed.startswith("WEIGHTS_CACHE/models/o--r is not used any more and may be deleted: ")
     assert str(places.cache_dir) not in printed
     assert (places.cache_dir / "models" / "o--r").is_dir()
+
+
+def drop_link(folder: Path) -> None:
+    (folder / "text_encoder" / "model.safetensors").resolve().unlink()
+
+
+def drop_shard(folder: Path) -> None:
+    (folder / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors").unlink()
+
+
+def drop_weights(folder: Path) -> None:
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def drop_part(folder: Path) -> None:
+    (folder / "tokenizer_2" / "spiece.model").unlink()
+    (folder / "tokenizer_2").rmdir()
+
+
+@pytest.mark.parametrize("drop", [drop_link, drop_shard, drop_weights, drop_part])
+def test_what_an_older_library_has_fetched_in_part_is_completed_and_never_taken_for_the_whole(
+    places: Settings,
+    host: Host,
+    storage: Host,
+    hub_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    drop: Callable[[Path], None],
+) -> None:
+    parts = {"tokenizer_2": ["transformers", "T5Tokenizer"], "image_encoder": [None, None]}
+    vae = {"vae/config.json": b"{}", "vae/diffusion_pytorch_model.safetensors": OTHER}
+    files = {path: PIPELINE[path] for path in NEEDED} | {"model_index.json": json.dumps(parts).encode()} | vae
+    hugging_face(host, storage, "o/r", files)
+    pinned = f"o/r@{'c' * 40}"
+    folder = snapshot("o/r", places, QUICK)
+    shutil.rmtree(hub_cache / "models--o--r" / "trees")  # which older versions do not write
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert snapshot("o/r", places, QUICK) == snapshot(pinned, places, QUICK) == folder
+        drop(folder)
+        for model in ("o/r", pinned):
+            assert on_disk(model, places) is None
+            with pytest.raises(ValueError, match="or not all of it, and HF_HUB_OFFLINE forbids fetching it"):
+                snapshot(model, places, QUICK)
+    assert snapshot(pinned, places, QUICK) == folder
+    assert files_in(folder) == files
