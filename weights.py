@@ -11,6 +11,8 @@ import contextlib
 import io
 import json
 import math
+import os
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -323,24 +325,22 @@ class _Lookup:
         """A file of the operator's, shown as `name`: used where it lies, an archive unpacked into the store."""
         if path.is_dir():
             path = path / choose((str(file.relative_to(path)) for file in path.rglob("*")), "The folder")
-        state = path.stat()
-        with (
-            self._record(f"path {path.resolve()} {state.st_ino} {state.st_size} {state.st_mtime_ns}") as record,
-            contextlib.ExitStack() as stack,
-        ):
-            content = stack.enter_context(path.open("rb"))
-            if record.key is None:
-                contents = Contents(name, state.st_size)
-                admit = partial(self._store.admit, name=name)
-                copy_checked(content, None, contents, admit, self._client.check)
-                record.remember(contents.sha256, contents.trigger_words, "", contents.kind)
-            if record.key == "safetensors":
+        with contextlib.ExitStack() as stack:
+            content = stack.enter_context(_open_regular(path, name))
+            state = os.fstat(content.fileno())
+            with self._record(f"path {path.resolve()} {state.st_ino} {state.st_size} {state.st_mtime_ns}") as record:
+                if record.key is None:
+                    contents = Contents(name, state.st_size)
+                    admit = partial(self._store.admit, name=name)
+                    copy_checked(content, None, contents, admit, self._client.check)
+                    record.remember(contents.sha256, contents.trigger_words, "", contents.kind)
+                if record.key != "safetensors":
+                    content.seek(0)
+                    file = self._store.open(record.sha256) or self._take(content, name, record)
+                    return _held(file, self._store.path(record.sha256), record, name, record.config)
                 held = _held(content, path, record, name, configs.read_beside(path))
-                stack.pop_all()
-                return held
-            content.seek(0)
-            file = self._store.open(record.sha256) or self._take(content, name, record)
-            return _held(file, self._store.path(record.sha256), record, name, record.config)
+            stack.pop_all()  # it stays open
+            return held
 
     def _take(self, content: BinaryIO, name: str, record: _Record) -> BinaryIO:
         """A file that is here already, but not in the store."""
@@ -374,6 +374,22 @@ class _Lookup:
                 note.seek(0)
                 note.truncate()
                 note.write(json.dumps(asdict(record), ensure_ascii=False))
+
+
+def _open_regular(path: Path, name: str) -> BinaryIO:
+    """A file of the operator's; a pipe would wait for somebody to write into it, and a device has no end.
+
+    Raises:
+        ValueError: a sentence, also where it is gone since it was found.
+    """
+    try:
+        file = open(path, "rb", opener=lambda place, flags: os.open(place, flags | os.O_NONBLOCK))  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}.") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{name} is no regular file.")
+    return file
 
 
 def _held(file: BinaryIO, path: Path, record: _Record, name: str, config: str) -> Held:

@@ -39,7 +39,7 @@ from settings import Settings
 from sources.client import Client, Patience, UnavailableError
 from sources.hosts import explain_hugging_face
 from sources.references import COMMIT, HuggingFace
-from sources.shown import gigabytes, host_of
+from sources.shown import gigabytes, host_of, redact
 from sources.store import disk_errors_told
 from sources.work import run_stoppable
 
@@ -121,7 +121,7 @@ def _find(model: str) -> Path | HuggingFace:
         if found is not None:
             validate_repo_id(found[1])
             return HuggingFace(found[1], found[2] or "main")
-    raise ValueError(f"{model!r} is no folder; it must be one, or a Hugging Face repo as owner/repo.")
+    raise ValueError(f"{redact(model)!r} is no folder; it must be one, or a Hugging Face repo as owner/repo.")
 
 
 @dataclass(frozen=True)
@@ -196,10 +196,9 @@ class _Model:
                 files_metadata=True,
                 timeout=constants.HF_HUB_ETAG_TIMEOUT,
             )
-            sizes = {file.rfilename: file.size or 0 for file in info.siblings}
             if not COMMIT.fullmatch(info.sha):
                 raise LookupError
-        files = self._choose(info.sha, sizes)
+            files = self._choose(info.sha, {file.rfilename: int(file.size or 0) for file in info.siblings})
         if not files.sizes:
             raise ValueError(f"huggingface.co/{self.reference.repo} has no model in diffusers layout.")
         return files
@@ -208,7 +207,7 @@ class _Model:
         """What the revision was when it was last downloaded, here or by the library itself, if all of that is there."""
         ref, commit = self.home / "refs" / self.reference.revision, self.reference.revision
         with suppress(OSError):
-            commit = ref.read_text().strip()
+            commit = ref.read_text(errors="replace").strip()
         if not COMMIT.fullmatch(commit):
             return None
         folder = self.home / "snapshots" / commit
@@ -274,7 +273,7 @@ class _Model:
         """Note which commit the revision was, as the library does; only now, since all of it is there."""
         ref = self.home / "refs" / self.reference.revision
         with suppress(OSError):  # a cache that cannot be written to
-            if commit != self.reference.revision and not (ref.is_file() and ref.read_text() == commit):
+            if commit != self.reference.revision and not (ref.is_file() and ref.read_text(errors="replace") == commit):
                 ref.parent.mkdir(parents=True, exist_ok=True)
                 fresh = ref.with_name(f"{ref.name}.{uuid4().hex}.tmp")
                 fresh.write_text(commit)

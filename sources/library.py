@@ -11,7 +11,7 @@ import unicodedata
 from pathlib import Path
 
 from sources.references import ELSEWHERE, SUFFIXES, Local, parse
-from sources.shown import redact
+from sources.shown import brief, redact
 
 # How many names a sentence has, where none of them is near to the one that is missing.
 FEW = 5
@@ -27,7 +27,7 @@ def find(name: str, folder: Path | None) -> Path:
     Raises:
         ValueError: a sentence: there is none, and which are near; two files have the name; the folder cannot be read.
     """
-    shown = Local(name).name
+    shown = Local(name).name[:120]
     if folder is None:
         raise ValueError(
             f"{shown!r} would be a LoRA of LORAS_DIR, which this server does not have; it must be {ELSEWHERE}."
@@ -113,4 +113,4 @@ def _last(path: str) -> str:
 
 
 def _listed(paths: list[str]) -> str:
-    return ", ".join(Local(path).name for path in paths)
+    return ", ".join(brief(Local(path).name) for path in paths)

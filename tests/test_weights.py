@@ -16,7 +16,9 @@ from safetensors.numpy import save
 import images
 from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, status
 from local_cog.server import CogServer, failure, files
+from request import LoraChoice
 from settings import MIB, MINIATURE, ROOT, Settings
+from sources.choices import read_own_choices
 from tests.support.caches import SECRET
 from tests.support.fetching import (
     LARGE,
@@ -256,6 +258,15 @@ def test_the_operators_reference(environment: Settings, host: Host) -> None:
     with pytest.raises(ValueError, match=r"There is no file or folder 'http://\*\*\*@h'; as a reference") as refused:
         WeightsCache(environment).open_local(f"http://u:ab/{SECRET}@h").__enter__()
     assert SECRET not in str(refused.value)
+    with pytest.raises(ValueError, match="There is no file or folder '~no-such-user/a'; as a reference"):
+        WeightsCache(environment).open_local("~no-such-user/a").__enter__()
+    assert read_own_choices("~no-such-user/a") == [LoraChoice("~no-such-user/a", 1, trusted=True)]
+
+
+def test_the_operator_s_pipe_is_not_waited_for(environment: Settings, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"^pipe is no regular file\.$"):
+        WeightsCache(environment).open_local(str(tmp_path / "pipe")).__enter__()
 
 
 SMALL = {"prompt": "a red fox", "megapixels": "0.25", "num_inference_steps": 1, "disable_safety_checker": True}

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from settings import ROOT, Models, Settings
-from sources.shown import gigabytes
+from sources.shown import gigabytes, redact
 from weights import fetch_one
 
 
@@ -18,7 +18,7 @@ def _fetch_all(settings: Settings) -> None:
     """Fetch one model after the other, and say of each how large it is."""
     for field in fields(Models):
         model = getattr(settings.models, field.name)
-        print(f"{field.name}: {model}", flush=True)
+        print(f"{field.name}: {redact(model)}", flush=True)
         folder = fetch_one(field.name, settings)
         if folder == Path(model).expanduser():
             print("It is a folder, which is left as it is.")

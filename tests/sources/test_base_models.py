@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from harness.hosts import File, Host, hugging_face, status
+from harness.hosts import File, Host, hugging_face, in_json, status
 from settings import MIB, ROOT, Settings
 from sources.base_models import on_disk, outline, snapshot
 from tests.support.caches import SECRET
@@ -58,9 +58,10 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 def test_a_folder_is_a_snapshot_as_it_is(environment: Settings, tmp_path: Path) -> None:
     assert snapshot(str(tmp_path), environment) == tmp_path
-    for model in (str(tmp_path / "missing"), "./missing/model", "name", "https://huggingface.co/o/r"):
-        with pytest.raises(ValueError, match="is no folder"):
+    for model in (str(tmp_path / "missing"), "./missing/model", "name", f"https://u:{SECRET}@huggingface.co/o/r"):
+        with pytest.raises(ValueError, match="is no folder") as refused:
             snapshot(model, environment)
+        assert SECRET not in str(refused.value)
 
 
 def test_of_a_base_model_comes_what_is_needed_once(places: Settings, host: Host, storage: Host) -> None:
@@ -140,6 +141,27 @@ def test_what_a_killed_download_leaves_is_deleted_and_what_another_process_write
     assert len(storage.asked(f"/{digest}")) == 2
     assert files_in(folder)["model.safetensors"] == LARGE
     assert parts() == set()
+
+
+@pytest.mark.parametrize(
+    "odd", [{"size": "many"}, {"rfilename": 5}, {"rfilename": None}, 7], ids=lambda odd: json.dumps(odd)
+)
+def test_what_a_host_says_that_is_no_answer_is_told(places: Settings, host: Host, odd: object) -> None:
+    listed = {"rfilename": "config.json", "size": 2, "blobId": "0" * 40}
+    siblings = [listed | odd] if isinstance(odd, dict) else odd
+    host.routes["/api/models/o/r/revision/main"] = in_json({"id": "o/r", "sha": "c" * 40, "siblings": siblings})
+    with pytest.raises(ValueError, match=r"^huggingface\.co/o/r cannot be fetched: 127\.0\.0\.1 sent something else"):
+        snapshot("o/r", places, QUICK)
+
+
+def test_a_note_of_a_commit_that_is_no_text_is_written_anew(
+    places: Settings, host: Host, storage: Host, hub_cache: Path
+) -> None:
+    hugging_face(host, storage, "o/r", {"config.json": b"{}"})
+    (ref := hub_cache / "models--o--r" / "refs" / "main").parent.mkdir(parents=True)
+    ref.write_bytes(b"\xff")
+    snapshot("o/r", places, QUICK)
+    assert ref.read_text() == "c" * 40
 
 
 def test_a_file_of_another_size_is_not_kept(places: Settings, host: Host, storage: Host) -> None:

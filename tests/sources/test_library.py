@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import weights
 from settings import Settings
 from sources.library import find, names
 from tests.support.fetching import LORA, OTHER, PACKED, PEFT, QUICK, fetch, fetch_config, make_lora, refusal
@@ -100,6 +101,21 @@ def test_a_name_that_is_missing_gets_the_nearest_ones(library: Settings) -> None
     for number in range(3):
         (folder / f"a{number}.tar").write_bytes(PACKED["tar"])
     assert refusal(library, "x").endswith("; it has a0, a1, a2, bold, local:styles/in deep/wet ink and 2 more.")
+
+
+def test_a_file_that_goes_between_look_up_and_reading_is_named(
+    library: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_and_lose(name: str, folder: Path) -> Path:
+        (file := find(name, folder)).unlink()
+        return file
+
+    monkeypatch.setattr(weights, "find", find_and_lose)
+    assert refusal(library, "zorp") == "zorp cannot be read: No such file or directory."
+
+
+def test_a_sentence_has_the_beginning_of_a_long_name(library: Settings) -> None:
+    assert len(refusal(library, "x" * 8000)) < 300
 
 
 def test_two_files_of_one_name_are_told_apart_by_nobody(library: Settings) -> None:
