@@ -38,6 +38,13 @@ NO_OWNERS = re.compile(
     "signup|status|support|terms|trainings|webhooks"
 )
 
+# The same of huggingface.co; and what stands behind a repo where it is about the repo.
+NO_REPOS = re.compile(
+    "api|blog|chat|collections|datasets|docs|join|kernels|learn|login|models|new|organizations|papers|posts|settings|"
+    "spaces|tasks"
+)
+ABOUT_REPOS = re.compile("blame|colab|commits?|community|discussions|edit|settings|upload")
+
 
 @dataclass(frozen=True)
 class Local:
@@ -264,30 +271,42 @@ def parse_picture(name: str, text: str) -> Picture:
         raise ValueError(
             f"{name} has {len(text)} characters; it must be an http(s) URL of at most {MAX_CHARACTERS}, or a data URI."
         )
-    if not names_host(text) or re.search(r"[\x00-\x1f\x7f]", text) or _ends_in_login(text):
+    if not _is_address(text):
         raise ValueError(f"{name} is {redact(text)[:80]!r}; it must be an http(s) URL or a data URI.")
     address, fragment, _ = text.partition("#")
     return Url(address, cut=bool(fragment))
 
 
 def _parse_url(text: str, url: str, settings: Settings | None) -> Reference:
-    try:
-        parts = urlsplit(url)
-        host = (parts.hostname or "").lower().removeprefix("www.")
-        port = parts.port
-    except ValueError:
-        raise _unknown(text) from None
-    # A blank or a quote in a path is part of a file's name; in front of the path it is a mistake.
-    unfit = CONTROL.search(url) or re.search(r"\s", parts.netloc) or set(host) & {*QUOTES, *QUOTES.values()}
-    if not host or unfit or _ends_in_login(url):
+    if not _is_address(url):
         raise _unknown(text)
     readers = dict(READERS)
     if settings is not None:
         mirrors = (settings.hf_endpoint, settings.civitai_endpoint, settings.replicate_endpoint)
         for mirror, reader in zip(mirrors, (_read_hugging_face, _read_civitai, _read_replicate_page), strict=True):
-            readers[urlsplit(mirror).netloc.lower()] = reader
-    reader = readers.get(host if port is None else f"{host}:{port}")
+            readers[_place(mirror)] = reader
+    reader = readers.get(_place(url))
     return Url(url.partition("#")[0]) if reader is None else reader(text, url)
+
+
+def _is_address(url: str) -> bool:
+    """Whether a URL names a host, and has no sign that no address has."""
+    if not names_host(url) or CONTROL.search(url) or _ends_in_login(url):
+        return False
+    # A blank or a quote in a path is part of a file's name; in front of the path it is a mistake.
+    place = urlsplit(url).netloc
+    return not re.search(r"\s", place) and not set(place.rpartition("@")[2]) & {*QUOTES, *QUOTES.values()}
+
+
+def _place(url: str) -> str:
+    """Host and port in one spelling: without login, without www., without the scheme's own port."""
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").removeprefix("www.")
+        own = parts.port in (None, {"http": 80, "https": 443}.get(parts.scheme))
+    except ValueError:  # a mirror's, which is no address
+        return ""
+    return host if own else f"{host}:{parts.port}"
 
 
 def _ends_in_login(url: str) -> bool:
@@ -365,7 +384,7 @@ def _read_hugging_face(text: str, url: str) -> HuggingFace:
     token = _token_in(text, parts)
     segments = [unquote(segment) for segment in parts.path.split("/") if segment]
     name = r"[A-Za-z0-9_.-]+"
-    if len(segments) < 2 or segments[0] in ("datasets", "spaces", "api", "models", "docs", "blog", "collections"):
+    if len(segments) < 2 or NO_REPOS.fullmatch(segments[0]):
         segments = []
     if not segments or not all(re.fullmatch(name, part) for part in segments[:2]) or ".." in segments:
         raise ValueError(
@@ -373,6 +392,11 @@ def _read_hugging_face(text: str, url: str) -> HuggingFace:
             "with /resolve/revision/file or /tree/revision/folder where one is meant."
         )
     repo, rest = "/".join(segments[:2]), segments[2:]
+    if rest and ABOUT_REPOS.fullmatch(rest[0]):
+        raise ValueError(
+            f"{redact(text)[:120]!r} is a page about a model on Hugging Face; it must be "
+            f"{HuggingFace(repo).name}, or a file of it."
+        )
     if not rest:
         return HuggingFace(repo, token=token)
     if rest[0] not in ("blob", "resolve", "raw", "tree") or len(rest) == 1:

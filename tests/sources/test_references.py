@@ -143,6 +143,7 @@ NONE = [
     *("http://", "http:///a", "http://[::1", "http://a b/c", "https://host:port/a", "https://exa\nmple.com/a"),
     *("huggingface.co/owner", "huggingface.co/datasets/owner/repo", "huggingface.co/owner/repo/blob/main/../x"),
     *("https://civitai.com/images/3", "civitai.com/models/name", "https://civitai.com/models/1?modelVersionId=x"),
+    *("https://huggingface.co/settings/tokens", "huggingface.co/papers/2401.00001", "hf.co/posts/a/1"),
     *("https://replicate.com/explore", "urn:air:sdxl:lora:civitai:1@2", "urn:air:flux1:lora:huggingface:1", "urn:air:"),
     *(f"civitai.com/models/{LONG}", f"civitai.com/models/1?modelVersionId={LONG}", f"air:flux1:lora:civitai:{LONG}"),
     *(f"https://example.com/{'a' * 8200}", "a/" * 10_000, "//" * 10_000),
@@ -417,3 +418,30 @@ def test_mirrors_are_what_they_mirror() -> None:
     assert parse("http://127.0.0.1:8002/owner/name", mirrored) == Replicate("owner", "name")
     assert parse("http://127.0.0.1:8003/owner/name", mirrored) == Url("http://127.0.0.1:8003/owner/name")
     assert parse("https://huggingface.co/owner/repo", mirrored) == HuggingFace("owner/repo")
+
+
+@pytest.mark.parametrize("mirror", ["https://me:s3cr3t@mirror.example", "https://www.Mirror.example:443"])
+def test_a_host_is_the_same_however_it_is_written(mirror: str) -> None:
+    mirrored = Settings(MINIATURE, hf_endpoint=mirror)
+    for host in ("mirror.example", "WWW.mirror.example", "me:s3cr3t@mirror.example:443"):
+        token = "s3cr3t" if "@" in host else None
+        assert parse(f"https://{host}/owner/repo", mirrored) == HuggingFace("owner/repo", token=token)
+    assert parse("http://www.huggingface.co:80/owner/repo", mirrored) == HuggingFace("owner/repo")
+    assert parse("https://CivitAI.com:443/models/3", mirrored) == Civitai(3)
+    assert parse("https://replicate.com:443/owner/name", mirrored) == Replicate("owner", "name")
+    assert isinstance(parse("https://huggingface.co:80/owner/repo", mirrored), Url)
+    assert isinstance(parse("https://a.example/b", replace(mirrored, hf_endpoint="https://[")), Url)
+
+
+@pytest.mark.parametrize("page", ["discussions/3", "commits/main", "settings", "community"])
+def test_a_page_about_a_repo_is_no_folder_of_it(page: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"is a page about a model on Hugging Face; it must be huggingface\.co/a/b, or"
+    ):
+        parse(f"https://huggingface.co/a/b/{page}?x=1#y")
+
+
+@pytest.mark.parametrize("url", ["https://x y/a.png", 'https://"x.example"/a.png', "https://x.example/a\u2028.png"])
+def test_a_picture_s_host_has_no_blank_and_no_quote(url: str) -> None:
+    with pytest.raises(ValueError, match="it must be an http"):
+        parse_picture("image", url)
