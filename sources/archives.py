@@ -22,7 +22,7 @@ from settings import MIB
 from sources import configs
 from sources.connections import StoppedError
 from sources.contents import Check, Contents, Reserve, UnfitError, copy_checked
-from sources.shown import brief
+from sources.shown import brief, noted
 
 T = TypeVar("T")
 # Weights hardly shrink when packed. Small files may: an untrained half of a LoRA is all zeros.
@@ -222,7 +222,7 @@ def _open_member(members: Mapping[str, T], opened: Callable[[T], BinaryIO], cont
 def _trigger_words(training: bytes) -> tuple[str, ...]:
     """What ai-toolkit, which Replicate trains with, was told to teach."""
     found = re.search(rb"""^[ \t-]*["']?trigger_word["']?[ \t]*:[ \t]*["']?([^"'#\r\n]+)""", training, re.MULTILINE)
-    word = brief(found[1].decode(errors="replace")).strip() if found else ""
+    word = noted(found[1].decode(errors="replace").strip()) if found else ""
     return (word,) if word and word != "null" else ()
 
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from service import strict_json
 from settings import MIB
 from sources.client import CHUNK
-from sources.shown import brief, gigabytes
+from sources.shown import gigabytes, noted
 
 # Called with a size before a file grows to it; may refuse.
 Reserve = Callable[[int], None]
@@ -181,7 +181,7 @@ def _trigger_words(metadata: dict[str, str]) -> tuple[str, ...]:
     if not phrase and "ai-toolkit" in metadata.get("software", ""):
         found = TAUGHT.fullmatch(metadata.get("ss_tag_frequency", ""))
         phrase = json.loads(f'"{found[1]}"') if found else ""
-    return (brief(phrase.strip()),) if phrase.strip() else ()
+    return (noted(phrase.strip()),) if phrase.strip() else ()
 
 
 def _extent(name: str, tensor: dict[str, Any]) -> tuple[int, int, int, str]:

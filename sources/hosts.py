@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, urlencode, urlsplit
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from service.lines import printable
-from settings import Settings
+from settings import Settings, names_host
 from sources import configs
 from sources.client import Client, Source, UnavailableError
 from sources.references import COMMIT, Civitai, HuggingFace, Replicate, Url
-from sources.shown import brief, hide_tokens, host_of, redact
+from sources.shown import brief, hide_tokens, host_of, noted, redact
 
 MAX_WORDS = 32
 # CivitAI's names of the models that LoRAs for dev or schnell are for, exactly, in the order in which they count: the
@@ -251,16 +251,16 @@ def _resolve_civitai(reference: Civitai, settings: Settings, client: Client, has
     answer = client.json(Source(reference.name, f"{endpoint}/api/v1/{asked}", token, advice=advice), hasty)
     try:
         version = _newest(answer["modelVersions"], reference) if reference.version is None else answer
+        default = f"/api/download/models/{version['id']}"
         file = _choose_file(version, reference)
-        download = urlsplit(file.get("downloadUrl") or f"/api/download/models/{version['id']}")
-        base = version.get("baseModel")
+        download = _link(file)
         print(
-            f"{reference.name}: {brief(file['name'])} of version {brief(str(version['id']))}, for {brief(str(base))}."
+            f"{reference.name}: {brief(file['name'])} of version {noted(str(version['id']))}, for {_base_of(version)}."
         )
         sha256 = str((file.get("hashes") or {}).get("SHA256", "")).lower()
         return Source(
             reference.name,
-            f"{endpoint}{download.path}{'?' if download.query else ''}{download.query}",
+            f"{endpoint}{download.path or default}{'?' if download.query else ''}{download.query}",
             token=token,
             key=f"civitai {version['id']} {file.get('id')} {sha256}",
             sha256=sha256 if SHA256.fullmatch(sha256) else None,
@@ -283,11 +283,15 @@ def _newest(versions: list[dict[str, Any]], reference: Civitai) -> dict[str, Any
             return max(fitting, key=_age)
     if not usable:
         raise ValueError(f"{reference.name} has no version with a .safetensors file.")
-    others = brief(", ".join(f"{version.get('baseModel')} (version {version['id']})" for version in usable))
+    others = noted(", ".join(f"{_base_of(version)} (version {version['id']})" for version in usable))
     raise ValueError(
         f"{reference.name} has no version for FLUX.1 [dev] or [schnell]; it is for {others}. Where one of these is "
         f"meant, it must be named, as {reference.name}?modelVersionId=…."
     )
+
+
+def _base_of(version: dict[str, Any]) -> str:
+    return noted(str(version.get("baseModel") or "a model without a name"))
 
 
 def _age(version: dict[str, Any]) -> tuple[str, int]:
@@ -298,7 +302,7 @@ def _weights_of(version: dict[str, Any]) -> list[dict[str, Any]]:
     """The files of a version that may be its LoRA: neither what it was trained on, nor what cannot be read safely."""
     return [
         file
-        for file in version.get("files", ())
+        for file in version.get("files") or ()
         if _is_weights(file) and file.get("type", "Model") in ("Model", "Pruned Model")
     ]
 
@@ -314,11 +318,23 @@ def _choose_file(version: dict[str, Any], reference: Civitai) -> dict[str, Any]:
     if not fitting:
         raise ValueError(f"{reference.name} has no .safetensors file.")
     wanted = dict(parse_qsl(reference.query)).items()
-    asked = [file for file in fitting if wanted <= dict(parse_qsl(urlsplit(file.get("downloadUrl", "")).query)).items()]
+    asked = [file for file in fitting if wanted <= dict(parse_qsl(_link(file).query)).items()]
     return max(asked if wanted and asked else fitting, key=lambda file: bool(file.get("primary")))
+
+
+def _link(file: dict[str, Any]) -> SplitResult:
+    """Where CivitAI says that a file lies, which is on itself; empty where it does not say.
+
+    Raises:
+        TypeError: it says something odd.
+    """
+    place = file.get("downloadUrl") or ""
+    if place and not names_host(place):
+        raise TypeError
+    return urlsplit(place)
 
 
 def _words(value: object) -> tuple[str, ...]:
     """The first trigger words, from whatever somebody put where they belong."""
     words = value[:MAX_WORDS] if isinstance(value, list) else [value]
-    return tuple(brief(word.strip()) for word in words if isinstance(word, str) and word.strip())
+    return tuple(noted(word.strip()) for word in words if isinstance(word, str) and word.strip())

@@ -110,6 +110,11 @@ def brief(text: str) -> str:
     return printable(text[:200] if len(text) <= 200 else f"{text[:197]}...")
 
 
+def noted(text: str) -> str:
+    """What others have written into a file or beside it, in one line of a log; an address in it may hold a token."""
+    return brief(redact_text(text[:1000]))
+
+
 def gigabytes(size: int) -> str:
     """A number of bytes as people read it."""
     return f"{size / GIB:.2f} GB" if size >= GIB / 100 else f"{size / MIB:.2f} MB"

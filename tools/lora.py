@@ -32,7 +32,7 @@ from lora_loader import Lora, read_lora
 from request import LoraChoice, LoraFile
 from service.machine import drawing_device
 from settings import OFFICIAL, ROOT, Settings
-from sources.shown import brief, gigabytes, redact, redact_text
+from sources.shown import brief, gigabytes, noted, redact
 from weights import WeightsCache, on_disk, outlines, read_own_choices
 
 MODELS = ("transformer", "text_encoder")
@@ -56,8 +56,8 @@ class Checked:
             file.name,
             str(self.lora.report).removesuffix("."),
             f"{self.nbytes:,} bytes ({gigabytes(self.nbytes)}), SHA-256 {file.sha256}",
-            f"base model by its header: {f'{_shown(base[0])} ({base[1]})' if base else 'none named'}",
-            f"trigger words: {', '.join(map(_shown, file.trigger_words)) or 'none named'}",
+            f"base model by its header: {f'{noted(base[0])} ({base[1]})' if base else 'none named'}",
+            f"trigger words: {', '.join(file.trigger_words) or 'none named'}",
             *(_size_line(model.replace("_", " "), size) for model, size in self.sizes.items()),
         ]
 
@@ -69,8 +69,8 @@ class Checked:
             "name": self.file.name,
             "bytes": self.nbytes,
             "sha256": self.file.sha256,
-            "base_model": {"name": _shown(base[0]), "stated_in": base[1]} if base else None,
-            "trigger_words": [_shown(it) for it in self.file.trigger_words],
+            "base_model": {"name": noted(base[0]), "stated_in": base[1]} if base else None,
+            "trigger_words": list(self.file.trigger_words),
             **self.lora.report.metric(),
             "change": {
                 model: {
@@ -160,11 +160,6 @@ def _size_line(model: str, size: Size) -> str:
 
 def _percent(ratio: float) -> str:
     return f"{100 * ratio:.1f} %" if ratio >= 0.1 else f"{100 * ratio:.2g} %"
-
-
-def _shown(text: str) -> str:
-    """What others have written into a file, in one line; an address in it may hold a token."""
-    return brief(redact_text(text))
 
 
 def _cosine(value: float | None) -> str:

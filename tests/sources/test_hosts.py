@@ -471,6 +471,41 @@ def test_what_civitai_does_not_have(places: Settings, host: Host, storage: Host)
         assert "civitai.com/models/9" in refusal(places, "civitai.com/models/9")
 
 
+@pytest.mark.parametrize("place", ["@{host}/a", "//{host}/a", "a", "http://[", "file:///a", 5, ["a"]])
+def test_where_a_file_of_civitai_is_said_to_lie_leads_to_no_other_host(
+    places: Settings, host: Host, storage: Host, place: object
+) -> None:
+    link = place.format(host=storage.address.removeprefix("http://")) if isinstance(place, str) else place
+    file = {"name": "a.safetensors", "downloadUrl": link}
+    version = {"id": 2, "baseModel": "Flux.1 D", "files": [file]}
+    host.routes["/api/v1/models/9"] = in_json({"modelVersions": [version]})
+    said = refusal(replace(places, civitai_token=SECRET), "civitai.com/models/9")
+    assert said == "civitai.com/models/9 cannot be looked up: 127.0.0.1 sent something else than an answer."
+    assert storage.seen == []
+
+
+def test_a_version_of_civitai_without_files_or_base_stands_in_no_other_s_way(places: Settings, host: Host) -> None:
+    versions = [{"id": 1, "files": None}, {"id": 5, "files": [{"name": "a.safetensors"}]}]
+    host.routes["/api/v1/models/7"] = in_json({"modelVersions": versions})
+    assert "it has 5 for a model without a name. Where" in refusal(places, "civitai.com/models/7")
+
+
+@pytest.mark.parametrize("odd", [5, {"a": SECRET}, [[SECRET]], True, ["a", None]])
+def test_trigger_words_of_odd_types_are_left_out(places: Settings, host: Host, storage: Host, odd: object) -> None:
+    hugging_face(host, storage, "o/r", {"a.safetensors": LORA}, card={"instance_prompt": odd})
+    with WeightsCache(places, QUICK).open("huggingface.co/o/r") as weights:
+        assert weights.trigger_words == (("a",) if odd == ["a", None] else ())
+
+
+def test_trigger_words_show_no_secret(places: Settings, host: Host, storage: Host) -> None:
+    address = f"see https://u:{SECRET}@example.com/a?token={SECRET}"
+    hugging_face(host, storage, "o/r", {"a.safetensors": LORA}, card={"instance_prompt": address})
+    storage.routes["/a"] = File(make_lora(seed=5, **{"modelspec.trigger_phrase": address}))
+    for reference in ("huggingface.co/o/r", storage.url("/a")):
+        with WeightsCache(places, QUICK).open(reference) as weights:
+            assert weights.trigger_words == ("see https://example.com/a",)
+
+
 @pytest.mark.parametrize("end", ["\n", "\r", "\v", "\f", "\x1c", "\x1e", "\x85", "\u2028", "\u2029"])
 def test_what_others_named_cannot_pretend_to_be_something_else_in_the_log(
     places: Settings, host: Host, storage: Host, capfd: pytest.CaptureFixture, end: str
