@@ -55,9 +55,9 @@ def read_inputs(pairs: list[str], document: dict[str, Any]) -> dict[str, Any]:
         if value == "null" and not _is_text(field):
             inputs.pop(key, None)  # Cog refuses null itself
         elif kind == "string" and value.startswith("@"):
-            path = Path(value[1:]).expanduser()
-            if not path.is_file():
+            if not _is_file(value[1:]):
                 raise ValueError(f"{key}: there is no file {value[1:]!r}.")
+            path = Path(value[1:]).expanduser()
             sent += path.stat().st_size
             if sent > MAX_FILE_BYTES:
                 raise ValueError(

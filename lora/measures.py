@@ -81,9 +81,9 @@ def _size(squares: Mapping[str, tuple[float, float]], left_out: int, *, known: b
 
 
 def cosine(products: Tensor, first: int, second: int) -> float | None:
-    """The cosine of two LoRAs' changes by their inner products; None where one of them changes nothing."""
+    """The cosine of two LoRAs' changes by their inner products; None where one is nothing, or beyond all numbers."""
     norms = math.sqrt(products[first, first].item()) * math.sqrt(products[second, second].item())
-    return min(1.0, max(-1.0, products[first, second].item() / norms)) if norms else None
+    return min(1.0, max(-1.0, products[first, second].item() / norms)) if 0 < norms < math.inf else None
 
 
 def squared_norm(tensor: Tensor) -> float:

@@ -56,3 +56,9 @@ def test_the_name_of_a_file_without_its_sign_is_refused(key: str, value: str) ->
 )
 def test_what_may_mean_something_else_is_sent_as_it_is(key: str, value: str) -> None:
     assert read_inputs(["prompt=a", f"{key}={value}"], DOCUMENT)[key] == value
+
+
+@pytest.mark.parametrize("value", ["~nobody-of-that-name/a.png", "a" * 5000, "a\0", "", "."])
+def test_what_is_no_file_behind_the_sign_is_said(value: str) -> None:
+    with pytest.raises(ValueError, match=f"^image: there is no file {re.escape(repr(value))}\\.$"):
+        read_inputs(["prompt=a", f"image=@{value}"], DOCUMENT)

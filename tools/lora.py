@@ -7,6 +7,7 @@ change is measured beside them. This module knows reports; `lora.measures` knows
 
 import argparse
 import json
+import math
 import os
 import sys
 import warnings
@@ -74,10 +75,10 @@ class Checked:
             **self.lora.report.metric(),
             "change": {
                 model: {
-                    "norm": size.delta,
-                    "base_norm": size.base,
-                    "ratio": size.ratio,
-                    "most": {"parameter": size.most[0], "ratio": size.most[1]} if size.most else None,
+                    "norm": _finite(size.delta),
+                    "base_norm": _finite(size.base),
+                    "ratio": _finite(size.ratio),
+                    "most": {"parameter": size.most[0], "ratio": _finite(size.most[1])} if size.most else None,
                     "left_out": size.left_out,
                 }
                 for model, size in self.sizes.items()
@@ -159,11 +160,18 @@ def _size_line(model: str, size: Size) -> str:
 
 
 def _percent(ratio: float) -> str:
-    return f"{100 * ratio:.1f} %" if ratio >= 0.1 else f"{100 * ratio:.2g} %"
+    return f"{100 * ratio:.1f} %" if 0.1 <= ratio < 1000 else f"{100 * ratio:.2g} %"
+
+
+def _finite(number: float | None) -> float | None:
+    """A number as JSON can say it: what is too large for float32 it cannot."""
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _cosine(value: float | None) -> str:
-    return "one of them changes nothing" if value is None else f"{round(value, 3) + 0.0:6.3f}"  # no -0.000
+    return (
+        "one of them changes nothing, or is too large for numbers" if value is None else f"{round(value, 3) + 0.0:6.3f}"
+    )  # no -0.000
 
 
 def check(references: Sequence[str], here: Path, settings: Settings) -> Checks:
