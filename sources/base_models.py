@@ -175,9 +175,10 @@ class _Model:
         if kept is not None and kept.listed and kept.commit == self.reference.revision:  # which never changes
             return kept
         try:
-            files = self.client.persist(self._ask, hasty=kept is not None or constants.is_offline_mode())
-            if missing := files.missing(weights=weights):
-                self._download(files, missing)
+            hasty = kept is not None or constants.is_offline_mode()
+            files = self.client.persist(self._ask, hasty)
+            # Files that have come stay; of one that was broken off, the library begins anew.
+            self.client.persist(lambda: self._download(files, files.missing(weights=weights)), hasty)
             return files
         except ValueError as error:
             if kept is None:
@@ -225,7 +226,9 @@ class _Model:
         return _Files(commit, self.home / "snapshots" / commit, {path: sizes[path] for path in needed}, listed)
 
     def _download(self, files: _Files, paths: list[str]) -> None:
-        """Have the library download these files, after a look at what that takes of the disk."""
+        """Have the library download these files, if any, after a look at what that takes of the disk."""
+        if not paths:
+            return
         name, host = self.reference.name, host_of(self.settings.hf_endpoint)
         download = partial(
             huggingface_hub.snapshot_download,

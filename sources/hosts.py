@@ -15,7 +15,6 @@ from urllib.parse import SplitResult, parse_qsl, quote, urlencode, urlsplit
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from service.lines import printable
 from settings import Settings, names_host
 from sources import configs
 from sources.client import Client, Source, UnavailableError
@@ -78,7 +77,7 @@ def _resolve_hugging_face(reference: HuggingFace, settings: Settings, client: Cl
     path = reference.file if reference.file is not None else _choose_in_repo(reference, repo, settings, client)
     if path not in repo.files:
         raise ValueError(f"{reference.name} does not exist; the repo has {_some(_weights_in(repo, ''))}.")
-    print(f"{reference.name}: {printable(hide_tokens(path))} of commit {repo.commit[:8]}.")
+    print(f"{reference.name}: {brief(hide_tokens(path))} of commit {repo.commit[:8]}.")
     source, beside = repo.files[path], configs.beside(path, repo.files)
     if beside is None:
         return source
@@ -129,7 +128,7 @@ def _read_repo(answer: dict[str, Any], reference: HuggingFace, settings: Setting
         sha256 = (file.get("lfs") or {}).get("sha256")
         sha256 = sha256 if sha256 and SHA256.fullmatch(sha256) else None
         return Source(
-            printable(hide_tokens(f"huggingface.co/{repo}/resolve/{reference.revision}/{path}")),
+            brief(hide_tokens(f"huggingface.co/{repo}/resolve/{reference.revision}/{path}")),
             f"{settings.hf_endpoint}/{repo}/resolve/{commit}/{quote(path, errors='replace')}",
             token=reference.token or settings.hf_token,
             key=f"{repo}/{path} {sha256 or file.get('blobId') or commit}",

@@ -189,6 +189,17 @@ def test_a_host_that_goes_down_in_the_middle_leaves_what_was_there(
         assert line.endswith("answered 500; try again later. The files on the disk are used.")
 
 
+def test_a_download_that_breaks_off_begins_again_and_what_has_come_stays(
+    places: Settings, host: Host, storage: Host
+) -> None:
+    hugging_face(host, storage, "o/r", {"config.json": b"{}", "model.safetensors": LARGE})
+    broken = File(LARGE, breaks=1, breaks_after=MIB)
+    storage.routes[f"/{hashlib.sha256(LARGE).hexdigest()}"] = broken
+    assert files_in(snapshot("o/r", places, QUICK))["model.safetensors"] == LARGE
+    assert broken.sent == MIB + len(LARGE)
+    assert len(storage.asked(f"/{hashlib.sha256(b'{}').hexdigest()}")) == 1
+
+
 def test_a_gated_base_model_says_what_to_accept_and_what_to_set(places: Settings, host: Host, storage: Host) -> None:
     hugging_face(host, storage, "black-forest-labs/FLUX.1-dev", PIPELINE, token=SECRET, gated=True)
     with pytest.raises(
