@@ -327,8 +327,8 @@ class _Lookup:
             path = path / choose((str(file.relative_to(path)) for file in path.rglob("*")), "The folder")
         with contextlib.ExitStack() as stack:
             content = stack.enter_context(_open_regular(path, name))
-            state = os.fstat(content.fileno())
-            with self._record(f"path {path.resolve()} {state.st_ino} {state.st_size} {state.st_mtime_ns}") as record:
+            state = os.fstat(content.fileno())  # of its times, the one that nobody can set
+            with self._record(f"path {path.resolve()} {state.st_ino} {state.st_size} {state.st_ctime_ns}") as record:
                 if record.key is None:
                     contents = Contents(name, state.st_size)
                     admit = partial(self._store.admit, name=name)

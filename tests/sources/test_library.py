@@ -66,6 +66,20 @@ def test_a_file_that_has_changed_is_another_one_and_its_config_and_words_come_al
     assert fetch_config(library, "local:styles/ink") == PEFT
 
 
+def test_a_file_of_the_same_size_and_date_may_be_another_one(library: Settings) -> None:
+    file = library.loras_dir / "zorp.safetensors"
+    os.utime(file, ns=(0, 0))
+    before = file.stat()
+    assert fetch(library, "zorp") == LORA
+    file.write_bytes(OTHER)
+    while file.stat().st_ctime_ns == before.st_ctime_ns:  # some clocks are coarse
+        os.utime(file, ns=(0, 0))
+    os.utime(file, ns=(0, 0))
+    now = file.stat()
+    assert (now.st_ino, now.st_size, now.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
+    assert fetch(library, "zorp") == OTHER
+
+
 def test_a_name_is_the_same_however_its_accents_are_written(library: Settings) -> None:
     composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
     (library.loras_dir / decomposed).mkdir()
