@@ -62,7 +62,7 @@ __all__ = [
     "outlines",
     "parse",
     "parse_picture",
-    "read_own_choices",
+    "read_choices",
 ]
 
 # What is read of a repo, where that is not all: schnell is drawn with dev's text encoders, tokenizers and VAE.

@@ -53,7 +53,8 @@ def read_own_choices(text: str, scale: float = 1) -> list[LoraChoice]:
     try:
         return read_choices(text, scale)
     except ValueError:
-        if _is_json(text) or (PLUS in text and text[:1] not in "/~."):
+        says_more = PLUS in text or _split(text)[1] != "1"
+        if _is_json(text) or (says_more and text[:1] not in "/~."):
             raise
         return [LoraChoice(text, scale, trusted=True)]
 

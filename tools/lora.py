@@ -34,7 +34,7 @@ from request import LoraChoice, LoraFile
 from service.machine import drawing_device
 from settings import OFFICIAL, ROOT, Settings
 from sources.shown import brief, gigabytes, noted, redact
-from weights import WeightsCache, on_disk, outlines, read_own_choices
+from weights import WeightsCache, on_disk, outlines, read_choices
 
 MODELS = ("transformer", "text_encoder")
 
@@ -204,14 +204,16 @@ def check(references: Sequence[str], here: Path, settings: Settings) -> Checks:
 
 def read_all(text: str, here: Path, settings: Settings, shapes: tuple[nn.Module, nn.Module]) -> list[Checked | Refused]:
     """The LoRAs that a text names, see `check`; or what was wrong with each."""
-    path = here / text
+    shown = brief(redact(text))
     with suppress(OSError):  # too long for a path: a data URI
-        if path.exists():
+        if text.strip() and (path := here / text).exists():
             return [read(text, LoraChoice(str(path), trusted=True), settings, shapes)]
     try:
-        choices = read_own_choices(text)
+        choices = read_choices(text) if text.strip() else []
     except ValueError as error:
-        return [Refused(brief(redact(text)), str(error))]
+        return [Refused(shown, f"There is no file or folder of that name; as a reference, {error}")]
+    if not choices:
+        return [Refused(shown, "It names no LoRA.")]
     return [read(choice.reference, choice, settings, shapes) for choice in choices]
 
 

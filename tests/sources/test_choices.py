@@ -113,8 +113,10 @@ def test_the_operator_s_own_may_be_a_path(tmp_path: Path) -> None:
     path.touch()
     assert read_own_choices(str(path), 0.5) == [LoraChoice(str(path), 0.5, trusted=True)]
     assert read_own_choices("zorp*0.5 + owner/name", 2) == [LoraChoice("zorp", 1), LoraChoice("owner/name", 2)]
-    for missing in (str(tmp_path / "missing"), "~nobody-of-that-name/a.safetensors"):
+    for missing in (str(tmp_path / "missing"), f"{tmp_path}/missing*2", "~nobody-of-that-name/a.safetensors"):
         assert read_own_choices(missing) == [LoraChoice(missing, trusted=True)]
+    with pytest.raises(ValueError, match="'zorp' has strength 99"):
+        read_own_choices("zorp*99")
 
 
 def test_what_names_the_same_loras_has_one_identity_whatever_their_order_and_strength() -> None:

@@ -145,6 +145,13 @@ def test_of_a_sum_each_term_is_reported(settings: Settings, tmp_path: Path) -> N
     assert refused.error.startswith("'nonsense!' names no LoRA")
 
 
+@pytest.mark.parametrize("text", ["", " ", "[]"])
+def test_what_names_nothing_is_refused(settings: Settings, tmp_path: Path, text: str) -> None:
+    checks = check([text], tmp_path, settings)
+    assert checks.failed
+    assert checks.report().endswith("It names no LoRA.")
+
+
 def test_the_text_encoders_change_is_measured_beside_it(tmp_path: Path) -> None:
     settings = Settings(models.write_models(tmp_path), cache_dir=tmp_path / "cache")
     clip = models.text_encoder()
