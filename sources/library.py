@@ -8,6 +8,7 @@ import difflib
 import os
 import stat
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 from sources.references import ELSEWHERE, SUFFIXES, Local, parse
@@ -64,7 +65,8 @@ def _files_at(folder: Path, parts: list[str]) -> list[Path]:
     *folders, last = parts
     places = [folder]
     for part in folders:
-        places = [it for place in places for it in place.iterdir() if _normal(it.name) == part and it.is_dir()]
+        named = [it for place in places for it in place.iterdir() if _normal(it.name) == part]
+        places = [it for it in named if _is_within(it, folder, stat.S_ISDIR)]
     return [it for place in places for it in place.iterdir() if _stem(it.name) == last]
 
 
@@ -86,11 +88,11 @@ def _is_nameable(path: str) -> bool:
         return False
 
 
-def _is_within(file: Path, folder: Path) -> bool:
-    """Whether it is a regular file and lies in the folder, wherever links lead on the way to it."""
+def _is_within(path: Path, folder: Path, kind: Callable[[int], bool] = stat.S_ISREG) -> bool:
+    """Whether it is a regular file, or of another kind, and lies in the folder, wherever links lead on the way."""
     try:
-        place = file.resolve(strict=True)
-        return stat.S_ISREG(place.stat().st_mode) and place.is_relative_to(folder.resolve())
+        place = path.resolve(strict=True)
+        return kind(place.stat().st_mode) and place.is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # a link to nothing, or to itself
         return False
 

@@ -117,6 +117,16 @@ def test_a_name_that_is_missing_gets_the_nearest_ones(library: Settings) -> None
     assert refusal(library, "x").endswith("; it has a0, a1, a2, bold, local:styles/in deep/wet ink and 2 more.")
 
 
+def test_no_folder_outside_is_listed(library: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, listed, own = library.loras_dir, [], Path.iterdir
+    (tmp_path / "outside").mkdir()
+    (folder / "away").symlink_to(tmp_path / "outside")
+    monkeypatch.setattr(Path, "iterdir", lambda place: listed.append(place) or own(place))
+    with pytest.raises(ValueError, match="There is no LoRA 'local:away/x'"):
+        find("away/x", folder)
+    assert listed == [folder]
+
+
 def test_a_file_that_goes_between_look_up_and_reading_is_named(
     library: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
