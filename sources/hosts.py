@@ -120,7 +120,8 @@ def _read_repo(answer: dict[str, Any], reference: HuggingFace, settings: Setting
     validate_repo_id(repo)
     if not COMMIT.fullmatch(commit):
         raise UnavailableError(f"{reference.name} cannot be looked up: its host names no commit.")
-    trigger_words = _words((answer.get("cardData") or {}).get("instance_prompt"))
+    card = answer.get("cardData")  # which people write themselves
+    trigger_words = _words(card.get("instance_prompt") if isinstance(card, dict) else None)
     account = _account(reference, settings)
     refused = f"it is {_gate(repo, account)}" if answer.get("gated") else _needs_token(account)
 

@@ -414,8 +414,8 @@ def _read_civitai(text: str, url: str) -> Civitai:
     query = dict(parse_qsl(parts.query))
     query.pop("token", None)
     token = _token_in(text, parts)
-    # A page in another language has that before its own path: /pt-BR, /zh-Hans, /fil.
-    path = re.sub(r"^/(?!api/)[A-Za-z]{2,3}(?:-[A-Za-z]{2,4})?(?=/)", "", parts.path)
+    # A page in another language has that before its own path: /pt-BR, /zh-Hans, /es-419.
+    path = re.sub(r"^/(?!api/)[A-Za-z]{2,3}(?:-[A-Za-z0-9]{2,4})?(?=/)", "", parts.path)
     if found := re.fullmatch(rf"/api/download/models/({NUMBER})/?", path):
         return Civitai(None, int(found[1]), urlencode(query), host, token)
     if found := re.fullmatch(rf"(?:/api/v1)?/model-versions/({NUMBER})/?", path):

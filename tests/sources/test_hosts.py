@@ -495,6 +495,10 @@ def test_trigger_words_of_odd_types_are_left_out(places: Settings, host: Host, s
     hugging_face(host, storage, "o/r", {"a.safetensors": LORA}, card={"instance_prompt": odd})
     with WeightsCache(places, QUICK).open("huggingface.co/o/r") as weights:
         assert weights.trigger_words == (("a",) if odd == ["a", None] else ())
+    hugging_face(host, storage, "o/r", {"a.safetensors": LORA})
+    info = {"id": "o/r", "sha": "c" * 40, "siblings": [{"rfilename": "a.safetensors"}], "cardData": odd}
+    host.routes["/api/models/o/r/revision/main"] = in_json(info)
+    assert fetch(places, "huggingface.co/o/r") == LORA
 
 
 def test_trigger_words_show_no_secret(places: Settings, host: Host, storage: Host) -> None:

@@ -103,6 +103,7 @@ FORMS = [
     ("https://a:b@civitai.com/api/download/models/34?token=s3cr3t", Civitai(None, 34, token="s3cr3t")),
     ("https://civitai.com/pt-BR/models/12/um-nome?modelVersionId=34", Civitai(12, 34)),
     ("https://civitai.com/zh-Hans/models/12", Civitai(12)),
+    ("https://civitai.com/es-419/models/12", Civitai(12)),
     ("civitai.com/fil/api/download/models/34", Civitai(None, 34)),
     ("civitai.com/de/model-versions/34", Civitai(None, 34)),
     ("collections/flux", Replicate("collections", "flux")),
