@@ -487,7 +487,7 @@ def test_where_a_file_of_civitai_is_said_to_lie_leads_to_no_other_host(
 def test_a_version_of_civitai_without_files_or_base_stands_in_no_other_s_way(places: Settings, host: Host) -> None:
     versions = [{"id": 1, "files": None}, {"id": 5, "files": [{"name": "a.safetensors"}]}]
     host.routes["/api/v1/models/7"] = in_json({"modelVersions": versions})
-    assert "it has 5 for a model without a name. Where" in refusal(places, "civitai.com/models/7")
+    assert "it is for a model without a name (version 5). Where" in refusal(places, "civitai.com/models/7")
 
 
 @pytest.mark.parametrize("odd", [5, {"a": SECRET}, [[SECRET]], True, ["a", None]])

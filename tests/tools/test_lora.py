@@ -142,7 +142,7 @@ def test_of_a_sum_each_term_is_reported(settings: Settings, tmp_path: Path) -> N
     names = [it.file.name for it in check(["zorp*0.5 + bold", '[{"path": "dusk"}]'], tmp_path, settings).loras]
     assert names == ["zorp", "bold", "dusk"]
     (refused,) = check(["zorp + nonsense!"], tmp_path, settings).loras
-    assert refused.error.startswith("'nonsense!' names no LoRA")
+    assert "as a reference, 'nonsense!' names no LoRA" in refused.error
 
 
 @pytest.mark.parametrize("text", ["", " ", "[]"])
