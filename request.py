@@ -29,7 +29,7 @@ def named_blocks(key: str) -> tuple[str, range]:
     """The kind of blocks that a key such as "double_blocks.0-6" names, and their numbers: of a kind alone, any.
 
     Raises:
-        ValueError: the end of a sentence about what has this key.
+        ValueError: the end of a sentence that names this key.
     """
     if found := BLOCKS.fullmatch(key):
         kind, first, last = found.groups()
@@ -37,8 +37,8 @@ def named_blocks(key: str) -> tuple[str, range]:
         if numbers:
             return kind, numbers
     raise ValueError(
-        f"blocks {key[:40]!r}; it must be double_blocks or single_blocks, alone or with numbers from the lower to "
-        "the higher, such as double_blocks.3 or double_blocks.0-6."
+        "it must be double_blocks or single_blocks, alone or with numbers from the lower to the higher, such as "
+        "double_blocks.3 or double_blocks.0-6."
     )
 
 

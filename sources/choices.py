@@ -11,15 +11,16 @@ Parsing is pure: no file is opened, no host is asked. What one reference by itse
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from request import MOST_LORAS, LoraChoice, exact, named_blocks
 from service import strict_json
 from sources.references import MAX_CHARACTERS, SUFFIXES, Civitai, Replicate, identity, parse, unwrapped
-from sources.shown import QUOTES, redact
+from sources.shown import QUOTES, redact, redact_text
 
 PLUS = " + "
 DECIMAL = re.compile(r"[+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})")
@@ -28,6 +29,7 @@ LONGEST_SUM = 8 * MAX_CHARACTERS
 # More deforms every picture, and is a slip of the pen more often than a wish.
 LARGEST_STRENGTH = 10
 NAMES = ("path", "scale", "clip", "blocks")
+SIGNS = "a factor must be a decimal, as in zorp*0.8, and a + between two LoRAs must have a space on either side"
 RIGHT = 'it must be a list such as [{"path": "owner/name", "scale": 0.8}]'
 
 
@@ -41,8 +43,7 @@ def read_choices(text: str, scale: float = 1) -> list[LoraChoice]:
     Raises:
         ValueError: a sentence that names the bad term and says what would be right.
     """
-    terms = list(_read_json(unwrapped(text))) if _is_json(text) else _read_sum(_unquoted(text))
-    return [_times(term, scale) for term in terms]
+    return [_times(choice, scale) for choice in _read(text)]
 
 
 def read_own_choices(text: str, scale: float = 1) -> list[LoraChoice]:
@@ -51,12 +52,12 @@ def read_own_choices(text: str, scale: float = 1) -> list[LoraChoice]:
         if Path(text).expanduser().exists():
             return [LoraChoice(text, scale, trusted=True)]
     try:
-        return read_choices(text, scale)
+        choices = _read(text)
     except ValueError:
-        says_more = PLUS in text or _split(text)[1] != "1"
-        if _is_json(text) or (says_more and text[:1] not in "/~."):
+        if _is_json(text) or (PLUS in text and text[:1] not in "/~."):
             raise
         return [LoraChoice(text, scale, trusted=True)]
+    return [_times(choice, scale) for choice in choices]
 
 
 def identities(text: str) -> set[str]:
@@ -70,8 +71,8 @@ def identities(text: str) -> set[str]:
 
 
 def references(text: str) -> list[str]:
-    """The references in a sum or in JSON, of a reasonable length; none in any other text."""
-    if len(text) > LONGEST_SUM or not (PLUS in text or _is_json(text)):
+    """The references in a sum, before a factor or in JSON, of a reasonable length; none in any other text."""
+    if len(text) > LONGEST_SUM or not (PLUS in text or "*" in text or _is_json(text)):
         return []
     try:
         return [choice.reference for choice in read_choices(text)]
@@ -95,8 +96,13 @@ def rewrite(text: str, renamed: Mapping[str, str]) -> str:
     return re.sub("|".join(longest_first), lambda found: renamed[found[0]], text)
 
 
+def _read(text: str) -> list[LoraChoice]:
+    """The same, each with a strength of its own."""
+    return list(_read_json(unwrapped(text))) if _is_json(text) else _read_sum(_unquoted(text))
+
+
 def _is_json(text: str) -> bool:
-    return unwrapped(text).startswith("[")
+    return unwrapped(text).startswith(("[", "{"))
 
 
 def _unquoted(text: str) -> str:
@@ -108,18 +114,19 @@ def _unquoted(text: str) -> str:
 def _times(choice: LoraChoice, scale: float) -> LoraChoice:
     """A choice of an input with a scale; no strength in it may be too large."""
 
-    def strength(own: float) -> float:
-        product = exact(own) * exact(scale)
+    def strength(own: float, factor: float = 1, where: str = "") -> float:
+        product = exact(own) * exact(factor) * exact(scale)
         if abs(product) > LARGEST_STRENGTH:
             raise ValueError(
-                f"{_named(choice.reference)} has strength {float(product):g}, which is its own {own:g} times the "
-                f"input's scale {scale:g}; it must be from {-LARGEST_STRENGTH} to {LARGEST_STRENGTH}."
+                f"{_named(choice.reference)} has strength {own * factor * scale:.15g}{where}, which is its own "
+                f"{own * factor:.15g} times the input's scale {scale:.15g}; it must be from {-LARGEST_STRENGTH} to "
+                f"{LARGEST_STRENGTH}."
             )
         return float(product)
 
-    for factor in choice.blocks.values():
-        strength(float(exact(factor) * exact(choice.scale)))
-    clip = None if choice.clip is None else strength(choice.clip)
+    for key, factor in choice.blocks.items():
+        strength(choice.scale, factor, f" in {key}")
+    clip = None if choice.clip is None else strength(choice.clip, where=" in the text encoder")
     return LoraChoice(choice.reference, strength(choice.scale), clip=clip, blocks=choice.blocks)
 
 
@@ -154,7 +161,12 @@ def _read_term(text: str, *, alone: bool) -> LoraChoice:
     source, factor = _split(_unquoted(text))
     if not alone and _is_plain_data(source):
         raise ValueError("A data: URI in a sum must be base64: data:;base64,content.")
-    parse(source)
+    try:
+        parse(source or text)
+    except ValueError as error:
+        if source[:5].lower() == "data:" or not ("*" in text or "+" in text):
+            raise
+        raise ValueError(f"{str(error).rstrip('.')}; {SIGNS}.") from None
     return LoraChoice(source, float(factor))
 
 
@@ -175,9 +187,12 @@ def _is_plain_data(text: str) -> bool:
 
 def _read_json(text: str) -> Iterator[LoraChoice]:
     try:
-        items = strict_json.read(text.encode(errors="replace"))
+        items = strict_json.read(text.encode(errors="surrogatepass"))
+        if not isinstance(items, list):
+            raise ValueError("it is an object.")
     except ValueError as error:
-        raise ValueError(f"A text that begins with [ is read as JSON, and {str(error).rstrip('.')}; {RIGHT}.") from None
+        reason = redact_text(str(error)).rstrip(".")  # it may have a name
+        raise ValueError(f"A text that begins with {text[0]} is read as JSON, and {reason}; {RIGHT}.") from None
     if len(items) > MOST_LORAS:
         raise ValueError(f"A list of {len(items)} LoRAs is too long; it must have at most {MOST_LORAS}.")
     for number, item in enumerate(items, 1):
@@ -190,20 +205,42 @@ def _read_json(text: str) -> Iterator[LoraChoice]:
 def _read_object(path: str, item: Mapping[str, Any]) -> LoraChoice:
     def number(name: str, value: Any) -> float:  # noqa: ANN401 (JSON)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{name} {str(value)[:40]!r}; it must be a number.")
+            raise ValueError(f"{name} {_brief(value)}; it must be a number.")
         return float(value)
 
     try:
         if unknown := sorted(item.keys() - {*NAMES}):
-            raise ValueError(f"{unknown[0][:40]!r}; it may have {', '.join(NAMES[:-1])} and {NAMES[-1]}.")
+            raise ValueError(f"{_brief(unknown[0])}; it may have {', '.join(NAMES[:-1])} and {NAMES[-1]}.")
         blocks = {} if item.get("blocks") is None else item["blocks"]
         if not isinstance(blocks, dict):
             raise ValueError('blocks that are no object; they must be such as {"single_blocks": 0.5}.')
+        _check_keys(blocks)
         return LoraChoice(
             path,
             number("scale", item.get("scale", 1)),
             clip=None if item.get("clip") is None else number("clip", item["clip"]),
-            blocks={key: number(f"blocks {key[:40]!r}", blocks[key]) for key in blocks if named_blocks(key)},
+            blocks={key: number(f"blocks {key!r}", factor) for key, factor in blocks.items()},
         )
     except ValueError as error:
         raise ValueError(f"{_named(path)} has {error}") from None
+
+
+def _brief(value: Any) -> str:  # noqa: ANN401 (JSON)
+    return repr(redact(str(value))[:40])
+
+
+def _check_keys(keys: Iterable[str]) -> None:
+    """Refuse names of blocks that mean none, and two of which neither counts more: they overlap and name as many."""
+    ranges = []
+    for key in keys:
+        try:
+            kind, numbers = named_blocks(key)
+        except ValueError as error:
+            raise ValueError(f"blocks {_brief(key)}; {error}") from None
+        ranges.append((kind, len(numbers), numbers.start, key))
+    for (kind, count, first, key), (*others, start, other) in pairwise(sorted(ranges)):
+        if [kind, count] == others and start < first + count:
+            raise ValueError(
+                f"blocks {key!r} and {other!r}, of which neither counts more in what both name; one of two that "
+                "overlap must name fewer blocks than the other."
+            )

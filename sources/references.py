@@ -236,6 +236,8 @@ def _parse(text: str, settings: Settings | None) -> Reference:
         return _parse_local(text)
     if (reference := _read_replicate(text)) is not None:
         return reference
+    if re.fullmatch("sha256:[0-9a-f]{12}", text):
+        raise ValueError(f"{text!r} is how a data: URI was named that came within a request; it must be sent again.")
     raise _unknown(text)
 
 

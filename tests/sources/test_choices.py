@@ -63,21 +63,32 @@ WRONG = [
     ("zorp + data:,abc", "must be base64"),
     ("0.8*zorp", "'0.8*zorp' names no LoRA"),
     ("zorp*1e3", "'zorp*1e3' names no LoRA"),
+    ("zorp*1e3", "; a factor must be a decimal, as in zorp*0.8, and a + between two LoRAs must have a space on either"),
+    ("zorp*0.8+bold", "must have a space on either side."),
+    ("zorp + *0.5", "'*0.5' names no LoRA"),
+    ("zorp*10.0000001", "'zorp' has strength 10.0000001, which is its own 10.0000001 times"),
     ("zorp +", "'zorp +' names no LoRA"),
     (f"{EIGHT} + zorp", "A sum of 9 LoRAs is too long; it must have at most 8."),
     ("[", "read as JSON, and it is no JSON"),
     ('[{"path": "zorp", "path": "bold"}]', "it has the name 'path' twice"),
     ('[{"path": "zorp", "scale": NaN}]', "it has NaN"),
+    ('{"path": "zorp"}', "A text that begins with { is read as JSON, and it is an object; it must be a list such as"),
+    ('[{"path": "https://h/\ud800"}]', "it is not UTF-8 (byte 21)"),
     ("[1]", 'LoRA 1 of the list names no path; it must be a list such as [{"path": "owner/name", "scale": 0.8}].'),
     ('[{"path": "zorp"}, {"path": ""}]', "LoRA 2 of the list names no path"),
     ('[{"path": "zorp*0.5"}]', "'zorp*0.5' names no LoRA"),
     ('[{"path": "zorp", "strength": 1}]', "'zorp' has 'strength'; it may have path, scale, clip and blocks."),
     ('[{"path": "zorp", "scale": "1"}]', "'zorp' has scale '1'; it must be a number."),
     ('[{"path": "zorp", "scale": true}]', "'zorp' has scale 'True'; it must be a number."),
-    ('[{"path": "zorp", "clip": 11}]', "'zorp' has strength 11"),
+    ('[{"path": "zorp", "clip": 11}]', "'zorp' has strength 11 in the text encoder"),
+    ('[{"path": "zorp", "scale": 1e300, "blocks": {"single_blocks": 1e300}}]', "'zorp' has strength inf in single_"),
     ('[{"path": "zorp", "scale": 5, "blocks": {"single_blocks": 3}}]', "'zorp' has strength 15"),
     ('[{"path": "zorp", "blocks": [1]}]', "'zorp' has blocks that are no object"),
     ('[{"path": "zorp", "blocks": []}]', "'zorp' has blocks that are no object"),
+    ('[{"path": "zorp", "blocks": false}]', "'zorp' has blocks that are no object"),
+    ('[{"path": "zorp", "blocks": ""}]', "'zorp' has blocks that are no object"),
+    ('[{"path": "zorp", "blocks": {"double_blocks.0-6": 1, "double_blocks.6-12": 1}}]', "of which neither counts more"),
+    ('[{"path": "zorp", "blocks": {"single_blocks.1": 1, "single_blocks.01": 2}}]', "of which neither counts more"),
     ('[{"path": "zorp", "blocks": {"double_blocks.6-0": 1}}]', "'zorp' has blocks 'double_blocks.6-0'; it must be"),
     ('[{"path": "zorp", "blocks": {"transformer": 1}}]', "'zorp' has blocks 'transformer'; it must be double_blocks"),
     (json.dumps([{"path": "zorp"}] * 9), "A list of 9 LoRAs is too long"),
@@ -108,6 +119,31 @@ def test_a_strength_is_the_product_as_decimals(factor: int, scale: int) -> None:
     assert choice.scale == float(Fraction(factor, 100) * Fraction(scale, 100))
 
 
+def test_no_strength_is_too_large_to_be_refused() -> None:
+    with pytest.raises(ValueError, match="strength inf, which is its own 1e\\+308 times the input's scale 3"):
+        read_choices('[{"path": "zorp", "scale": 1e308}]', 3)
+
+
+def test_of_blocks_that_overlap_one_must_name_fewer() -> None:
+    blocks = {"double_blocks": 0.1, "double_blocks.0-6": 0.2, "double_blocks.6": 0.3, "double_blocks.7-13": 0.4}
+    (choice,) = read_choices(json.dumps([{"path": "zorp", "blocks": blocks}]))
+    assert choice.blocks == blocks
+
+
+WITH_SECRETS = ("https://u:s3cret99@h/a", "https://s3cret99@huggingface.co/a/b", "https://h/a?token=s3cret99")
+
+
+@pytest.mark.parametrize("address", WITH_SECRETS)
+def test_what_stands_where_it_does_not_belong_is_named_without_secrets(address: str) -> None:
+    for odd in ({address: 1}, {"scale": address}, {"scale": [address]}, {"blocks": {address: 1}}):
+        with pytest.raises(ValueError, match="'zorp' has ") as caught:
+            read_choices(json.dumps([{"path": "zorp", **odd}]))
+        assert "s3cret99" not in str(caught.value)
+    with pytest.raises(ValueError, match="twice") as caught:
+        read_choices(f'[{{"{address}": 1, "{address}": 2}}]')
+    assert "s3cret99" not in str(caught.value)
+
+
 def test_the_operator_s_own_may_be_a_path(tmp_path: Path) -> None:
     path = tmp_path / "a + b*2.safetensors"
     path.touch()
@@ -115,8 +151,8 @@ def test_the_operator_s_own_may_be_a_path(tmp_path: Path) -> None:
     assert read_own_choices("zorp*0.5 + owner/name", 2) == [LoraChoice("zorp", 1), LoraChoice("owner/name", 2)]
     for missing in (str(tmp_path / "missing"), f"{tmp_path}/missing*2", "~nobody-of-that-name/a.safetensors"):
         assert read_own_choices(missing) == [LoraChoice(missing, trusted=True)]
-    with pytest.raises(ValueError, match="'zorp' has strength 99"):
-        read_own_choices("zorp*99")
+    with pytest.raises(ValueError, match="'zorp' has strength 15, which is its own 5 times the input's scale 3"):
+        read_own_choices("zorp*5", 3)
 
 
 def test_what_names_the_same_loras_has_one_identity_whatever_their_order_and_strength() -> None:

@@ -212,6 +212,10 @@ def test_the_accepted_forms_are_listed() -> None:
                 "deployments",
             )
         ),
+        (
+            "sha256:0123456789ab",
+            "'sha256:0123456789ab' is how a data: URI was named that came within a request; it must be sent again.",
+        ),
     ],
 )
 def test_what_people_paste_instead_gets_a_sentence_of_its_own(text: str, sentence: str) -> None:
