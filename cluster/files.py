@@ -27,12 +27,13 @@ from service.faults import DISK_FULL
 from service.strict_json import compact
 from settings import MIB
 from sources.choices import references, rewrite
+from sources.references import MAX_CHARACTERS, unwrapped
 
 logger = logging.getLogger("ray.serve")
 
 # The URL of a file, uploaded or drawn, at whatever address of a front; the path of an output.
 _STORED = re.compile(
-    r"\s*(https?://.{1,1000})/(?:v1/files/([\w-]{1,128})|files/([\w-]{1,128})/[\w.-]{1,128})(?:[?#].*)?\s*",
+    r"(https?://.{1,1000})/(?:v1/files/([\w-]{1,128})|files/([\w-]{1,128})/[\w.-]{1,128})(?:[?#].*)?",
     re.ASCII | re.IGNORECASE,
 )
 # In JSON without spaces: from the quote that begins a string, before which there is no backslash, to the one that ends
@@ -152,7 +153,7 @@ class Files:
 
         async def find(text: str) -> str:
             nonlocal size
-            named = _STORED.fullmatch(text)
+            named = _stored(text)
             if named and text not in known:
                 if file := await predictions.file(named[2] or named[3]):
                     known[text] = file
@@ -216,12 +217,17 @@ def names_files(inputs: Any) -> bool:  # noqa: ANN401 (JSON)
     """Whether an input names what may be a file of the cluster."""
     values = inputs.values() if isinstance(inputs, dict) else ()
     texts = (text for value in values if isinstance(value, str) for text in (value, *references(value)))
-    return any(map(_STORED.fullmatch, texts))
+    return any(map(_stored, texts))
 
 
 def content_type(name: str) -> str:
     """What a file holds, by its name."""
     return mimetypes.guess_type(name)[0] or OCTETS
+
+
+def _stored(text: str) -> re.Match[str] | None:
+    """What a text says of a file of a cluster, if it may be the URL of one, with whatever was pasted around it."""
+    return _STORED.fullmatch(unwrapped(text)) if len(text) <= MAX_CHARACTERS else None
 
 
 def _characters(size: int) -> int:

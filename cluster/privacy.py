@@ -8,8 +8,11 @@ from itertools import chain, islice
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
+from request import MOST_LORAS
+from service import strict_json
 from service.lines import printable
-from sources.choices import references, rewrite
+from sources.choices import is_json, references, rewrite
+from sources.references import unwrapped
 from sources.shown import SECRET_NAME, hidden, is_reference, looks_random, redact, redact_text
 
 # The inputs of some predictors that are nothing but a secret; a parameter of a query of such a name is one too.
@@ -19,10 +22,14 @@ _LOGIN = re.compile(r"(.*?)(?:@|%(?:25)*40)", re.DOTALL)
 # What begins or ends the hidden parts of addresses: with one of these, few characters are no word.
 _DELIMITER = re.compile("[@?#;]")
 _FEWEST_CHARACTERS = 6
+# How JSON may write what ASCII has, and a slash.
+_ESCAPE = re.compile(r"\\(?:u00([2-7][0-9a-f])|([\"\\/]))", re.IGNORECASE)
+# What stands between two LoRAs of a sum, and around a string of JSON.
+_PLUS, _QUOTE = re.compile(r"(\+\s)"), re.compile(r'((?<!\\)")')
 # How many characters are shown of a string: a page lists a hundred predictions, and a prompt may have 100 MB.
 SHOWN_CHARACTERS = 10_000
 LOG_CHARACTERS = 200_000
-# The longest address whose parts are looked for in logs, and in how many strings of an input.
+# The longest address whose parts are looked for in logs, and JSON that is read, and in how many strings of an input.
 _ADDRESS_CHARACTERS = 20_000
 _ADDRESSES = 100
 # How many of its parts are: a login, a query, and what stands in them. Each costs a search of the whole log.
@@ -42,16 +49,49 @@ def show_input(value: Any) -> Any:  # noqa: ANN401 (JSON)
 
 
 def _show(text: str) -> str:
+    if (value := _json_of(text)) is not None:
+        shown = show_input(value)
+        return _beginning(text if shown == value else json.dumps(shown, ensure_ascii=False), len(text))
+    if named := references(text):
+        return _beginning(rewrite(text, {reference: redact(reference) for reference in named}), len(text))
     if len(text) <= SHOWN_CHARACTERS:
-        if named := references(text):
-            return rewrite(text, {reference: redact(reference) for reference in named})
-        return redact(text) if is_reference(text) else redact_text(text)
+        return "".join(map(_redacted, [text] if _is_address(text) else _terms(text)))
     if re.match(r"\s*data:", text, re.IGNORECASE) and is_reference(text):
         return redact(text)
     # Up to the end of a word: half of a URL or of a token would not look like one. A login may end in what is left out.
     cut = text[: _last_space(text[:SHOWN_CHARACTERS])]
-    shown = redact(f"{cut}@") if is_reference(cut) else redact_text(cut)
+    shown = redact(f"{cut}@") if _is_address(cut) else "".join(map(_redacted, _terms(cut)))
     return f"{shown}… ({len(text)} characters)"
+
+
+def _beginning(shown: str, characters: int) -> str:
+    """What is shown of a text of so many characters, in which nothing is secret any more."""
+    return shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:SHOWN_CHARACTERS]}… ({characters} characters)"
+
+
+def _json_of(text: str) -> Any:  # noqa: ANN401 (JSON)
+    """The list or the object that a text of a reasonable length is in JSON; None of any other."""
+    if len(text) > _ADDRESS_CHARACTERS or not is_json(text):
+        return None
+    try:
+        return strict_json.read(unwrapped(text).encode(errors="replace"))
+    except ValueError:
+        return None
+
+
+def _is_address(text: str) -> bool:
+    return is_reference(text) and not is_json(text)
+
+
+def _redacted(text: str) -> str:
+    return redact(text) if _is_address(text) else redact_text(text)
+
+
+def _terms(text: str) -> list[str]:
+    """A text in pieces, as it would be split if it were a sum, or JSON that does not break off."""
+    if not is_json(text):
+        return _PLUS.split(text)
+    return [_ESCAPE.sub(lambda it: it[2] or chr(int(it[1], 16)), piece) for piece in _QUOTE.split(text)]
 
 
 def _holds_secret(name: str, value: Any) -> bool:  # noqa: ANN401 (JSON)
@@ -66,12 +106,18 @@ def secrets_of(inputs: Any) -> Collection[str]:  # noqa: ANN401 (JSON)
     """The logins and queries of the addresses among the inputs, longest first: an error may tell them alone."""
     found = set()
     for text in islice(_strings(inputs), _ADDRESSES):
-        for reference in [text, *references(text)] if len(text) <= _ADDRESS_CHARACTERS else []:
-            parts = [part.strip() for part in islice(hidden(reference), _PARTS)] if is_reference(reference) else []
+        for reference in _addresses_in(text) if len(text) <= _ADDRESS_CHARACTERS else ():
+            parts = [part.strip() for part in islice(hidden(reference), _PARTS)]
             found |= {*parts, *islice(chain.from_iterable(map(_secrets_within, parts)), _PARTS)}
     found |= set(chain.from_iterable(map(_as_sent, found)))
     found |= set(chain.from_iterable(map(_as_told, found)))
     return sorted(filter(_is_long_enough, found), key=len, reverse=True)
+
+
+def _addresses_in(text: str) -> Iterator[str]:
+    """A text that is an address, and those that it has in a sum or in JSON, also where it is neither after all."""
+    named = map(unwrapped, (text, *(references(text) or _terms(text))))
+    return islice(filter(_is_address, named), 1 + MOST_LORAS)
 
 
 def _secrets_within(part: str) -> Iterator[str]:
@@ -118,6 +164,7 @@ def _last_space(text: str) -> int:
 def _strings(value: Any) -> Iterator[str]:  # noqa: ANN401 (JSON)
     if isinstance(value, str):
         yield value
+        yield from _strings(_json_of(value))
     elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
+        for item in chain(value, value.values()) if isinstance(value, dict) else value:
             yield from _strings(item)

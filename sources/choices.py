@@ -54,7 +54,7 @@ def read_own_choices(text: str, scale: float = 1) -> list[LoraChoice]:
     try:
         choices = _read(text)
     except ValueError:
-        if _is_json(text) or (PLUS in text and text[:1] not in "/~."):
+        if is_json(text) or (PLUS in text and text[:1] not in "/~."):
             raise
         return [LoraChoice(text, scale, trusted=True)]
     return [_times(choice, scale) for choice in choices]
@@ -72,7 +72,7 @@ def identities(text: str) -> set[str]:
 
 def references(text: str) -> list[str]:
     """The references in a sum, before a factor or in JSON, of a reasonable length; none in any other text."""
-    if len(text) > LONGEST_SUM or not (PLUS in text or "*" in text or _is_json(text)):
+    if len(text) > LONGEST_SUM or not (PLUS in text or "*" in text or is_json(text)):
         return []
     try:
         return [choice.reference for choice in read_choices(text)]
@@ -89,20 +89,21 @@ def rewrite(text: str, renamed: Mapping[str, str]) -> str:
     """
     if all(renamed[reference] == reference for reference in renamed):
         return text  # which may be a prompt that looks like JSON
-    if _is_json(text):
+    if is_json(text):
         entries = [choice.entry(renamed[choice.reference]) for choice in read_choices(text)]
         return json.dumps(entries, ensure_ascii=False)
     longest_first = sorted(map(re.escape, renamed), key=len, reverse=True)  # one may begin as another does
     return re.sub("|".join(longest_first), lambda found: renamed[found[0]], text)
 
 
+def is_json(text: str) -> bool:
+    """Whether a text is read as JSON."""
+    return unwrapped(text).startswith(("[", "{"))
+
+
 def _read(text: str) -> list[LoraChoice]:
     """The same, each with a strength of its own."""
-    return list(_read_json(unwrapped(text))) if _is_json(text) else _read_sum(_unquoted(text))
-
-
-def _is_json(text: str) -> bool:
-    return unwrapped(text).startswith(("[", "{"))
+    return list(_read_json(unwrapped(text))) if is_json(text) else _read_sum(_unquoted(text))
 
 
 def _unquoted(text: str) -> str:

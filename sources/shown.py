@@ -183,7 +183,8 @@ def _without_value(found: re.Match[str]) -> str:
 
 def _shown_data(found: re.Match[str]) -> str:
     packed = "base64" in found[1].lower()
-    is_file = packed or ("/" in found[1] and not found[2] and not found[1][:1].isspace())
+    typed = found[1][:1] in ("", ";") or "/" in found[1]
+    is_file = packed or (typed and not found[2] and not found[1][:1].isspace())
     return f"{found[0][:5]}***" if is_file else found[0]
 
 

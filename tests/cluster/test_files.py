@@ -20,6 +20,7 @@ from cluster.predictions import File, Predictions
 from harness.cluster import Server
 from local_cog.data_uri import uri
 from settings import MIB
+from sources.choices import read_choices
 from tests.cluster.served import served
 
 LARGE = b"a" * 8 * MIB
@@ -98,6 +99,15 @@ def test_a_file_may_be_a_term_of_a_sum_or_of_json(tmp_path: Path) -> None:
             assert names_files(inputs)
             inlined = await files.inline_files(inputs, predictions, "http://front", 8100)
             assert (inlined["prompt"], inlined["replicate_weights"]) == ("a cat + a fox", f"{inside}*0.5 + zorp")
+            for pasted in ("{}*0.5", " {}*-1 ", '"{}"*2'):
+                inputs = {"replicate_weights": pasted.format(url)}
+                assert names_files(inputs)
+                sent = await files.inline_files(inputs, predictions, "http://front", 8100)
+                assert [choice.reference.strip('"') for choice in read_choices(sent["replicate_weights"])] == [inside]
+            for pasted in ('"{}"', "<{}>", "\ufeff{}"):
+                inputs = {"image": pasted.format(url)}
+                assert names_files(inputs)
+                assert await files.inline_files(inputs, predictions, "http://front", 8100) == {"image": inside}
             assert json.loads(inlined["extra_lora"]) == [{"path": inside, "scale": 2}, {"path": "zorp", "scale": 1}]
 
     asyncio.run(story())

@@ -4,6 +4,7 @@ import json
 import re
 import string
 import time
+from collections.abc import Callable
 from urllib.parse import quote, unquote
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from cluster.privacy import LOG_CHARACTERS, SHOWN_CHARACTERS, redact_log, secrets_of, show_input
 from service.lines import printable
 from settings import ROOT
+from sources.choices import read_choices
 from tests.support.secrets import logins, queries, references, told
 
 
@@ -92,6 +94,58 @@ def test_a_secret_of_a_reference_is_in_no_list_no_log_and_no_error(reference: st
     for written in (reference, quote(reference, safe=string.punctuation), quote(reference), unquote(reference)):
         assert not told(redact_log(f"Asked for {written} in vain", known))
         assert not told(redact_log(f"ValueError: {written!r} names no LoRA", known))
+
+
+def escaped(text: str) -> str:
+    """As JSON may write it."""
+    return "".join(sign if sign.isalnum() else f"\\u{ord(sign):04x}" for sign in text)
+
+
+# How an input may name LoRAs, also where it is no sum and no JSON that can be read.
+FORMS = (
+    lambda it: f"{it}*0.5",
+    lambda it: f"zorp*2 + {it} + bold",
+    lambda it: f"zorp*11 + {it}",
+    lambda it: f"{it} + bad!",
+    lambda it: f"zorp +\n{it}",
+    lambda it: json.dumps([{"path": "zorp"}, {"path": it}]),
+    lambda it: json.dumps([{"path": it, "scale": 11}]),
+    lambda it: json.dumps([{"path": "zorp", it: 1}]),
+    lambda it: json.dumps([{"path": "zorp", "scale": [it], "blocks": {it: 1}}]),
+    lambda it: json.dumps([{"path": "zorp", "blocks": {it: 1}}]),
+    lambda it: json.dumps([it]),
+    lambda it: json.dumps({"path": it}),
+    lambda it: f'[{{"path":"{escaped(it)}"}}]',
+    lambda it: f'[{{"path":"{escaped(it)}"}},1]',
+    lambda it: f'[{{"path":"{escaped(it)}"}}',
+    lambda it: f'[{{"path":"{escaped(it)}"}}{" " * SHOWN_CHARACTERS}]',
+    lambda it: f'[{{"path":"{escaped(it)}"}}{" " * 100_000}]',
+)
+
+
+def answered(text: str) -> ValueError | None:
+    """What is wrong with an input that names LoRAs."""
+    try:
+        read_choices(text)
+    except ValueError as error:
+        return error
+    return None
+
+
+@settings(max_examples=500, deadline=None)
+@given(references(), st.sampled_from(FORMS))
+def test_no_form_of_an_input_tells_a_secret(reference: str, form: Callable[[str], str]) -> None:
+    text = form(reference)
+    inputs = {"replicate_weights": text}
+    assert not told(json.dumps(show_input(inputs)))
+    assert not told(redact_log(str(answered(text)), secrets_of(inputs)))
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if len(form("")) < SHOWN_CHARACTERS])
+@pytest.mark.parametrize("address", ["https://user:S3cretly@h.com/a", "<hf.co/a/b?token=S3cretly>"])
+def test_what_an_address_keeps_secret_is_known_whatever_form_names_it(address: str, form: Callable[[str], str]) -> None:
+    known = secrets_of({"replicate_weights": form(address)})
+    assert redact_log("Asked with S3cretly", known) == "Asked with "
 
 
 @settings(max_examples=200, deadline=None)

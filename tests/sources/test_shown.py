@@ -50,6 +50,7 @@ TEXTS = {
     "see (http://a/b?s3cret) or //s3cret:s3cret@c": "see (http://a/b or //c",
     "Max retries with url: /a.png?token=s3cret (host)": "Max retries with url: /a.png (host)",
     "s3cret:s3cret@host.com and http:s3cret:s3cret@host": "host.com and http:host",
+    "zorp + data:,s3cret or data:;x=y,s3cret": "zorp + data:*** or data:***",
 }
 INNOCENT = (
     "a cat? yes",
