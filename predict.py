@@ -349,6 +349,6 @@ def _metadata(request: Request, drawing: Drawing, seed: int) -> dict[str, object
         inputs |= {"aspect_ratio": "custom", "width": request.width, "height": request.height}
     else:
         inputs |= {"aspect_ratio": request.aspect_ratio, "megapixels": request.megapixels}
-    if drawing.loras:
-        inputs |= {"replicate_weights": json.dumps([applied.entry() for applied in drawing.loras], ensure_ascii=False)}
-    return inputs
+    # Of none too: where it is drawn again, the operator may have one for requests that name none.
+    loras = json.dumps([applied.entry() for applied in drawing.loras], ensure_ascii=False)
+    return inputs | {"replicate_weights": loras}

@@ -322,6 +322,13 @@ def test_a_picture_names_its_loras_as_they_were_applied(draw: Callable) -> None:
     assert same(draw(**made)[0], drawn)
 
 
+def test_a_picture_without_loras_says_so(draw: Callable) -> None:
+    (drawn,) = draw(replicate_weights="[]")
+    made = json.loads(drawn.info["Description"])
+    assert made["replicate_weights"] == "[]"  # what draws none where the operator has a LoRA for requests without one
+    assert same(draw(**made)[0], drawn)
+
+
 def test_both_inputs_together_name_eight_loras_at_most(server: CogServer) -> None:
     six = " + ".join(["zorp*0.1"] * 6)
     assert failure(server.predict(SMALL | {"replicate_weights": six, "extra_lora": "bold + dusk"})) is None
