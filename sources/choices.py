@@ -24,12 +24,17 @@ from sources.shown import QUOTES, redact, redact_text
 
 PLUS = " + "
 DECIMAL = re.compile(r"[+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})")
+# What begins an address, and stands behind a plus within none.
+SCHEME = re.compile("https?://|data:", re.IGNORECASE)
 # Characters of a text whose references are looked for: eight of the longest.
 LONGEST_SUM = 8 * MAX_CHARACTERS
 # More deforms every picture, and is a slip of the pen more often than a wish.
 LARGEST_STRENGTH = 10
 NAMES = ("path", "scale", "clip", "blocks")
-SIGNS = "a factor must be a decimal, as in zorp*0.8, and a + between two LoRAs must have a space on either side"
+SIGNS = (
+    "a factor must be a decimal such as *0.8, with at most 20 digits before and after its point, and a + between two "
+    "LoRAs must have a space on either side"
+)
 RIGHT = 'it must be a list such as [{"path": "owner/name", "scale": 0.8}]'
 
 
@@ -151,6 +156,8 @@ def _read_sum(text: str) -> list[LoraChoice]:
 def _is_one(text: str, parts: list[str]) -> bool:
     """Whether what looks like a sum, of which a part is no reference, is one address with a plus in it."""
     if any(_split(part)[1] != "1" or part.endswith(SUFFIXES) for part in parts[:-1]):
+        return False
+    if any(SCHEME.match(unwrapped(part)) for part in parts[1:]):
         return False
     try:
         return not isinstance(parse(_split(text)[0]), Replicate | Civitai)  # of whose addresses not all is read
