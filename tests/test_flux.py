@@ -306,6 +306,31 @@ def test_a_strength_of_the_text_encoder_is_its_own(flux: Flux, photo: Path, tmp_
     assert not torch.equal(read, held(0.8)[1])
 
 
+@pytest.mark.parametrize("go_fast", [False, True])
+def test_the_text_encoder_s_sum_has_no_order(flux: Flux, tmp_path: Path, go_fast: bool) -> None:
+    words = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    for name in ("first", "other"):
+        tensors = {f"{words}.lora_A.weight": torch.randn(2, POOLED), f"{words}.lora_B.weight": torch.randn(POOLED, 2)}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+
+    def pooled(*named: tuple[str, float, float | None]) -> Tensor:
+        loras = tuple(
+            LoraChoice(str(tmp_path / f"{name}.safetensors"), scale, clip=clip) for name, scale, clip in named
+        )
+        flux._embeddings.clear()  # so that they are made anew
+        request = Request(prompt="a grey heron", go_fast=go_fast, loras=loras)
+        return flux.prepare(request, files(request), Stopwatch(CPU)).embeddings["pooled_prompt_embeds"]
+
+    expected = pooled(("first", 0.3, None), ("other", 0.7, 0.2))
+    assert torch.equal(pooled(("other", 0, 0.2), ("first", 0.1, None), ("first", 0.2, None)), expected)
+    assert torch.equal(
+        pooled(("first", 5, 0.1), ("other", 0.1, None), ("other", 1, 0.1), ("first", 0.2, None)), expected
+    )
+    assert torch.equal(
+        pooled(("first", 0.3, None), ("other", 0.2, None), ("first", -0.3, None)), pooled(("other", 0.2, 0.2))
+    )
+
+
 def test_flux_knows_files_and_imports_nothing_that_fetches_them() -> None:
     asked = "import sys, flux; print(*(name for name in sys.modules if name.split('.')[0] in ('weights', 'sources')))"
     done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -81,6 +81,10 @@ def read_patterns(count: int) -> None:
         assert adapters["transformer"].strength([f"block.{number}.to_q"], 1, None) == 2
 
 
+def json_of(blocks: dict[str, float]) -> str:
+    return json.dumps([{"path": "zorp", "blocks": blocks}])
+
+
 READERS: dict[str, tuple[Callable, Callable[[int], object], int]] = {
     "dimensions": (read_header, lambda n: header_of(",".join(["9223372036854775807"] * n)), 5_000),
     "digits of a dimension": (read_header, lambda n: header_of("9" * n), 1_000),
@@ -108,6 +112,8 @@ READERS: dict[str, tuple[Callable, Callable[[int], object], int]] = {
     "stars of a sum": (read_choices, lambda n: f"data:;base64,{'*2' * n}", 100_000),
     "quotes of a sum": (read_choices, lambda n: "'" * n + "zorp" + "'" * n, 50_000),
     "lists in JSON": (read_choices, lambda n: "[" * n, 20_000),
+    "names of blocks": (read_choices, lambda n: json_of({f"single_blocks.{first}": 1 for first in range(n)}), 200),
+    "names of no blocks": (read_choices, lambda n: f'[{{"path": "zorp", "{"9" * n}": 1}}]', 50_000),
     "blanks in JSON": (read_choices, lambda n: f'[{" " * n}{{"path": "zorp"}}]', 100_000),
 }
 

@@ -90,11 +90,13 @@ def read_loras(folder: Path) -> dict[str, Lora]:
         f"{lora_files.kohya_name(change.bfl)}.dora_scale": torch.rand(len(change.up), 1, generator=generator) + 0.5
         for change in changes(3, "linear1")
     }
+    columns = {name: torch.rand(1, models.HIDDEN, generator=generator) + 0.5 for name in magnitudes}
     norm = {"single_blocks.0.norm.key_norm.scale": torch.rand(models.HEAD_SIZE, generator=generator)}
     files = {
         "everywhere": lora_files.EXACT["kohya"](changes(1)),
         "attention": lora_files.EXACT["diffusers"](changes(2, "img_attn.qkv", "linear2")),
         "DoRA": lora_files.EXACT["kohya"](changes(3, "linear1")) | magnitudes,
+        "DoRA by column": lora_files.EXACT["kohya"](changes(8, "linear1")) | columns,
         "LoKr": lora_files.lokr(changes(4, "linear1", "img_mlp", "guidance_in")),
         "LoHa": lora_files.loha(changes(7, "img_attn", "linear1")),
         "difference and norm": lora_files.full(changes(5, "img_mlp.0", "img_in")) | norm,
@@ -232,11 +234,13 @@ def test_a_negative_scale_is_the_mirror_image(loras: dict[str, Lora]) -> None:
         torch.testing.assert_close(held[1.0][name] - base, base - held[-1.0][name], rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("quantized", [False, True])
-def test_a_sum_has_no_order(loras: dict[str, Lora], quantized: bool) -> None:
-    lives, chance = Lives(bases()), random.Random(8)
-    strengths = {name: Fraction(tenths, 10) for name, tenths in zip(loras, (7, -3, 11, 4, 9, -6), strict=True)}
-    expected = fresh(("dev", quantized, tuple((name, float(it)) for name, it in strengths.items())), loras)
+def test_a_sum_has_no_order(loras: dict[str, Lora], quantized: bool, dtype: torch.dtype) -> None:
+    lives, chance = Lives(bases(dtype)), random.Random(8)
+    strengths = {name: Fraction(tenths, 10) for name, tenths in zip(loras, (7, -3, 11, 4, 9, -6, 5), strict=True)}
+    hold(lives, ("dev", quantized, tuple((name, float(it)) for name, it in strengths.items())), loras)
+    expected = bits(lives.of(quantized).module)
     for _ in range(12):
         parts = [part for name, whole in strengths.items() for part in split(name, whole, chance)]
         chance.shuffle(parts)
