@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, quote, unquote
 from request import MOST_LORAS
 from service import strict_json
 from service.lines import printable
-from sources.choices import is_json, references, rewrite
+from sources.choices import DECIMAL, is_json, references, rewrite
 from sources.references import unwrapped
 from sources.shown import SECRET_NAME, hidden, is_reference, looks_random, redact, redact_text
 
@@ -22,8 +22,8 @@ _LOGIN = re.compile(r"(.*?)(?:@|%(?:25)*40)", re.DOTALL)
 # What begins or ends the hidden parts of addresses: with one of these, few characters are no word.
 _DELIMITER = re.compile("[@?#;]")
 _FEWEST_CHARACTERS = 6
-# How JSON may write what ASCII has, and a slash.
-_ESCAPE = re.compile(r"\\(?:u00([2-7][0-9a-f])|([\"\\/]))", re.IGNORECASE)
+# How JSON may write a character, but for those that not every database can keep.
+_ESCAPE = re.compile(r"\\(?:u(?!0000|d[89a-f])([0-9a-f]{4})|([\"\\/])|[bfnrt])", re.IGNORECASE)
 # What stands between two LoRAs of a sum, and around a string of JSON.
 _PLUS, _QUOTE = re.compile(r"(\+\s)"), re.compile(r'((?<!\\)")')
 # How many characters are shown of a string: a page lists a hundred predictions, and a prompt may have 100 MB.
@@ -84,14 +84,23 @@ def _is_address(text: str) -> bool:
 
 
 def _redacted(text: str) -> str:
-    return redact(text) if _is_address(text) else redact_text(text)
+    if _is_address(text):
+        return redact(text)
+    source, star, factor = text.rpartition("*")
+    if star and DECIMAL.fullmatch(factor.strip()) and _is_address(source):
+        return f"{redact(source)}*{factor}"
+    return redact_text(text)
 
 
 def _terms(text: str) -> list[str]:
     """A text in pieces, as it would be split if it were a sum, or JSON that does not break off."""
     if not is_json(text):
         return _PLUS.split(text)
-    return [_ESCAPE.sub(lambda it: it[2] or chr(int(it[1], 16)), piece) for piece in _QUOTE.split(text)]
+    return [_ESCAPE.sub(_unescaped, piece) for piece in _QUOTE.split(text)]
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    return chr(int(found[1], 16)) if found[1] else found[2] or " "
 
 
 def _holds_secret(name: str, value: Any) -> bool:  # noqa: ANN401 (JSON)
