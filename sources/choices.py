@@ -22,7 +22,7 @@ from service import strict_json
 from sources.references import MAX_CHARACTERS, SUFFIXES, Civitai, Replicate, identity, parse, unwrapped
 from sources.shown import QUOTES, redact, redact_text
 
-PLUS = " + "
+PLUS = re.compile(r"\s\+\s")
 DECIMAL = re.compile(r"[+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})")
 # What begins an address, and stands behind a plus within none.
 SCHEME = re.compile("https?://|data:", re.IGNORECASE)
@@ -59,7 +59,7 @@ def read_own_choices(text: str, scale: float = 1) -> list[LoraChoice]:
     try:
         choices = _read(text)
     except ValueError:
-        if is_json(text) or (PLUS in text and text[:1] not in "/~."):
+        if is_json(text) or (PLUS.search(text) and text[:1] not in "/~."):
             raise
         return [LoraChoice(text, scale, trusted=True)]
     return [_times(choice, scale) for choice in choices]
@@ -77,7 +77,7 @@ def identities(text: str) -> set[str]:
 
 def references(text: str) -> list[str]:
     """The references in a sum, before a factor or in JSON, of a reasonable length; none in any other text."""
-    if len(text) > LONGEST_SUM or not (PLUS in text or "*" in text or is_json(text)):
+    if len(text) > LONGEST_SUM or not ("*" in text or PLUS.search(text) or is_json(text)):
         return []
     try:
         return [choice.reference for choice in read_choices(text)]
@@ -94,11 +94,12 @@ def rewrite(text: str, renamed: Mapping[str, str]) -> str:
     """
     if all(renamed[reference] == reference for reference in renamed):
         return text  # which may be a prompt that looks like JSON
+    choices = read_choices(text)
     if is_json(text):
-        entries = [choice.entry(renamed[choice.reference]) for choice in read_choices(text)]
-        return json.dumps(entries, ensure_ascii=False)
-    longest_first = sorted(map(re.escape, renamed), key=len, reverse=True)  # one may begin as another does
-    return re.sub("|".join(longest_first), lambda found: renamed[found[0]], text)
+        return json.dumps([choice.entry(renamed[choice.reference]) for choice in choices], ensure_ascii=False)
+    parts = PLUS.split(text) if len(choices) > 1 else [text]
+    terms = zip(parts, (choice.reference for choice in choices), strict=True)
+    return " + ".join(part.replace(reference, renamed[reference], 1) for part, reference in terms)
 
 
 def is_json(text: str) -> bool:
@@ -141,7 +142,7 @@ def _named(reference: str) -> str:
 
 
 def _read_sum(text: str) -> list[LoraChoice]:
-    parts = text.split(PLUS, MOST_LORAS)  # one more than there may be, at most
+    parts = PLUS.split(text, MOST_LORAS)  # one more than there may be, at most
     try:
         choices = [_read_term(part, alone=len(parts) == 1) for part in parts]
     except ValueError:
@@ -149,7 +150,9 @@ def _read_sum(text: str) -> list[LoraChoice]:
             raise
         return [_read_term(text, alone=True)]
     if len(choices) > MOST_LORAS:
-        raise ValueError(f"A sum of {text.count(PLUS) + 1} LoRAs is too long; it must have at most {MOST_LORAS}.")
+        raise ValueError(
+            f"A sum of {len(PLUS.findall(text)) + 1} LoRAs is too long; it must have at most {MOST_LORAS}."
+        )
     return choices
 
 
@@ -213,7 +216,7 @@ def _read_json(text: str) -> Iterator[LoraChoice]:
 def _read_object(path: str, item: Mapping[str, Any]) -> LoraChoice:
     def number(name: str, value: Any) -> float:  # noqa: ANN401 (JSON)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{name} {_brief(value)}; it must be a number.")
+            raise ValueError(f"{name} {redact_text(json.dumps(value))[:40]}; it must be a number.")
         return float(value)
 
     try:
@@ -225,7 +228,7 @@ def _read_object(path: str, item: Mapping[str, Any]) -> LoraChoice:
         _check_keys(blocks)
         return LoraChoice(
             path,
-            number("scale", item.get("scale", 1)),
+            1.0 if item.get("scale") is None else number("scale", item["scale"]),
             clip=None if item.get("clip") is None else number("clip", item["clip"]),
             blocks={key: number(f"blocks {key!r}", factor) for key, factor in blocks.items()},
         )

@@ -459,4 +459,6 @@ READERS = {
 
 
 def _unknown(text: str) -> ValueError:
-    return ValueError(f"{redact(text)[:120]!r} names no LoRA that can be fetched; it must be {ACCEPTED}.")
+    shown = redact(text)
+    hidden = "" if shown == text else ", with what is not shown of it,"  # owner/name#1: what is shown would be right
+    return ValueError(f"{shown[:120]!r}{hidden} names no LoRA that can be fetched; it must be {ACCEPTED}.")

@@ -29,7 +29,7 @@ SUMS = [
         "fofr/pixar-cars*0.8 + huggingface.co/a/b*0.5 + zorp",
         [("fofr/pixar-cars", 0.8), ("huggingface.co/a/b", 0.5), ("zorp", 1)],
     ),
-    ("  zorp  +  bold*0  \n", [("zorp", 1), ("bold", 0)]),
+    ("  zorp  +\xa0bold*0\t+\r\ndusk \n", [("zorp", 1), ("bold", 0), ("dusk", 1)]),
     ("local:styles/ink*0.4 + civitai.com/models/1", [("local:styles/ink", 0.4), ("civitai.com/models/1", 1)]),
     (EIGHT, [("zorp", 1)] * 8),
     # Quotes are around a term, or around all of it.
@@ -81,8 +81,8 @@ WRONG = [
     ('[{"path": "zorp"}, {"path": ""}]', "LoRA 2 of the list names no path"),
     ('[{"path": "zorp*0.5"}]', "'zorp*0.5' names no LoRA"),
     ('[{"path": "zorp", "strength": 1}]', "'zorp' has 'strength'; it may have path, scale, clip and blocks."),
-    ('[{"path": "zorp", "scale": "1"}]', "'zorp' has scale '1'; it must be a number."),
-    ('[{"path": "zorp", "scale": true}]', "'zorp' has scale 'True'; it must be a number."),
+    ('[{"path": "zorp", "scale": "1"}]', "'zorp' has scale \"1\"; it must be a number."),
+    ('[{"path": "zorp", "scale": true}]', "'zorp' has scale true; it must be a number."),
     ('[{"path": "zorp", "clip": 11}]', "'zorp' has strength 11 in the text encoder"),
     ('[{"path": "zorp", "scale": 1e300, "blocks": {"single_blocks": 1e300}}]', "'zorp' has strength inf in single_"),
     ('[{"path": "zorp", "scale": 5, "blocks": {"single_blocks": 3}}]', "'zorp' has strength 15"),
@@ -186,6 +186,7 @@ def test_no_form_shows_a_secret(first: str, second: str, in_json: bool) -> None:
 
 
 def test_what_is_shown_is_what_was_typed_but_for_secrets() -> None:
+    assert rewrite('"zorp*2" + 2*2', {"zorp": "bold", "2": "dusk"}) == '"bold*2" + dusk*2'
     assert redacted("https://u:p@h/a?t=x*0.50 + https://u:p@h/a + zorp") == "https://h/a*0.50 + https://h/a + zorp"
     assert json.loads(redacted(JSON)) == json.loads(JSON)
     assert redacted('[ {"path": "zorp"}]') == '[ {"path": "zorp"}]'
