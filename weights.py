@@ -31,7 +31,7 @@ from sources.archives import choose, unpack
 from sources.base_models import on_disk, outline, snapshot
 from sources.choices import read_choices, read_own_choices
 from sources.client import Client, Patience, Source, Stream, UnavailableError
-from sources.contents import Contents, copy_checked
+from sources.contents import Contents, copy_checked, trigger_words_in
 from sources.download import Download
 from sources.hosts import resolve
 from sources.library import find
@@ -284,7 +284,7 @@ class _Lookup:
         """The file, where what its host states of it is enough to know that the store has it."""
         file = self._store.open_granted(source.sha256)
         if file is not None:
-            record.remember(source.sha256, source.trigger_words, config, source.key)
+            record.remember(source.sha256, source.trigger_words or trigger_words_in(file), config, source.key)
         return file
 
     def _download(self, source: Source, record: _Record, cached: BinaryIO | None, config: str) -> BinaryIO:

@@ -146,6 +146,12 @@ class Contents:
         return UnfitError(f"{self.name} is a damaged .safetensors file: {reason}.")
 
 
+def trigger_words_in(file: BinaryIO) -> tuple[str, ...]:
+    """Those in the header of a file that was checked when it came; it is read from its beginning."""
+    file.seek(0)
+    return _trigger_words(_read_header(file.read(int.from_bytes(file.read(8), "little")))[1])
+
+
 def _sniff(head: bytes) -> str | None:
     """What a file is by its first bytes, whatever it is called."""
     if head[8:9] == b"{" and head[5:8] == bytes(3):

@@ -328,7 +328,11 @@ def test_trigger_words_come_along(places: Settings, host: Host, storage: Host) -
     labelled = make_lora(seed=5, **{"modelspec.trigger_phrase": "pixar style"})
     replicate(host, storage, "owner/name", PACKED["tar"])
     storage.routes["/a"] = File(labelled)
+    for repo in ("o/labelled", "o/copy"):  # of which the second is found by its hash, and does not come again
+        hugging_face(host, storage, repo, {"a.safetensors": labelled})
     expected = {
+        "huggingface.co/o/labelled": ("pixar style",),
+        "huggingface.co/o/copy": ("pixar style",),
         "huggingface.co/o/r": ("a photo of TOK",),
         "civitai.com/models/1": ("ohwx", "sks"),
         storage.url("/a"): ("pixar style",),
