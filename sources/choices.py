@@ -115,7 +115,7 @@ def _read(text: str) -> list[LoraChoice]:
 def _unquoted(text: str) -> str:
     """The text without quotes around it; those around the first and the last term are not around the sum."""
     inner = unwrapped(text)
-    return text.strip() if {*QUOTES, *QUOTES.values()} & set(inner) else inner
+    return text.strip() if any(quote in inner for quote in (*QUOTES, *QUOTES.values())) else inner
 
 
 def _times(choice: LoraChoice, scale: float) -> LoraChoice:
