@@ -31,6 +31,8 @@ LONGEST_SUM = 8 * MAX_CHARACTERS
 # More deforms every picture, and is a slip of the pen more often than a wish.
 LARGEST_STRENGTH = 10
 NAMES = ("path", "scale", "clip", "blocks")
+# What no single reference has, but people write into a sum: zorp*0,8, zorp, bold, zorp 0.8, <lora:zorp:0.8>.
+OTHER_SUM = re.compile(r"[*+,;×\s]|[:=@]\d*\.\d+\W*$")
 SIGNS = (
     "a factor must be a decimal such as *0.8, with at most 20 digits before and after its point, and a + between two "
     "LoRAs must have a space on either side"
@@ -175,7 +177,7 @@ def _read_term(text: str, *, alone: bool) -> LoraChoice:
     try:
         parse(source or text)
     except ValueError as error:
-        if source[:5].lower() == "data:" or not ("*" in text or "+" in text):
+        if source[:5].lower() == "data:" or OTHER_SUM.search(source or text) is None:
             raise
         raise ValueError(f"{str(error).rstrip('.')}; {SIGNS}.") from None
     return LoraChoice(source, float(factor))
