@@ -174,13 +174,18 @@ def _read_term(text: str, *, alone: bool) -> LoraChoice:
     source, factor = _split(_unquoted(text))
     if not alone and _is_plain_data(source):
         raise ValueError("A data: URI in a sum must be base64: data:;base64,content.")
-    try:
-        parse(source or text)
-    except ValueError as error:
-        if source[:5].lower() == "data:" or OTHER_SUM.search(source or text) is None:
-            raise
-        raise ValueError(f"{str(error).rstrip('.')}; {SIGNS}.") from None
+    _check(source or text, SIGNS)
     return LoraChoice(source, float(factor))
+
+
+def _check(reference: str, advice: str) -> None:
+    """Refuse what is no reference; what looks like a sum or a factor gets the advice."""
+    try:
+        parse(reference)
+    except ValueError as error:
+        if reference[:5].lower() == "data:" or OTHER_SUM.search(reference) is None:
+            raise
+        raise ValueError(f"{str(error).rstrip('.')}; {advice}.") from None
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -211,7 +216,7 @@ def _read_json(text: str) -> Iterator[LoraChoice]:
     for number, item in enumerate(items, 1):
         if not isinstance(item, dict) or not isinstance(path := item.get("path"), str) or not path.strip():
             raise ValueError(f"LoRA {number} of the list names no path; {RIGHT}.")
-        parse(path)
+        _check(path.strip(), "in a list each LoRA has an object and a scale of its own")
         yield _read_object(path, item)
 
 
