@@ -102,8 +102,8 @@ def _instead(path: str, paths: list[str]) -> str:
     word = _last(path)
     near = [it for it in paths if _last(it) == word]
     if not near:
-        folded = {it.casefold(): it for it in reversed(paths)}
-        near = [folded[it] for it in difflib.get_close_matches(path.casefold(), folded)]
+        folded = {key: it for it in reversed(paths) for key in (_last(it), it.casefold())}
+        near = list(dict.fromkeys(folded[it] for it in difflib.get_close_matches(path.casefold(), folded)))
     if near:
         return f"the nearest there: {_listed(near[:3])}"
     more = f" and {len(paths) - FEW} more" if len(paths) > FEW else ""

@@ -107,6 +107,7 @@ def test_a_name_that_is_missing_gets_the_nearest_ones(library: Settings) -> None
         "zrop": "the nearest there: zorp.",
         "ZORP": "the nearest there: zorp.",
         "ink": "the nearest there: local:styles/ink.",
+        "inc": "the nearest there: local:styles/ink.",
         "local:style/inks": "the nearest there: local:styles/ink.",
         "x": "it has bold, local:styles/in deep/wet ink, local:styles/ink, zorp.",
     }
