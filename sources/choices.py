@@ -31,6 +31,8 @@ LONGEST_SUM = 8 * MAX_CHARACTERS
 # More deforms every picture, and is a slip of the pen more often than a wish.
 LARGEST_STRENGTH = 10
 NAMES = ("path", "scale", "clip", "blocks")
+# What `metrics.loras` says beside these: copied from there, a LoRA is the same one.
+REPORTED = {"name", "trigger_words", "format", "kinds", "ranks", "applied", "tensors", "ignored", "config", "left_out"}
 # What no single reference has, but people write into a sum: zorp*0,8, zorp, bold, zorp 0.8, <lora:zorp:0.8>.
 OTHER_SUM = re.compile(r"[*+,;×\s]|[:=@]\d*\.\d+\W*$")
 SIGNS = (
@@ -227,7 +229,7 @@ def _read_object(path: str, item: Mapping[str, Any]) -> LoraChoice:
         return float(value)
 
     try:
-        if unknown := sorted(item.keys() - {*NAMES}):
+        if unknown := sorted(item.keys() - REPORTED.union(NAMES)):
             raise ValueError(f"{_brief(unknown[0])}; it may have {', '.join(NAMES[:-1])} and {NAMES[-1]}.")
         blocks = {} if item.get("blocks") is None else item["blocks"]
         if not isinstance(blocks, dict):

@@ -309,6 +309,7 @@ def test_a_lora_in_json_has_strengths_of_its_own(server: CogServer, draw: Callab
     assert "LoRA zorp at 0.8, CLIP at 0.4, double_blocks.0-6 times 0.5, single_blocks times 0: " in answer["logs"]
     assert "dev has not all of the blocks double_blocks.0-6; those that it lacks change nothing." in answer["logs"]
     assert "clip has no effect: this LoRA changes no text encoder." in answer["logs"]
+    assert same(draw(extra_lora=json.dumps(answer["metrics"]["loras"]))[0], drawn)
     nothing = {"path": "zorp", "blocks": {"double_blocks": 0, "single_blocks": 0}}
     assert same(draw(replicate_weights=json.dumps([nothing]))[0], draw()[0])
 
