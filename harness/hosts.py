@@ -356,18 +356,7 @@ def hugging_face(
     def guarded(answer: Answer, otherwise: Answer) -> Answer:
         return answer if token is None else with_token(token, answer, otherwise)
 
-    siblings = [
-        {
-            "rfilename": path,
-            "size": len(content),
-            "blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
-            "lfs": {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134},
-        }
-        for path, content in files.items()
-    ]
-    for sibling in siblings:
-        if not sibling["rfilename"].endswith((".safetensors", ".bin", ".tar")):
-            del sibling["lfs"]
+    siblings = [_sibling(path, content) for path, content in files.items()]
     siblings += [{"rfilename": path, "size": size, "blobId": "0" * 40} for path, size in (stated or {}).items()]
     info = in_json({"id": repo, "sha": commit, "siblings": siblings, "cardData": dict(card or {}), "gated": gated})
     missing = in_json({"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
@@ -394,6 +383,15 @@ def hugging_face(
         described = {"X-Repo-Commit": commit, "X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{digest}"'}
         link = redirect(f"{storage.url('/' + digest)}?X-Amz-Signature=s3cr3t", headers=described)
         host.routes[f"/{repo}/resolve/{commit}/{path}"] = guarded(link, refused if gated else denied)
+
+
+def _sibling(path: str, content: bytes) -> dict[str, object]:
+    """A file in the description of a repo; of large ones git keeps a pointer, and the description has their hash."""
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    file = {"rfilename": path, "size": len(content), "blobId": blob}
+    if path.endswith((".safetensors", ".bin", ".tar")):
+        file["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+    return file
 
 
 def _listed(sibling: Mapping[str, Any]) -> dict[str, object]:
