@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, quote, unquote
 from request import MOST_LORAS
 from service import strict_json
 from service.lines import printable
-from sources.choices import DECIMAL, is_json, references, rewrite
+from sources.choices import is_json, references, rewrite, split_factor
 from sources.references import unwrapped
 from sources.shown import SECRET_NAME, hidden, is_reference, looks_random, redact, redact_text
 
@@ -86,10 +86,8 @@ def _is_address(text: str) -> bool:
 def _redacted(text: str) -> str:
     if _is_address(text):
         return redact(text)
-    source, star, factor = text.rpartition("*")
-    if star and DECIMAL.fullmatch(factor.strip()) and _is_address(source):
-        return f"{redact(source)}*{factor}"
-    return redact_text(text)
+    source, _ = split_factor(text)
+    return text.replace(source, redact(source), 1) if _is_address(source) else redact_text(text)
 
 
 def _terms(text: str) -> list[str]:

@@ -162,18 +162,18 @@ def _read_sum(text: str) -> list[LoraChoice]:
 
 def _is_one(text: str, parts: list[str]) -> bool:
     """Whether what looks like a sum, of which a part is no reference, is one address with a plus in it."""
-    if any(_split(part)[1] != "1" or part.endswith(SUFFIXES) for part in parts[:-1]):
+    if any(split_factor(part)[1] != "1" or part.endswith(SUFFIXES) for part in parts[:-1]):
         return False
     if any(SCHEME.match(unwrapped(part)) for part in parts[1:]):
         return False
     try:
-        return not isinstance(parse(_split(text)[0]), Replicate | Civitai)  # of whose addresses not all is read
+        return not isinstance(parse(split_factor(text)[0]), Replicate | Civitai)  # of whose addresses not all is read
     except ValueError:
         return False
 
 
 def _read_term(text: str, *, alone: bool) -> LoraChoice:
-    source, factor = _split(_unquoted(text))
+    source, factor = split_factor(_unquoted(text))
     if not alone and _is_plain_data(source):
         raise ValueError("A data: URI in a sum must be base64: data:;base64,content.")
     _check(source or text, SIGNS)
@@ -190,8 +190,8 @@ def _check(reference: str, advice: str) -> None:
         raise ValueError(f"{str(error).rstrip('.')}; {advice}.") from None
 
 
-def _split(text: str) -> tuple[str, str]:
-    """A term as its source and its factor."""
+def split_factor(text: str) -> tuple[str, str]:
+    """A term of a sum as its source and its factor, which is 1 where none is written."""
     source, star, factor = text.rpartition("*")
     factor = factor.strip()
     if not star or not DECIMAL.fullmatch(factor) or _is_plain_data(text):
