@@ -116,8 +116,14 @@ def read_lora(file: Path, transformer: nn.Module, text_encoder: nn.Module, confi
     except (SafetensorError, OSError) as error:
         reason = f" ({error})" if isinstance(error, SafetensorError) else ""
         raise ValueError(f"The LoRA is not a safetensors file that can be read{reason}.") from error
-    packed = {model: deltas.pack(by_parameter) for model, by_parameter in by_model.items()}
+    modules = {"transformer": transformer, "text_encoder": text_encoder}
+    packed = {model: deltas.pack(_in_order(by_model[model], module)) for model, module in modules.items()}
     return Lora(**packed, report=_report(found, readers, ignored, said))
+
+
+def _in_order(by_parameter: Mapping[str, tuple[Delta, ...]], module: nn.Module) -> dict[str, tuple[Delta, ...]]:
+    """The same, in the order of the module's parameters: they are written in it, and the first ones come first."""
+    return {name: by_parameter[name] for name, _ in module.named_parameters() if name in by_parameter}
 
 
 def _adapters(

@@ -34,6 +34,12 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
 
 
+def write(rows: Tensor, values: Tensor, scales: Tensor) -> None:
+    """Quantise float32 rows [n, K] into e4m3 values [n, K] and float32 scales [n, 1]."""
+    for place, it in zip((values, scales), quantize_rows(rows), strict=True):
+        place.copy_(it)
+
+
 class Fp8Linear(nn.Module):
     """Stands where an `nn.Linear` stood and shares its bias; the weight is written later, row by row.
 
@@ -61,15 +67,7 @@ class Fp8Linear(nn.Module):
     def write_rows(self, start: int, rows: Tensor) -> None:
         """Quantise float32 `rows` [n, K] into the weight from row `start` on."""
         stop = start + len(rows)
-        weight, scale = quantize_rows(rows)
-        self.weight[start:stop].copy_(weight)
-        self.scale[start:stop].copy_(scale)
-
-    def holds_rows(self, start: int, rows: Tensor) -> bool:
-        """Whether the weight's rows from `start` on are what writing these would leave."""
-        stop = start + len(rows)
-        weight, scale = quantize_rows(rows)
-        return same_bits(self.weight[start:stop], weight) and same_bits(self.scale[start:stop], scale)
+        write(rows, self.weight[start:stop], self.scale[start:stop])
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         values, scale = quantize_rows(x.reshape(-1, x.shape[-1]))  # [M, K], [M, 1]

@@ -12,23 +12,28 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import partial
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from engine import fp8
+from engine import fp8, merge
 from lora.deltas import Bring, Delta, float32_products, gather
 from request import exact
 from service.slabs import SLAB, Uploads
 
-# Elements of the float32 buffer in which a mix is summed. It stays in the last-level cache (8 MiB on a CPU, 32 MiB of
+# Elements of the float32 buffer in which a mix is summed. It stays in the last-level cache (8 MiB on a CPU, 36 MiB of
 # an H100's 50), so that only the base and the live tensor travel through memory; it fills that cache, because each run
-# of rows costs a synchronisation of threads on a CPU and a few kernel launches on a GPU.
-BUFFER_ELEMENTS = {"cpu": 2**21, "cuda": 2**23}
-# Bytes of LoRAs that may lie on the device while a mix is written; they count towards the placement's working memory,
-# and a swap needs little beside them. Eight LoRAs of rank 64 fit; what does not fit comes tensor by tensor.
-UPLOADS = 4 * SLAB
+# of rows costs a synchronisation of threads on a CPU and a few kernel launches on a GPU, where the most frequent weight
+# of FLUX is one run.
+BUFFER_ELEMENTS = {"cpu": 2**21, "cuda": 3072 * 3072}
+# Bytes of LoRAs that may lie on the device while a mix is written, and how many of them stay there for the next one;
+# they count towards the placement's working memory, and a swap needs little beside them. Eight LoRAs of rank 64 fit,
+# and eight of rank 16 stay; what does not fit comes tensor by tensor.
+UPLOADS, KEPT = 4 * SLAB, SLAB
+# Bytes of bases whose weights the fused kernel writes together. The first are written while the factors of the next are
+# still under way; bases that lie in host memory are on the device for so long.
+BATCH = SLAB
 
 
 @dataclass(frozen=True)
@@ -101,45 +106,48 @@ class Recipe:
             yield start, total
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a weight lies: its values, and in fp8 the scale of each row."""
+
+    values: Tensor  # [N, ...]
+    scales: Tensor | None = None  # [N, 1]
+
+    def another(self) -> "Place":
+        """Memory for an equal one."""
+        return Place(torch.empty_like(self.values), None if self.scales is None else torch.empty_like(self.scales))
+
+    def rows(self, start: int, count: int) -> "Place":
+        """A run of its rows."""
+        rows = slice(start, start + count)
+        return Place(self.values[rows], None if self.scales is None else self.scales[rows])
+
+    def write(self, rows: Tensor) -> None:
+        """Write float32 rows, as many as it has, rounded."""
+        if self.scales is None:
+            self.values.copy_(rows)
+        else:
+            fp8.write(rows, self.values, self.scales)
+
+    def equals(self, other: "Place") -> bool:
+        """Whether both hold the same bits."""
+        return fp8.same_bits(self.values, other.values) and (
+            self.scales is None or fp8.same_bits(self.scales, other.scales)
+        )
+
+
 class LiveTensor:
-    """One live tensor and the mix that it holds (None while that is unknown).
+    """One live tensor, the mix that it holds, and what that was written from (both None while they are unknown)."""
 
-    Args:
-        write_rows: (start, rows): write a run of float32 rows, rounded.
-        holds_rows: (start, rows): whether that is what writing them would leave.
-    """
-
-    def __init__(self, write_rows: Callable[[int, Tensor], None], holds_rows: Callable[[int, Tensor], bool]) -> None:
+    def __init__(self, values: Tensor, scales: Tensor | None = None) -> None:
+        self.place = Place(values, scales)
         self.held: object = None
+        self.recipe: Recipe | None = None
         self.rivals: list[LiveTensor] = []  # others that are written into the same memory
-        self._recipe: Recipe | None = None  # of what is held
-        self._write_rows, self._holds_rows = write_rows, holds_rows
 
-    def hold(self, mix: object, recipe: Recipe, buffer: Tensor, bring: Bring) -> bool:
-        """Write the recipe unless it is what this tensor holds; say whether it was written.
-
-        Args:
-            mix: what this is, to be compared with what is held.
-            recipe: what to write.
-            buffer: see `Recipe.rows`.
-            bring: see `Recipe.rows`.
-        """
-        if self.held == mix:
-            return False
-        for tensor in (self, *self.rivals):
-            tensor.held = tensor._recipe = None
-        for start, rows in recipe.rows(buffer, bring):
-            self._write_rows(start, rows)
-        self._recipe = recipe
-        self.held = mix
-        return True
-
-    def intact(self, buffer: Tensor, bring: Bring) -> bool:
-        """Whether this tensor is, to the bit, what it is recorded to hold; if not, the record is forgotten."""
-        if self.held is None or all(self._holds_rows(*run) for run in self._recipe.rows(buffer, bring)):
-            return True
-        self.held = self._recipe = None
-        return False
+    def forget(self) -> None:
+        """Claim nothing of this tensor: it is about to be written, or was found to be another."""
+        self.held = self.recipe = None
 
 
 class Live:
@@ -161,9 +169,11 @@ class Live:
             for name, parameter in module.named_parameters()
         }
         self._tensors = {
-            name: LiveTensor(partial(_write_rows, parameter.data), partial(_holds_rows, parameter.data))
-            for name, parameter in module.named_parameters()
+            name: LiveTensor(parameter.data) for name, parameter in module.named_parameters()
         } | _fp8_tensors(module)
+        device = next(module.parameters()).device
+        self._merged = merge.trusted(device)  # the dtypes that the fused kernel writes
+        self._uploads = Uploads(device, UPLOADS)
 
     def quantized(self, chosen: Callable[[str], bool], *, in_turn: bool = False) -> "Live":
         """A second live module of the same bases whose chosen linear layers are fp8; all else is shared with this one.
@@ -196,17 +206,47 @@ class Live:
         Anything may interrupt this (an error, a cancellation): the next call writes what is then unknown.
         """
         pristine, terms = self._bases[base], add_up(terms)
-        buffer = self._buffer()
-        bring = Uploads(buffer.device, UPLOADS)  # goes with this call, and what it has brought with it
-        written = 0
+        written, batch, size = 0, [], 0
         for name, tensor in self._tensors.items():
             touching = [(term, term.scale_of(name)) for term in terms if name in term.deltas and name in pristine]
             touching = [(term, scale) for term, scale in touching if scale != 0]
             mix = (base, *((term.content, scale) for term, scale in touching))
+            if tensor.held == mix:
+                continue
             deltas = [(scale, delta) for term, scale in touching for delta in term.deltas[name]]
-            recipe = Recipe(pristine.get(name, self._zeros.get(name)), deltas, pristine)
-            written += tensor.hold(mix, recipe, buffer, bring)
+            batch.append((tensor, mix, Recipe(pristine.get(name, self._zeros.get(name)), deltas, pristine)))
+            written, size = written + 1, size + tensor.place.values.nbytes
+            if size >= BATCH or not self._merged:
+                self._hold(batch)
+                batch, size = [], 0
+        self._hold(batch)
+        self._uploads.leave(KEPT)
         return written
+
+    def _hold(self, batch: Sequence[tuple[LiveTensor, object, Recipe]]) -> None:
+        """Write some tensors, of which nothing is claimed meanwhile."""
+        for tensor, _, _ in batch:
+            for it in (tensor, *tensor.rivals):
+                it.forget()
+        self._write([(tensor.place, recipe) for tensor, _, recipe in batch], self._uploads)
+        for tensor, mix, recipe in batch:
+            tensor.held, tensor.recipe = mix, recipe
+
+    def _write(self, works: Iterable[tuple[Place, Recipe]], bring: Bring) -> None:
+        """Write what the recipes say: in the fused kernel what it can write, the rest run by run."""
+        sums = []
+        for place, recipe in works:
+            whole = merge.Sum(place.values, place.scales, recipe.base, recipe.deltas)
+            if place.values.dtype in self._merged and whole.fits:
+                sums.append(whole)
+                continue
+            for start, rows in recipe.rows(self._buffer, bring):
+                run = place.rows(start, len(rows))
+                if run.scales is not None and run.values.dtype in self._merged:
+                    merge.write([merge.Sum(run.values, run.scales, rows, ())], bring)  # quantised in one pass
+                else:
+                    run.write(rows)
+        merge.write(sums, bring)
 
     @property
     def names(self) -> list[str]:
@@ -216,12 +256,24 @@ class Live:
     @torch.no_grad()
     @float32_products()
     def intact(self, name: str) -> bool:
-        """Whether a tensor is, to the bit, what it is recorded to hold; one that is not is written anew when needed."""
-        buffer = self._buffer()
-        return self._tensors[name].intact(buffer, Uploads(buffer.device, room=0))  # not a whole LoRA for one tensor
+        """Whether a tensor is, to the bit, what it is recorded to hold; one that is not is written anew when needed.
 
+        It is written once more, beside the first one, and compared. A LoRA that has left the device is not brought
+        there for one tensor: its factors come alone.
+        """
+        tensor = self._tensors[name]
+        if tensor.held is None:
+            return True
+        again = tensor.place.another()
+        self._write([(again, tensor.recipe)], self._uploads.alone)
+        if again.equals(tensor.place):
+            return True
+        tensor.forget()
+        return False
+
+    @cached_property
     def _buffer(self) -> Tensor:
-        """Where runs of rows are summed."""
+        """Where runs of rows are summed, float32."""
         device = next(self.module.parameters()).device
         largest = max(zero.numel() for zero in self._zeros.values())
         return torch.empty(min(BUFFER_ELEMENTS[device.type], largest), device=device)
@@ -230,12 +282,4 @@ class Live:
 def _fp8_tensors(module: nn.Module) -> dict[str, LiveTensor]:
     """The weights of a module's fp8 layers, by the names that they have in the base."""
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, fp8.Fp8Linear)}
-    return {f"{name}.weight": LiveTensor(layer.write_rows, layer.holds_rows) for name, layer in layers.items()}
-
-
-def _write_rows(parameter: Tensor, start: int, rows: Tensor) -> None:
-    parameter[start : start + len(rows)].copy_(rows)
-
-
-def _holds_rows(parameter: Tensor, start: int, rows: Tensor) -> bool:
-    return fp8.same_bits(parameter[start : start + len(rows)], rows.to(parameter.dtype))
+    return {f"{name}.weight": LiveTensor(layer.weight, layer.scale) for name, layer in layers.items()}

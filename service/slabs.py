@@ -5,9 +5,12 @@ and each block costs a call of the driver. What lies in one slab also goes to th
 bytes, blocks and devices; it knows neither files nor what the tensors are.
 """
 
+import functools
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Generic, TypeVar
 
 import torch
@@ -16,6 +19,8 @@ from torch import Tensor
 from service.device_thread import check_cancelled
 
 SLAB = 2**30
+# Bytes of a slab that go to the device at a time: a millisecond over PCIe.
+PIECE = 2**26
 # Where a tensor may begin in a slab: what the widest loads of CPUs and GPUs like.
 ALIGNMENT = 256
 
@@ -24,15 +29,29 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass
 class _Slab(Generic[Key]):
-    nbytes: int = 0
-    offsets: dict[Key, int] = field(default_factory=dict)
+    """Tensors by their place in the order that they were given in, which they keep in the slab."""
 
-    def fits(self, size: int) -> bool:
-        return _aligned(self.nbytes) + size <= SLAB
+    sizes: dict[int, tuple[Key, int]] = field(default_factory=dict)
+    aligned: int = 0  # bytes, were the last one padded as all others are
+    last: tuple[int, int] = (-1, 0)  # which one comes last, and its padding
 
-    def add(self, key: Key, size: int) -> None:
-        self.offsets[key] = _aligned(self.nbytes)
-        self.nbytes = self.offsets[key] + size
+    def fits(self, place: int, size: int) -> bool:
+        _, padding = max(self.last, (place, _aligned(size) - size))
+        return self.aligned + _aligned(size) - padding <= SLAB
+
+    def add(self, place: int, key: Key, size: int) -> None:
+        self.sizes[place] = key, size
+        self.aligned += _aligned(size)
+        self.last = max(self.last, (place, _aligned(size) - size))
+
+    @property
+    def nbytes(self) -> int:
+        return self.aligned - self.last[1]
+
+    @property
+    def offsets(self) -> dict[Key, int]:
+        starts = accumulate((_aligned(size) for _, (_, size) in sorted(self.sizes.items())), initial=0)
+        return dict(zip((key for _, (key, _) in sorted(self.sizes.items())), starts, strict=False))
 
 
 def pinned_bytes(sizes: Iterable[int]) -> int:
@@ -53,7 +72,7 @@ def pack(tensors: Mapping[Key, Tensor], allocate: Callable[[int], Tensor] = bloc
         allocate: makes a slab of so many bytes, uint8.
 
     Returns:
-        equal contiguous tensors; each begins at a multiple of ALIGNMENT in its slab.
+        equal contiguous tensors; each begins at a multiple of ALIGNMENT in its slab, where they keep their order.
     """
     return {key: tensor for job in packing(tensors, allocate=allocate) for key, tensor in job().items()}
 
@@ -75,11 +94,11 @@ def packing(
 def _lay_out(sizes: Mapping[Key, int]) -> list[_Slab[Key]]:
     """First fit decreasing: the largest first, each into the first slab with room; above SLAB each has its own."""
     slabs: list[_Slab[Key]] = []
-    for key in sorted(sizes, key=sizes.__getitem__, reverse=True):
-        slab = next((slab for slab in slabs if slab.fits(sizes[key])), None)
+    for place, (key, size) in sorted(enumerate(sizes.items()), key=lambda it: it[1][1], reverse=True):
+        slab = next((slab for slab in slabs if slab.fits(place, size)), None)
         if slab is None:
             slabs.append(slab := _Slab())
-        slab.add(key, sizes[key])
+        slab.add(place, key, size)
     return slabs
 
 
@@ -103,10 +122,48 @@ def taken(tensors: Iterable[Tensor]) -> int:
     return sum(_rounded(nbytes) if pinned else nbytes for nbytes, pinned in sizes)
 
 
+class _Block:
+    """A block of host memory on a device, or on its way there. It does not keep the host's memory alive."""
+
+    def __init__(self, nbytes: int, device: torch.device, *, pinned: bool) -> None:
+        self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.turn = 0  # when it was used last
+        self._sent = 0  # bytes that are there before whatever the current stream is given from now on
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda" and pinned:
+            self._stream = _copying(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # which may still need this memory for others
+            self.memory.record_stream(self._stream)
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """A tensor of the block's host memory, on the device.
+
+        Pinned memory is copied piece by piece, as it is asked for, on a stream of its own: the first tensors can be
+        used while the next are still under way.
+        """
+        start, nbytes = tensor.storage_offset() * tensor.itemsize, len(self.memory)
+        while self._sent < min(start + tensor.nbytes, nbytes):
+            whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+            end = min(self._sent + PIECE, nbytes) if self._stream else nbytes
+            with torch.cuda.stream(self._stream):
+                self.memory[self._sent : end].copy_(whole[self._sent : end], non_blocking=True)
+            if self._stream:
+                torch.cuda.current_stream(self.memory.device).wait_stream(self._stream)
+            self._sent = end
+        view = torch.empty(0, dtype=tensor.dtype, device=self.memory.device)
+        return view.set_(self.memory.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+@functools.cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which uploads are copied."""
+    return torch.cuda.Stream(device)
+
+
 class Uploads:
     """Brings tensors to a device; the first one of a block brings the whole block, in which the others are then views.
 
-    It holds what it has brought, so it should live as long as that is used, and no longer.
+    A block stays until its room is needed by others, or its host memory is freed.
 
     Args:
         device: where they go; a tensor that lies there is returned as it is.
@@ -115,22 +172,42 @@ class Uploads:
 
     def __init__(self, device: torch.device, room: int) -> None:
         self._device, self._room = device, room
-        self._blocks: dict[int, Tensor] = {}  # on the device, by their address in host memory
+        self._blocks: weakref.WeakKeyDictionary[torch.UntypedStorage, _Block] = weakref.WeakKeyDictionary()
+        self._turn = 0
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """An equal tensor on the device."""
+        storage = tensor.untyped_storage()
+        if tensor.device != self._device and storage not in self._blocks:
+            size = storage.nbytes()
+            self._make_room(self._room - size)
+            if self._taken() + size <= self._room:
+                self._blocks[storage] = _Block(size, self._device, pinned=tensor.is_pinned())
+        return self.alone(tensor)
+
+    def alone(self, tensor: Tensor) -> Tensor:
+        """The same, but a block that is not there does not come for it."""
         if tensor.device == self._device:
             return tensor
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._blocks:
-            if storage.nbytes() > self._room:
-                return tensor.to(self._device, non_blocking=True)
-            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
-            self._blocks[storage.data_ptr()] = whole.to(self._device, non_blocking=True)
-            self._room -= storage.nbytes()
-        brought = self._blocks[storage.data_ptr()].untyped_storage()
-        view = torch.empty(0, dtype=tensor.dtype, device=self._device)
-        return view.set_(brought, tensor.storage_offset(), tensor.shape, tensor.stride())
+        block = self._blocks.get(tensor.untyped_storage())
+        if block is None:
+            return tensor.to(self._device, non_blocking=True)
+        block.turn = self._turn
+        return block.view(tensor)
+
+    def leave(self, room: int) -> None:
+        """Let so many bytes stay, of those that were used last; until this is called, what was used has to stay."""
+        self._turn += 1
+        self._make_room(room)
+
+    def _make_room(self, room: int) -> None:
+        """Let go of blocks of earlier turns, the longest unused first, until the rest takes no more than this."""
+        for storage, block in sorted(self._blocks.items(), key=lambda it: it[1].turn):
+            if block.turn < self._turn and self._taken() > room:
+                del self._blocks[storage]
+
+    def _taken(self) -> int:
+        return sum(len(block.memory) for block in self._blocks.values())
 
 
 def _aligned(offset: int) -> int:

@@ -568,14 +568,17 @@ def test_each_lora_of_a_mix_is_brought_in_one_upload(
     touched = [name for name in far.names if is_block_linear(name.removesuffix(".weight")) and name in a.deltas]
     assert len(touched) == len(a.deltas) == 2 * 12 + 3 * 5
     sizes = [lora.nbytes for lora in on_all_block_linears]
-    for terms, expected in (([a], sizes[:1]), ([a, b], sizes), ([a, b], []), ([], [])):
+    for terms, expected in (([a], sizes[:1]), ([a, b], sizes[1:]), ([a, b], None), ([], []), ([b], []), ([a], [])):
         with UploadsTo("meta") as uploads:
             written = used.hold("dev", terms)
-        assert uploads.nbytes == expected
-        assert written == (len(touched) if expected or not terms else 0)
+        assert uploads.nbytes == (expected or [])
+        assert written == (0 if expected is None else len(touched))
 
 
-def test_a_health_check_brings_the_factors_of_one_tensor_alone(far: Live, on_all_block_linears: list[Lora]) -> None:
+def test_a_health_check_brings_the_factors_of_one_tensor_alone(
+    far: Live, on_all_block_linears: list[Lora], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "KEPT", 0)
     term = Term("a", 0.5, on_all_block_linears[0].transformer)
     far.hold("dev", [term])
     name = "transformer_blocks.0.attn.to_q.weight"
@@ -586,7 +589,12 @@ def test_a_health_check_brings_the_factors_of_one_tensor_alone(far: Live, on_all
     assert uploads.nbytes == [tensor.nbytes for tensor in term.deltas[name][0].tensors()]
 
 
-def test_nothing_that_was_brought_stays(far: Live, on_all_block_linears: list[Lora]) -> None:
+@pytest.mark.parametrize("loras", [0, 1, 2])
+def test_of_what_was_brought_a_bounded_share_stays(
+    far: Live, on_all_block_linears: list[Lora], monkeypatch: pytest.MonkeyPatch, loras: int
+) -> None:
+    size = on_all_block_linears[0].nbytes
+    monkeypatch.setattr(live, "KEPT", loras * size)
     brought: list[weakref.ref] = []
 
     class Remembered(UploadsTo):
@@ -599,9 +607,11 @@ def test_nothing_that_was_brought_stays(far: Live, on_all_block_linears: list[Lo
                 brought.append(weakref.ref(result.untyped_storage()))
             return result
 
+    terms = [Term(str(number), 0.5, lora.transformer) for number, lora in enumerate(on_all_block_linears)]
     with Remembered("meta"):
-        far.hold("dev", [Term("a", 0.5, on_all_block_linears[0].transformer)])
-    assert [storage() for storage in brought] == [None]
+        far.hold("dev", terms)
+    assert len(brought) == 2
+    assert [storage() is not None for storage in brought].count(True) == loras
 
 
 # ---------------------------------------------------------------------------------------------------------------------

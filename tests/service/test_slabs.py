@@ -1,5 +1,6 @@
 """Tensors packed into slabs are the same tensors; what they take of pinned memory is known before; one upload each."""
 
+import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -197,6 +198,37 @@ def test_slabs_beyond_the_room_come_tensor_by_tensor(full_size: int) -> None:
     assert [taken(tensors) for tensors in brought] == [size, size, 800]
     for slab, tensors in zip(several, brought, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(slab.values(), tensors, strict=True))
+
+
+def test_what_was_used_last_stays_and_goes_with_its_host_memory(full_size: int) -> None:
+    several = [pack({name: numbers([100]) for name in "ab"}, allocate=pageable) for _ in range(3)]
+    size = taken(several[0].values())
+    bring = Uploads(OTHER, room=2 * size)
+    first = [storage(bring(slab["a"])) for slab in several[:2]]
+    assert bring(several[2]["a"]).untyped_storage().nbytes() == 400  # both others are in use
+    bring.leave(2 * size)
+    assert storage(bring(several[0]["b"])) == first[0]
+    third = storage(bring(several[2]["a"]))  # in place of the second, which was not used again
+    bring.leave(size)
+    assert storage(bring.alone(several[2]["a"])) == third
+    assert bring.alone(several[0]["a"]).untyped_storage().nbytes() == 400
+    gone = weakref.ref(bring(several[2]["a"]).untyped_storage())
+    del several[2]
+    assert gone() is None
+
+
+def storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.lists(st.integers(0, SMALL_SLAB), max_size=60))
+def test_tensors_keep_their_order_in_a_slab(sizes: list[int]) -> None:
+    packed = pack({index: numbers([size], torch.uint8) for index, size in enumerate(sizes)})
+    by_slab: dict[int, list[int]] = {}
+    for tensor in packed.values():
+        by_slab.setdefault(storage(tensor), []).append(tensor.storage_offset())
+    assert all(offsets == sorted(offsets) for offsets in by_slab.values())
 
 
 def test_where_a_tensor_lies_already_it_is_taken_as_it_is() -> None:

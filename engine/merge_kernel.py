@@ -1,0 +1,196 @@
+"""The Triton kernel that writes many weights of one shape at once: live = round(base + Σ strength · up @ down).
+
+Each program writes a few rows of one weight, tile by tile. Factors of 16 bits are multiplied on tensor cores, where
+their products are exact, and summed in float32; the strength multiplies that sum. In fp8 a row's scale has to be known
+before its first value is written, so the tiles are computed twice; the second time they come from the L2 cache. Tiles
+are fixed, nothing is tuned at run time: the bits of a weight depend on its base and its factors alone, not on what is
+written beside it, in which process or when. This module is imported where there is a GPU, or Triton's interpreter.
+"""
+
+import struct
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.fp8 import LARGEST, SMALLEST
+
+# Rows and columns of a tile, stages of the loop's pipeline, warps of a program: the best of twenty on an H200.
+TILE = {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 3, "num_warps": 4}
+# Ranks that are multiplied at once: the least of these that holds all of a sum's; one above the largest goes in parts.
+RANKS = (16, 32, 64)
+# Ranks up to which the loop over parts is unrolled: the loads of all of them are under way at once, in shared memory.
+UNROLLED = 128
+TYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}
+# Words of the table: those of each weight, and those of each part of its sum.
+WEIGHT_WORDS = tl.constexpr(3)
+PART_WORDS = tl.constexpr(5)
+
+
+@triton.jit
+def _with_part(
+    total: tl.tensor,
+    part: tl.tensor,
+    n: tl.tensor,
+    k: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    FACTOR: tl.constexpr,
+    RANK: tl.constexpr,
+    ALIGN: tl.constexpr,
+) -> tl.tensor:
+    """total + strength · up[n] @ down[:, k], of one part: [n, k]."""
+    up = tl.multiple_of(tl.load(part).to(tl.pointer_type(FACTOR)), 16)
+    down = tl.multiple_of(tl.load(part + 1).to(tl.pointer_type(FACTOR)), 16)
+    stride = tl.load(part + 2).to(tl.int32) * ALIGN
+    width = tl.load(part + 3).to(tl.int32) * ALIGN
+    strength = tl.load(part + 4).to(tl.int32).to(tl.float32, bitcast=True)
+    r = tl.arange(0, RANK)
+    up_at = up + n[:, None] * stride + r[None, :]
+    down_at = down + r[:, None] * columns + k[None, :]
+    if ALIGN == RANK:  # every part has the whole rank
+        a = tl.load(up_at, mask=(n < rows)[:, None], other=0.0)
+        b = tl.load(down_at, mask=(k < columns)[None, :], other=0.0)
+    else:
+        a = tl.load(up_at, mask=(n < rows)[:, None] & (r < width)[None, :], other=0.0)
+        b = tl.load(down_at, mask=(r < width)[:, None] & (k < columns)[None, :], other=0.0)
+    return total + strength * tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _summed(
+    base: tl.tensor,
+    parts: tl.tensor,
+    n: tl.tensor,
+    k: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    FACTOR: tl.constexpr,
+    RANK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PARTS: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> tl.tensor:
+    """base + Σ strength · up @ down of one tile, in float32: [n, k]."""
+    at = n[:, None] * columns + k[None, :]
+    total = tl.load(base + at, mask=(n < rows)[:, None] & (k < columns)[None, :], other=0.0).to(tl.float32)
+    if UNROLL:
+        for part in tl.static_range(PARTS):
+            total = _with_part(total, parts + part * PART_WORDS, n, k, rows, columns, FACTOR, RANK, ALIGN)
+    else:
+        for part in range(PARTS):
+            total = _with_part(total, parts + part * PART_WORDS, n, k, rows, columns, FACTOR, RANK, ALIGN)
+    return total
+
+
+@triton.jit
+def merge_kernel(
+    table: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    BASE: tl.constexpr,
+    LIVE: tl.constexpr,
+    FACTOR: tl.constexpr,
+    RANK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PARTS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SCALED: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    """Program (i, j) writes the i-th BLOCK_N rows of the table's j-th weight, [rows, columns]."""
+    weight = table + tl.program_id(1) * (WEIGHT_WORDS + PARTS * PART_WORDS)
+    parts = weight + WEIGHT_WORDS
+    base = tl.multiple_of(tl.load(weight).to(tl.pointer_type(BASE)), 16)
+    live = tl.multiple_of(tl.load(weight + 1).to(tl.pointer_type(LIVE)), 16)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inverse = tl.full((BLOCK_N,), 1.0, tl.float32)
+    if SCALED:
+        most = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for start in tl.range(0, columns, BLOCK_K, num_stages=STAGES):
+            k = start + tl.arange(0, BLOCK_K)
+            total = _summed(base, parts, n, k, rows, columns, FACTOR, RANK, ALIGN, PARTS, UNROLL)
+            most = tl.maximum(most, tl.abs(total))
+        scale = tl.div_rn(tl.maximum(tl.max(most, axis=1), SMALLEST), LARGEST)
+        tl.store(tl.load(weight + 2).to(tl.pointer_type(tl.float32)) + n, scale, mask=n < rows)
+        inverse = tl.div_rn(inverse, scale)
+    for start in tl.range(0, columns, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        total = _summed(base, parts, n, k, rows, columns, FACTOR, RANK, ALIGN, PARTS, UNROLL)
+        if SCALED:
+            # total / scale, to the bit (Markstein): a division would take a fifth of the whole time.
+            quotient = total * inverse[:, None]
+            quotient = tl.fma(tl.fma(-quotient, scale[:, None], total), inverse[:, None], quotient)
+            total = tl.minimum(tl.maximum(quotient, -LARGEST), LARGEST)
+        at = n[:, None] * columns + k[None, :]
+        tl.store(live + at, total.to(LIVE), mask=(n < rows)[:, None] & (k < columns)[None, :])
+
+
+def variant(base: Tensor, live: Tensor, ups: Sequence[Tensor]) -> dict[str, object]:
+    """What the kernel is compiled for: dtypes, ranks and tile.
+
+    Args:
+        base: [rows, columns], any of the weights.
+        live: likewise.
+        ups: [rows, rank], those of one weight, all of one dtype.
+    """
+    ranks = [up.shape[1] for up in ups]
+    choices = RANKS[:1] if ups and ups[0].dtype == torch.float32 else RANKS
+    whole = next((rank for rank in choices if rank >= max(ranks, default=0)), choices[-1])
+    align = whole if all(rank % whole == 0 for rank in ranks) else 8 if all(rank % 8 == 0 for rank in ranks) else 1
+    parts = sum(-(-rank // whole) for rank in ranks)
+    scaled = live.dtype.itemsize == 1
+    return {
+        "BASE": TYPES[base.dtype],
+        "LIVE": TYPES[live.dtype],
+        "FACTOR": TYPES[ups[0].dtype if ups else base.dtype],
+        "RANK": whole,
+        "ALIGN": align,
+        "PARTS": parts,
+        "UNROLL": parts * whole <= UNROLLED,
+        "SCALED": scaled,
+        "LARGEST": LARGEST,
+        "SMALLEST": SMALLEST,
+    } | TILE
+
+
+def launch(
+    lives: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    downs: Sequence[Tensor],
+    strengths: Sequence[float],
+) -> None:
+    """Write all of the weights in one launch; see `engine.merge.merge`."""
+    each = len(ups) // len(lives)
+    rows, columns = lives[0].shape
+    chosen = variant(bases[0], lives[0], ups[:each])
+    words: list[int] = []
+    for number, (live, base) in enumerate(zip(lives, bases, strict=True)):
+        words += base.data_ptr(), live.data_ptr(), scales[number].data_ptr() if scales else 0
+        for term in range(number * each, (number + 1) * each):
+            words += _parts(ups[term], downs[term], strengths[term], chosen["RANK"], chosen["ALIGN"])
+    table = torch.tensor(words, dtype=torch.int64, pin_memory=lives[0].is_cuda).to(lives[0].device, non_blocking=True)
+    merge_kernel[(triton.cdiv(rows, chosen["BLOCK_N"]), len(lives))](table, rows, columns, **chosen)
+
+
+def _parts(up: Tensor, down: Tensor, strength: float, whole: int, align: int) -> list[int]:
+    """The table's words about a pair of factors: for each part its addresses, the whole rank, its own, its strength."""
+    rank, (bits,) = up.shape[1], struct.unpack("i", struct.pack("f", strength))
+    words: list[int] = []
+    for first in range(0, rank, whole):
+        width = min(whole, rank - first)
+        words += up.data_ptr() + first * up.itemsize, down[first].data_ptr(), rank // align, width // align, bits
+    return words
