@@ -34,7 +34,8 @@ from engine.acceleration import (
 from engine.architecture import by_block, sizes
 from engine.live import Live, Term, add_up
 from engine.loading import Models, load
-from engine.placement import Placement, plan
+from engine.placement import Place, Placement, plan
+from engine.replay import replay
 from lora_loader import Lora, LoraCache
 from request import LoraChoice, LoraFile, Request, exact
 from service.device_thread import check_cancelled
@@ -200,7 +201,13 @@ class Flux:
         compile_models(self._transformers, self.components["vae"], self.device, backend)
         for go_fast in (True, False):
             self.warm_up(go_fast=go_fast)
+        self.replay_t5()
         print(f"Compiled {counters['stats']['unique_graphs']} graphs.")
+
+    def replay_t5(self) -> None:
+        """Have T5 replayed for every prompt, if it lies on a GPU; elsewhere its layers are moved for each prompt."""
+        if self.device.type == "cuda" and (self.placement is None or self.placement.t5 is Place.GPU):
+            replay(self.components["text_encoder_2"], map(self.text_tokens, TEXT_TOKENS))
 
     def warm_up(self, *, go_fast: bool) -> None:
         """Draw what makes every graph that a request of one precision may need.
@@ -329,9 +336,13 @@ class Flux:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
+    def text_tokens(self, model: str) -> int:
+        """How many tokens T5 is given for any prompt: a shorter one is padded, a longer one is cut."""
+        return min(TEXT_TOKENS[model], self.components["tokenizer_2"].model_max_length)
+
     def _embed(self, pipeline: FluxPipeline, request: Request, words: list[Term]) -> dict[str, Tensor]:
         """The prompt's embeddings, remembered by all that they depend on; of the prompt a hash is kept, not a word."""
-        tokens = min(TEXT_TOKENS[request.model], pipeline.tokenizer_2.model_max_length)
+        tokens = self.text_tokens(request.model)
         used = len(pipeline.tokenizer_2(request.prompt).input_ids)
         if used > tokens:
             print(f"The prompt has {used} tokens; {request.model} reads the first {tokens}.")
