@@ -37,6 +37,10 @@ SIZES: dict[str, Size] = {
 GRID = 16
 LONGEST_SIDE = 1440
 
+# How hard libwebp looks for a smaller file: the fastest method whose files are at most a tenth larger than those of 4,
+# its own choice, at qualities up to 97. It takes a third to a half of the time; at 100 files grow by a third, or more.
+WEBP_METHOD = 2
+
 # A JPEG segment holds 65,533 bytes; this leaves room for the EXIF headers around one text.
 JPEG_TEXT_BYTES = 65_000
 
@@ -162,7 +166,7 @@ def save(image: Image.Image, path: Path, format: Format, quality: int, metadata:
             exif = _exif(_json(metadata, JPEG_TEXT_BYTES))
             image.save(encoded, "JPEG", quality=quality, subsampling=subsampling, exif=exif)
         case "webp":
-            image.save(encoded, "WEBP", quality=quality, exif=_exif(_json(metadata)))
+            image.save(encoded, "WEBP", quality=quality, method=WEBP_METHOD, exif=_exif(_json(metadata)))
         case _:
             raise ValueError(f"output_format is {format!r}; it must be webp, jpg or png.")
     path.write_bytes(encoded.getbuffer())
