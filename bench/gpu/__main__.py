@@ -71,7 +71,7 @@ STAGES = (
     Stage("compiled fp8", partial(compiled, precision="fp8"), 70, 60),
     Stage("parts", parts, 25, 8),
     Stage("profile", profile, 10, 2),
-    Stage("switches", switches, 40, 1),
+    Stage("switches", switches, 80, 2),
     Stage("diffusers compiled", compiled_diffusers, 30, 25),
     Stage("PEFT", peft, 50, 35),
 )

@@ -142,8 +142,9 @@ class Bench:
         return Request(model=model, go_fast=go_fast, **inputs | changes)
 
     def mark_compiled(self) -> None:
-        """Have the product's models compiled when they are next called, as `Flux.compile` does."""
+        """Have the product's models compiled when they are next called, and T5 replayed, as `Flux.compile` does."""
         if not self._marked:
+            self.flux.replay_t5()
             transformers = [live.module for live in self.models.lives()]
             compile_models(transformers, self.flux.components["vae"], self.device)
             self._marked = True

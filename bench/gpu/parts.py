@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -11,9 +12,13 @@ from torch import nn
 from transformers import T5EncoderModel
 
 import images
-from bench.gpu.context import BACKENDS, Bench, Marks, Row, Values, can_be_used, summary
+from bench.gpu.context import BACKENDS, Bench, Marks, Row, Values, can_be_used, relative_error, summary
+from bench.gpu.models import TOKENS
 from bench.gpu.plain import pipeline
+from engine.acceleration import compiler_settings
 from engine.loading import move_when_used
+from engine.modulation import Modulation
+from engine.replay import OPTIONS, replaying
 from flux import decode, denoise
 from service.measure import Stopwatch
 
@@ -117,6 +122,8 @@ def switches(bench: Bench) -> Iterator[Row]:
         if name != chosen:
             yield f"attention: {chosen} / {name}", partial(compare_attention, bench, chosen, name)
     yield "T5: on the device / moved when used", partial(compare_t5, bench)
+    yield "T5: kernel by kernel / as a CUDA graph", partial(compare_replay, bench)
+    yield "modulation: in each step / at once", partial(compare_modulation, bench)
 
 
 def compare_attention(bench: Bench, a: str, b: str) -> Values:
@@ -144,6 +151,7 @@ def compare_t5(bench: Bench) -> Values:
     """A prompt's encoding with T5 on the device, and with its layers copied there one after another."""
     there = bench.models.components["text_encoder_2"]
     moved = copy.deepcopy(there, {id(it): nn.Parameter(it.cpu(), requires_grad=False) for it in there.parameters()})
+    vars(moved).pop("forward", None)  # a replay, of the one that it was copied from
     move_when_used(moved.to("cpu"), bench.device)
 
     def encode(t5: T5EncoderModel) -> list[float]:
@@ -153,6 +161,47 @@ def compare_t5(bench: Bench) -> Values:
 
     encode(moved)
     return in_turn(partial(encode, there), partial(encode, moved))
+
+
+@torch.no_grad()
+def compare_replay(bench: Bench) -> Values:
+    """T5 over a full-length text, launched kernel by kernel and as one graph: times, bits, and memory that it keeps."""
+    bench.needs_cuda()
+    t5 = bench.models.components["text_encoder_2"]
+    ids = torch.randint(t5.config.vocab_size, (1, TOKENS["tokenizer_2"]), device=bench.device)
+    plain = partial(T5EncoderModel.forward, t5)
+    bench.free()
+    before = torch.cuda.memory_reserved(bench.device)
+    replayed = replaying(t5, (ids.shape[1],))
+    bench.free()
+    kept = torch.cuda.memory_reserved(bench.device) - before
+
+    def run(forward: Callable[..., object]) -> list[float]:
+        return [bench.seconds(partial(forward, ids, **OPTIONS))]
+
+    equal = torch.equal(replayed(ids, **OPTIONS)[0], plain(ids, **OPTIONS)[0])
+    return in_turn(partial(run, plain), partial(run, replayed)) | {"equal_bits": equal, "kept_bytes": kept}
+
+
+def compare_modulation(bench: Bench) -> Values:
+    """Steps in bf16 after the first, which computes modulation for all of them; compiled where the blocks are."""
+    wanted = bench.request(num_inference_steps=bench.steps + 1)
+    job = bench.flux.prepare(wanted, (), Stopwatch(bench.device))
+    modulation = Modulation(job.pipeline.transformer)
+    drawn = {}
+
+    def use(name: str, ahead: Callable[[], AbstractContextManager[None]]) -> list[float]:
+        marks = Marks(bench.device)
+        with ahead():
+            drawn[name] = denoise(job, wanted.seed, marks)
+        return marks.seconds()
+
+    in_each = partial(use, "in each step", nullcontext)
+    at_once = partial(use, "at once", partial(modulation.ahead, job.pipeline.scheduler))
+    with compiler_settings(2 * len(bench.models.lives())):  # blocks whose rows are looked up have graphs of their own
+        at_once()
+        times = in_turn(in_each, at_once)
+    return times | {"relative_error": relative_error(drawn["at once"], drawn["in each step"])}
 
 
 def in_turn(a: Callable[[], list[float]], b: Callable[[], list[float]]) -> Values:
