@@ -180,13 +180,13 @@ class Flux:
         Raises:
             ValueError: a sentence about model weights that are missing or do not fit.
         """
+        keep_compiled_code(settings.cache_dir / "compile")
         stopwatch = Stopwatch(device)
         folders = {"dev": Path(settings.models.dev), "schnell": Path(settings.models.schnell)}
         models = load(folders, device, stopwatch, placement)
         with stopwatch("attention"):
             flux = cls(models, device)
         if device.type == "cuda" if settings.compile is None else settings.compile:
-            keep_compiled_code(settings.cache_dir / "compile")
             with stopwatch("compile"):
                 flux.compile()
         print(f"Loaded in {stopwatch}.")

@@ -26,12 +26,14 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from engine import fp8
+from engine import fp8, live
 from engine.architecture import BLOCKS, is_block_linear
 from engine.live import Live, Term
-from lora.deltas import LowRank
+from lora.deltas import LowRank, pack
 from lora_loader import LoraCache
 from request import LoraFile
 
@@ -109,6 +111,12 @@ class Stage:
     def _factors(self, name: str) -> list[tuple[Tensor, Tensor]]:
         deltas: list[LowRank] = [delta for _, lora in self.loras for delta in lora.transformer[name]]
         return [tuple(x.to(self.device, non_blocking=True).float() for x in (d.up, d.down)) for d in deltas]
+
+
+def _sizes(weight: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of the factors of a weight [out, in], at RANK: [out, rank] and [rank, in]."""
+    rows, columns = weight.shape
+    return (rows, RANK), (RANK, columns)
 
 
 def _slice() -> dict[str, int]:
@@ -299,6 +307,61 @@ def _round(value: Tensor) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Counting
+
+
+class Counted(TorchDispatchMode):
+    """Launches on "meta", and the bytes that pass through memory: what each reads, and what it writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.moved = self.uploaded = 0
+
+    def __torch_dispatch__(  # noqa: D105
+        self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        result = func(*args, **kwargs or {})
+        given = [it for it in tree_leaves((args, kwargs)) if isinstance(it, Tensor)]
+        made = [it for it in tree_leaves(result) if isinstance(it, Tensor) and not any(it is other for other in given)]
+        if func.is_view or not given or func._schema.name.startswith(("aten::empty", "aten::set_")):
+            return result  # nothing is computed
+        if any(it.device.type == "cpu" for it in given):
+            self.uploaded += sum(it.nbytes for it in given if it.device.type == "cpu")
+            return result
+        written = sum(it.nbytes for it in given if func._schema.name.endswith("_"))
+        self.launches += 1
+        self.moved += sum(it.nbytes for it in (*given, *made)) + written
+        return result
+
+
+def count() -> dict[str, dict[str, object]]:
+    """What a swap of one LoRA of rank 16 launches and moves, on tensors of full size that take no memory.
+
+    Every operation is taken to read and write all that it is given to. Where it works in a cache, less passes through
+    memory.
+    """
+    live.BUFFER_ELEMENTS["meta"] = live.BUFFER_ELEMENTS["cuda"]
+    with torch.device("meta"):
+        module = FluxTransformer2DModel(guidance_embeds=True).bfloat16().requires_grad_(False)
+    base = {name: torch.empty_like(parameter) for name, parameter in module.named_parameters()}
+    linears = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear) and is_block_linear(name)]
+    names = [f"{name}.weight" for name in linears]
+    pairs = {name: [torch.zeros(size, dtype=torch.bfloat16) for size in _sizes(base[name])] for name in names}
+    deltas = pack({name: (LowRank(0, len(up), up, down, 1.0),) for name, (up, down) in pairs.items()})
+    plain = Live(module, {"dev": base})
+    found = {}
+    for precision, it in {"bf16": plain, "fp8": plain.quantized(is_block_linear)}.items():
+        for way, dtypes in {"": it._merged, " by torch's operations": frozenset()}.items():
+            it._merged = dtypes
+            it.hold("dev", [])
+            with Counted() as counted:
+                tensors = it.hold("dev", [Term(f"a{way}", 1.0, deltas)])
+            found[precision + way] = {"tensors": tensors, "launches": counted.launches, "bytes": counted.moved}
+            found[precision + way] |= {"uploaded": counted.uploaded}
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Results
 
 
@@ -377,6 +440,7 @@ def main() -> None:  # noqa: D103
                 "seconds": {k: round(v, 4) for k, v in figures.items() if isinstance(v, float)},
                 "tokens": options.tokens,
                 "step_ratio_95": figures["step_ratio"],
+                "counted_on_full_size": count(),
                 "operations_per_step": {name: trace.total() for name, trace in traces.items()},
                 "fp8_shares": figures["fp8_shares"],
                 "reached": targets(figures, traces, device),

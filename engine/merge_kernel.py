@@ -137,20 +137,20 @@ def merge_kernel(
         tl.store(live + at, total.to(LIVE), mask=(n < rows)[:, None] & (k < columns)[None, :])
 
 
-def variant(base: Tensor, live: Tensor, ups: Sequence[Tensor]) -> dict[str, object]:
+def variant(base: Tensor, live: Tensor, ups: Sequence[Tensor], *, scaled: bool) -> dict[str, object]:
     """What the kernel is compiled for: dtypes, ranks and tile.
 
     Args:
         base: [rows, columns], any of the weights.
         live: likewise.
         ups: [rows, rank], those of one weight, all of one dtype.
+        scaled: whether rows are divided by their scales.
     """
     ranks = [up.shape[1] for up in ups]
     choices = RANKS[:1] if ups and ups[0].dtype == torch.float32 else RANKS
     whole = next((rank for rank in choices if rank >= max(ranks, default=0)), choices[-1])
     align = whole if all(rank % whole == 0 for rank in ranks) else 8 if all(rank % 8 == 0 for rank in ranks) else 1
     parts = sum(-(-rank // whole) for rank in ranks)
-    scaled = live.dtype.itemsize == 1
     return {
         "BASE": TYPES[base.dtype],
         "LIVE": TYPES[live.dtype],
@@ -176,7 +176,7 @@ def launch(
     """Write all of the weights in one launch; see `engine.merge.merge`."""
     each = len(ups) // len(lives)
     rows, columns = lives[0].shape
-    chosen = variant(bases[0], lives[0], ups[:each])
+    chosen = variant(bases[0], lives[0], ups[:each], scaled=bool(scales))
     words: list[int] = []
     for number, (live, base) in enumerate(zip(lives, bases, strict=True)):
         words += base.data_ptr(), live.data_ptr(), scales[number].data_ptr() if scales else 0

@@ -15,9 +15,9 @@ from itertools import product
 from service.slabs import pinned_bytes
 
 GB = 1e9
-# Working memory: decoding 1440x1440 pixels takes 3.2 GB, LoRAs on their way into a mix up to 4.3 GB (`live.UPLOADS`),
-# but not at one time. The transformer's activations, those that T5's CUDA graphs keep (a few hundred MB), the safety
-# models and the allocator's slack are the rest.
+# Working memory: LoRAs on their way into a mix take up to 4.3 GB (`live.UPLOADS`); afterwards decoding 1440x1440 pixels
+# takes 3.2, beside up to 1.1 of LoRAs that stay (`live.KEPT`). The rest is for the transformer's activations, for those
+# that T5's CUDA graphs keep (a few hundred MB), for the safety models, and the allocator's slack.
 WORK = int(7 * GB)
 # T5's blocks on the GPU while T5 lies in host memory: the one that computes and the one that is copied. While T5 is
 # mapped, as much is pinned for the copies.

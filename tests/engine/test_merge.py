@@ -1,0 +1,276 @@
+"""The fused kernel: in Triton's interpreter it comes to what torch comes to; it compiles for cards that are not here.
+
+The interpreter multiplies numbers of 16 bits exactly where they are float16, not where they are bfloat16, and rounds to
+bfloat16 and e4m3 in its own way. So sums are compared in float16 and float32; how a GPU rounds them is what
+`merge.trusted` looks at when it starts on one.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine import fp8, live, merge
+from engine.live import Live, Term
+from lora.deltas import LowRank
+from settings import ROOT
+from tests.support import models
+
+triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs Triton, which torch brings along where there is CUDA"
+)
+# Rows, columns, ranks, dtype of the factors, dtype of base and live weight.
+SIZES = [(64, 256), (33, 80), (20, 44), (96, 513), (1, 16)]
+RANKS = [(), (16,), (4,), (1,), (64,), (100,), (16, 16), (32, 8), (5, 16, 70), (8, 16, 8, 1, 2, 3, 4, 5), (64,) * 3]
+CASES = [
+    (*size, ranks, factor, base)
+    for size in SIZES
+    for ranks in RANKS
+    for factor, base in (("float16", "float16"), ("float16", "float32"), ("float32", "float32"))
+]
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    return (made / shape[-1] ** 0.5).to(dtype)
+
+
+def merged(case: tuple, count: int, *, scaled: bool = False) -> dict[str, object]:
+    """How far so many weights, written in one launch, are from torch's; run where Triton interprets."""
+    rows, columns, ranks, factor, dtype = case
+    factor, dtype = getattr(torch, factor), getattr(torch, dtype)
+    bases = [numbers(rows, columns, dtype=dtype, seed=seed) for seed in range(count)]
+    ups = [numbers(rows, rank, dtype=factor, seed=seed) for seed in range(count) for rank in ranks]
+    downs = [numbers(rank, columns, dtype=factor, seed=7 + seed) for seed in range(count) for rank in ranks]
+    strengths = [0.75 * (-1) ** index * (1 + index) for index in range(len(ups))]
+    lives = [torch.full_like(base, torch.nan) for base in bases]
+    scales = [torch.full((rows, 1), torch.nan) for _ in bases] if scaled else []
+    merge.merge(lives, scales, bases, ups, downs, strengths)
+    worst, equal = 0.0, True
+    for index, (base, written) in enumerate(zip(bases, lives, strict=True)):
+        exact = base.double()
+        for term in range(index * len(ranks), (index + 1) * len(ranks)):
+            exact += strengths[term] * (ups[term].double() @ downs[term].double())
+        if scaled:
+            scale = exact.abs().amax(dim=1, keepdim=True).clamp(min=fp8.SMALLEST) / fp8.LARGEST
+            worst = max(worst, ((scales[index] - scale).abs() / scale).max().item())
+            exact = exact / scale / fp8.LARGEST
+            written = written / fp8.LARGEST
+        worst = max(worst, (written.double() - exact).abs().max().item())
+        equal &= torch.equal(written, exact.to(written.dtype))
+    return {"worst": worst, "equal": equal}
+
+
+def in_live() -> dict[str, object]:
+    """How far a live module that the kernel writes is from one that torch writes, over LoRAs of several kinds."""
+    from tests.engine.test_live import Lives, bases, read_loras
+
+    with tempfile.TemporaryDirectory() as folder:
+        loras = read_loras(Path(folder))
+    fused, plain = (Lives(bases(torch.float32)).plain for _ in range(2))
+    fused._merged = frozenset([torch.float32])
+    worst, intact = 0.0, True
+    for mix in (
+        (("everywhere", 0.7),),
+        (("everywhere", 0.7), ("attention", -0.4), ("DoRA", 0.5)),
+        (("LoKr", 1.0),),
+        (),
+    ):
+        terms = [Term(name, scale, loras[name].transformer) for name, scale in mix]
+        written = [it.hold(base, terms) for base in ("dev", "schnell") for it in (fused, plain)]
+        assert written[0] == written[1]
+        intact &= all(fused.intact(name) for name in fused.names)
+        others = dict(plain.module.named_parameters())
+        worst = max(worst, *((it - others[name]).abs().max().item() for name, it in fused.module.named_parameters()))
+    name = "transformer_blocks.0.attn.to_q.weight"
+    fused.module.get_parameter(name).data[3, 3] += 1
+    return {"worst": worst, "intact": intact, "found": [it for it in fused.names if not fused.intact(it)], "of": name}
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[dict[str, object]]:
+    """What the functions above come to in a process where Triton interprets; it has to know so when it is imported."""
+    script = """if True:
+        import json
+        from tests.engine import test_merge as it
+        found = {str(case): it.merged(case, 2) for case in it.CASES}
+        found |= {f"scaled {case}": it.merged(case, 2, scaled=True) for case in it.CASES if case[4] == "float32"}
+        print(json.dumps(found | {"live": it.in_live()}))
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@triton
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernel_comes_to_what_torch_comes_to(interpreted: dict, case: tuple) -> None:
+    found = interpreted[str(case)]
+    if case[4] == "float16":  # sums of float32, rounded once: nearly all are those of exact sums
+        assert found["worst"] <= 2.0**-10 * 8
+    else:
+        assert found["worst"] <= 2e-6 * max(1, len(case[2]))
+    if not case[2]:
+        assert found["equal"]  # a copy
+
+
+@triton
+@pytest.mark.parametrize("case", [case for case in CASES if case[4] == "float32"], ids=str)
+def test_rows_are_divided_by_their_largest_magnitude(interpreted: dict, case: tuple) -> None:
+    assert interpreted[f"scaled {case}"]["worst"] <= 2e-6 * max(1, len(case[2]))
+
+
+@triton
+def test_live_weights_are_the_same_by_the_kernel(interpreted: dict) -> None:
+    found = interpreted["live"]
+    assert found["worst"] <= 2e-6
+    assert found["intact"]
+    assert found["found"] == [found["of"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled for cards that are not here
+
+# Bytes of shared memory that a program may have, by compute capability.
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+SQUARE = (3072, 3072)
+
+
+def compiled(capability: int, dtype: torch.dtype, ranks: tuple[int, ...], factor: torch.dtype) -> tuple[str, int, int]:
+    """The kernel's PTX, its shared memory, and the bytes that each thread keeps outside registers."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from engine import merge_kernel
+
+    base = torch.empty(SQUARE, dtype=torch.bfloat16, device="meta")
+    ups = [torch.empty(SQUARE[0], rank, dtype=factor, device="meta") for rank in ranks]
+    chosen = merge_kernel.variant(base, base.to(dtype), ups, scaled=dtype is fp8.E4M3)
+    warps = chosen.pop("num_warps")
+    places = {parameter.name: index for index, parameter in enumerate(merge_kernel.merge_kernel.params)}
+    types = {"table": "*i64", "rows": "i32", "columns": "i32"}
+    source = ASTSource(
+        merge_kernel.merge_kernel,
+        {name: types.get(name, "constexpr") for name in places},
+        constexprs={(places[name],): value for name, value in chosen.items()},
+        attrs={(places[name],): [["tt.divisibility", 16]] for name in types},
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(made.asm["cubin"])
+        cubin.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        command = [tool, "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    return made.asm["ptx"], made.metadata.shared, int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+@triton
+@pytest.mark.parametrize("ranks", [(), (16,), (4,), (64,), (16, 16), (32, 32), (16,) * 4, (64, 64), (128,), (64,) * 8])
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [(80, torch.bfloat16), (89, torch.bfloat16), (90, torch.bfloat16), (89, fp8.E4M3), (90, fp8.E4M3)],
+)
+def test_it_compiles_multiplies_on_tensor_cores_and_keeps_to_registers(
+    capability: int, dtype: torch.dtype, ranks: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    ptx, shared, stack = compiled(capability, dtype, ranks, torch.bfloat16)
+    assert bool(re.search(r"\bmma\.sync|wgmma", ptx)) == bool(ranks)
+    assert "cp.async" in ptx
+    assert ("e4m3x2" in ptx) == (dtype is fp8.E4M3)
+    assert shared <= SHARED[capability]
+    assert stack <= (0 if sum(ranks) <= 64 else 16)
+
+
+@triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, fp8.E4M3])
+@pytest.mark.parametrize("ranks", [(16,), (64,), (128,)])
+def test_factors_in_float32_are_multiplied_in_float32(
+    dtype: torch.dtype, ranks: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    ptx, shared, _ = compiled(90, dtype, ranks, torch.float32)
+    assert "fma.rn" in ptx
+    assert not re.search(r"\bmma\.sync|wgmma|tf32", ptx)
+    assert shared <= SHARED[90]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counted, on tensors without memory
+
+
+class Launches(TorchDispatchMode):
+    """Operations that compute something on "meta", by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        if not func.is_view:
+            self.names.append(func._schema.name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_swap_takes_fewer_launches_than_tensors(quantized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(live.BUFFER_ELEMENTS, "meta", 2**21)
+    module = models.transformer().requires_grad_(False).to("meta", torch.bfloat16)
+    held = Live(module, {"dev": {name: torch.empty_like(tensor) for name, tensor in module.named_parameters()}})
+    if quantized:
+        held = held.quantized(lambda name: "blocks." in name and "norm" not in name)
+    held.hold("dev", [])
+    weights = {n: p for n, p in module.named_parameters() if p.ndim == 2 and "blocks." in n and "norm" not in n}
+
+    def lora(rank: int, dtype: torch.dtype) -> Term:
+        pairs = {n: (torch.ones(len(p), rank), torch.ones(rank, p.shape[1])) for n, p in weights.items()}
+        deltas = {n: (LowRank(0, len(up), up.to(dtype), down.to(dtype), 1.0),) for n, (up, down) in pairs.items()}
+        return Term(f"{rank} {dtype}", 0.5, deltas)
+
+    mixes = [[lora(4, torch.bfloat16)], [lora(4, torch.bfloat16), lora(8, torch.bfloat16)], [lora(4, torch.float64)]]
+    mixes.append([lora(4, torch.float16), lora(8, torch.bfloat16)])  # become float32
+    for mix in (*mixes, []):
+        with Launches() as counted:
+            written = held.hold("dev", mix)
+        kernels = [name for name in counted.names if name not in ("aten::empty.memory_format", "aten::_to_copy")]
+        assert written == len(weights)
+        assert kernels.count("flux_sprites::merge") <= len({p.shape for p in weights.values()})
+        assert not [name for name in kernels if "mm" in name]
+
+
+def test_a_merge_says_what_it_writes() -> None:
+    """So that compiled code and tracers know; the operator's own checks of torch."""
+    inputs = [[numbers(8, 16).to("meta")], [], [numbers(8, 16).to("meta")], [], [], []]
+    torch.library.opcheck(merge.merge, inputs, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_on_a_cpu_no_kernel_is_trusted() -> None:
+    assert merge.trusted(torch.device("cpu")) == frozenset()
+    assert merge.trusted(torch.device("meta")) == {torch.bfloat16, fp8.E4M3}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_gpu_the_kernel_agrees_with_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    device = torch.device("cuda")
+    expected = {torch.bfloat16} | ({fp8.E4M3} if fp8.supported(device) else set())
+    assert merge.trusted(device) == expected
+    assert capsys.readouterr().out == ""
