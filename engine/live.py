@@ -215,7 +215,7 @@ class Live:
                 continue
             deltas = [(scale, delta) for term, scale in touching for delta in term.deltas[name]]
             batch.append((tensor, mix, Recipe(pristine.get(name, self._zeros.get(name)), deltas, pristine)))
-            written, size = written + 1, size + tensor.place.values.nbytes
+            written, size = written + 1, size + batch[-1][2].base.nbytes
             if size >= BATCH or not self._merged:
                 self._hold(batch)
                 batch, size = [], 0

@@ -1,4 +1,4 @@
-"""The Triton kernel that writes many weights of one shape at once: live = round(base + Σ strength · up @ down).
+"""The Triton kernel that writes many weights at once: live = round(base + Σ strength · up @ down).
 
 Each program writes a few rows of one weight, tile by tile. Factors of 16 bits are multiplied on tensor cores, where
 their products are exact, and summed in float32; the strength multiplies that sum. In fp8 a row's scale has to be known
@@ -30,7 +30,7 @@ TYPES = {
     torch.float8_e4m3fn: tl.float8e4nv,
 }
 # Words of the table: those of each weight, and those of each part of its sum.
-WEIGHT_WORDS = tl.constexpr(3)
+WEIGHT_WORDS = tl.constexpr(5)
 PART_WORDS = tl.constexpr(5)
 
 
@@ -93,8 +93,6 @@ def _summed(
 @triton.jit
 def merge_kernel(
     table: tl.tensor,
-    rows: tl.tensor,
-    columns: tl.tensor,
     BASE: tl.constexpr,
     LIVE: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -103,17 +101,22 @@ def merge_kernel(
     PARTS: tl.constexpr,
     UNROLL: tl.constexpr,
     SCALED: tl.constexpr,
+    COLUMNS: tl.constexpr,
     LARGEST: tl.constexpr,
     SMALLEST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """Program (i, j) writes the i-th BLOCK_N rows of the table's j-th weight, [rows, columns]."""
+    """Program (i, j) writes the i-th BLOCK_N rows of the table's j-th weight, [rows, columns], if it has so many."""
     weight = table + tl.program_id(1) * (WEIGHT_WORDS + PARTS * PART_WORDS)
     parts = weight + WEIGHT_WORDS
     base = tl.multiple_of(tl.load(weight).to(tl.pointer_type(BASE)), 16)
     live = tl.multiple_of(tl.load(weight + 1).to(tl.pointer_type(LIVE)), 16)
+    rows = tl.load(weight + 3).to(tl.int32)
+    columns = tl.load(weight + 4).to(tl.int32) * COLUMNS
+    if tl.program_id(0) * BLOCK_N >= rows:
+        return
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inverse = tl.full((BLOCK_N,), 1.0, tl.float32)
     if SCALED:
@@ -137,32 +140,34 @@ def merge_kernel(
         tl.store(live + at, total.to(LIVE), mask=(n < rows)[:, None] & (k < columns)[None, :])
 
 
-def variant(base: Tensor, live: Tensor, ups: Sequence[Tensor], *, scaled: bool) -> dict[str, object]:
+def variant(bases: Sequence[Tensor], live: Tensor, ups: Sequence[Tensor], *, scaled: bool) -> dict[str, object]:
     """What the kernel is compiled for: dtypes, ranks and tile.
 
     Args:
-        base: [rows, columns], any of the weights.
-        live: likewise.
-        ups: [rows, rank], those of one weight, all of one dtype.
+        bases: [rows, columns] each.
+        live: any of the weights.
+        ups: [rows, rank] each, those of one weight, all of one dtype.
         scaled: whether rows are divided by their scales.
     """
     ranks = [up.shape[1] for up in ups]
     choices = RANKS[:1] if ups and ups[0].dtype == torch.float32 else RANKS
     whole = next((rank for rank in choices if rank >= max(ranks, default=0)), choices[-1])
-    align = whole if all(rank % whole == 0 for rank in ranks) else 8 if all(rank % 8 == 0 for rank in ranks) else 1
     parts = sum(-(-rank // whole) for rank in ranks)
-    return {
-        "BASE": TYPES[base.dtype],
+    chosen = {
+        "BASE": TYPES[bases[0].dtype],
         "LIVE": TYPES[live.dtype],
-        "FACTOR": TYPES[ups[0].dtype if ups else base.dtype],
+        "FACTOR": TYPES[ups[0].dtype if ups else bases[0].dtype],
         "RANK": whole,
-        "ALIGN": align,
+        "ALIGN": next(align for align in (whole, 8, 1) if all(rank % align == 0 for rank in ranks)),
         "PARTS": parts,
         "UNROLL": parts * whole <= UNROLLED,
         "SCALED": scaled,
+        "COLUMNS": next(align for align in (16, 1) if all(base.shape[1] % align == 0 for base in bases)),
         "LARGEST": LARGEST,
         "SMALLEST": SMALLEST,
-    } | TILE
+    }
+    # Three programs on a processor instead of two.
+    return chosen | TILE | ({"maxnreg": 168} if scaled and 32 < parts * whole <= 64 else {})
 
 
 def launch(
@@ -175,22 +180,26 @@ def launch(
 ) -> None:
     """Write all of the weights in one launch; see `engine.merge.merge`."""
     each = len(ups) // len(lives)
-    rows, columns = lives[0].shape
-    chosen = variant(bases[0], lives[0], ups[:each], scaled=bool(scales))
+    chosen = variant(bases, lives[0], ups[:each], scaled=bool(scales))
     words: list[int] = []
-    for number, (live, base) in enumerate(zip(lives, bases, strict=True)):
-        words += base.data_ptr(), live.data_ptr(), scales[number].data_ptr() if scales else 0
+    # The longest rows first: whoever comes last has less to do.
+    for number in sorted(range(len(lives)), key=lambda number: -bases[number].shape[1]):
+        rows, columns = bases[number].shape
+        words += bases[number].data_ptr(), lives[number].data_ptr(), scales[number].data_ptr() if scales else 0
+        words += rows, columns // chosen["COLUMNS"]
         for term in range(number * each, (number + 1) * each):
             words += _parts(ups[term], downs[term], strengths[term], chosen["RANK"], chosen["ALIGN"])
     table = torch.tensor(words, dtype=torch.int64, pin_memory=lives[0].is_cuda).to(lives[0].device, non_blocking=True)
-    merge_kernel[(triton.cdiv(rows, chosen["BLOCK_N"]), len(lives))](table, rows, columns, **chosen)
+    most = max(base.shape[0] for base in bases)
+    merge_kernel[(triton.cdiv(most, chosen["BLOCK_N"]), len(lives))](table, **chosen)
 
 
 def _parts(up: Tensor, down: Tensor, strength: float, whole: int, align: int) -> list[int]:
     """The table's words about a pair of factors: for each part its addresses, the whole rank, its own, its strength."""
     rank, (bits,) = up.shape[1], struct.unpack("i", struct.pack("f", strength))
+    up_at, down_at, row = up.data_ptr(), down.data_ptr(), down.shape[1] * down.itemsize
     words: list[int] = []
     for first in range(0, rank, whole):
         width = min(whole, rank - first)
-        words += up.data_ptr() + first * up.itemsize, down[first].data_ptr(), rank // align, width // align, bits
+        words += up_at + first * up.itemsize, down_at + first * row, rank // align, width // align, bits
     return words

@@ -126,6 +126,7 @@ class _Block:
     """A block of host memory on a device, or on its way there. It does not keep the host's memory alive."""
 
     def __init__(self, nbytes: int, device: torch.device, *, pinned: bool) -> None:
+        self.nbytes = nbytes
         self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.turn = 0  # when it was used last
         self._sent = 0  # bytes that are there before whatever the current stream is given from now on
@@ -141,17 +142,21 @@ class _Block:
         Pinned memory is copied piece by piece, as it is asked for, on a stream of its own: the first tensors can be
         used while the next are still under way.
         """
-        start, nbytes = tensor.storage_offset() * tensor.itemsize, len(self.memory)
-        while self._sent < min(start + tensor.nbytes, nbytes):
-            whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-            end = min(self._sent + PIECE, nbytes) if self._stream else nbytes
-            with torch.cuda.stream(self._stream):
-                self.memory[self._sent : end].copy_(whole[self._sent : end], non_blocking=True)
-            if self._stream:
-                torch.cuda.current_stream(self.memory.device).wait_stream(self._stream)
-            self._sent = end
+        end = min(tensor.storage_offset() * tensor.itemsize + tensor.nbytes, self.nbytes)
+        if self._sent < end:
+            self._send(torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()), end)
         view = torch.empty(0, dtype=tensor.dtype, device=self.memory.device)
         return view.set_(self.memory.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    def _send(self, whole: Tensor, end: int) -> None:
+        """Copy at least so many bytes of the host's memory."""
+        while self._sent < end:
+            stop = min(self._sent + PIECE, self.nbytes) if self._stream else self.nbytes
+            with torch.cuda.stream(self._stream):
+                self.memory[self._sent : stop].copy_(whole[self._sent : stop], non_blocking=True)
+            if self._stream:
+                torch.cuda.current_stream(self.memory.device).wait_stream(self._stream)
+            self._sent = stop
 
 
 @functools.cache
@@ -207,7 +212,7 @@ class Uploads:
                 del self._blocks[storage]
 
     def _taken(self) -> int:
-        return sum(len(block.memory) for block in self._blocks.values())
+        return sum(block.nbytes for block in self._blocks.values())
 
 
 def _aligned(offset: int) -> int:

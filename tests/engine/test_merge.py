@@ -163,17 +163,16 @@ def compiled(capability: int, dtype: torch.dtype, ranks: tuple[int, ...], factor
 
     base = torch.empty(SQUARE, dtype=torch.bfloat16, device="meta")
     ups = [torch.empty(SQUARE[0], rank, dtype=factor, device="meta") for rank in ranks]
-    chosen = merge_kernel.variant(base, base.to(dtype), ups, scaled=dtype is fp8.E4M3)
-    warps = chosen.pop("num_warps")
+    chosen = merge_kernel.variant([base], base.to(dtype), ups, scaled=dtype is fp8.E4M3)
+    options = {name: chosen.pop(name) for name in ("num_warps", "maxnreg") if name in chosen}
     places = {parameter.name: index for index, parameter in enumerate(merge_kernel.merge_kernel.params)}
-    types = {"table": "*i64", "rows": "i32", "columns": "i32"}
     source = ASTSource(
         merge_kernel.merge_kernel,
-        {name: types.get(name, "constexpr") for name in places},
+        {name: "*i64" if name == "table" else "constexpr" for name in places},
         constexprs={(places[name],): value for name, value in chosen.items()},
-        attrs={(places[name],): [["tt.divisibility", 16]] for name in types},
+        attrs={(places["table"],): [["tt.divisibility", 16]]},
     )
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(made.asm["cubin"])
         cubin.flush()
@@ -198,7 +197,8 @@ def test_it_compiles_multiplies_on_tensor_cores_and_keeps_to_registers(
     assert "cp.async" in ptx
     assert ("e4m3x2" in ptx) == (dtype is fp8.E4M3)
     assert shared <= SHARED[capability]
-    assert stack <= (0 if sum(ranks) <= 64 else 16)
+    # In fp8 three programs on a processor, with a few values outside registers, are faster than two without.
+    assert stack <= (0 if sum(ranks) <= (32 if dtype is fp8.E4M3 else 64) else 48)
 
 
 @triton
@@ -253,7 +253,7 @@ def test_a_swap_takes_fewer_launches_than_tensors(quantized: bool, monkeypatch: 
             written = held.hold("dev", mix)
         kernels = [name for name in counted.names if name not in ("aten::empty.memory_format", "aten::_to_copy")]
         assert written == len(weights)
-        assert kernels.count("flux_sprites::merge") <= len({p.shape for p in weights.values()})
+        assert kernels.count("flux_sprites::merge") == 1
         assert not [name for name in kernels if "mm" in name]
 
 
