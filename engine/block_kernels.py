@@ -190,10 +190,14 @@ def _linear_gelu_on_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True).unflatten(0, x.shape[:2])
 
 
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
 @_operator("(Tensor x, Tensor weight, Tensor bias) -> Tensor", _linear_gelu_on_cuda)
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU(x @ weight.T + bias): x [B, N, K] → [B, N, M].
 
     An operator, since the compiler would take torch's own apart, on a GPU too, into a product and a GELU.
     """
-    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    return _linear_gelu(x, weight, bias)

@@ -32,6 +32,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # read when it is imported: bars of 
 
 import torch
 
+from bench.gpu.blocks import blocks
 from bench.gpu.ceilings import ceilings
 from bench.gpu.context import Bench, Row, SkippedError, Values
 from bench.gpu.parts import parts, profile, switches
@@ -69,6 +70,7 @@ STAGES = (
     Stage("eager steps", eager, 20, 5),
     Stage("compiled bf16", partial(compiled, precision="bf16"), 130, 45),
     Stage("compiled fp8", partial(compiled, precision="fp8"), 70, 60),
+    Stage("blocks", blocks, 100, 25),
     Stage("parts", parts, 25, 8),
     Stage("profile", profile, 10, 2),
     Stage("switches", switches, 80, 2),
@@ -224,7 +226,10 @@ def go_on_anew(options: argparse.Namespace, stages: list[Stage]) -> None:
 
 def save_compiled(path: Path) -> Values:
     """Write all code that was compiled so far, for --caches."""
-    content = gzip.compress(torch.compiler.save_cache_artifacts()[0], compresslevel=1)
+    artifacts = torch.compiler.save_cache_artifacts()
+    if artifacts is None:  # of a compiler that makes no code
+        return {"bytes": 0}
+    content = gzip.compress(artifacts[0], compresslevel=1)
     path.write_bytes(content)
     return {"bytes": len(content)}
 
