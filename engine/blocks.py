@@ -7,7 +7,8 @@
     bf16                    GELU is applied by the product before it; a single block's last product reads its two
                             inputs where they lie, instead of one that is put together
 
-Parameters and their names stay as they are, so live weights are written as ever. This module knows nothing of these.
+Parameters keep their names and shapes, and whoever writes them writes the joined matrices. This module knows no live
+weights.
 """
 
 from collections.abc import Sequence
@@ -35,18 +36,21 @@ Operand = Tensor | Quantized
 def fuse(transformer: FluxTransformer2DModel) -> None:
     """Let a transformer's blocks compute in this way; a block that is fp8 in part stays diffusers' own.
 
-    Call it once, after layers were replaced by fp8 ones, and before anything holds on to where weights lie: those of
-    layers that read the same input are moved into one matrix. Weights that lie in memory of others are not moved, and
-    multiplied one by one: a copy that shares its parameters can be fused without harm to the first.
+    Call it once, after layers were replaced by fp8 ones, and before anything keeps views of the weights: those of
+    layers that read the same input are moved into one matrix. Weights that are part of a larger memory already, as of
+    fp8 layers in place of bf16 ones, are not moved, and multiplied one by one.
+
+    Args:
+        transformer: its memory is allocated; what that holds stays.
     """
     for block in transformer.transformer_blocks:
-        if _is_uniform(block):
+        block.__class__ = DoubleBlock if _is_uniform(block) else FluxTransformerBlock
+        if isinstance(block, DoubleBlock):
             block.image_qkv, block.text_qkv = _join(_image_qkv(block.attn)), _join(_text_qkv(block.attn))
-            block.__class__ = DoubleBlock
     for block in transformer.single_transformer_blocks:
-        if _is_uniform(block):
+        block.__class__ = SingleBlock if _is_uniform(block) else FluxSingleTransformerBlock
+        if isinstance(block, SingleBlock):
             block.joined = _join(_single_inputs(block))
-            block.__class__ = SingleBlock
     # By these names `compile_repeated_blocks` finds what to compile.
     transformer._repeated_blocks = [*type(transformer)._repeated_blocks, DoubleBlock.__name__, SingleBlock.__name__]
     torch.cuda.empty_cache()  # where the weights lay before; does nothing without CUDA
@@ -82,7 +86,9 @@ class DoubleBlock(FluxTransformerBlock):
         _refuse(joint_attention_kwargs)
         attn, image, text = self.attn, hidden_states, encoder_hidden_states
         shift, factor, gate, ff_shift, ff_factor, ff_gate = _modulation(self.norm1, temb, 6)
-        text_shift, text_factor, text_gate, *text_ff, text_ff_gate = _modulation(self.norm1_context, temb, 6)
+        text_shift, text_factor, text_gate, text_ff_shift, text_ff_factor, text_ff_gate = _modulation(
+            self.norm1_context, temb, 6
+        )
         layers = [*_text_qkv(attn), *_image_qkv(attn)]
         products = [
             *_products(_modulated(text, text_factor, text_shift, attn.add_q_proj), _text_qkv(attn), self.text_qkv),
@@ -93,7 +99,6 @@ class DoubleBlock(FluxTransformerBlock):
         image = image + gate[:, None] * attn.to_out[0](y[:, text.shape[1] :])
         text = text + text_gate[:, None] * attn.to_add_out(y[:, : text.shape[1]])
         image = image + ff_gate[:, None] * _feed_forward(self.ff, image, ff_factor, ff_shift)
-        text_ff_shift, text_ff_factor = text_ff
         text = text + text_ff_gate[:, None] * _feed_forward(self.ff_context, text, text_ff_factor, text_ff_shift)
         return text, image
 
