@@ -1,6 +1,6 @@
 """Whether FLUX's blocks are faster fused: the product's transformer and a fused one on the same weights, in turn.
 
-The fused transformer shares all tensors with the product's but those that fusing moves (8 GB for both precisions): of
+The fused transformer shares all tensors with the product's but those that fusing moves (4 GB in each precision): of
 these it has its own, so it has live weights of its own too, and both always hold the same mix.
 """
 
@@ -142,6 +142,8 @@ def fused_copy(module: FluxTransformer2DModel) -> FluxTransformer2DModel:
 @torch.no_grad()
 def kernel(bench: Bench, name: str) -> Values:
     """Seconds of one call at FLUX's sizes, bytes that it has to move, and how far its result is from torch's."""
+    if name.endswith("quantize"):
+        bench.needs_fp8()
     given = arguments(bench)[name]
     operator, in_torch = getattr(block_kernels, name), getattr(block_kernels, f"_{name}")
     made, right = (results(call(*given)) for call in (operator, in_torch))
