@@ -1,203 +1,147 @@
-"""What FLUX's blocks compute between their large products, in one pass over memory each, as operators of torch.
+"""The Triton kernels of engine/block_operators.py, which says what each computes; importing this needs Triton.
 
-To the compiler an operator is one call that it does not look into. On a GPU that is a Triton kernel, elsewhere, and for
-sizes that the kernel does not take, the same in torch, which also tells the compiler the shapes. The kernels compute in
-float32 and round once. Triton is imported where the first CUDA tensor comes: torch has it beside CUDA alone.
+One program works on one token and keeps its row in registers, so each number is read once and written once. Triton's
+blocks are powers of two, and the widths of FLUX three times one (3072, 12288): a row is three blocks. Tiles are fixed:
+with autotuning, the first request of each new size would pay for trials. Nor is a kernel compiled anew for numbers of
+tokens that are multiples of 16: Triton is told not to look at them.
 """
 
-from collections.abc import Callable, Sequence
-from math import gcd
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from engine.fp8 import E4M3, quantize_rows
+import triton
+import triton.language as tl
 
 # Of all norms in FLUX's blocks.
-EPS = 1e-6
-# The fastest on an H200 among 4, 8, 16 (GELU), and 2, 4, 8.
-NORM_WARPS, GELU_WARPS, ROTATE_WARPS = 4, 8, 2
-# Heads that a program works on at a time.
-CHUNK = 8
-
-Quantized = tuple[Tensor, Tensor]  # e4m3 values [B, N, C] and float32 scales [B, N, 1], as of `fp8.quantize_rows`
+EPS = tl.constexpr(1e-6)
+# As in engine/fp8.py: the largest e4m3 number, and the least magnitude that a row is scaled by.
+LARGEST = tl.constexpr(448.0)
+SMALLEST = tl.constexpr(5.3e-36)
 
 
-def _operator(schema: str, on_cuda: Callable[..., object]) -> Callable[[Callable[..., object]], Callable[..., object]]:
-    """Make a function in torch an operator of its name, for which CUDA has another function."""
-
-    def register(function: Callable[..., object]) -> Callable[..., object]:
-        name = f"flux_sprites::{function.__name__}"
-        torch.library.define(name, schema)
-        torch.library.impl(name, "CompositeExplicitAutograd", function)
-        torch.library.impl(name, "CUDA", on_cuda)
-        torch.library.register_fake(name, function)
-        operator = getattr(torch.ops.flux_sprites, function.__name__).default
-        operator.__doc__ = function.__doc__
-        return operator
-
-    return register
+@triton.jit
+def _load(start: tl.tensor, SIZE: tl.constexpr) -> tl.tuple:
+    """A row of 3 * SIZE numbers as three float32 blocks."""
+    i = tl.arange(0, SIZE)
+    first, second, third = tl.load(start + i), tl.load(start + SIZE + i), tl.load(start + 2 * SIZE + i)
+    return first.to(tl.float32), second.to(tl.float32), third.to(tl.float32)
 
 
-def _is_thrice_a_power_of_two(width: int) -> bool:
-    third = width // 3
-    return width % 3 == 0 and third > 0 and third & (third - 1) == 0
+@triton.jit
+def _store(start: tl.tensor, a: tl.tensor, b: tl.tensor, c: tl.tensor, SIZE: tl.constexpr) -> None:
+    """The reverse. e4m3 has no infinity: a number that rounds to 448 is 448, and NaN stays NaN."""
+    i = tl.arange(0, SIZE)
+    tl.store(start + i, a.to(start.dtype.element_ty))
+    tl.store(start + SIZE + i, b.to(start.dtype.element_ty))
+    tl.store(start + 2 * SIZE + i, c.to(start.dtype.element_ty))
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[B, N, C] → [B * N, C], whose rows may lie apart, but not the numbers of one."""
-    x = x.flatten(0, 1)
-    return x if x.stride(1) == 1 else x.contiguous()
+@triton.jit
+def _largest(a: tl.tensor, b: tl.tensor, c: tl.tensor) -> tl.tensor:
+    """The largest magnitude of a row."""
+    return tl.max(tl.maximum(tl.maximum(tl.abs(a), tl.abs(b)), tl.abs(c)), 0)
 
 
-def _empty(tokens: Tensor, width: int) -> Quantized:
-    """Memory for quantised rows, one for each token of [B, N, ...]."""
-    values = torch.empty(*tokens.shape[:2], width, dtype=E4M3, device=tokens.device)
-    return values, torch.empty(*tokens.shape[:2], 1, dtype=torch.float32, device=tokens.device)
+@triton.jit
+def _gelu(x: tl.tensor) -> tl.tensor:
+    """The tanh form of GELU, written by a sigmoid: x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 x^3))."""
+    return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
 
 
-# ------------------------------------------------------------------------------------- norm, modulation, quantisation
+@triton.jit(do_not_specialize=["tokens"])
+def norm_quantize(  # noqa: D103
+    x: tl.tensor,  # [B * N, C]
+    factor: tl.tensor,  # [B, C]
+    shift: tl.tensor,  # [B, C]
+    values: tl.tensor,  # [B * N, C]
+    scales: tl.tensor,  # [B * N]
+    tokens: tl.tensor,  # N
+    x_stride: tl.tensor,
+    factor_stride: tl.tensor,
+    shift_stride: tl.tensor,
+    SIZE: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // tokens
+    a, b, c = _load(x + row * x_stride, SIZE)
+    mean = tl.sum(a + b + c, 0) / (3 * SIZE)
+    a, b, c = a - mean, b - mean, c - mean
+    inverse = 1.0 / tl.sqrt(tl.sum(a * a + b * b + c * c, 0) / (3 * SIZE) + EPS)
+    f, g, h = _load(factor + batch * factor_stride, SIZE)
+    r, s, t = _load(shift + batch * shift_stride, SIZE)
+    a = a * inverse * (1.0 + f) + r
+    b = b * inverse * (1.0 + g) + s
+    c = c * inverse * (1.0 + h) + t
+    scale = tl.maximum(_largest(a, b, c), SMALLEST) / LARGEST
+    inverse = 1.0 / scale
+    tl.store(scales + row, scale)
+    _store(values + row * (3 * SIZE), a * inverse, b * inverse, c * inverse, SIZE)
 
 
-def _norm_quantize_on_cuda(x: Tensor, factor: Tensor, shift: Tensor) -> Quantized:
-    if not _is_thrice_a_power_of_two(width := x.shape[2]) or not factor.stride(1) == shift.stride(1) == 1:
-        return _norm_quantize(x, factor, shift)
-    from engine import triton_kernels
-
-    rows, (values, scales) = _rows(x), _empty(x, width)
-    strides = rows.stride(0), factor.stride(0), shift.stride(0)
-    triton_kernels.norm_quantize[(len(rows),)](
-        rows, factor, shift, values, scales, x.shape[1], *strides, SIZE=width // 3, num_warps=NORM_WARPS
-    )
-    return values, scales
-
-
-def _norm_quantize(x: Tensor, factor: Tensor, shift: Tensor) -> Quantized:
-    y = F.layer_norm(x.float(), x.shape[2:], eps=EPS)
-    return quantize_rows(y * (1 + factor.float()[:, None]) + shift.float()[:, None])
-
-
-@_operator("(Tensor x, Tensor factor, Tensor shift) -> (Tensor, Tensor)", _norm_quantize_on_cuda)
-def norm_quantize(x: Tensor, factor: Tensor, shift: Tensor) -> Quantized:
-    """norm(x) * (1 + factor) + shift, quantised: x [B, N, C], factor and shift [B, C]."""
-    return _norm_quantize(x, factor, shift)
-
-
-# ------------------------------------------------------------------------------------------------- GELU, quantisation
-
-
-def _gelu_quantize_on_cuda(attention: Tensor | None, hidden: Tensor, bias: Tensor) -> Quantized:
-    first, width = 0 if attention is None else attention.shape[2], hidden.shape[2]
-    if not _is_thrice_a_power_of_two(width) or (first and not _is_thrice_a_power_of_two(first)):
-        return _gelu_quantize(attention, hidden, bias)
-    from engine import triton_kernels
-
-    hidden, (values, scales) = _rows(hidden), _empty(hidden, first + width)
-    before = hidden if attention is None else _rows(attention)
-    sizes = {"FIRST": first // 3, "SIZE": width // 3}
-    triton_kernels.gelu_quantize[(len(hidden),)](
-        before, hidden, bias, values, scales, before.stride(0), hidden.stride(0), **sizes, num_warps=GELU_WARPS
-    )
-    return values, scales
+@triton.jit
+def gelu_quantize(  # noqa: D103
+    attention: tl.tensor,  # [M, A]; not read where A is 0
+    hidden: tl.tensor,  # [M, H]
+    bias: tl.tensor,  # [H]
+    values: tl.tensor,  # [M, A + H]
+    scales: tl.tensor,  # [M]
+    attention_stride: tl.tensor,
+    hidden_stride: tl.tensor,
+    FIRST: tl.constexpr,
+    SIZE: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    a, b, c = _load(hidden + row * hidden_stride, SIZE)
+    f, g, h = _load(bias, SIZE)
+    a, b, c = _gelu(a + f), _gelu(b + g), _gelu(c + h)
+    most = _largest(a, b, c)
+    start = values + row * (3 * FIRST + 3 * SIZE)
+    if FIRST > 0:
+        r, s, t = _load(attention + row * attention_stride, FIRST)
+        most = tl.maximum(most, _largest(r, s, t))
+    scale = tl.maximum(most, SMALLEST) / LARGEST
+    inverse = 1.0 / scale
+    tl.store(scales + row, scale)
+    if FIRST > 0:
+        _store(start, r * inverse, s * inverse, t * inverse, FIRST)
+    _store(start + 3 * FIRST, a * inverse, b * inverse, c * inverse, SIZE)
 
 
-def _gelu_quantize(attention: Tensor | None, hidden: Tensor, bias: Tensor) -> Quantized:
-    hidden = F.gelu(hidden.float() + bias.float(), approximate="tanh")
-    return quantize_rows(hidden if attention is None else torch.cat([attention.float(), hidden], dim=2))
-
-
-@_operator("(Tensor? attention, Tensor hidden, Tensor bias) -> (Tensor, Tensor)", _gelu_quantize_on_cuda)
-def gelu_quantize(attention: Tensor | None, hidden: Tensor, bias: Tensor) -> Quantized:
-    """GELU(hidden + bias), behind attention where there is one, quantised: attention [B, N, A], hidden [B, N, H]."""
-    return _gelu_quantize(attention, hidden, bias)
-
-
-# ------------------------------------------------------------------------------- norms of queries and keys, and RoPE
-
-
-def _rotate_heads_on_cuda(
-    products: Sequence[Tensor], biases: Sequence[Tensor], norms: Sequence[Tensor], cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, _, width), size = products[0].shape, len(norms[0])
-    heads, total = width // size, len(cos)
-    if size & (size - 1):
-        return _rotate_heads(products, biases, norms, cos, sin)
-    from engine import triton_kernels
-
-    made = [torch.empty(batch, total, heads, size, dtype=norms[0].dtype, device=cos.device) for _ in range(3)]
-    cos, sin, offset = cos.contiguous(), sin.contiguous(), 0
-    sizes = {"HEADS": heads, "CHUNK": gcd(heads, CHUNK), "D": size}
-    for n in range(len(norms) // 2):
-        tokens = products[3 * n].shape[1]
-        rows = [_rows(it) for it in products[3 * n : 3 * n + 3]]
-        if len({it.stride(0) for it in rows}) > 1:
-            rows = [it.contiguous() for it in rows]
-        inputs = *rows, *biases[3 * n : 3 * n + 3], *norms[2 * n : 2 * n + 2], cos, sin
-        triton_kernels.rotate_heads[(batch * tokens, 3)](
-            *inputs, *made, rows[0].stride(0), tokens, offset, total, **sizes, num_warps=ROTATE_WARPS
-        )
-        offset += tokens
-    return made[0], made[1], made[2]
-
-
-def _rotate_heads(
-    products: Sequence[Tensor], biases: Sequence[Tensor], norms: Sequence[Tensor], cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    size = len(norms[0])
-    heads = [
-        (product.float() + bias.float()).unflatten(2, (-1, size))
-        for product, bias in zip(products, biases, strict=True)
-    ]  # [B, n, heads, D]
-    queries, keys = (
-        torch.cat(
-            [F.rms_norm(x, (size,), norm.float(), EPS) for x, norm in zip(heads[n::3], norms[n::2], strict=True)], 1
-        )
-        for n in (0, 1)
-    )
-    turned = []
-    for x in (queries, keys):
-        real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
-        turned.append(x * cos[:, None] + torch.stack([-imaginary, real], -1).flatten(-2) * sin[:, None])
-    query, key, value = (x.to(norms[0].dtype).contiguous() for x in (*turned, torch.cat(heads[2::3], 1)))
-    return query, key, value
-
-
-@_operator(
-    "(Tensor[] products, Tensor[] biases, Tensor[] norms, Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)",
-    _rotate_heads_on_cuda,
-)
-def rotate_heads(
-    products: Sequence[Tensor], biases: Sequence[Tensor], norms: Sequence[Tensor], cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys with norms and RoPE, and values, the streams one behind the other: [B, all tokens, heads, D].
-
-    Args:
-        products: [B, n, heads * D]: query, key and value of each stream (text, image), without their biases.
-        biases: of the same, [heads * D].
-        norms: weights of the RMS norms of query and key, of each stream, [D]; their dtype is that of the result.
-        cos: [all tokens, D], float32.
-        sin: likewise.
-    """
-    return _rotate_heads(products, biases, norms, cos, sin)
-
-
-# -------------------------------------------------------------------------------------------------- product with GELU
-
-
-def _linear_gelu_on_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    # cuBLASLt applies bias and GELU, in its tanh form, to the sums before it writes them.
-    return torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True).unflatten(0, x.shape[:2])
-
-
-def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
-
-
-@_operator("(Tensor x, Tensor weight, Tensor bias) -> Tensor", _linear_gelu_on_cuda)
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x @ weight.T + bias): x [B, N, K] → [B, N, M].
-
-    An operator, since the compiler would take torch's own apart, on a GPU too, into a product and a GELU.
-    """
-    return _linear_gelu(x, weight, bias)
+@triton.jit(do_not_specialize=["tokens", "offset", "total"])
+def rotate_heads(  # noqa: D103
+    query: tl.tensor,  # [B * N, HEADS * D] of one stream, as are key and value
+    key: tl.tensor,
+    value: tl.tensor,
+    query_bias: tl.tensor,  # [HEADS * D]
+    key_bias: tl.tensor,
+    value_bias: tl.tensor,
+    query_norm: tl.tensor,  # [D]
+    key_norm: tl.tensor,
+    cos: tl.tensor,  # [all tokens, D], float32
+    sin: tl.tensor,
+    q: tl.tensor,  # [B * all tokens, HEADS * D], as are k and v
+    k: tl.tensor,
+    v: tl.tensor,
+    stride: tl.tensor,  # of query, key and value
+    tokens: tl.tensor,  # N
+    offset: tl.tensor,  # of this stream's first token
+    total: tl.tensor,  # all tokens
+    HEADS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    D: tl.constexpr,
+) -> None:
+    row, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = offset + row % tokens
+    source = (query if which == 0 else (key if which == 1 else value)) + row * stride
+    bias = query_bias if which == 0 else (key_bias if which == 1 else value_bias)
+    target = (q if which == 0 else (k if which == 1 else v)) + (row // tokens * total + token) * (HEADS * D)
+    d = tl.arange(0, D)
+    weight = tl.load((query_norm if which == 0 else key_norm) + d).to(tl.float32)[None, :]
+    # Each pair of numbers is turned by one angle, which cos and sin have twice.
+    pair = token * D + 2 * tl.arange(0, D // 2)
+    c, s = tl.load(cos + pair)[None, :], tl.load(sin + pair)[None, :]
+    for start in tl.static_range(0, HEADS, CHUNK):
+        at = (start + tl.arange(0, CHUNK))[:, None] * D + d[None, :]
+        x = tl.load(source + at).to(tl.float32) + tl.load(bias + at).to(tl.float32)
+        if which < 2:
+            x = x / tl.sqrt(tl.sum(x * x, 1) / D + EPS)[:, None] * weight
+            real, imaginary = tl.split(tl.reshape(x, [CHUNK, D // 2, 2]))
+            x = tl.reshape(tl.join(real * c - imaginary * s, imaginary * c + real * s), [CHUNK, D])
+        tl.store(target + at, x.to(target.dtype.element_ty))

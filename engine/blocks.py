@@ -25,7 +25,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
-from engine.block_kernels import EPS, Quantized, gelu_quantize, linear_gelu, norm_quantize, rotate_heads
+from engine.block_operators import EPS, Quantized, gelu_quantize, linear_gelu, norm_quantize, rotate_heads
 from engine.fp8 import Fp8Linear
 
 Linear = nn.Linear | Fp8Linear

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 
 from bench.gpu.context import Bench, Marks, Row, Values, relative_error, summary
 from bench.gpu.plain import draw, noise
-from engine import block_kernels
+from engine import block_operators
 from engine.acceleration import COMPILE, compiler_settings
 from engine.blocks import fuse
 from engine.fp8 import Fp8Linear
@@ -145,7 +145,7 @@ def kernel(bench: Bench, name: str) -> Values:
     if name.endswith("quantize"):
         bench.needs_fp8()
     given = arguments(bench)[name]
-    operator, in_torch = getattr(block_kernels, name), getattr(block_kernels, f"_{name}")
+    operator, in_torch = getattr(block_operators, name), getattr(block_operators, f"_{name}")
     made, right = (results(call(*given)) for call in (operator, in_torch))
     errors = [relative_error(one, other) for one, other in zip(made, right, strict=True)]
     moved = sum(it.nbytes for it in tensors((*given, operator(*given))))

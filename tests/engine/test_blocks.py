@@ -15,7 +15,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from engine import block_kernels, fp8
+from engine import block_operators, fp8
 from engine.acceleration import COMPILE, compiler_settings
 from engine.architecture import is_block_linear
 from engine.blocks import DoubleBlock, SingleBlock, fuse
@@ -238,19 +238,19 @@ def arguments(dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
 @pytest.mark.parametrize("name", arguments())
 @pytest.mark.filterwarnings("ignore")  # of torch's own check
 def test_the_compiler_knows_what_an_operator_gives(name: str, dtype: torch.dtype) -> None:
-    operator = getattr(block_kernels, name.split()[0])
+    operator = getattr(block_operators, name.split()[0])
     torch.library.opcheck(operator, arguments(dtype)[name], test_utils=("test_schema", "test_faketensor"))
 
 
 def interpret() -> None:
     """In Triton's interpreter: each kernel, by way of what launches it on a GPU, against torch."""
-    block_kernels.E4M3 = torch.float32  # the interpreter's own rounding to fp8 is not a GPU's
+    block_operators.E4M3 = torch.float32  # the interpreter's own rounding to fp8 is not a GPU's
     for name, given in arguments().items():
         operator = name.split()[0]
         if operator == "linear_gelu":
             continue
-        made = getattr(block_kernels, f"_{operator}_on_cuda")(*given)
-        right = getattr(block_kernels, f"_{operator}")(*given)
+        made = getattr(block_operators, f"_{operator}_on_cuda")(*given)
+        right = getattr(block_operators, f"_{operator}")(*given)
         if operator.endswith("quantize"):
             # Before rounding: what was rounded lies within half a step of it.
             values, scale = right
@@ -299,9 +299,9 @@ def test_kernels_fit_each_gpu(name: str, capability: int, tmp_path: Path, monkey
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from engine import triton_kernels
+    from engine import block_kernels
 
-    kernel = getattr(triton_kernels, name.split()[0])
+    kernel = getattr(block_kernels, name.split()[0])
     sizes = {"tokens", "offset", "total"}
     assert all(it.do_not_specialize for it in kernel.params if it.name in sizes)  # else new sizes would compile anew
     numbers = {*sizes, *(it for it in kernel.arg_names if it.endswith("stride"))}
@@ -318,7 +318,7 @@ def test_kernels_fit_each_gpu(name: str, capability: int, tmp_path: Path, monkey
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": getattr(block_kernels, warps)},
+        options={"num_warps": getattr(block_operators, warps)},
     )
     assert compiled.metadata.shared <= 48 * 1024  # more has to be asked for
     assert "v4.b32" in compiled.asm["ptx"]  # memory is read 16 bytes at a time
