@@ -23,7 +23,7 @@ def report(*paths: Path) -> subprocess.CompletedProcess[str]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run, with no time for its last stage."""
     out = tmp_path_factory.mktemp("results") / "short.jsonl"
-    stages = ("ceilings", "swap", "eager steps", "blocks", "parts", "profile", "switches", "smoke")
+    stages = ("ceilings", "swap", "eager steps", "parts", "profile", "switches", "smoke")
     command = [sys.executable, "-m", "bench.gpu", "--small", "--seconds", "90", "--out", out, "--stages", *stages]
     finished = subprocess.run(command, cwd=ROOT, env=CPU, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
@@ -39,15 +39,12 @@ def test_every_row_is_measured_or_says_why_not(results: Path) -> None:
         "upload from pinned memory",
         "bf16, a slice, base in pinned memory",
         "fp8, a slice, base in pinned memory",
-        "T5: kernel by kernel / as a CUDA graph",
     }
     assert found["switches", "modulation: in each step / at once"]["relative_error"] < 0.02
     assert found["swap", "fp8, health of all tensors"]["intact"]
     # Eager bf16 is diffusers' own arithmetic on the same weights; fp8 rounds.
     assert found["eager steps", "bf16, error of one step"]["relative_error"] == 0
     assert 1e-3 < found["eager steps", "fp8, error of one step"]["relative_error"] < 0.1
-    for precision, apart in (("bf16", 0.02), ("fp8", 0.05)):
-        assert found["blocks", f"{precision}, error of one step with two LoRAs"]["relative_error"] < apart
     assert found["swap", "two files of rank 16, never read before"]["loras_s"] > 0
     swaps = [line for (stage, name), line in found.items() if stage == "swap" and "tensors" in line and "rank" in name]
     assert all(line["tensors"] > 0 and line["median_s"] > 0 for line in swaps)

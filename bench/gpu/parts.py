@@ -122,7 +122,8 @@ def switches(bench: Bench) -> Iterator[Row]:
         if name != chosen:
             yield f"attention: {chosen} / {name}", partial(compare_attention, bench, chosen, name)
     yield "T5: on the device / moved when used", partial(compare_t5, bench)
-    yield "T5: kernel by kernel / as a CUDA graph", partial(compare_replay, bench)
+    if bench.device.type == "cuda":
+        yield "T5: kernel by kernel / as a CUDA graph", partial(compare_replay, bench)
     yield "modulation: in each step / at once", partial(compare_modulation, bench)
 
 
@@ -166,7 +167,6 @@ def compare_t5(bench: Bench) -> Values:
 @torch.no_grad()
 def compare_replay(bench: Bench) -> Values:
     """T5 over a full-length text, launched kernel by kernel and as one graph: times, bits, and memory that it keeps."""
-    bench.needs_cuda()
     t5 = bench.models.components["text_encoder_2"]
     ids = torch.randint(t5.config.vocab_size, (1, TOKENS["tokenizer_2"]), device=bench.device)
     plain = partial(T5EncoderModel.forward, t5)
@@ -184,8 +184,8 @@ def compare_replay(bench: Bench) -> Values:
 
 
 def compare_modulation(bench: Bench) -> Values:
-    """Steps in bf16 after the first, which computes modulation for all of them; compiled where the blocks are."""
-    wanted = bench.request(num_inference_steps=bench.steps + 1)
+    """Steps after the first, which computes modulation for all; in fp8 where there is that; compiled if blocks are."""
+    wanted = bench.request(go_fast=bench.has_fp8, num_inference_steps=bench.steps + 1)
     job = bench.flux.prepare(wanted, (), Stopwatch(bench.device))
     modulation = Modulation(job.pipeline.transformer)
     drawn = {}
