@@ -11,9 +11,7 @@ Parameters keep their names and shapes, and whoever writes them writes the joine
 weights.
 """
 
-import copy
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -27,25 +25,12 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
-from engine import fp8
 from engine.block_operators import EPS, Quantized, gelu_quantize, linear_gelu, norm_quantize, rotate_heads
 from engine.fp8 import Fp8Linear
-from service import faults
 
 Linear = nn.Linear | Fp8Linear
 # What products read: tokens [B, N, K], for fp8 layers quantised.
 Operand = Tensor | Quantized
-# A transformer of one block of each kind, three powers of two wide as FLUX is, on which `works` compares.
-SMALL = {
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "num_attention_heads": 3,
-    "attention_head_dim": 128,
-    "joint_attention_dim": 64,
-    "pooled_projection_dim": 64,
-}
-# How far a result may be from diffusers' blocks, where one number or another rounds to its other neighbour.
-TOLERANCE, TOLERANCE_FP8 = 0.02, 0.1
 
 
 def fuse(transformer: FluxTransformer2DModel) -> None:
@@ -69,70 +54,6 @@ def fuse(transformer: FluxTransformer2DModel) -> None:
     # By these names `compile_repeated_blocks` finds what to compile.
     transformer._repeated_blocks = [*type(transformer)._repeated_blocks, DoubleBlock.__name__, SingleBlock.__name__]
     torch.cuda.empty_cache()  # where the weights lay before; does nothing without CUDA
-
-
-def plain_copy(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
-    """A transformer of diffusers' own blocks that shares all parameters and buffers with this one, fused or not."""
-    tensors = {id(it): it for it in (*transformer.parameters(), *transformer.buffers())}
-    plain = copy.deepcopy(transformer, tensors)
-    for blocks, kind in (
-        (plain.transformer_blocks, FluxTransformerBlock),
-        (plain.single_transformer_blocks, FluxSingleTransformerBlock),
-    ):
-        for block in blocks:
-            block.__class__ = kind
-    plain._repeated_blocks = type(plain)._repeated_blocks
-    return plain
-
-
-@cache
-@torch.no_grad()
-def works(device: torch.device) -> bool:
-    """Whether fused blocks come to what diffusers' come to on this device; where they do not, a line says so.
-
-    On a CPU they would, but they gain nothing, and there a picture is diffusers' to the bit.
-    """
-    if device.type != "cuda":
-        return False
-    try:
-        wrong = [_distance(device, in_fp8=in_fp8) for in_fp8 in {False, fp8.supported(device)}]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a compiler that is missing or fails says so in many ways
-        wrong = [faults.message(error)]
-    if any(wrong):
-        print(f"The blocks are diffusers' own, since fused ones cannot be used: {next(filter(None, wrong))}.")
-    return not any(wrong)
-
-
-def _distance(device: torch.device, *, in_fp8: bool) -> str:
-    """How far fused blocks are from diffusers', if rounding does not explain it."""
-    generator = torch.Generator().manual_seed(0)
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, torch.bfloat16)
-
-    fused = FluxTransformer2DModel(**SMALL, guidance_embeds=True).requires_grad_(False).eval()
-    for parameter in fused.parameters():
-        small = numbers(*parameter.shape) * parameter.shape[-1] ** -0.5
-        parameter.data = small if parameter.ndim > 1 else small + 0.5  # biases and norms
-    if in_fp8:
-        for layer in fp8.replace_linears(fused, lambda name: "blocks" in name and "norm" not in name).values():
-            layer.write_rows(0, numbers(*layer.weight.shape).float() * layer.weight.shape[1] ** -0.5)
-    fuse(fused)
-    plain = plain_copy(fused)
-    given = {
-        "hidden_states": numbers(1, 70, fused.config.in_channels),
-        "encoder_hidden_states": numbers(1, 33, fused.config.joint_attention_dim),
-        "pooled_projections": numbers(1, fused.config.pooled_projection_dim),
-        "timestep": numbers(1).abs(),
-        "guidance": numbers(1).abs(),
-        "img_ids": torch.arange(210, device=device).view(70, 3) % 9,
-        "txt_ids": torch.zeros(33, 3, device=device),
-    }
-    ours, theirs = (it(**given).sample.float() for it in (fused, plain))
-    apart = ((ours - theirs).norm() / theirs.norm()).item()
-    return "" if apart < (TOLERANCE_FP8 if in_fp8 else TOLERANCE) else f"results are {apart:.1e} apart"
 
 
 class Joined(nn.Module):

@@ -12,7 +12,8 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,9 @@ BUFFER_ELEMENTS = {"cpu": 2**21, "cuda": 3072 * 3072}
 # they count towards the placement's working memory, and a swap needs little beside them. Eight LoRAs of rank 64 fit,
 # and eight of rank 16 stay; what does not fit comes tensor by tensor.
 UPLOADS, KEPT = 4 * SLAB, SLAB
-# Bytes of bases whose weights the fused kernel writes together. The first are written while the factors of the next are
-# still under way; bases that lie in host memory are on the device for so long.
-BATCH = SLAB
+# Bytes of bases whose weights the fused kernel writes together: the first are written while the factors of the next are
+# still under way. A base that lies in host memory counts as several, since it takes room on the device meanwhile.
+BATCH, BROUGHT = 4 * SLAB, 4
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,7 @@ def _as_one(terms: Sequence[Term]) -> Term:
     )
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """What a live tensor is written from: base + Σ scale · delta, summed in this order."""
 
     base: Tensor  # the pristine parameter, where it lies
@@ -145,10 +145,6 @@ class LiveTensor:
         self.recipe: Recipe | None = None
         self.rivals: list[LiveTensor] = []  # others that are written into the same memory
 
-    def forget(self) -> None:
-        """Claim nothing of this tensor: it is about to be written, or was found to be another."""
-        self.held = self.recipe = None
-
 
 class Live:
     """A module that holds one mix at a time.
@@ -206,16 +202,21 @@ class Live:
         Anything may interrupt this (an error, a cancellation): the next call writes what is then unknown.
         """
         pristine, terms = self._bases[base], add_up(terms)
-        written, batch, size = 0, [], 0
+        written, batch, size, device = 0, [], 0, next(self.module.parameters()).device
         for name, tensor in self._tensors.items():
-            touching = [(term, term.scale_of(name)) for term in terms if name in term.deltas and name in pristine]
-            touching = [(term, scale) for term, scale in touching if scale != 0]
-            mix = (base, *((term.content, scale) for term, scale in touching))
+            own = pristine.get(name)
+            touching = [
+                (term, scale)
+                for term in (() if own is None else terms)
+                if name in term.deltas and (scale := term.scale_of(name)) != 0
+            ]
+            mix = (base, *[(term.content, scale) for term, scale in touching])
             if tensor.held == mix:
                 continue
+            own = self._zeros[name] if own is None else own
             deltas = [(scale, delta) for term, scale in touching for delta in term.deltas[name]]
-            batch.append((tensor, mix, Recipe(pristine.get(name, self._zeros.get(name)), deltas, pristine)))
-            written, size = written + 1, size + batch[-1][2].base.nbytes
+            batch.append((tensor, mix, Recipe(own, deltas, pristine)))
+            written, size = written + 1, size + own.nbytes * (1 if own.device == device else BROUGHT)
             if size >= BATCH or not self._merged:
                 self._hold(batch)
                 batch, size = [], 0
@@ -227,26 +228,38 @@ class Live:
         """Write some tensors, of which nothing is claimed meanwhile."""
         for tensor, _, _ in batch:
             for it in (tensor, *tensor.rivals):
-                it.forget()
-        self._write([(tensor.place, recipe) for tensor, _, recipe in batch], self._uploads)
+                it.held = it.recipe = None
+        self._write([(tensor.place, recipe) for tensor, _, recipe in batch])
         for tensor, mix, recipe in batch:
             tensor.held, tensor.recipe = mix, recipe
 
-    def _write(self, works: Iterable[tuple[Place, Recipe]], bring: Bring) -> None:
-        """Write what the recipes say: in the fused kernel what it can write, the rest run by run."""
-        sums = []
+    def _write(self, works: Iterable[tuple[Place, Recipe]], *, come: bool = True) -> None:
+        """Write what the recipes say: what the fused kernel can write, mere copies, and the rest run by run.
+
+        Args:
+            works: where to write what.
+            come: see `Uploads`.
+        """
+        sums: list[merge.Sum] = []
+        copies: list[tuple[Tensor, Tensor]] = []
         for place, recipe in works:
+            merged = place.values.dtype in self._merged
             whole = merge.Sum(place.values, place.scales, recipe.base, recipe.deltas)
-            if place.values.dtype in self._merged and whole.fits:
+            if merged and whole.fits():
                 sums.append(whole)
                 continue
-            for start, rows in recipe.rows(self._buffer, bring):
+            if not recipe.deltas and place.scales is None:
+                copies.append((place.values, recipe.base))
+                continue
+            for start, rows in recipe.rows(self._buffer, partial(self._uploads, come=come)):
                 run = place.rows(start, len(rows))
-                if run.scales is not None and run.values.dtype in self._merged:
-                    merge.write([merge.Sum(run.values, run.scales, rows, ())], bring)  # quantised in one pass
+                if merged and run.scales is not None:
+                    merge.write([merge.Sum(run.values, run.scales, rows, ())], self._uploads)  # quantised in one pass
                 else:
                     run.write(rows)
-        merge.write(sums, bring)
+        merge.write(sums, self._uploads, come=come)
+        if copies:
+            torch._foreach_copy_(*map(list, zip(*copies, strict=True)), non_blocking=True)
 
     @property
     def names(self) -> list[str]:
@@ -265,10 +278,10 @@ class Live:
         if tensor.held is None:
             return True
         again = tensor.place.another()
-        self._write([(again, tensor.recipe)], self._uploads.alone)
+        self._write([(again, tensor.recipe)], come=False)
         if again.equals(tensor.place):
             return True
-        tensor.forget()
+        tensor.held = tensor.recipe = None
         return False
 
     @cached_property

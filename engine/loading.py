@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, T5Config, T5EncoderModel
 
-from engine import blocks, fp8
+from engine import fp8
 from engine.architecture import is_block_linear, skeletons
 from engine.live import Live
 from engine.placement import Place, Placement, Precisions
@@ -245,18 +245,11 @@ def _live_pair(
     skeleton: FluxTransformer2DModel, bases: Mapping[str, Tensors], precisions: Precisions, device: torch.device
 ) -> tuple[Live | None, Live | None]:
     """A live transformer in the base's dtype and one in fp8, each None where it has no room."""
-    module, fused = copy.deepcopy(skeleton), blocks.works(device)
+    module = copy.deepcopy(skeleton)
     if precisions is Precisions.FP8:
         fp8.replace_linears(module, is_block_linear)
-    module.to_empty(device=device)
-    if fused:
-        blocks.fuse(module)
-    live = Live(module, bases)
-    if precisions is Precisions.FP8:
-        return None, live
+        return None, Live(module.to_empty(device=device), bases)
+    live = Live(module.to_empty(device=device), bases)
     if precisions is Precisions.BF16:
         return live, None
-    live_fp8 = live.quantized(is_block_linear, in_turn=precisions is Precisions.IN_TURN)
-    if fused:
-        blocks.fuse(live_fp8.module)
-    return live, live_fp8
+    return live, live.quantized(is_block_linear, in_turn=precisions is Precisions.IN_TURN)

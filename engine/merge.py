@@ -6,20 +6,21 @@ times. The operator is known to torch, so that its launches can be counted on te
 """
 
 import functools
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from engine import fp8
-from lora.deltas import Bring, LowRank, float32_products
+from lora.deltas import Delta, LowRank, float32_products, pack
 from service import faults
+from service.slabs import SLAB, Uploads
 
-# What the kernel writes, and the factors that it multiplies on tensor cores; others become float32.
+# What the kernel writes, and the factors that it multiplies: those of 16 bits on tensor cores. Others become float32.
 DTYPES = (torch.bfloat16, fp8.E4M3)
-FACTORS = (torch.bfloat16, torch.float16)
+FACTORS = {torch.bfloat16, torch.float16, torch.float32}
 # Where weights and factors must begin: the kernel loads 16 bytes at a time.
 ALIGNMENT = 16
 
@@ -29,9 +30,10 @@ def merge(
     lives: Sequence[Tensor],
     scales: Sequence[Tensor],
     bases: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    downs: Sequence[Tensor],
+    blocks: Sequence[Tensor],
+    factors: Sequence[int],
     strengths: Sequence[float],
+    dtype: torch.dtype,
 ) -> None:
     """Write live = round(base + Σ strength · up @ down), for weights of one dtype, in one launch.
 
@@ -39,16 +41,18 @@ def merge(
     with it.
 
     Args:
-        lives: [N, K] each, contiguous; bfloat16, float16 or e4m3.
+        lives: [N, K] each, contiguous.
         scales: [N, 1] each, float32, for e4m3 alone: each row's largest magnitude over 448, as in `fp8.quantize_rows`.
         bases: [N, K] each, contiguous.
-        ups: [N, rank] each, contiguous, all of one dtype: each weight's own in a row, and the ranks are those of all.
-        downs: [rank, K] each, likewise.
+        blocks: memory in which factors lie: views of thousands of them would take longer to make than all the sums.
+        factors: of each weight, as many for one as for another: where a pair of factors lies. That is the block and the
+            byte of up [N, rank], the block and the byte of down [rank, K], and the rank, as of every other weight.
         strengths: of each pair.
+        dtype: of all factors.
     """
     from engine.merge_kernel import launch  # Triton comes with torch where there is CUDA, and nowhere else
 
-    launch(lives, scales, bases, ups, downs, strengths)
+    launch(lives, scales, bases, blocks, factors, strengths, dtype)
 
 
 @merge.register_fake
@@ -56,69 +60,116 @@ def _(
     lives: Sequence[Tensor],
     scales: Sequence[Tensor],
     bases: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    downs: Sequence[Tensor],
+    blocks: Sequence[Tensor],
+    factors: Sequence[int],
     strengths: Sequence[float],
+    dtype: torch.dtype,
 ) -> None:
     """Tensors without memory stay what they are."""
 
 
-@dataclass(frozen=True)
-class Sum:
-    """A weight that the kernel can write: base + Σ scale · delta."""
+class Sum(NamedTuple):
+    """A weight to be written: base + Σ scale · delta."""
 
-    live: Tensor  # [N, K], what is written
+    live: Tensor  # [N, K]
     scales: Tensor | None  # [N, 1], where live is e4m3
     base: Tensor  # [N, K], on the device of live or in host memory
-    terms: Sequence[tuple[float, LowRank]]
+    terms: Sequence[tuple[float, Delta]]
 
-    @property
     def fits(self) -> bool:
         """Whether the kernel can write it: a matrix whose deltas are all low-rank and span it."""
+        live = self.live
         return (
-            self.live.ndim == 2
-            and self.live.numel() < 2**31  # the kernel counts elements in 32 bits
-            and self.live.is_contiguous()
+            live.ndim == 2
+            and live.numel() < 2**31  # the kernel counts elements in 32 bits
+            and live.is_contiguous()
             and self.base.is_contiguous()
-            and all(isinstance(delta, LowRank) and delta.height == len(self.live) for _, delta in self.terms)
+            and all(isinstance(delta, LowRank) and delta.height == live.shape[0] for _, delta in self.terms)
         )
 
-    def factors(self, bring: Bring) -> list[tuple[Tensor, Tensor]]:
-        """The pairs of factors on the device, all of one dtype that the kernel reads."""
-        pairs = [(bring(delta.up), bring(delta.down)) for _, delta in self.terms]
-        dtypes = {factor.dtype for pair in pairs for factor in pair}
-        if len(dtypes) < 2 and dtypes <= {*FACTORS, torch.float32}:
-            return [(_aligned(up), _aligned(down)) for up, down in pairs]
-        return [(up.float(), down.float()) for up, down in pairs]
+
+class Pair(NamedTuple):
+    """Where the factors of a delta lie on the device."""
+
+    up_in: Tensor
+    up: int  # byte of that memory
+    down_in: Tensor
+    down: int
+    rank: int
+    dtype: torch.dtype
 
 
-def write(sums: Iterable[Sum], bring: Bring) -> None:
+@dataclass
+class Launch:
+    """Weights of one kind, as the operator takes them."""
+
+    dtype: torch.dtype  # of their factors
+    lives: list[Tensor] = field(default_factory=list)
+    scales: list[Tensor] = field(default_factory=list)
+    bases: list[Tensor] = field(default_factory=list)
+    blocks: dict[int, tuple[int, Tensor]] = field(default_factory=dict)  # by identity: its place in the list, and it
+    factors: list[int] = field(default_factory=list)
+    strengths: list[float] = field(default_factory=list)
+
+    def add(self, it: Sum, base: Tensor, pairs: Iterable[Pair]) -> None:
+        """Let a weight be written too."""
+        self.lives.append(it.live)
+        self.bases.append(base)
+        if it.scales is not None:
+            self.scales.append(it.scales)
+        for up_in, up, down_in, down, rank, _ in pairs:
+            place = self._place(up_in)
+            self.factors += place, up, place if down_in is up_in else self._place(down_in), down, rank
+        self.strengths += [scale * delta.strength for scale, delta in it.terms]
+
+    def _place(self, block: Tensor) -> int:
+        return self.blocks.setdefault(id(block), (len(self.blocks), block))[0]
+
+    def run(self) -> None:
+        """Write them."""
+        blocks = [block for _, block in self.blocks.values()]
+        merge(self.lives, self.scales, self.bases, blocks, self.factors, self.strengths, self.dtype)
+
+
+def write(sums: Iterable[Sum], uploads: Uploads, *, come: bool = True) -> None:
     """Write weights, in one launch for all that are of one kind.
 
     Args:
         sums: each fits.
-        bring: puts a tensor of a delta on the device of the weights.
+        uploads: brings factors to the device of the weights.
+        come: whether it may bring what lies beside them, see `Uploads`.
     """
-    kinds: dict[tuple, list[tuple[Sum, Tensor, list[tuple[Tensor, Tensor]]]]] = defaultdict(list)
+    launches: dict[tuple, Launch] = {}
     for it in sums:
-        base, pairs = it.base.to(it.live.device, non_blocking=True), it.factors(bring)
-        ranks = tuple((up.shape[1], up.dtype) for up, _ in pairs)
-        odd = base.shape[1] % ALIGNMENT != 0  # such rows are loaded in smaller pieces
-        kinds[it.live.dtype, base.dtype, ranks, odd].append((it, _aligned(base), pairs))
-    for several in kinds.values():
-        torch.ops.flux_sprites.merge(
-            [it.live for it, _, _ in several],
-            [it.scales for it, _, _ in several if it.scales is not None],
-            [base for _, base, _ in several],
-            [up for _, _, pairs in several for up, _ in pairs],
-            [down for _, _, pairs in several for _, down in pairs],
-            [scale * delta.strength for it, _, _ in several for scale, delta in it.terms],
-        )
+        base = it.base.to(it.live.device, non_blocking=True)
+        pairs = [_pair(delta, uploads, come=come) for _, delta in it.terms]
+        if len({pair.dtype for pair in pairs}) > 1:
+            pairs = [_brought(delta, uploads, torch.float32, come=come) for _, delta in it.terms]
+        dtype = pairs[0].dtype if pairs else torch.bfloat16
+        # Rows of other lengths cannot be loaded in pieces as large.
+        kind = (it.live.dtype, base.dtype, dtype, base.shape[1] % ALIGNMENT == 0, *[pair.rank for pair in pairs])
+        if kind not in launches:
+            launches[kind] = Launch(dtype)
+        launches[kind].add(it, base if base.data_ptr() % ALIGNMENT == 0 else base.clone(), pairs)
+    for launch in launches.values():
+        launch.run()
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """The same where the kernel can load it: contiguous, from a multiple of ALIGNMENT on."""
-    return tensor.contiguous() if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+def _pair(delta: LowRank, uploads: Uploads, *, come: bool) -> Pair:
+    """Where a delta's factors lie on the device, in a dtype that the kernel reads."""
+    it = delta.layout
+    if it is not None and it.dtype in FACTORS and it.up % ALIGNMENT == it.down % ALIGNMENT == 0:
+        memory = uploads.memory(it.block, it.end, come=come)
+        if memory is not None:
+            return Pair(memory, it.up, memory, it.down, it.rank, it.dtype)
+    same = delta.up.dtype == delta.down.dtype and delta.up.dtype in FACTORS
+    return _brought(delta, uploads, delta.up.dtype if same else torch.float32, come=come)
+
+
+def _brought(delta: LowRank, uploads: Uploads, dtype: torch.dtype, *, come: bool) -> Pair:
+    """A delta's factors on the device, each in memory of its own."""
+    up, down = (uploads(it, come=come).to(dtype, copy=True).contiguous() for it in (delta.up, delta.down))
+    return Pair(up, 0, down, 0, up.shape[1], dtype)
 
 
 @functools.cache
@@ -154,7 +205,7 @@ def _disagreement(dtype: torch.dtype, device: torch.device) -> str:
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
-        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(device, torch.bfloat16)
+        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).bfloat16()
 
     # The tile's own sizes and others; no LoRA, ranks of a whole part and not, several, several parts of one.
     for (rows, columns), ranks in {
@@ -163,13 +214,15 @@ def _disagreement(dtype: torch.dtype, device: torch.device) -> str:
         (96, 3072): (4, 32),
         (160, 336): (136, 8),
     }.items():
-        base = numbers(rows, columns)
-        ups, downs = [numbers(rows, rank) for rank in ranks], [numbers(rank, columns) for rank in ranks]
+        base = numbers(rows, columns).to(device)
+        factors = {f"{rank}": (LowRank(0, rows, numbers(rows, rank), numbers(rank, columns), 1.0),) for rank in ranks}
+        deltas = [delta for (delta,) in pack(factors).values()]  # in host memory, as a LoRA's are
         exact = base.float()
-        for up, down in zip(ups, downs, strict=True):
-            exact += 0.7 * (up.float() @ down.float())
+        for delta in deltas:
+            exact += 0.7 * (delta.up.to(device).float() @ delta.down.to(device).float())
         live, scale = torch.full_like(base, torch.nan).to(dtype), torch.full_like(exact[:, :1], torch.nan)
-        merge([live], [scale] if dtype is fp8.E4M3 else [], [base], ups, downs, [0.7] * len(ranks))
+        whole = Sum(live, scale if dtype is fp8.E4M3 else None, base, [(0.7, delta) for delta in deltas])
+        write([whole], Uploads(device, room=SLAB))
         expected, its_scale = fp8.quantize_rows(exact) if dtype is fp8.E4M3 else (exact.to(dtype), None)
         if its_scale is not None:
             if not torch.allclose(scale, its_scale, rtol=1e-5, atol=0):

@@ -8,7 +8,7 @@ written beside it, in which process or when. This module is imported where there
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import triton
@@ -140,33 +140,42 @@ def merge_kernel(
         tl.store(live + at, total.to(LIVE), mask=(n < rows)[:, None] & (k < columns)[None, :])
 
 
-def variant(bases: Sequence[Tensor], live: Tensor, ups: Sequence[Tensor], *, scaled: bool) -> dict[str, object]:
-    """What the kernel is compiled for: dtypes, ranks and tile.
+def variant(
+    base: torch.dtype,
+    live: torch.dtype,
+    factor: torch.dtype,
+    ranks: Sequence[int],
+    columns: Iterable[int],
+    *,
+    scaled: bool,
+) -> dict[str, object]:
+    """What the kernel is compiled for.
 
     Args:
-        bases: [rows, columns] each.
-        live: any of the weights.
-        ups: [rows, rank] each, those of one weight, all of one dtype.
+        base: dtype of the bases.
+        live: of the live weights.
+        factor: of the factors.
+        ranks: of the pairs of each weight.
+        columns: of the weights.
         scaled: whether rows are divided by their scales.
     """
-    ranks = [up.shape[1] for up in ups]
-    choices = RANKS[:1] if ups and ups[0].dtype == torch.float32 else RANKS
+    choices = RANKS[:1] if factor == torch.float32 else RANKS
     whole = next((rank for rank in choices if rank >= max(ranks, default=0)), choices[-1])
     parts = sum(-(-rank // whole) for rank in ranks)
     chosen = {
-        "BASE": TYPES[bases[0].dtype],
-        "LIVE": TYPES[live.dtype],
-        "FACTOR": TYPES[ups[0].dtype if ups else bases[0].dtype],
+        "BASE": TYPES[base],
+        "LIVE": TYPES[live],
+        "FACTOR": TYPES[factor],
         "RANK": whole,
         "ALIGN": next(align for align in (whole, 8, 1) if all(rank % align == 0 for rank in ranks)),
         "PARTS": parts,
         "UNROLL": parts * whole <= UNROLLED,
         "SCALED": scaled,
-        "COLUMNS": next(align for align in (16, 1) if all(base.shape[1] % align == 0 for base in bases)),
+        "COLUMNS": next(align for align in (16, 1) if all(it % align == 0 for it in columns)),
         "LARGEST": LARGEST,
         "SMALLEST": SMALLEST,
     }
-    # Three programs on a processor instead of two.
+    # So few registers that three programs find room on a processor, not two, though each keeps a little in memory then.
     return chosen | TILE | ({"maxnreg": 168} if scaled and 32 < parts * whole <= 64 else {})
 
 
@@ -174,32 +183,30 @@ def launch(
     lives: Sequence[Tensor],
     scales: Sequence[Tensor],
     bases: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    downs: Sequence[Tensor],
+    blocks: Sequence[Tensor],
+    factors: Sequence[int],
     strengths: Sequence[float],
+    dtype: torch.dtype,
 ) -> None:
     """Write all of the weights in one launch; see `engine.merge.merge`."""
-    each = len(ups) // len(lives)
-    chosen = variant(bases, lives[0], ups[:each], scaled=bool(scales))
+    each, shapes = len(strengths) // len(lives), [base.shape for base in bases]
+    columns = {shape[1] for shape in shapes}
+    chosen = variant(bases[0].dtype, lives[0].dtype, dtype, factors[4 : 5 * each : 5], columns, scaled=bool(scales))
+    whole, align, piece = chosen["RANK"], chosen["ALIGN"], chosen["COLUMNS"]
+    starts = [block.data_ptr() for block in blocks]
+    bits = struct.unpack(f"{len(strengths)}i", struct.pack(f"{len(strengths)}f", *strengths))
     words: list[int] = []
     # The longest rows first: whoever comes last has less to do.
-    for number in sorted(range(len(lives)), key=lambda number: -bases[number].shape[1]):
-        rows, columns = bases[number].shape
-        words += bases[number].data_ptr(), lives[number].data_ptr(), scales[number].data_ptr() if scales else 0
-        words += rows, columns // chosen["COLUMNS"]
+    for number in sorted(range(len(lives)), key=lambda number: -shapes[number][1]):
+        scale = scales[number].data_ptr() if scales else 0
+        height, width = shapes[number]
+        words += bases[number].data_ptr(), lives[number].data_ptr(), scale, height, width // piece
         for term in range(number * each, (number + 1) * each):
-            words += _parts(ups[term], downs[term], strengths[term], chosen["RANK"], chosen["ALIGN"])
+            up_in, up, down_in, down, rank = factors[5 * term : 5 * term + 5]
+            for first in range(0, rank, whole):
+                up_at = starts[up_in] + up + first * dtype.itemsize
+                down_at = starts[down_in] + down + first * width * dtype.itemsize
+                words += up_at, down_at, rank // align, min(whole, rank - first) // align, bits[term]
     table = torch.tensor(words, dtype=torch.int64, pin_memory=lives[0].is_cuda).to(lives[0].device, non_blocking=True)
-    most = max(base.shape[0] for base in bases)
+    most = max(height for height, _ in shapes)
     merge_kernel[(triton.cdiv(most, chosen["BLOCK_N"]), len(lives))](table, **chosen)
-
-
-def _parts(up: Tensor, down: Tensor, strength: float, whole: int, align: int) -> list[int]:
-    """The table's words about a pair of factors: for each part its addresses, the whole rank, its own, its strength."""
-    rank, (bits,) = up.shape[1], struct.unpack("i", struct.pack("f", strength))
-    up_at, down_at, row = up.data_ptr(), down.data_ptr(), down.shape[1] * down.itemsize
-    words: list[int] = []
-    for first in range(0, rank, whole):
-        width = min(whole, rank - first)
-        words += up_at + first * up.itemsize, down_at + first * row, rank // align, width // align, bits
-    return words

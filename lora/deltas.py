@@ -19,7 +19,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from functools import cached_property
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -89,6 +90,17 @@ class Delta(ABC):
         """Do the same for this delta's own rows of the base."""
 
 
+class Layout(NamedTuple):
+    """Where the factors of a low-rank delta lie in one block of memory, each in one piece."""
+
+    block: torch.UntypedStorage
+    up: int  # byte where [height, rank] begins
+    down: int  # byte where [rank, in] begins
+    end: int  # byte where the later of them ends
+    rank: int
+    dtype: torch.dtype
+
+
 @dataclass(frozen=True)
 class LowRank(Delta):
     """strength * up @ down."""
@@ -96,6 +108,18 @@ class LowRank(Delta):
     up: Tensor  # [height, rank]
     down: Tensor  # [rank, in]
     strength: float  # alpha / rank; kept apart, so that alpha costs no rounding of the tensors
+
+    @cached_property
+    def layout(self) -> Layout | None:
+        """Where its factors lie, if in one block and of one dtype, as those of a packed LoRA; each swap asks."""
+        up, down = self.up, self.down
+        block = up.untyped_storage()
+        if block is not down.untyped_storage() or up.dtype != down.dtype:
+            return None
+        if not (up.is_contiguous() and down.is_contiguous()):
+            return None
+        starts = [it.storage_offset() * it.itemsize for it in (up, down)]
+        return Layout(block, *starts, max(starts[0] + up.nbytes, starts[1] + down.nbytes), up.shape[1], up.dtype)
 
     def _bind(self, base: Tensor, pristine: Mapping[str, Tensor], bring: Bring) -> AddRows:
         up, down = bring(self.up).float(), bring(self.down).float()

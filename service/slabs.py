@@ -129,34 +129,27 @@ class _Block:
         self.nbytes = nbytes
         self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.turn = 0  # when it was used last
-        self._sent = 0  # bytes that are there before whatever the current stream is given from now on
+        self.sent = 0  # bytes that are there
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda" and pinned:
             self._stream = _copying(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))  # which may still need this memory for others
             self.memory.record_stream(self._stream)
 
-    def view(self, tensor: Tensor) -> Tensor:
-        """A tensor of the block's host memory, on the device.
+    def send(self, storage: torch.UntypedStorage, end: int) -> None:
+        """Let so many bytes of the host's block be there for whatever the current stream is given from now on.
 
         Pinned memory is copied piece by piece, as it is asked for, on a stream of its own: the first tensors can be
         used while the next are still under way.
         """
-        end = min(tensor.storage_offset() * tensor.itemsize + tensor.nbytes, self.nbytes)
-        if self._sent < end:
-            self._send(torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()), end)
-        view = torch.empty(0, dtype=tensor.dtype, device=self.memory.device)
-        return view.set_(self.memory.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
-
-    def _send(self, whole: Tensor, end: int) -> None:
-        """Copy at least so many bytes of the host's memory."""
-        while self._sent < end:
-            stop = min(self._sent + PIECE, self.nbytes) if self._stream else self.nbytes
+        whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+        while self.sent < min(end, self.nbytes):
+            stop = min(self.sent + PIECE, self.nbytes) if self._stream else self.nbytes
             with torch.cuda.stream(self._stream):
-                self.memory[self._sent : stop].copy_(whole[self._sent : stop], non_blocking=True)
+                self.memory[self.sent : stop].copy_(whole[self.sent : stop], non_blocking=True)
             if self._stream:
                 torch.cuda.current_stream(self.memory.device).wait_stream(self._stream)
-            self._sent = stop
+            self.sent = stop
 
 
 @functools.cache
@@ -180,25 +173,44 @@ class Uploads:
         self._blocks: weakref.WeakKeyDictionary[torch.UntypedStorage, _Block] = weakref.WeakKeyDictionary()
         self._turn = 0
 
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """An equal tensor on the device."""
-        storage = tensor.untyped_storage()
-        if tensor.device != self._device and storage not in self._blocks:
-            size = storage.nbytes()
-            self._make_room(self._room - size)
-            if self._taken() + size <= self._room:
-                self._blocks[storage] = _Block(size, self._device, pinned=tensor.is_pinned())
-        return self.alone(tensor)
+    def __call__(self, tensor: Tensor, *, come: bool = True) -> Tensor:
+        """An equal tensor on the device.
 
-    def alone(self, tensor: Tensor) -> Tensor:
-        """The same, but a block that is not there does not come for it."""
+        Args:
+            tensor: on any device.
+            come: whether its block may come for it; else it comes alone, unless its block is there.
+        """
         if tensor.device == self._device:
             return tensor
-        block = self._blocks.get(tensor.untyped_storage())
-        if block is None:
+        end = tensor.storage_offset() * tensor.itemsize + tensor.nbytes
+        memory = self.memory(tensor.untyped_storage(), end, come=come)
+        if memory is None:
             return tensor.to(self._device, non_blocking=True)
+        view = torch.empty(0, dtype=tensor.dtype, device=self._device)
+        return view.set_(memory.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    def memory(self, storage: torch.UntypedStorage, end: int, *, come: bool = True) -> Tensor | None:
+        """A block of host memory on the device, uint8, up to a byte at least; None where it does not lie there.
+
+        Args:
+            storage: the block.
+            end: how many of its bytes are needed.
+            come: whether it may come for this.
+        """
+        if storage.device == self._device:
+            return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
+        block = self._blocks.get(storage)
+        if block is None:
+            size = storage.nbytes()
+            if come:
+                self._make_room(self._room - size)
+            if not come or self._taken() + size > self._room:
+                return None
+            block = self._blocks[storage] = _Block(size, self._device, pinned=storage.is_pinned())
+        if block.sent < end:
+            block.send(storage, end)
         block.turn = self._turn
-        return block.view(tensor)
+        return block.memory
 
     def leave(self, room: int) -> None:
         """Let so many bytes stay, of those that were used last; until this is called, what was used has to stay."""

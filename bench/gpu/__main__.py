@@ -73,7 +73,7 @@ STAGES = (
     Stage("blocks", blocks, 100, 25),
     Stage("parts", parts, 25, 8),
     Stage("profile", profile, 10, 2),
-    Stage("switches", switches, 80, 2),
+    Stage("switches", switches, 45, 2),
     Stage("diffusers compiled", compiled_diffusers, 30, 25),
     Stage("PEFT", peft, 50, 35),
 )

@@ -1,5 +1,11 @@
-"""Whether fused blocks are faster: the product's transformer, and diffusers' blocks on the same weights, in turn."""
+"""Whether FLUX's blocks are faster fused: the product's transformer and a fused one on the same weights, in turn.
 
+The fused transformer shares all tensors with the product's but those that fusing moves (4 GB in each precision): of
+these it has its own, so it has live weights of its own too, and both always hold the same mix.
+"""
+
+import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -10,18 +16,23 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from bench.gpu.context import Bench, Marks, Row, SkippedError, Values, relative_error, summary
+from bench.gpu.context import Bench, Marks, Row, Values, relative_error, summary
 from bench.gpu.plain import draw, noise
 from engine import block_operators
 from engine.acceleration import COMPILE, compiler_settings
-from engine.blocks import plain_copy, works
-from flux import Job, denoise
+from engine.blocks import fuse
+from engine.fp8 import Fp8Linear
+from engine.live import Live
+from flux import FP8_LORA_FACTOR, Job, denoise
 from service.measure import Stopwatch
 
 # Turns of each transformer, and steps that are timed in each.
 TURNS, STEPS = 4, 4
 # Calls of one kernel that are queued together.
 CALLS = 20
+# The layers whose weights `fuse` moves.
+MOVED = re.compile(r"\.(to_[qkv]|add_[qkv]_proj)$")
+MOVED_FP8 = re.compile(r"\.(to_[qkv]|add_[qkv]_proj|proj_mlp)$")
 
 
 def blocks(bench: Bench) -> Iterator[Row]:
@@ -40,60 +51,60 @@ def blocks(bench: Bench) -> Iterator[Row]:
 
 @dataclass
 class Pair:
-    """The product's transformer of one precision, and one of diffusers' blocks that shares all its tensors."""
+    """The product's transformer of one precision, and a fused one on the same weights."""
 
     bench: Bench
     go_fast: bool
 
     @cached_property
-    def plain(self) -> FluxTransformer2DModel:
-        """The second, which will be compiled as the product's is."""
-        if not works(self.bench.device):
-            raise SkippedError("blocks are fused on a GPU alone")
-        models = self.bench.models
-        module = plain_copy((models.live_fp8 if self.go_fast else models.live)["dev"].module)
-        module.compile_repeated_blocks(**COMPILE)
-        return module
+    def fused(self) -> Live:
+        """Live weights whose module is fused and will be compiled as the product's is."""
+        product = (self.bench.models.live_fp8 if self.go_fast else self.bench.models.live)["dev"]
+        module = fused_copy(product.module)
+        module.set_attention_backend(self.bench.flux.attention)
+        # The compiler of --small is the one that costs nothing.
+        module.compile_repeated_blocks(backend="eager" if self.bench.small else "inductor", **COMPILE)
+        return Live(module, {"dev": dict(self.bench.pristine.state_dict())})
 
     def compile(self) -> Values:
-        """Seconds until diffusers' blocks are compiled for every size; the product's are compiled before."""
-        jobs = partial(self.jobs, steps=1)
-        jobs()
-        self.bench.mark_compiled()
-        self.bench.flux.warm_up(go_fast=self.go_fast)
+        """Seconds until the fused blocks are compiled for every size; the product's are compiled before."""
+        if not self.bench.small:
+            self.bench.mark_compiled()
+            self.bench.flux.warm_up(go_fast=self.go_fast)
         before = counters["stats"]["unique_graphs"]
 
         def warm_up() -> None:
             with compiler_settings(2):  # both precisions
                 for size in ({}, {"megapixels": "0.25", "aspect_ratio": "3:2"}):
-                    denoise(jobs(**size)["plain"], 0, lambda: None)
+                    denoise(self.jobs(steps=1, **size)["fused"], 0, lambda: None)
 
         took = self.bench.seconds(warm_up)
         return {"compile_s": took, "graphs": counters["stats"]["unique_graphs"] - before}
 
     def jobs(self, *, steps: int, loras: bool = False, **changes: object) -> dict[str, Job]:
-        """The same request, ready to be drawn by each."""
-        bench, plain = self.bench, self.plain
+        """The same request, ready to be drawn by each; both live weights hold its mix."""
+        bench, fused = self.bench, self.fused
         wanted = bench.request(go_fast=self.go_fast, loras=loras, num_inference_steps=steps, **changes)
         job = bench.flux.prepare(wanted, bench.files(wanted), Stopwatch(bench.device))
-        pipeline = FluxPipeline(**job.pipeline.components | {"transformer": plain})
+        fused.hold("dev", [it.term(FP8_LORA_FACTOR if job.fp8 else 1) for it in job.loras])
+        pipeline = FluxPipeline(**job.pipeline.components | {"transformer": fused.module})
         pipeline.set_progress_bar_config(disable=True)
-        return {"fused": job, "plain": replace(job, pipeline=pipeline)}
+        return {"product": job, "fused": replace(job, pipeline=pipeline)}
 
     def errors(self, *, loras: bool = False) -> Values:
-        """One step of each against the pristine transformer (which has no LoRA), and of one against the other."""
+        """One step of each against plain diffusers (which has no LoRA), and of one against the other."""
         bench = self.bench
         jobs = self.jobs(steps=1, loras=loras)
-        fused, plain = (denoise(jobs[name], jobs[name].request.seed, lambda: None) for name in ("fused", "plain"))
+        product, fused = (denoise(jobs[name], jobs[name].request.seed, lambda: None) for name in ("product", "fused"))
         start = noise(bench)
-        between = {"relative_error": relative_error(fused, plain, start), "finite": bool(fused.isfinite().all())}
+        between = {"relative_error": relative_error(fused, product, start), "finite": bool(fused.isfinite().all())}
         if loras:
             return between
         if "plain" not in bench.latents:
             bench.latents["plain"] = draw(bench, 1)
-        right = bench.latents["plain"]
-        against = {"fused": fused, "plain": plain}
-        return between | {f"error_of_{name}": relative_error(it, right, start) for name, it in against.items()}
+        plain = bench.latents["plain"]
+        against = {"product": product, "fused": fused}
+        return between | {f"{name}_against_plain": relative_error(it, plain, start) for name, it in against.items()}
 
     def steps(self, *, loras: bool = False, **changes: object) -> Values:
         """Seconds of steps of each, in turn, so that what drifts meets both."""
@@ -105,12 +116,24 @@ class Pair:
                 marks = Marks(self.bench.device)
                 denoise(job, job.request.seed, marks)
                 times[name] += marks.seconds()
-        fused, plain = (summary(times[name]) for name in ("fused", "plain"))
+        product, fused = (summary(times[name]) for name in ("product", "fused"))
         return fused | {
-            "plain": plain,
-            "saved_s": plain["median_s"] - fused["median_s"],
+            "product": product,
+            "saved_s": product["median_s"] - fused["median_s"],
             "graphs": counters["stats"]["unique_graphs"] - before,
         }
+
+
+def fused_copy(module: FluxTransformer2DModel) -> FluxTransformer2DModel:
+    """A fused transformer that shares all tensors with this one but those that fusing moves."""
+    shared = {id(it): it for it in (*module.parameters(), *module.buffers())}
+    for name, layer in module.named_modules():
+        if "transformer_blocks" in name and (MOVED_FP8 if isinstance(layer, Fp8Linear) else MOVED).search(name):
+            shared.pop(id(layer.weight))
+            shared.pop(id(getattr(layer, "scale", None)), None)
+    fused = copy.deepcopy(module, shared)
+    fuse(fused)
+    return fused
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -164,7 +187,8 @@ def arguments(bench: Bench) -> dict[str, tuple]:
 
     joined = random(1, tokens, 7 * width)  # of which products are views
     *products, hidden = joined.split([width] * 3 + [4 * width], dim=2)
-    angles = torch.randn(tokens, size, device=bench.device)
+    # RoPE turns pairs of numbers, so each angle is there twice.
+    angles = torch.randn(tokens, size // 2, device=bench.device).repeat_interleave(2, dim=1)
     return {
         "norm_quantize": (random(1, tokens, width), random(1, width), random(1, width)),
         "gelu_quantize": (random(1, tokens, width), hidden, random(4 * width)),

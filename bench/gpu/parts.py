@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -12,12 +11,10 @@ from torch import nn
 from transformers import T5EncoderModel
 
 import images
-from bench.gpu.context import BACKENDS, Bench, Marks, Row, Values, can_be_used, relative_error, summary
+from bench.gpu.context import BACKENDS, Bench, Marks, Row, Values, can_be_used, summary
 from bench.gpu.models import TOKENS
 from bench.gpu.plain import pipeline
-from engine.acceleration import compiler_settings
 from engine.loading import move_when_used
-from engine.modulation import Modulation
 from engine.replay import OPTIONS, replaying
 from flux import decode, denoise
 from service.measure import Stopwatch
@@ -124,7 +121,6 @@ def switches(bench: Bench) -> Iterator[Row]:
     yield "T5: on the device / moved when used", partial(compare_t5, bench)
     if bench.device.type == "cuda":
         yield "T5: kernel by kernel / as a CUDA graph", partial(compare_replay, bench)
-    yield "modulation: in each step / at once", partial(compare_modulation, bench)
 
 
 def compare_attention(bench: Bench, a: str, b: str) -> Values:
@@ -181,27 +177,6 @@ def compare_replay(bench: Bench) -> Values:
 
     equal = torch.equal(replayed(ids, **OPTIONS)[0], plain(ids, **OPTIONS)[0])
     return in_turn(partial(run, plain), partial(run, replayed)) | {"equal_bits": equal, "kept_bytes": kept}
-
-
-def compare_modulation(bench: Bench) -> Values:
-    """Steps after the first, which computes modulation for all; in fp8 where there is that; compiled if blocks are."""
-    wanted = bench.request(go_fast=bench.has_fp8, num_inference_steps=bench.steps + 1)
-    job = bench.flux.prepare(wanted, (), Stopwatch(bench.device))
-    modulation = Modulation(job.pipeline.transformer)
-    drawn = {}
-
-    def use(name: str, ahead: Callable[[], AbstractContextManager[None]]) -> list[float]:
-        marks = Marks(bench.device)
-        with ahead():
-            drawn[name] = denoise(job, wanted.seed, marks)
-        return marks.seconds()
-
-    in_each = partial(use, "in each step", nullcontext)
-    at_once = partial(use, "at once", partial(modulation.ahead, job.pipeline.scheduler))
-    with compiler_settings(2 * len(bench.models.lives())):  # blocks whose rows are looked up have graphs of their own
-        at_once()
-        times = in_turn(in_each, at_once)
-    return times | {"relative_error": relative_error(drawn["at once"], drawn["in each step"])}
 
 
 def in_turn(a: Callable[[], list[float]], b: Callable[[], list[float]]) -> Values:

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import fp8, live, merge
 from engine.live import Live, Term
-from lora.deltas import LowRank
+from lora.deltas import LowRank, pack
+from service.slabs import Uploads
 from settings import ROOT
 from tests.support import models
 
@@ -45,7 +46,7 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> T
     return (made / shape[-1] ** 0.5).to(dtype)
 
 
-def merged(case: tuple, count: int, *, scaled: bool = False) -> dict[str, object]:
+def merged(case: tuple, count: int, *, scaled: bool = False, packed: bool = True) -> dict[str, object]:
     """How far so many weights, written in one launch, are from torch's; run where Triton interprets."""
     rows, columns, ranks, factor, dtype = case
     factor, dtype = getattr(torch, factor), getattr(torch, dtype)
@@ -54,8 +55,18 @@ def merged(case: tuple, count: int, *, scaled: bool = False) -> dict[str, object
     downs = [numbers(rank, columns, dtype=factor, seed=7 + seed) for seed in range(count) for rank in ranks]
     strengths = [0.75 * (-1) ** index * (1 + index) for index in range(len(ups))]
     lives = [torch.full_like(base, torch.nan) for base in bases]
-    scales = [torch.full((rows, 1), torch.nan) for _ in bases] if scaled else []
-    merge.merge(lives, scales, bases, ups, downs, strengths)
+    scales = [torch.full((rows, 1), torch.nan) if scaled else None for _ in bases]
+    deltas = [LowRank(0, rows, up, down, 1.0) for up, down in zip(ups, downs, strict=True)]
+    if packed:  # into one block
+        deltas = [it for (it,) in pack({str(index): (delta,) for index, delta in enumerate(deltas)}).values()]
+    terms = list(zip(strengths, deltas, strict=True))
+    each = len(ranks)
+    sums = [
+        merge.Sum(live, scale, base, terms[index * each : (index + 1) * each])
+        for index, (live, scale, base) in enumerate(zip(lives, scales, bases, strict=True))
+    ]
+    assert all(it.fits() for it in sums)
+    merge.write(sums, Uploads(torch.device("cpu"), room=0))
     worst, equal = 0.0, True
     for index, (base, written) in enumerate(zip(bases, lives, strict=True)):
         exact = base.double()
@@ -103,7 +114,7 @@ def interpreted() -> Iterator[dict[str, object]]:
     script = """if True:
         import json
         from tests.engine import test_merge as it
-        found = {str(case): it.merged(case, 2) for case in it.CASES}
+        found = {str(case): it.merged(case, 2, packed=number % 2) for number, case in enumerate(it.CASES)}
         found |= {f"scaled {case}": it.merged(case, 2, scaled=True) for case in it.CASES if case[4] == "float32"}
         print(json.dumps(found | {"live": it.in_live()}))
     """
@@ -150,7 +161,6 @@ def test_live_weights_are_the_same_by_the_kernel(interpreted: dict) -> None:
 
 # Bytes of shared memory that a program may have, by compute capability.
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-SQUARE = (3072, 3072)
 
 
 def compiled(capability: int, dtype: torch.dtype, ranks: tuple[int, ...], factor: torch.dtype) -> tuple[str, int, int]:
@@ -161,9 +171,8 @@ def compiled(capability: int, dtype: torch.dtype, ranks: tuple[int, ...], factor
 
     from engine import merge_kernel
 
-    base = torch.empty(SQUARE, dtype=torch.bfloat16, device="meta")
-    ups = [torch.empty(SQUARE[0], rank, dtype=factor, device="meta") for rank in ranks]
-    chosen = merge_kernel.variant([base], base.to(dtype), ups, scaled=dtype is fp8.E4M3)
+    scaled = dtype is fp8.E4M3
+    chosen = merge_kernel.variant(torch.bfloat16, dtype, factor, ranks, [3072, 15360], scaled=scaled)
     options = {name: chosen.pop(name) for name in ("num_warps", "maxnreg") if name in chosen}
     places = {parameter.name: index for index, parameter in enumerate(merge_kernel.merge_kernel.params)}
     source = ASTSource(
@@ -259,7 +268,7 @@ def test_a_swap_takes_fewer_launches_than_tensors(quantized: bool, monkeypatch: 
 
 def test_a_merge_says_what_it_writes() -> None:
     """So that compiled code and tracers know; the operator's own checks of torch."""
-    inputs = [[numbers(8, 16).to("meta")], [], [numbers(8, 16).to("meta")], [], [], []]
+    inputs = [[numbers(8, 16).to("meta")], [], [numbers(8, 16).to("meta")], [], [], [], torch.bfloat16]
     torch.library.opcheck(merge.merge, inputs, test_utils=("test_schema", "test_faketensor"))
 
 
