@@ -207,13 +207,9 @@ def _disagreement(dtype: torch.dtype, device: torch.device) -> str:
     def numbers(*shape: int) -> Tensor:
         return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).bfloat16()
 
-    # The tile's own sizes and others; no LoRA, ranks of a whole part and not, several, several parts of one.
-    for (rows, columns), ranks in {
-        (256, 512): (16,),
-        (320, 208): (),
-        (96, 3072): (4, 32),
-        (160, 336): (136, 8),
-    }.items():
+    # Whole tiles and others; no LoRA, one, several, and one in parts: what most requests need is compiled with it.
+    cases = ((320, 208, ()), (256, 512, (16,)), (128, 1040, (32,)), (96, 3072, (64,)), (160, 336, (32, 16)))
+    for rows, columns, ranks in (*cases, (64, 720, (136, 4))):
         base = numbers(rows, columns).to(device)
         factors = {f"{rank}": (LowRank(0, rows, numbers(rows, rank), numbers(rank, columns), 1.0),) for rank in ranks}
         deltas = [delta for (delta,) in pack(factors).values()]  # in host memory, as a LoRA's are

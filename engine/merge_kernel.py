@@ -7,7 +7,6 @@ are fixed, nothing is tuned at run time: the bits of a weight depend on its base
 written beside it, in which process or when. This module is imported where there is a GPU, or Triton's interpreter.
 """
 
-import struct
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -194,7 +193,7 @@ def launch(
     chosen = variant(bases[0].dtype, lives[0].dtype, dtype, factors[4 : 5 * each : 5], columns, scaled=bool(scales))
     whole, align, piece = chosen["RANK"], chosen["ALIGN"], chosen["COLUMNS"]
     starts = [block.data_ptr() for block in blocks]
-    bits = struct.unpack(f"{len(strengths)}i", struct.pack(f"{len(strengths)}f", *strengths))
+    bits = torch.tensor(strengths, dtype=torch.float32).view(torch.int32).tolist()
     words: list[int] = []
     # The longest rows first: whoever comes last has less to do.
     for number in sorted(range(len(lives)), key=lambda number: -shapes[number][1]):
