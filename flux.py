@@ -180,7 +180,7 @@ class Flux:
         Raises:
             ValueError: a sentence about model weights that are missing or do not fit.
         """
-        keep_compiled_code(settings.cache_dir / "compile")
+        keep_compiled_code(settings.cache_dir / "compile")  # before live weights compile the kernel that writes them
         stopwatch = Stopwatch(device)
         folders = {"dev": Path(settings.models.dev), "schnell": Path(settings.models.schnell)}
         models = load(folders, device, stopwatch, placement)
@@ -193,7 +193,10 @@ class Flux:
         return flux
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compile what draws, now: no request will. What is drawn with by default is warmed up last, and ready then.
+        """Compile what draws, now, so that no request waits for it; what is drawn with by default is warmed up last.
+
+        The kernel that merges LoRAs is compiled before for usual ranks; the first request with others waits a second or
+        more.
 
         Args:
             backend: of `torch.compile`.

@@ -9,11 +9,11 @@ tokens that are multiples of 16: Triton is told not to look at them.
 import triton
 import triton.language as tl
 
+from engine import fp8
+
 # Of all norms in FLUX's blocks.
 EPS = tl.constexpr(1e-6)
-# As in engine/fp8.py: the largest e4m3 number, and the least magnitude that a row is scaled by.
-LARGEST = tl.constexpr(448.0)
-SMALLEST = tl.constexpr(5.3e-36)
+LARGEST, SMALLEST = tl.constexpr(fp8.LARGEST), tl.constexpr(fp8.SMALLEST)
 
 
 @triton.jit

@@ -214,6 +214,13 @@ def _single_inputs(block: FluxSingleTransformerBlock) -> tuple[Linear, ...]:
     return *_image_qkv(block.attn), *mlp
 
 
+def joined_layers(transformer: FluxTransformer2DModel) -> list[Linear]:
+    """The layers whose weights `fuse` moves."""
+    groups = [layers(block.attn) for block in transformer.transformer_blocks for layers in (_image_qkv, _text_qkv)]
+    groups += [_single_inputs(block) for block in transformer.single_transformer_blocks]
+    return [layer for group in groups for layer in group]
+
+
 def _is_uniform(block: nn.Module) -> bool:
     """Whether all layers of a block but the modulation, or none, are fp8."""
     linears = [

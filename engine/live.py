@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -29,8 +29,8 @@ from service.slabs import SLAB, Uploads
 # of FLUX is one run.
 BUFFER_ELEMENTS = {"cpu": 2**21, "cuda": 3072 * 3072}
 # Bytes of LoRAs that may lie on the device while a mix is written, and how many of them stay there for the next one;
-# they count towards the placement's working memory, and a swap needs little beside them. Eight LoRAs of rank 64 fit,
-# and eight of rank 16 stay; what does not fit comes tensor by tensor.
+# they count towards the placement's working memory, and a swap needs little beside them. Eight LoRAs of rank 64 on the
+# layers that fp8 multiplies fit, and eight of rank 16 stay; what does not fit comes tensor by tensor.
 UPLOADS, KEPT = 4 * SLAB, SLAB
 # Bytes of bases whose weights the fused kernel writes together: the first are written while the factors of the next are
 # still under way. A base that lies in host memory counts as several, since it takes room on the device meanwhile.
@@ -145,6 +145,24 @@ class LiveTensor:
         self.recipe: Recipe | None = None
         self.rivals: list[LiveTensor] = []  # others that are written into the same memory
 
+    def hold(self, mix: object, recipe: Recipe, batch: "Batch") -> bool:
+        """Have the recipe written with a batch, unless it is what this tensor holds; whether it is.
+
+        Args:
+            mix: what this is, to be compared with what is held.
+            recipe: what to write.
+            batch: what will be written.
+        """
+        if self.held == mix:
+            self.recipe = recipe  # its deltas are equal, but may have been read anew: the old ones can go
+            return False
+        batch.append((self, mix, recipe))
+        return True
+
+
+# Tensors that are written together, each with its mix and recipe.
+Batch = list[tuple[LiveTensor, object, Recipe]]
+
 
 class Live:
     """A module that holds one mix at a time.
@@ -167,9 +185,9 @@ class Live:
         self._tensors = {
             name: LiveTensor(parameter.data) for name, parameter in module.named_parameters()
         } | _fp8_tensors(module)
-        device = next(module.parameters()).device
-        self._merged = merge.trusted(device)  # the dtypes that the fused kernel writes
-        self._uploads = Uploads(device, UPLOADS)
+        self._device = next(module.parameters()).device
+        self._merged = merge.trusted(self._device)  # the dtypes that the fused kernel writes
+        self._uploads = Uploads(self._device, UPLOADS)
 
     def quantized(self, chosen: Callable[[str], bool], *, in_turn: bool = False) -> "Live":
         """A second live module of the same bases whose chosen linear layers are fp8; all else is shared with this one.
@@ -202,44 +220,41 @@ class Live:
         Anything may interrupt this (an error, a cancellation): the next call writes what is then unknown.
         """
         pristine, terms = self._bases[base], add_up(terms)
-        written, batch, size, device = 0, [], 0, next(self.module.parameters()).device
-        for name, tensor in self._tensors.items():
-            own = pristine.get(name)
-            touching = [
-                (term, scale)
-                for term in (() if own is None else terms)
-                if name in term.deltas and (scale := term.scale_of(name)) != 0
-            ]
-            mix = (base, *[(term.content, scale) for term, scale in touching])
-            if tensor.held == mix:
-                continue
-            own = self._zeros[name] if own is None else own
-            deltas = [(scale, delta) for term, scale in touching for delta in term.deltas[name]]
-            batch.append((tensor, mix, Recipe(own, deltas, pristine)))
-            written, size = written + 1, size + own.nbytes * (1 if own.device == device else BROUGHT)
-            if size >= BATCH or not self._merged:
-                self._hold(batch)
-                batch, size = [], 0
-        self._hold(batch)
-        self._uploads.leave(KEPT)
+        written, size = 0, 0
+        batch: Batch = []
+        try:
+            for name, tensor in self._tensors.items():
+                own = pristine.get(name)
+                touching = [
+                    (term, scale)
+                    for term in (() if own is None else terms)
+                    if name in term.deltas and (scale := term.scale_of(name)) != 0
+                ]
+                mix = (base, *[(term.content, scale) for term, scale in touching])
+                deltas = [(scale, delta) for term, scale in touching for delta in term.deltas[name]]
+                own = self._zeros[name] if own is None else own
+                if tensor.hold(mix, Recipe(own, deltas, pristine), batch):
+                    written += 1
+                    size += own.nbytes * (1 if own.device == self._device else BROUGHT)
+                if size >= BATCH or (batch and not self._merged):
+                    self._hold(batch)
+                    batch, size = [], 0
+            self._hold(batch)
+        finally:
+            self._uploads.leave(KEPT)
         return written
 
-    def _hold(self, batch: Sequence[tuple[LiveTensor, object, Recipe]]) -> None:
+    def _hold(self, batch: Batch) -> None:
         """Write some tensors, of which nothing is claimed meanwhile."""
         for tensor, _, _ in batch:
             for it in (tensor, *tensor.rivals):
                 it.held = it.recipe = None
-        self._write([(tensor.place, recipe) for tensor, _, recipe in batch])
+        self._write([(tensor.place, recipe) for tensor, _, recipe in batch], self._uploads)
         for tensor, mix, recipe in batch:
-            tensor.held, tensor.recipe = mix, recipe
+            tensor.recipe, tensor.held = recipe, mix
 
-    def _write(self, works: Iterable[tuple[Place, Recipe]], *, come: bool = True) -> None:
-        """Write what the recipes say: what the fused kernel can write, mere copies, and the rest run by run.
-
-        Args:
-            works: where to write what.
-            come: see `Uploads`.
-        """
+    def _write(self, works: Iterable[tuple[Place, Recipe]], uploads: Uploads) -> None:
+        """Write what the recipes say: what the fused kernel can write, mere copies, and the rest run by run."""
         sums: list[merge.Sum] = []
         copies: list[tuple[Tensor, Tensor]] = []
         for place, recipe in works:
@@ -251,13 +266,13 @@ class Live:
             if not recipe.deltas and place.scales is None:
                 copies.append((place.values, recipe.base))
                 continue
-            for start, rows in recipe.rows(self._buffer, partial(self._uploads, come=come)):
+            for start, rows in recipe.rows(self._buffer, uploads):
                 run = place.rows(start, len(rows))
                 if merged and run.scales is not None:
-                    merge.write([merge.Sum(run.values, run.scales, rows, ())], self._uploads)  # quantised in one pass
+                    merge.write([merge.Sum(run.values, run.scales, rows, ())], uploads)  # quantised in one pass
                 else:
                     run.write(rows)
-        merge.write(sums, self._uploads, come=come)
+        merge.write(sums, uploads)
         if copies:
             torch._foreach_copy_(*map(list, zip(*copies, strict=True)), non_blocking=True)
 
@@ -271,25 +286,25 @@ class Live:
     def intact(self, name: str) -> bool:
         """Whether a tensor is, to the bit, what it is recorded to hold; one that is not is written anew when needed.
 
-        It is written once more, beside the first one, and compared. A LoRA that has left the device is not brought
-        there for one tensor: its factors come alone.
+        It is written once more, beside the first one, and compared. Its factors come from the host's memory, not from
+        what lies on the device, and come alone: not a whole LoRA for one tensor.
         """
         tensor = self._tensors[name]
         if tensor.held is None:
             return True
         again = tensor.place.another()
-        self._write([(again, tensor.recipe)], come=False)
+        self._write([(again, tensor.recipe)], Uploads(self._device, room=0))
         if again.equals(tensor.place):
             return True
         tensor.held = tensor.recipe = None
+        self._uploads.leave(0)  # what it was written from may be wrong
         return False
 
     @cached_property
     def _buffer(self) -> Tensor:
         """Where runs of rows are summed, float32."""
-        device = next(self.module.parameters()).device
         largest = max(zero.numel() for zero in self._zeros.values())
-        return torch.empty(min(BUFFER_ELEMENTS[device.type], largest), device=device)
+        return torch.empty(min(BUFFER_ELEMENTS[self._device.type], largest), device=self._device)
 
 
 def _fp8_tensors(module: nn.Module) -> dict[str, LiveTensor]:

@@ -23,6 +23,8 @@ DTYPES = (torch.bfloat16, fp8.E4M3)
 FACTORS = {torch.bfloat16, torch.float16, torch.float32}
 # Where weights and factors must begin: the kernel loads 16 bytes at a time.
 ALIGNMENT = 16
+# Bytes of factors that come by themselves, not in the block of their LoRA, and lie there until they are used.
+ALONE = 2**28
 
 
 @torch.library.custom_op("flux_sprites::merge", mutates_args=("lives", "scales"))
@@ -84,7 +86,7 @@ class Sum(NamedTuple):
             and live.numel() < 2**31  # the kernel counts elements in 32 bits
             and live.is_contiguous()
             and self.base.is_contiguous()
-            and all(isinstance(delta, LowRank) and delta.height == live.shape[0] for _, delta in self.terms)
+            and all(isinstance(delta, LowRank) and delta.shape == live.shape for _, delta in self.terms)
         )
 
 
@@ -131,45 +133,59 @@ class Launch:
         merge(self.lives, self.scales, self.bases, blocks, self.factors, self.strengths, self.dtype)
 
 
-def write(sums: Iterable[Sum], uploads: Uploads, *, come: bool = True) -> None:
+def write(sums: Iterable[Sum], uploads: Uploads) -> None:
     """Write weights, in one launch for all that are of one kind.
 
     Args:
         sums: each fits.
         uploads: brings factors to the device of the weights.
-        come: whether it may bring what lies beside them, see `Uploads`.
     """
     launches: dict[tuple, Launch] = {}
+    alone = 0  # bytes of factors that these launches keep on the device
     for it in sums:
-        base = it.base.to(it.live.device, non_blocking=True)
-        pairs = [_pair(delta, uploads, come=come) for _, delta in it.terms]
+        base = _aligned(it.base.to(it.live.device, non_blocking=True))
+        pairs = [_pair(delta, uploads) for _, delta in it.terms]
         if len({pair.dtype for pair in pairs}) > 1:
-            pairs = [_brought(delta, uploads, torch.float32, come=come) for _, delta in it.terms]
+            pairs = [_brought(delta, uploads, torch.float32) for _, delta in it.terms]
+        alone += sum(pair.up_in.nbytes + pair.down_in.nbytes for pair in pairs if pair.up_in is not pair.down_in)
         dtype = pairs[0].dtype if pairs else torch.bfloat16
         # Rows of other lengths cannot be loaded in pieces as large.
         kind = (it.live.dtype, base.dtype, dtype, base.shape[1] % ALIGNMENT == 0, *[pair.rank for pair in pairs])
         if kind not in launches:
             launches[kind] = Launch(dtype)
-        launches[kind].add(it, base if base.data_ptr() % ALIGNMENT == 0 else base.clone(), pairs)
+        launches[kind].add(it, base, pairs)
+        if alone >= ALONE:
+            _run(launches)
+            launches, alone = {}, 0
+    _run(launches)
+
+
+def _run(launches: dict[tuple, Launch]) -> None:
     for launch in launches.values():
         launch.run()
 
 
-def _pair(delta: LowRank, uploads: Uploads, *, come: bool) -> Pair:
+def _pair(delta: LowRank, uploads: Uploads) -> Pair:
     """Where a delta's factors lie on the device, in a dtype that the kernel reads."""
     it = delta.layout
     if it is not None and it.dtype in FACTORS and it.up % ALIGNMENT == it.down % ALIGNMENT == 0:
-        memory = uploads.memory(it.block, it.end, come=come)
+        memory = uploads.memory(it.block, it.end)
         if memory is not None:
             return Pair(memory, it.up, memory, it.down, it.rank, it.dtype)
     same = delta.up.dtype == delta.down.dtype and delta.up.dtype in FACTORS
-    return _brought(delta, uploads, delta.up.dtype if same else torch.float32, come=come)
+    return _brought(delta, uploads, delta.up.dtype if same else torch.float32)
 
 
-def _brought(delta: LowRank, uploads: Uploads, dtype: torch.dtype, *, come: bool) -> Pair:
+def _brought(delta: LowRank, uploads: Uploads, dtype: torch.dtype) -> Pair:
     """A delta's factors on the device, each in memory of its own."""
-    up, down = (uploads(it, come=come).to(dtype, copy=True).contiguous() for it in (delta.up, delta.down))
+    up, down = (_aligned(uploads(it).to(dtype)) for it in (delta.up, delta.down))
     return Pair(up, 0, down, 0, up.shape[1], dtype)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """An equal tensor where the kernel can load it."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 @functools.cache
@@ -205,13 +221,16 @@ def _disagreement(dtype: torch.dtype, device: torch.device) -> str:
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
-        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).bfloat16()
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
 
     # Whole tiles and others; no LoRA, one, several, and one in parts: what most requests need is compiled with it.
-    cases = ((320, 208, ()), (256, 512, (16,)), (128, 1040, (32,)), (96, 3072, (64,)), (160, 336, (32, 16)))
-    for rows, columns, ranks in (*cases, (64, 720, (136, 4))):
-        base = numbers(rows, columns).to(device)
-        factors = {f"{rank}": (LowRank(0, rows, numbers(rows, rank), numbers(rank, columns), 1.0),) for rank in ranks}
+    sizes = ((320, 208), (256, 512), (128, 1040), (96, 3072), (160, 336), (96, 336), (64, 720), (64, 80))
+    usual = ((), (16,), (32,), (64,), (16, 16), (32, 16), (136, 4), (8,))
+    for (rows, columns), ranks in zip(sizes, usual, strict=True):
+        factor = torch.float32 if ranks == (8,) else torch.bfloat16
+        base = numbers(rows, columns).to(device, torch.bfloat16)
+        pairs = [[numbers(rows, rank).to(factor), numbers(rank, columns).to(factor)] for rank in ranks]
+        factors = {str(index): (LowRank(0, rows, *pair, 1.0),) for index, pair in enumerate(pairs)}
         deltas = [delta for (delta,) in pack(factors).values()]  # in host memory, as a LoRA's are
         exact = base.float()
         for delta in deltas:

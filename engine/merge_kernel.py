@@ -20,8 +20,9 @@ from engine.fp8 import LARGEST, SMALLEST
 TILE = {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 3, "num_warps": 4}
 # Ranks that are multiplied at once: the least of these that holds all of a sum's; one above the largest goes in parts.
 RANKS = (16, 32, 64)
-# Ranks up to which the loop over parts is unrolled: the loads of all of them are under way at once, in shared memory.
-UNROLLED = 128
+# Bytes of ranks up to which the loop over parts is unrolled: the loads of all of them are under way at once, in shared
+# memory, of which Ada's processors have 99 KB.
+UNROLLED = 256
 TYPES = {
     torch.float32: tl.float32,
     torch.float16: tl.float16,
@@ -134,7 +135,7 @@ def merge_kernel(
             # total / scale, to the bit (Markstein): a division would take a fifth of the whole time.
             quotient = total * inverse[:, None]
             quotient = tl.fma(tl.fma(-quotient, scale[:, None], total), inverse[:, None], quotient)
-            total = tl.minimum(tl.maximum(quotient, -LARGEST), LARGEST)
+            total = tl.clamp(quotient, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
         at = n[:, None] * columns + k[None, :]
         tl.store(live + at, total.to(LIVE), mask=(n < rows)[:, None] & (k < columns)[None, :])
 
@@ -168,7 +169,7 @@ def variant(
         "RANK": whole,
         "ALIGN": next(align for align in (whole, 8, 1) if all(rank % align == 0 for rank in ranks)),
         "PARTS": parts,
-        "UNROLL": parts * whole <= UNROLLED,
+        "UNROLL": parts * whole * factor.itemsize <= UNROLLED,
         "SCALED": scaled,
         "COLUMNS": next(align for align in (16, 1) if all(it % align == 0 for it in columns)),
         "LARGEST": LARGEST,
@@ -195,7 +196,7 @@ def launch(
     starts = [block.data_ptr() for block in blocks]
     bits = torch.tensor(strengths, dtype=torch.float32).view(torch.int32).tolist()
     words: list[int] = []
-    # The longest rows first: whoever comes last has less to do.
+    # The longest rows first: the programs that end last have less to do.
     for number in sorted(range(len(lives)), key=lambda number: -shapes[number][1]):
         scale = scales[number].data_ptr() if scales else 0
         height, width = shapes[number]

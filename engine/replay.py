@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import T5EncoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from service import faults
+
 # Runs work and records it; returns what runs it again, and its output, which each run overwrites.
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 # How diffusers' pipelines call T5, beside its ids.
@@ -82,4 +84,4 @@ def replay(t5: T5EncoderModel, lengths: Iterable[int], record: Record = cuda_gra
     try:
         t5.forward = replaying(t5, lengths, record)
     except Exception as error:  # an operation that cannot be recorded, too little memory, an old driver
-        print(f"T5 is launched kernel by kernel, since a CUDA graph of it failed: {type(error).__name__}.")
+        print(f"T5 is launched kernel by kernel, since a CUDA graph of it failed: {faults.message(error)}.")

@@ -110,6 +110,11 @@ class LowRank(Delta):
     strength: float  # alpha / rank; kept apart, so that alpha costs no rounding of the tensors
 
     @cached_property
+    def shape(self) -> tuple[int, int]:
+        """Of its product: [height, in]; kept, since each swap asks."""
+        return len(self.up), self.down.shape[1]
+
+    @cached_property
     def layout(self) -> Layout | None:
         """Where its factors lie, if in one block and of one dtype, as those of a packed LoRA; each swap asks."""
         up, down = self.up, self.down

@@ -173,38 +173,26 @@ class Uploads:
         self._blocks: weakref.WeakKeyDictionary[torch.UntypedStorage, _Block] = weakref.WeakKeyDictionary()
         self._turn = 0
 
-    def __call__(self, tensor: Tensor, *, come: bool = True) -> Tensor:
-        """An equal tensor on the device.
-
-        Args:
-            tensor: on any device.
-            come: whether its block may come for it; else it comes alone, unless its block is there.
-        """
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """An equal tensor on the device."""
         if tensor.device == self._device:
             return tensor
-        end = tensor.storage_offset() * tensor.itemsize + tensor.nbytes
-        memory = self.memory(tensor.untyped_storage(), end, come=come)
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        memory = self.memory(tensor.untyped_storage(), (tensor.storage_offset() + max(last + 1, 0)) * tensor.itemsize)
         if memory is None:
             return tensor.to(self._device, non_blocking=True)
         view = torch.empty(0, dtype=tensor.dtype, device=self._device)
         return view.set_(memory.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
-    def memory(self, storage: torch.UntypedStorage, end: int, *, come: bool = True) -> Tensor | None:
-        """A block of host memory on the device, uint8, up to a byte at least; None where it does not lie there.
-
-        Args:
-            storage: the block.
-            end: how many of its bytes are needed.
-            come: whether it may come for this.
-        """
+    def memory(self, storage: torch.UntypedStorage, end: int) -> Tensor | None:
+        """A block of host memory on the device, uint8, up to a byte at least; None where it has no room there."""
         if storage.device == self._device:
             return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
         block = self._blocks.get(storage)
         if block is None:
             size = storage.nbytes()
-            if come:
-                self._make_room(self._room - size)
-            if not come or self._taken() + size > self._room:
+            self._make_room(self._room - size)
+            if self._taken() + size > self._room:
                 return None
             block = self._blocks[storage] = _Block(size, self._device, pinned=storage.is_pinned())
         if block.sent < end:

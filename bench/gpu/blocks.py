@@ -5,7 +5,6 @@ these it has its own, so it has live weights of its own too, and both always hol
 """
 
 import copy
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -20,8 +19,7 @@ from bench.gpu.context import Bench, Marks, Row, Values, relative_error, summary
 from bench.gpu.plain import draw, noise
 from engine import block_operators
 from engine.acceleration import COMPILE, compiler_settings
-from engine.blocks import fuse
-from engine.fp8 import Fp8Linear
+from engine.blocks import fuse, joined_layers
 from engine.live import Live
 from flux import FP8_LORA_FACTOR, Job, denoise
 from service.measure import Stopwatch
@@ -30,9 +28,6 @@ from service.measure import Stopwatch
 TURNS, STEPS = 4, 4
 # Calls of one kernel that are queued together.
 CALLS = 20
-# The layers whose weights `fuse` moves.
-MOVED = re.compile(r"\.(to_[qkv]|add_[qkv]_proj)$")
-MOVED_FP8 = re.compile(r"\.(to_[qkv]|add_[qkv]_proj|proj_mlp)$")
 
 
 def blocks(bench: Bench) -> Iterator[Row]:
@@ -127,10 +122,9 @@ class Pair:
 def fused_copy(module: FluxTransformer2DModel) -> FluxTransformer2DModel:
     """A fused transformer that shares all tensors with this one but those that fusing moves."""
     shared = {id(it): it for it in (*module.parameters(), *module.buffers())}
-    for name, layer in module.named_modules():
-        if "transformer_blocks" in name and (MOVED_FP8 if isinstance(layer, Fp8Linear) else MOVED).search(name):
-            shared.pop(id(layer.weight))
-            shared.pop(id(getattr(layer, "scale", None)), None)
+    for layer in joined_layers(module):
+        for it in (layer.weight, getattr(layer, "scale", None)):
+            shared.pop(id(it), None)
     fused = copy.deepcopy(module, shared)
     fuse(fused)
     return fused
@@ -141,7 +135,7 @@ def fused_copy(module: FluxTransformer2DModel) -> FluxTransformer2DModel:
 
 @torch.no_grad()
 def kernel(bench: Bench, name: str) -> Values:
-    """Seconds of one call at FLUX's sizes, bytes that it has to move, and how far its result is from torch's."""
+    """Microseconds of one call at FLUX's sizes, the rate at which it moves bytes, and how far it is from torch's."""
     if name.endswith("quantize"):
         bench.needs_fp8()
     given = arguments(bench)[name]

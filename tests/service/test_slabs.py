@@ -210,8 +210,9 @@ def test_what_was_used_last_stays_and_goes_with_its_host_memory(full_size: int) 
     assert storage(bring(several[0]["b"])) == first[0]
     third = storage(bring(several[2]["a"]))  # in place of the second, which was not used again
     bring.leave(size)
-    assert storage(bring(several[2]["a"], come=False)) == third
-    assert bring(several[0]["a"], come=False).untyped_storage().nbytes() == 400
+    assert storage(bring(several[2]["a"])) == third
+    assert bring.memory(several[0]["a"].untyped_storage(), 400) is not None  # where the second was
+    assert bring(several[1]["a"]).untyped_storage().nbytes() == 400
     gone = weakref.ref(bring(several[2]["a"]).untyped_storage())
     del several[2]
     assert gone() is None
