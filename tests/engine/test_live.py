@@ -359,6 +359,36 @@ def test_one_flipped_bit_of_any_tensor_is_found_and_written_anew(loras: dict[str
     assert same(bits(live.module), right)
 
 
+def rows_change_places(pristine: dict[str, Tensors], live: Live, name: str) -> None:
+    rows = live.module.state_dict()[name].view(torch.uint8)
+    rows[[2, 3]] = rows[[3, 2]]
+
+
+def base_is_corrupted(pristine: dict[str, Tensors], live: Live, name: str) -> None:
+    pristine["dev"][name][3, 3] += 1
+
+
+def another_mix_was_written(pristine: dict[str, Tensors], live: Live, name: str) -> None:
+    tensor = live._tensors[name]
+    mix, recipe = tensor.held, tensor.recipe
+    live.hold("dev", [])
+    tensor.held, tensor.recipe = mix, recipe
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("spoil", [rows_change_places, base_is_corrupted, another_mix_was_written])
+def test_a_weight_that_is_not_what_it_is_recorded_to_be_is_found(
+    loras: dict[str, Lora], quantized: bool, spoil: Callable[..., None]
+) -> None:
+    pristine = bases()
+    lives = Lives(pristine)
+    hold(lives, ("dev", quantized, (("everywhere", 0.7), ("LoKr", 1.0))), loras)
+    live, name = lives.of(quantized), "transformer_blocks.0.attn.to_q.weight"
+    assert live.intact(name)
+    spoil(pristine, live, name)
+    assert [other for other in live.names if not live.intact(other)] == [name]
+
+
 def test_the_fp8_twin_shares_all_but_its_linear_layers() -> None:
     lives = Lives(bases())
     shared = {id(parameter) for parameter in lives.plain.module.parameters()}
