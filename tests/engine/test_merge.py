@@ -171,6 +171,21 @@ def test_what_a_base_lacks_is_zero(interpreted: dict) -> None:
     assert interpreted["lacking"]
 
 
+def test_two_multiplications_round_as_a_division_does() -> None:
+    """What the kernel does with each value, which the interpreter cannot: it rounds a product before it adds to it."""
+
+    def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return (a.double() * b.double() + c.double()).float()
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 300, generator=generator) * 2.0 ** torch.randint(-20, 20, (4000, 1), generator=generator)
+    scale = x.abs().amax(dim=1, keepdim=True) / fp8.LARGEST
+    inverse = 1 / scale
+    quotient = x * inverse
+    assert not torch.equal(quotient, x / scale)
+    assert torch.equal(fma(fma(-quotient, scale, x), inverse, quotient), x / scale)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Compiled for cards that are not here
 
