@@ -206,7 +206,7 @@ def trusted(device: torch.device) -> frozenset[torch.dtype]:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler that is missing or fails says so in many ways
-            wrong = faults.message(error)
+            wrong = faults.message(error).splitlines()[0]
         if wrong:
             print(f"LoRAs in {dtype} are written by torch's own operations, since the fused kernel cannot be: {wrong}.")
         else:

@@ -84,4 +84,5 @@ def replay(t5: T5EncoderModel, lengths: Iterable[int], record: Record = cuda_gra
     try:
         t5.forward = replaying(t5, lengths, record)
     except Exception as error:  # an operation that cannot be recorded, too little memory, an old driver
-        print(f"T5 is launched kernel by kernel, since a CUDA graph of it failed: {faults.message(error)}.")
+        why = faults.message(error).splitlines()[0]
+        print(f"T5 is launched kernel by kernel, since a CUDA graph of it failed: {why}.")
