@@ -47,7 +47,7 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> T
 
 
 def merged(case: tuple, count: int, *, scaled: bool = False, packed: bool = True) -> dict[str, object]:
-    """How far so many weights, written in one launch, are from torch's; run where Triton interprets."""
+    """How far so many weights, written together, are from exact sums; run where Triton interprets."""
     rows, columns, ranks, factor, dtype = case
     factor, dtype = getattr(torch, factor), getattr(torch, dtype)
     bases = [numbers(rows, columns, dtype=dtype, seed=seed) for seed in range(count)]
@@ -67,7 +67,7 @@ def merged(case: tuple, count: int, *, scaled: bool = False, packed: bool = True
     ]
     assert all(it.fits() for it in sums)
     merge.write(sums, Uploads(torch.device("cpu"), room=0))
-    worst, equal = 0.0, True
+    worst, other = 0.0, 0.0
     for index, (base, written) in enumerate(zip(bases, lives, strict=True)):
         exact = base.double()
         for term in range(index * len(ranks), (index + 1) * len(ranks)):
@@ -78,8 +78,8 @@ def merged(case: tuple, count: int, *, scaled: bool = False, packed: bool = True
             exact = exact / scale / fp8.LARGEST
             written = written / fp8.LARGEST
         worst = max(worst, (written.double() - exact).abs().max().item())
-        equal &= torch.equal(written, exact.to(written.dtype))
-    return {"worst": worst, "equal": equal}
+        other = max(other, written.ne(exact.to(written.dtype)).float().mean().item())
+    return {"worst": worst, "other": other}
 
 
 def in_live() -> dict[str, object]:
@@ -144,12 +144,13 @@ def interpreted() -> Iterator[dict[str, object]]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernel_comes_to_what_torch_comes_to(interpreted: dict, case: tuple) -> None:
     found = interpreted[str(case)]
-    if case[4] == "float16":  # sums of float32, rounded once: nearly all are those of exact sums
+    if case[4] == "float16":  # sums of float32, rounded once: nearly all are what exact sums round to
         assert found["worst"] <= 2.0**-10 * 8
+        assert found["other"] <= 1e-3 * len(case[2])
     else:
         assert found["worst"] <= 2e-6 * max(1, len(case[2]))
     if not case[2]:
-        assert found["equal"]  # a copy
+        assert found["other"] == 0  # a copy
 
 
 @needs_triton
