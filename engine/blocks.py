@@ -25,6 +25,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
+from engine import fp8
 from engine.block_operators import EPS, Quantized, gelu_quantize, linear_gelu, norm_quantize, rotate_heads
 from engine.fp8 import Fp8Linear
 
@@ -158,14 +159,7 @@ def _product(x: Operand, layer: Linear | Joined) -> Tensor:
     if isinstance(x, Tensor):
         return F.linear(x, layer.weight)
     values, scale = x
-    y = torch._scaled_mm(  # as in engine/fp8.py
-        values.flatten(0, 1),
-        layer.weight.t(),
-        scale.flatten(0, 1),
-        layer.scale.t(),
-        out_dtype=torch.bfloat16,
-        use_fast_accum=values.is_cuda,
-    )
+    y = fp8.product(values.flatten(0, 1), scale.flatten(0, 1), layer.weight, layer.scale)
     return y.view(*values.shape[:2], -1)
 
 

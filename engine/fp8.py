@@ -40,6 +40,15 @@ def write(rows: Tensor, values: Tensor, scales: Tensor) -> None:
         place.copy_(it)
 
 
+def product(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """Quantised rows [M, K] with their scales [M, 1] times a weight [N, K] with its own [N, 1]: [M, N], bfloat16."""
+    # Row scales give bfloat16 only, on CUDA; `_scaled_mm` wants its second operand column-major, hence .t().
+    # Fast accumulation doubles the rate on Hopper; what it drops is far below fp8's own rounding.
+    return torch._scaled_mm(
+        values, weight.t(), scale, weight_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=values.is_cuda
+    )
+
+
 class Fp8Linear(nn.Module):
     """Stands where an `nn.Linear` stood and shares its bias; the weight is written later, row by row.
 
@@ -70,13 +79,7 @@ class Fp8Linear(nn.Module):
         write(rows, self.weight[start:stop], self.scale[start:stop])
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        values, scale = quantize_rows(x.reshape(-1, x.shape[-1]))  # [M, K], [M, 1]
-        # Row scales give bfloat16 only, on CUDA; `_scaled_mm` wants its second operand column-major, hence .t().
-        # Fast accumulation doubles the rate on Hopper; what it drops is far below fp8's own rounding.
-        y = torch._scaled_mm(
-            values, self.weight.t(), scale, self.scale.t(), out_dtype=torch.bfloat16, use_fast_accum=x.is_cuda
-        )  # [M, N]
-        y = y.to(x.dtype)
+        y = product(*quantize_rows(x.reshape(-1, x.shape[-1])), self.weight, self.scale).to(x.dtype)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], -1)
