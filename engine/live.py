@@ -219,23 +219,13 @@ class Live:
 
         Anything may interrupt this (an error, a cancellation): the next call writes what is then unknown.
         """
-        pristine, terms = self._bases[base], add_up(terms)
         written, size = 0, 0
         batch: Batch = []
         try:
-            for name, tensor in self._tensors.items():
-                own = pristine.get(name)
-                touching = [
-                    (term, scale)
-                    for term in (() if own is None else terms)
-                    if name in term.deltas and (scale := term.scale_of(name)) != 0
-                ]
-                mix = (base, *[(term.content, scale) for term, scale in touching])
-                deltas = [(scale, delta) for term, scale in touching for delta in term.deltas[name]]
-                own = self._zeros[name] if own is None else own
-                if tensor.hold(mix, Recipe(own, deltas, pristine), batch):
+            for tensor, mix, recipe in self._wanted(base, add_up(terms)):
+                if tensor.hold(mix, recipe, batch):
                     written += 1
-                    size += own.nbytes * (1 if own.device == self._device else BROUGHT)
+                    size += recipe.base.nbytes * (1 if recipe.base.device == self._device else BROUGHT)
                 if size >= BATCH or (batch and not self._merged):
                     self._hold(batch)
                     batch, size = [], 0
@@ -243,6 +233,20 @@ class Live:
         finally:
             self._uploads.leave(KEPT)
         return written
+
+    def _wanted(self, base: str, terms: Sequence[Term]) -> Iterator[tuple[LiveTensor, object, Recipe]]:
+        """What each tensor shall hold, in their order: its mix, and what that is written from."""
+        pristine = self._bases[base]
+        for name, tensor in self._tensors.items():
+            own = pristine.get(name)
+            touching = [
+                (term, scale)
+                for term in (() if own is None else terms)
+                if name in term.deltas and (scale := term.scale_of(name)) != 0
+            ]
+            mix = (base, *[(term.content, scale) for term, scale in touching])
+            deltas = [(scale, delta) for term, scale in touching for delta in term.deltas[name]]
+            yield tensor, mix, Recipe(self._zeros[name] if own is None else own, deltas, pristine)
 
     def _hold(self, batch: Batch) -> None:
         """Write some tensors, of which nothing is claimed meanwhile."""

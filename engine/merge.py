@@ -57,17 +57,7 @@ def merge(
     launch(lives, scales, bases, blocks, factors, strengths, dtype)
 
 
-@merge.register_fake
-def _(
-    lives: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    blocks: Sequence[Tensor],
-    factors: Sequence[int],
-    strengths: Sequence[float],
-    dtype: torch.dtype,
-) -> None:
-    """Tensors without memory stay what they are."""
+merge.register_fake(lambda *_: None)  # tensors without memory stay what they are
 
 
 class Sum(NamedTuple):

@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 from typing import Generic, TypeVar
 
 import torch
@@ -50,8 +49,10 @@ class _Slab(Generic[Key]):
 
     @property
     def offsets(self) -> dict[Key, int]:
-        starts = accumulate((_aligned(size) for _, (_, size) in sorted(self.sizes.items())), initial=0)
-        return dict(zip((key for _, (key, _) in sorted(self.sizes.items())), starts, strict=False))
+        offsets, end = {}, 0
+        for _, (key, size) in sorted(self.sizes.items()):
+            offsets[key], end = end, end + _aligned(size)
+        return offsets
 
 
 def pinned_bytes(sizes: Iterable[int]) -> int:
