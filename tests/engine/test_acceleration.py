@@ -2,7 +2,6 @@
 
 import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,16 +41,6 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("image") / "noise.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8)).save(path)
     return path
-
-
-@pytest.fixture
-def forgetful() -> Iterator[None]:
-    """What a test compiles, and its counts, are its own."""
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
-    counters.clear()
 
 
 def random_request(rng: random.Random, folder: Path) -> Request:

@@ -1,12 +1,6 @@
 """Fused blocks compute what diffusers' do, on the same live weights; their kernels compute what torch does."""
 
 import copy
-import importlib.util
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,10 +15,10 @@ from engine.architecture import is_block_linear
 from engine.blocks import DoubleBlock, SingleBlock, fuse
 from engine.live import Live, Term
 from lora_loader import Lora, read_lora
-from settings import ROOT
-from tests.support import lora_files, models
+from tests.support import kernels, lora_files, models
+from tests.support.kernels import needs_triton
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = pytest.mark.usefixtures("forgetful")
 
 # Tokens of text, tokens of the picture, pictures.
 SIZES = ((5, 9, 1), (16, 64, 1), (3, 12, 2))
@@ -36,16 +30,6 @@ KINDS = (
     pytest.param("fp8", torch.float32, 1e-6, id="fp8 in float32"),
     pytest.param("fp8", torch.bfloat16, 0.03, id="fp8 in bfloat16"),
 )
-
-
-@pytest.fixture(autouse=True)
-def forgetful() -> Iterator[None]:
-    """What a test compiles, and its counts, are its own."""
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
-    counters.clear()
 
 
 def make(precision: str, dtype: torch.dtype, **changes: object) -> FluxTransformer2DModel:
@@ -266,15 +250,7 @@ def interpret() -> None:
 @needs_triton
 def test_kernels_compute_what_torch_does() -> None:
     script = "from tests.engine.test_blocks import interpret; interpret()"
-    finished = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    kernels.interpreted(script)
 
 
 BF16, FP8 = "*bf16", {"values": "*fp8e4nv", "scales": "*fp32"}
@@ -322,10 +298,6 @@ def test_kernels_fit_each_gpu(name: str, capability: int, tmp_path: Path, monkey
     )
     assert compiled.metadata.shared <= 48 * 1024  # more has to be asked for
     assert "v4.b32" in compiled.asm["ptx"]  # memory is read 16 bytes at a time
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    dump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    used = subprocess.run([dump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-    (registers,), (stack,), (spilled,) = (re.findall(rf"{it}:(\d+)", used) for it in ("REG", "STACK", "LOCAL"))
-    assert (int(stack), int(spilled)) == (0, 0)
-    assert int(registers) <= 128
+    used = kernels.resources(compiled.asm["cubin"], tmp_path)
+    assert (used["STACK"], used["LOCAL"]) == (0, 0)
+    assert used["REG"] <= 128

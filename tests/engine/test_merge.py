@@ -5,12 +5,8 @@ bfloat16 and e4m3 in its own way. So sums are compared in float16 and float32; h
 `merge.trusted` looks at when it starts on one.
 """
 
-import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +20,9 @@ from engine import fp8, live, merge
 from engine.live import Live, Term
 from lora.deltas import LowRank, pack
 from service.slabs import Uploads
-from settings import ROOT
-from tests.support import models
+from tests.support import kernels, models
+from tests.support.kernels import needs_triton
 
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs Triton, which torch brings along where there is CUDA"
-)
 # Rows, columns, ranks, dtype of the factors, dtype of base and live weight.
 SIZES = [(64, 256), (33, 80), (20, 44), (96, 513), (1, 16)]
 RANKS = [(16,), (5, 16, 70), (), (4,), (1,), (64,), (100,), (16, 16), (32, 8), (8, 16, 8, 1, 2, 3, 4, 5), (64,) * 3]
@@ -120,7 +113,7 @@ def of_a_base_that_lacks_it() -> bool:
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[dict[str, object]]:
-    """What the functions above come to in a process where Triton interprets; it has to know so when it is imported."""
+    """What the functions above come to where Triton interprets."""
     script = """if True:
         import json
         from tests.engine import test_merge as it
@@ -128,16 +121,7 @@ def interpreted() -> Iterator[dict[str, object]]:
         found |= {f"scaled {case}": it.merged(case, 2, scaled=True) for case in it.CASES if case[4] == "float32"}
         print(json.dumps(found | {"live": it.in_live(), "lacking": it.of_a_base_that_lacks_it()}))
     """
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return json.loads(kernels.interpreted(script).splitlines()[-1])
 
 
 @needs_triton
@@ -194,7 +178,9 @@ def test_two_multiplications_round_as_a_division_does() -> None:
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
-def compiled(capability: int, dtype: torch.dtype, ranks: tuple[int, ...], factor: torch.dtype) -> tuple[str, int, int]:
+def compiled(
+    capability: int, dtype: torch.dtype, ranks: tuple[int, ...], factor: torch.dtype, folder: Path
+) -> tuple[str, int, int]:
     """The kernel's PTX, its shared memory, and the bytes that each thread keeps outside registers."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -213,13 +199,7 @@ def compiled(capability: int, dtype: torch.dtype, ranks: tuple[int, ...], factor
         attrs={(places["table"],): [["tt.divisibility", 16]]},
     )
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(made.asm["cubin"])
-        cubin.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        command = [tool, "--dump-resource-usage", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    return made.asm["ptx"], made.metadata.shared, int(re.search(r"STACK:(\d+)", usage)[1])
+    return made.asm["ptx"], made.metadata.shared, kernels.resources(made.asm["cubin"], folder)["STACK"]
 
 
 @needs_triton
@@ -232,7 +212,7 @@ def test_it_compiles_multiplies_on_tensor_cores_and_keeps_to_registers(
     capability: int, dtype: torch.dtype, ranks: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    ptx, shared, stack = compiled(capability, dtype, ranks, torch.bfloat16)
+    ptx, shared, stack = compiled(capability, dtype, ranks, torch.bfloat16, tmp_path)
     assert bool(re.search(r"\bmma\.sync|wgmma", ptx)) == bool(ranks)
     assert "cp.async" in ptx
     assert ("e4m3x2" in ptx) == (dtype is fp8.E4M3)
@@ -249,7 +229,7 @@ def test_factors_in_float32_are_multiplied_in_float32(
     capability: int, dtype: torch.dtype, ranks: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    ptx, shared, _ = compiled(capability, dtype, ranks, torch.float32)
+    ptx, shared, _ = compiled(capability, dtype, ranks, torch.float32, tmp_path)
     assert "fma.rn" in ptx
     assert not re.search(r"\bmma\.sync|wgmma|tf32", ptx)
     assert shared <= SHARED[capability]
@@ -292,10 +272,10 @@ def test_a_swap_takes_fewer_launches_than_tensors(quantized: bool, monkeypatch: 
     for mix in (*mixes, []):
         with Launches() as counted:
             written = held.hold("dev", mix)
-        kernels = [name for name in counted.names if name not in ("aten::empty.memory_format", "aten::_to_copy")]
+        launched = [name for name in counted.names if name not in ("aten::empty.memory_format", "aten::_to_copy")]
         assert written == len(weights)
-        assert kernels.count("flux_sprites::merge") == 1
-        assert not [name for name in kernels if "mm" in name]
+        assert launched.count("flux_sprites::merge") == 1
+        assert not [name for name in launched if "mm" in name]
 
 
 def test_a_merge_says_what_it_writes() -> None:

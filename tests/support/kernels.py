@@ -1,0 +1,42 @@
+"""Triton's kernels without a GPU: interpreted in a process of their own, and compiled for cards that are not here."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from settings import ROOT
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs Triton, which torch brings along where there is CUDA"
+)
+
+
+def interpreted(script: str) -> str:
+    """What a script prints in a process where Triton interprets; it has to know so when it is imported."""
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+def resources(cubin: bytes, folder: Path) -> dict[str, int]:
+    """What each thread of a compiled kernel takes: REG registers; STACK and LOCAL, bytes outside of them."""
+    import triton
+
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [tool, "--dump-resource-usage", file]
+    used = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    return {name: int(re.search(rf"{name}:(\d+)", used)[1]) for name in ("REG", "STACK", "LOCAL")}
