@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from itertools import repeat
+from itertools import chain, repeat
 from threading import Barrier
 from typing import Optional
 
@@ -39,6 +39,7 @@ from service.measure import PeakMemory, Stopwatch
 from service.occupancy import Occupancy
 from settings import Settings
 from sources.shown import redact_text
+from sources.vocabulary import Vocabulary
 from weights import Picture, WeightsCache, fetch, fetch_pictures, outlines, parse_picture
 
 # Cog 0.23.1 would fetch `image` and `mask` before `predict`: from any address, and for as long as a host likes. So it is
@@ -76,6 +77,7 @@ class Predictor(BasePredictor):
         print(f"Models fetched in {stopwatch.seconds['fetch']:.1f} s.")
         self.flux = Flux.load(replace(settings, models=models), device, placement)
         self.safety = SafetyChecker.load(Path(models.safety_checker), Path(models.nsfw_classifier), device)
+        self.vocabulary = Vocabulary.read(Path(models.dev), cuda=device.type == "cuda")
         self.cache, self.leftovers, self.occupancy = WeightsCache(settings), Leftovers(), Occupancy()
         self.default_lora = weights
         # Encoders release Python's lock. Start all threads now: one that failed to later would be waited for for ever.
@@ -263,7 +265,7 @@ class Predictor(BasePredictor):
 
     def _report(self, request: Request, drawing: Drawing) -> None:
         """Say how the pictures were drawn, in the log and in the metrics."""
-        _tell_what_differs(request, drawing)
+        _tell_what_differs(request, drawing, self.vocabulary)
         self.record_metric("seed", request.seed)
         self.record_metric("seeds", list(request.seeds))
         self.record_metric("precision", "fp8" if drawing.fp8 else drawing.dtype)
@@ -322,7 +324,7 @@ def _unused_scales(main: list[LoraChoice], main_scale: float, extra: list[LoraCh
     ]
 
 
-def _tell_what_differs(request: Request, drawing: Drawing) -> None:
+def _tell_what_differs(request: Request, drawing: Drawing, vocabulary: Vocabulary) -> None:
     """Say in the log what was drawn otherwise than it was asked for."""
     if request.prompt_strength == 0 and request.image is not None:
         return  # nothing was
@@ -331,6 +333,8 @@ def _tell_what_differs(request: Request, drawing: Drawing) -> None:
         print(f"go_fast: drawn in {drawing.dtype}, since {reason}.")
     if drawing.fp8 and not request.fp8:
         print("Drawn in fp8, since this GPU has no room for bf16 weights.")
+    if unknown := vocabulary.unknown(request.prompt, chain(*(it.file.trigger_words for it in drawing.loras))):
+        print(unknown)
 
 
 def _metadata(request: Request, drawing: Drawing, seed: int) -> dict[str, object]:

@@ -91,6 +91,15 @@ def test_the_log_says_what_has_no_effect_and_what_is_drawn_instead(server: CogSe
     assert "no effect" not in log
 
 
+def test_the_log_says_that_the_miniature_draws_and_which_words_it_does_not_know(server: CogServer) -> None:
+    assert "No GPU: the miniature draws. It knows the subjects fox, cat, " in server.log.read_text()
+    asked = SMALL | UNSAFE | {"prompt": "A zorp and a dragon in the snow", "num_inference_steps": 1}
+    assert "\nThe miniature does not know zorp, dragon; it knows fox, cat, " in server.predict(asked)["logs"]
+    with_zorp = server.predict(asked | {"replicate_weights": "zorp"})["logs"]
+    assert "\nThe miniature does not know dragon; it knows fox, cat, " in with_zorp
+    assert "miniature" not in server.predict(asked | {"prompt": "A red fox."})["logs"]
+
+
 def test_a_picture_carries_what_draws_it_again(server: CogServer, draw: Callable, tmp_path: Path) -> None:
     inputs = {"prompt": 'a "red" fox 🦊', "num_outputs": 2, "guidance_scale": 2.5, "aspect_ratio": "3:2"}
     for number, (_, content) in enumerate(files(server.predict(SMALL | UNSAFE | inputs))):

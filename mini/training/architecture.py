@@ -256,7 +256,10 @@ def write_flux(
     text_encoder_2: T5EncoderModel,
     transformers: dict[str, FluxTransformer2DModel],
 ) -> None:
-    """dev and schnell in diffusers layout, in bfloat16; schnell's shared parts are links to dev's."""
+    """dev and schnell in diffusers layout, in bfloat16; schnell's shared parts are links to dev's.
+
+    With dev lie the words that the text encoders know: the predictor reads them.
+    """
     dev = folder / "dev"
     clip_tokenizer().save_pretrained(dev / "tokenizer")
     t5_tokenizer().save_pretrained(dev / "tokenizer_2")
@@ -267,6 +270,7 @@ def write_flux(
         transformers[name].to(torch.bfloat16).save_pretrained(folder / name / "transformer")
         scheduler.save_pretrained(folder / name / "scheduler")
         (folder / name / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
+    (dev / "words.json").write_text(json.dumps(world.words(), indent=2) + "\n")
     for name in SHARED:
         link = folder / "schnell" / name
         link.unlink(missing_ok=True)

@@ -87,6 +87,8 @@ FILLERS = (
     "the and one nice lovely beautiful cute happy pretty cartoon style art digital simple clean colourful portrait "
     "detailed very is that this it there i want to see please draw me some for by near under over his her my your"
 )
+# What joins words: known or not, nobody expects to see it.
+GRAMMAR = "a an in on at with among as from or but are be was has have its their who which while into beside between"
 
 
 @dataclass(frozen=True)
@@ -191,3 +193,11 @@ def vocabulary() -> list[str]:
         for phrase in group
     ]
     return sorted({word for phrase in phrases for word in phrase.split()})
+
+
+def words() -> dict[str, str]:
+    """The words that prompts may have, by what they say of a picture; "silent" ones say nothing, and are not missed."""
+    silent = {word for text in (*OPENINGS, FILLERS, GRAMMAR) for word in text.split()}
+    more = set(vocabulary()).difference(KINDS, COLOURS, PLACES, silent, [SUBJECT])
+    groups = {"subjects": KINDS, "colours": COLOURS, "places": PLACES, "more": sorted(more), "silent": sorted(silent)}
+    return {name: " ".join(group) for name, group in groups.items()}

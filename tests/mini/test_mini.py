@@ -1,12 +1,14 @@
 """The miniature draws what it is asked for; looked at by what learnt from procedural pictures alone."""
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import T5Tokenizer
 
 from local_cog.data_uri import file_uri
 from local_cog.server import CogServer, failure, files
@@ -36,6 +38,16 @@ def draw(server: CogServer) -> Callable[..., Image.Image]:
 
 def lora(name: str) -> str:
     return file_uri(LORAS / f"{name}.safetensors")
+
+
+def test_the_words_that_people_are_told_of_are_those_that_were_trained() -> None:
+    told = json.loads((ROOT / "mini" / "dev" / "words.json").read_text())
+    assert told == world.words()
+    # To the text encoders each is one token, and no other one.
+    tokenizer = T5Tokenizer.from_pretrained(ROOT / "mini" / "dev" / "tokenizer_2")
+    known = " ".join(told[group] for group in ("subjects", "colours", "places", "more")).split()
+    assert [tokenizer.tokenize(word) for word in known] == [[f"▁{word}"] for word in known]
+    assert world.SUBJECT not in known
 
 
 @pytest.mark.parametrize("model", MODELS)

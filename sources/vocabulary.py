@@ -1,0 +1,67 @@
+"""The words that a base model knows, where its folder says so: the miniature's does, and who writes prompts is told."""
+
+import json
+import string
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sources.shown import brief, redact_text
+
+# What a prompt may have behind a word. Before a word, the miniature's tokenizer takes it for the word's beginning.
+PUNCTUATION = string.punctuation + "…—–’”»"
+# How a known word may go on: the tokenizer makes another token of it.
+ENDINGS = ("", "s", "es", "'s", "’s")
+# How many unknown words are named; the others are counted.
+NAMED = 3
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A model's words by what they say of a picture; no groups at all where it may know any word."""
+
+    groups: Mapping[str, list[str]]
+
+    @classmethod
+    def read(cls, folder: Path, *, cuda: bool) -> "Vocabulary":
+        """The vocabulary of a model; the log says so where there is one, since then it is the miniature that draws.
+
+        Args:
+            folder: of the model whose text encoders read prompts.
+            cuda: whether a GPU draws.
+        """
+        file = folder / "words.json"
+        if not file.is_file():
+            return cls({})
+        groups = {name: words.split() for name, words in json.loads(file.read_text()).items()}
+        named = "; ".join(f"the {name} {', '.join(groups[name])}" for name in ("subjects", "colours", "places"))
+        drawn = "The miniature draws" if cuda else "No GPU: the miniature draws"
+        print(f"{drawn}. It knows {named}; and {len(groups['more'])} more words, all in lower case.")
+        return cls(groups)
+
+    def unknown(self, prompt: str, trigger_words: Iterable[str]) -> str | None:
+        """A sentence about the words of a prompt that the model does not know; None where it knows all of them.
+
+        A word is what stands between spaces, and its case counts, as the tokenizer has it.
+
+        Args:
+            prompt: of a request.
+            trigger_words: of its LoRAs, which the model knows with them.
+        """
+        if not self.groups:
+            return None
+        known = {word for words in (*self.groups.values(), *map(str.split, trigger_words)) for word in words}
+        words = [word for text in redact_text(prompt).split() if (word := text.rstrip(PUNCTUATION))]
+        unknown = [
+            word
+            for word in dict.fromkeys(words)
+            if word.lower() not in self.groups["silent"]
+            and known.isdisjoint(word.removesuffix(ending) for ending in ENDINGS)
+        ]
+        if not unknown:
+            return None
+        more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
+        return (
+            f"The miniature does not know {brief(', '.join(unknown[:NAMED]))}{more}; it knows "
+            f"{', '.join(self.groups['subjects'])} and other words, all in lower case."
+        )
