@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from pixels.colour import flatten, plain, to_srgb
 from pixels.decoding import LOSSY, decoded, turn
 from pixels.masks import TRACE, cover, strengths
+from settings import VERSION
 
 Format = Literal["webp", "jpg", "png"]
 Size = tuple[int, int]
@@ -42,7 +43,9 @@ LONGEST_SIDE = 1440
 # two thirds.
 WEBP_METHOD = 2
 
-# A JPEG segment holds 65,533 bytes; this leaves room for the EXIF headers around one text.
+# What files say that they come from.
+SOFTWARE = f"flux-sprites {VERSION}"
+# A JPEG segment holds 65,533 bytes; this leaves room for the EXIF headers around that and one text.
 JPEG_TEXT_BYTES = 65_000
 
 
@@ -148,7 +151,7 @@ def paste_back(drawn: Image.Image, original: Image.Image, mask: Image.Image) -> 
 
 
 def save(image: Image.Image, path: Path, format: Format, quality: int, metadata: Mapping[str, Any]) -> None:
-    """Write a picture with what made it.
+    """Write a picture with what made it: this version, as PNG text "Software" or EXIF Software, and its metadata.
 
     Args:
         quality: 0 (smallest) to 100 (best) for webp and jpg; png has no loss and ignores it.
@@ -160,6 +163,7 @@ def save(image: Image.Image, path: Path, format: Format, quality: int, metadata:
     match format:
         case "png":
             text = PngImagePlugin.PngInfo()
+            text.add_text("Software", SOFTWARE)
             text.add_text("Description", _json(metadata).decode())
             image.save(encoded, "PNG", pnginfo=text)
         case "jpg":
@@ -257,4 +261,5 @@ def _json(metadata: Mapping[str, Any], limit: int | None = None) -> bytes:
 def _exif(text: bytes) -> Image.Exif:
     exif = Image.Exif()
     exif[ExifTags.Base.ImageDescription] = text
+    exif[ExifTags.Base.Software] = SOFTWARE
     return exif

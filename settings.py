@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from urllib.parse import urlsplit
 
+# Of the project; CHANGELOG.md says what each has, and pictures say which one drew them.
+VERSION = "0.9.0"
 ROOT = Path(__file__).parent
 MIB, GIB = 1024**2, 1024**3
 # The longest that hosts may take for all pictures of a request: a few megabytes come within seconds, and nobody waits

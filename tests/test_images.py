@@ -14,6 +14,7 @@ from PIL import ExifTags, Image
 
 import images
 from harness.profiles import SRGB
+from settings import VERSION
 from tests.support.pictures import BLUE, GREEN, RED, SENSOR, close, noise, oriented, png, quadrants, written
 
 # Sizes
@@ -376,6 +377,8 @@ def test_files_say_how_they_were_made(tmp_path: Path, format: images.Format, pro
     with Image.open(path) as reopened:
         assert reopened.format == {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}[format]
         assert reopened.size == (32, 32)
+        software = reopened.text["Software"] if format == "png" else reopened.getexif()[ExifTags.Base.Software]
+        assert software == f"flux-sprites {VERSION}"
 
 
 @pytest.mark.parametrize("character", ["x", "狐", '"', "\0", "\U0001f98a"])

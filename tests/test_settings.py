@@ -3,7 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from settings import GIB, MINIATURE, OFFICIAL, ROOT, Settings
+from settings import GIB, MINIATURE, OFFICIAL, ROOT, VERSION, Settings
+
+
+def test_the_newest_version_of_the_changelog_is_this_one() -> None:
+    newest, *_ = re.findall(r"^## \[?(\d\S*?)\]? - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest == VERSION
 
 
 def test_the_device_chooses_the_models() -> None:
