@@ -9,7 +9,6 @@ import base64
 import contextlib
 import hashlib
 import logging
-import mimetypes
 import os
 import re
 import secrets
@@ -22,7 +21,7 @@ import fsspec
 
 from cluster.failures import Again, Failure, places
 from cluster.predictions import File, Predictions, now
-from local_cog.data_uri import OCTETS, decode, head, suffix, uri
+from local_cog.data_uri import decode, head, kind_of, suffix, uri
 from service.faults import DISK_FULL
 from service.strict_json import compact
 from settings import MIB
@@ -129,7 +128,7 @@ class Files:
                 except FileNotFoundError:
                     parts.append(f"null{after}".encode())
                 else:
-                    parts += [f'"{head(content_type(name))}'.encode(), file_id, f'"{after}'.encode()]
+                    parts += [f'"{head(kind_of(name))}'.encode(), file_id, f'"{after}'.encode()]
             return parts, length + sum(len(part) for part in parts if isinstance(part, bytes))
 
         return Inlined(self, *await asyncio.to_thread(plan))
@@ -218,11 +217,6 @@ def names_files(inputs: Any) -> bool:  # noqa: ANN401 (JSON)
     values = inputs.values() if isinstance(inputs, dict) else ()
     texts = (text for value in values if isinstance(value, str) for text in (value, *references(value)))
     return any(map(_stored, texts))
-
-
-def content_type(name: str) -> str:
-    """What a file holds, by its name."""
-    return mimetypes.guess_type(name)[0] or OCTETS
 
 
 def _stored(text: str) -> re.Match[str] | None:

@@ -24,12 +24,12 @@ from cluster.addresses import Addresses
 from cluster.api_common import PATH_NAME, InputSchema, Streamed, Turns, new_prediction, problem, read_json
 from cluster.bodies import Bodies, read_form
 from cluster.dispatcher import Dispatcher
-from cluster.files import Files, content_type, read_pieces
+from cluster.files import Files, read_pieces
 from cluster.forms import Forms
 from cluster.predictions import PREDICTION_LIFETIME, File, Prediction, Predictions, now
 from cluster.streams import Streams
 from cluster.webhooks import EVENTS, check_url
-from local_cog.data_uri import OCTETS
+from local_cog.data_uri import OCTETS, kind_of
 from local_cog.server import MAX_FILE_BYTES
 from service.lines import printable
 
@@ -250,7 +250,7 @@ class ReplicateApi:
         headers = {"x-content-type-options": "nosniff", "content-security-policy": "sandbox"}
         # In pieces: a client that receives it slowly must not make a front hold it whole.
         headers["content-length"] = str(size)
-        return Streamed(read_pieces(file, size), media_type=content_type(request.path_params["name"]), headers=headers)
+        return Streamed(read_pieces(file, size), media_type=kind_of(request.path_params["name"]), headers=headers)
 
 
 def _read(content: bytes) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def head(kind: str) -> str:
 
 def file_uri(path: Path) -> str:
     """A file as a data URI; its media type follows from its suffix."""
-    return uri(path.read_bytes(), mimetypes.guess_type(path)[0] or OCTETS)
+    return uri(path.read_bytes(), kind_of(path.name))
 
 
 def decode(text: str) -> tuple[str, bytes]:
@@ -30,6 +30,13 @@ def decode(text: str) -> tuple[str, bytes]:
     return header.removeprefix("data:").removesuffix(";base64"), base64.b64decode(content, validate=True)
 
 
+def kind_of(name: str) -> str:
+    """What a file holds, by its name."""
+    # Not the registered types alone: where the system has no table of them, as in most containers, Python 3.11 has
+    # image/webp among the others.
+    return mimetypes.guess_type(name, strict=False)[0] or OCTETS
+
+
 def suffix(kind: str) -> str:
     """What a file of a media type ends in, such as `.webp`; empty if that is not known."""
-    return mimetypes.guess_extension(kind) or ""
+    return mimetypes.guess_extension(kind, strict=False) or ""
