@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cluster.bodies import Unread
 from cluster.database import describe
 from cluster.failures import Failure, places
+from cluster.files import Inlined
 from cluster.predictions import Prediction, QueueFull, now
 from cluster.privacy import SHOWN_CHARACTERS, redact_log, secrets_of, show_input
 from cluster.unknown import notice
@@ -93,6 +94,12 @@ class Streamed(StreamingResponse):
             await super().stream_response(send)
         except Exception as error:
             logger.warning("An answer is cut off: %s", places(error))
+
+
+def answer_inlined(shown: Inlined, status: int) -> Streamed:
+    """JSON with files inside, which are read while the client receives it."""
+    headers = {"content-type": "application/json", "content-length": str(shown.length)}
+    return Streamed(shown.pieces(), status, headers)
 
 
 def problem(status: int, title: str, detail: str, **more: object) -> Refused:

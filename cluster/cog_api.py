@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from cluster.api_common import InputSchema, Refused, Streamed, answer, new_prediction, read_json
+from cluster.api_common import InputSchema, Refused, answer, answer_inlined, new_prediction, read_json
 from cluster.bodies import Bodies
 from cluster.dispatcher import Dispatcher
 from cluster.forms import Forms
@@ -140,9 +140,7 @@ class CogApi:
         return await self._show(prediction, 200, **changes)
 
     async def _show(self, prediction: Prediction, status: int, **changes: object) -> Response:
-        shown = await self.forms.cog(prediction, **changes)
-        headers = {"content-type": "application/json", "content-length": str(shown.length)}
-        return Streamed(shown.pieces(), status, headers)
+        return answer_inlined(await self.forms.cog(prediction, **changes), status)
 
 
 def _read(content: bytes, kind: str | None, path_id: str | None, private_webhooks: bool) -> dict[str, Any]:

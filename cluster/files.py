@@ -77,14 +77,13 @@ class Files:
 
     async def open(self, file_id: str) -> tuple[int, BinaryIO]:
         """The size of a file, and itself; FileNotFoundError where it has expired."""
+        return await asyncio.to_thread(self._open, file_id)
 
-        def opened() -> tuple[int, BinaryIO]:
-            file = self.system.open(self._path(file_id), "rb")
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            return size, file
-
-        return await asyncio.to_thread(opened)
+    def _open(self, file_id: str) -> tuple[int, BinaryIO]:
+        file = self.system.open(self._path(file_id), "rb")
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        return size, file
 
     async def delete(self, file_ids: Collection[str]) -> None:
         """Delete those of these that are there, and can be deleted."""
@@ -116,18 +115,30 @@ class Files:
 
         return await _replace_strings(output, path)
 
-    async def inline_output(self, output: Any) -> "Inlined":  # noqa: ANN401 (JSON)
-        """A stored output with its files inside, as data URIs; null for one that has expired."""
+    async def inline_output(self, output: Any, base: str | None = None) -> "Inlined":  # noqa: ANN401 (JSON)
+        """A stored output with its files inside, as data URIs.
+
+        Args:
+            base: the front's address, where the URL of a file that has expired, or cannot be read, is to stand for it.
+                Without it null stands for one that has expired, and one that cannot be read is an error.
+        """
 
         def plan() -> tuple[list[bytes | str], int]:
             before, *rest = _OUTPUT.split(compact(output))
             parts, length = [before.encode()], 0
             for file_id, name, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
                 try:
-                    length += _characters(self.system.size(self._path(file_id)))
-                except FileNotFoundError:
-                    parts.append(f"null{after}".encode())
+                    size, file = self._open(file_id)  # what cannot be opened later would cut the answer off
+                    file.close()
+                except Exception as error:
+                    if not isinstance(error, FileNotFoundError):
+                        if base is None:
+                            raise
+                        logger.warning("A file cannot be read, and is shown by its URL: %s", places(error))
+                    url = f"{base}/files/{file_id}/{name}" if base else None
+                    parts.append(f"{compact(url)}{after}".encode())
                 else:
+                    length += _characters(size)
                     parts += [f'"{head(kind_of(name))}'.encode(), file_id, f'"{after}'.encode()]
             return parts, length + sum(len(part) for part in parts if isinstance(part, bytes))
 
@@ -190,6 +201,10 @@ class Inlined:
     parts: Sequence[bytes | str]
     # Of all, in bytes.
     length: int
+
+    def between(self, head: bytes, tail: bytes) -> "Inlined":
+        """The same with JSON before it and after it."""
+        return Inlined(self.files, [head, *self.parts, tail], len(head) + self.length + len(tail))
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """All of it, in order; FileNotFoundError where a file has gone since."""

@@ -11,6 +11,11 @@ from typing import Any
 from cluster.files import Files, Inlined
 from cluster.predictions import Prediction
 from service.strict_json import compact
+from settings import MIB
+
+# How much JSON an output may be with its files inside, at Replicate's clients, which hold an answer several times: the
+# most that one prediction draws, four pictures of 1440 × 1440, is 32 MiB as PNG that cannot be compressed.
+INLINE_BYTES = 48 * MIB
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,8 @@ class Forms:
         tail = f',"status":{compact(prediction.status)}}}'.encode()
         if prediction.output is None:
             return Inlined(self.files, [head, tail], len(head) + len(tail))
-        head += b',"output":'
         output = await self.files.inline_output(prediction.output)
-        return Inlined(self.files, [head, *output.parts, tail], len(head) + output.length + len(tail))
+        return output.between(head + b',"output":', tail)
 
     def replicate(self, prediction: Prediction, base: str) -> dict[str, Any]:
         """As Replicate shows it: the output points to files of the front, at the address by which the reader came."""
@@ -66,6 +70,19 @@ class Forms:
                 "stream": f"{base}/v1/files/{prediction.id}/stream/{self.stream_key(prediction.id)}",
             },
         }
+
+    async def inlined(self, prediction: Prediction, base: str) -> Inlined:
+        """As Replicate shows it, but with its files inside, as data URIs; where they are too large, the log says so."""
+        shown = self.replicate(prediction, base)
+        output = await self.files.inline_output(prediction.output, base)
+        if output.length > INLINE_BYTES:
+            size, most = output.length / MIB, INLINE_BYTES // MIB
+            notice = f"The outputs are shown as URLs: as data URIs they are {size:.0f} MiB, and may be {most}.\n"
+            body = compact({**shown, "logs": notice + shown["logs"]}).encode()
+            return Inlined(self.files, [body], len(body))
+        del shown["output"]
+        head = (await asyncio.to_thread(compact, shown)).removesuffix("}").encode()
+        return output.between(head + b',"output":', b"}")
 
     def stream_key(self, prediction_id: str) -> str:
         """The part of a stream's address that cannot be guessed."""

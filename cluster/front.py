@@ -140,6 +140,7 @@ class Front:
             private_webhooks,
             addresses,
             secret,
+            self.settings.outputs,
         )
         application = Starlette(
             routes=[Route("/-/healthz", self._probe), *cog.routes(), *replicate.routes()],

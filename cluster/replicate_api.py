@@ -14,14 +14,23 @@ import re
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from cluster.addresses import Addresses
-from cluster.api_common import PATH_NAME, InputSchema, Streamed, Turns, new_prediction, problem, read_json
+from cluster.api_common import (
+    PATH_NAME,
+    InputSchema,
+    Streamed,
+    Turns,
+    answer_inlined,
+    new_prediction,
+    problem,
+    read_json,
+)
 from cluster.bodies import Bodies, read_form
 from cluster.dispatcher import Dispatcher
 from cluster.files import Files, read_pieces
@@ -36,6 +45,9 @@ from service.lines import printable
 # The name of what runs here, where the client gave none.
 OWNER, NAME = "flux-sprites", "flux-sprites"
 ACCOUNT = {"type": "organization", "username": OWNER, "name": OWNER, "github_url": None}
+# Replicate's clients as they call themselves, such as replicate-python/1.0.7. They make files of those outputs alone
+# that begin with https: or data:; of one that begins with http: they would write the address into a picture's file.
+CLIENT = re.compile(r"(?:^|\s)replicate-(?:python|javascript)/", re.ASCII)
 # How long a client may make a request wait, as at Replicate.
 MAX_WAIT_SECONDS = 60
 # What `version` may be; the parts are as in a path.
@@ -64,6 +76,8 @@ class ReplicateApi:
     addresses: Addresses
     # Signs webhooks; clients ask for it.
     secret: str
+    # How every client sees the outputs of one prediction; None: as it can read them.
+    outputs: Literal["url", "data"] | None
     started_at: str = field(default_factory=now)
     # A page may have megabytes, and SQLite answers one question at a time.
     lists: Turns = field(default_factory=lambda: Turns(2, 50))
@@ -93,12 +107,12 @@ class ReplicateApi:
     async def _create(self, request: Request) -> Response:
         wait = _wait_seconds(request.headers.get("prefer", ""))
         prediction = await self._accept(request, _lifetime(request.headers.getlist("cancel-after")))
-        if wait is None:
-            return JSONResponse(self.forms.replicate(prediction, self._base(request)), 201)
-        prediction = await self.dispatcher.ended(prediction, wait)
-        shown = self.forms.replicate(prediction, self._base(request))
-        # Clients take any other status for the end.
-        return JSONResponse(shown, 201) if prediction.finished else JSONResponse({**shown, "status": "starting"}, 202)
+        if wait is not None:
+            prediction = await self.dispatcher.ended(prediction, wait)
+            if not prediction.finished:
+                shown = self.forms.replicate(prediction, self._base(request))
+                return JSONResponse({**shown, "status": "starting"}, 202)  # clients take any other for the end
+        return await self._show(request, prediction, 201)
 
     async def _accept(self, request: Request, lifetime: timedelta | None) -> Prediction:
         """The prediction that a request asks for; its body is gone when this returns."""
@@ -129,6 +143,20 @@ class ReplicateApi:
         except ValueError as error:
             raise problem(400, "Bad host", str(error)) from None
 
+    async def _show(self, request: Request, prediction: Prediction, status: int = 200) -> Response:
+        """One prediction by itself, with its files inside where its client, or the operator, wants them there."""
+        base = self._base(request)
+        if prediction.status == "succeeded" and self._inlines(request, base):
+            return answer_inlined(await self.forms.inlined(prediction, base), status)
+        return JSONResponse(self.forms.replicate(prediction, base), status)
+
+    def _inlines(self, request: Request, base: str) -> bool:
+        if self.outputs is not None:
+            return self.outputs == "data"
+        # An operator who says where clients reach the cluster has URLs there, whatever these begin with.
+        unread = self.addresses.public_url is None and base.startswith("http:")
+        return unread and CLIENT.search(request.headers.get("user-agent", "")) is not None
+
     async def _known(self, request: Request) -> Prediction:
         prediction = await self.predictions.get(request.path_params["prediction_id"])
         if prediction is None or prediction.api != "replicate":
@@ -136,7 +164,7 @@ class ReplicateApi:
         return prediction
 
     async def _get(self, request: Request) -> Response:
-        return JSONResponse(self.forms.replicate(await self._known(request), self._base(request)))
+        return await self._show(request, await self._known(request))
 
     async def _list(self, request: Request) -> Response:
         base = self._base(request)
@@ -159,7 +187,7 @@ class ReplicateApi:
         if await self.dispatcher.cancel(prediction.id):
             # One that only waited has ended at once; one that runs ends soon.
             prediction = await self.dispatcher.ended(prediction, 1)
-        return JSONResponse(self.forms.replicate(prediction, self._base(request)))
+        return await self._show(request, prediction)
 
     async def _stream(self, request: Request) -> Response:
         prediction = await self._known(request)

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cluster.addresses import Network, is_host
 from settings import MIB, PICTURE_SECONDS, ROOT, number, prediction_seconds, switch
@@ -34,6 +35,9 @@ class ClusterSettings:
     body_max_bytes: int
     # PUBLIC_URL: where clients reach the cluster, such as https://example.com/flux; files' addresses begin with it.
     public_url: str | None
+    # OUTPUTS: url or data, how Replicate's API shows the outputs of one prediction to every client. Otherwise data URIs
+    # are for Replicate's own clients alone, where addresses begin with http: and these clients would make text of them.
+    outputs: Literal["url", "data"] | None
     # TRUSTED_PROXIES: addresses and networks, with commas between, whose X-Forwarded-Host and -Proto count; anybody can
     # send these headers, and the addresses that come of them are stored and shown to others.
     trusted_proxies: tuple[Network, ...]
@@ -72,6 +76,7 @@ class ClusterSettings:
             api_tokens=frozenset(filter(None, map(str.strip, environ.get("API_TOKENS", "").split(",")))),
             body_max_bytes=_body_max_bytes(environ.get("BODY_MAX_MB", "").strip() or "100"),
             public_url=_public_url(environ.get("PUBLIC_URL", "").strip()),
+            outputs=_outputs(environ.get("OUTPUTS", "").strip()),
             trusted_proxies=tuple(map(_network, proxies)),
             private_webhooks=bool(switch("WEBHOOKS_ALLOW_PRIVATE_HOSTS", environ)),
             prediction_seconds=longest or DRAIN_SECONDS,
@@ -97,6 +102,15 @@ def _public_url(text: str) -> str | None:
             "https://example.com/flux."
         )
     return text.rstrip("/") or None
+
+
+def _outputs(text: str) -> Literal["url", "data"] | None:
+    match text:
+        case "":
+            return None
+        case "url" | "data":
+            return text
+    raise ValueError(f"OUTPUTS is {text!r}; it must be url or data.")
 
 
 def _network(text: str) -> Network:

@@ -117,6 +117,7 @@ def test_what_is_no_host_is_refused(host: str) -> None:
         ("BODY_MAX_MB", "-1", "BODY_MAX_MB is '-1'; it must be a number"),
         ("BODY_MAX_MB", "nan", "BODY_MAX_MB is 'nan'; it must be a number"),
         ("BODY_MAX_MB", "513", "BODY_MAX_MB is '513'; it must be a number"),
+        ("OUTPUTS", "urls", "OUTPUTS is 'urls'; it must be url or data."),
         ("WEBHOOKS_ALLOW_PRIVATE_HOSTS", "yes", "WEBHOOKS_ALLOW_PRIVATE_HOSTS is 'yes'; it must be 0 or 1."),
     ],
 )
@@ -129,5 +130,6 @@ def test_a_wrong_setting_is_refused_in_a_sentence(variable: str, value: str, sen
 def test_an_empty_setting_counts_as_unset() -> None:
     chosen = settings(BODY_MAX_MB="", PUBLIC_URL=" ", TRUSTED_PROXIES=" , ", WEBHOOKS_ALLOW_PRIVATE_HOSTS=" ")
     assert (chosen.body_max_bytes, chosen.public_url, chosen.trusted_proxies) == (100 * 1024**2, None, ())
+    assert settings(OUTPUTS=" ").outputs is None
     assert (chosen.private_webhooks, settings(WEBHOOKS_ALLOW_PRIVATE_HOSTS="1").private_webhooks) == (False, True)
     assert settings(BODY_MAX_MB="0.5").body_max_bytes == 512 * 1024

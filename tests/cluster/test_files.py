@@ -138,7 +138,7 @@ def test_an_upload_without_room_is_told_when_to_ask_again(small_disk: Path, tmp_
 
     predictions, bodies = Predictions(f"sqlite:///{tmp_path / 'predictions.db'}"), Bodies(100 * MIB, lambda: 0)
     addresses = Addresses(None, ())
-    api = ReplicateApi(None, predictions, Files(str(small_disk)), None, None, None, bodies, False, addresses, "")
+    api = ReplicateApi(None, predictions, Files(str(small_disk)), None, None, None, bodies, False, addresses, "", None)
     form = b'--x\r\nContent-Disposition: form-data; name="content"; filename="a"\r\n\r\n%s\r\n--x--\r\n' % TOO_LARGE
     with served(Starlette(routes=api.routes(), exception_handlers=exception_handlers())) as port:
         kind = {"Content-Type": "multipart/form-data; boundary=x"}

@@ -1,6 +1,5 @@
 """Replicate's API, as its own clients see it."""
 
-import asyncio
 import contextlib
 import json
 import os
@@ -8,11 +7,13 @@ import re
 import shutil
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,7 @@ import replicate
 from replicate.exceptions import ModelError, ReplicateError
 
 from harness.cluster import Cluster, Hooks, Server
+from local_cog.data_uri import uri
 from tests.cluster.small_cluster import TOKEN
 
 MODEL = "someone/some-model"
@@ -42,12 +44,34 @@ def client(cluster: Cluster) -> Iterator[replicate.Client]:
         yield client
 
 
-def test_run_gives_files_that_the_front_keeps(client: replicate.Client) -> None:
-    (url,) = client.run(MODEL, input={"prompt": "a", "steps": 2})
+def ask(cluster: Cluster, inputs: dict[str, Any], **fields: object) -> dict[str, Any]:
+    """A prediction that has ended, asked for as by curl."""
+    body = {"version": MODEL, "input": inputs, **fields}
+    status, _, text = cluster.request("POST", "/v1/predictions", body, {"Prefer": "wait"})
+    assert status == 201, text
+    return json.loads(text)
+
+
+def test_run_gives_files_that_the_front_keeps(cluster: Cluster) -> None:
+    (url,) = ask(cluster, {"prompt": "a", "steps": 2})["output"]
+    assert url.startswith(f"{cluster.url}/files/")
     assert url.endswith("/output.webp")
     answered = httpx.get(url)  # without a token: whoever knows the address may see the file
     assert (answered.text, answered.headers["content-type"]) == ("a 2 dev", "image/webp")
     assert httpx.get(url.replace("/files/", "/files/x")).status_code == 404
+
+
+def test_replicates_clients_see_files_where_others_see_urls(client: replicate.Client, cluster: Cluster) -> None:
+    (file,) = client.run(MODEL, input={"prompt": "a", "steps": 2})
+    assert (file.url.partition(",")[0], file.read()) == ("data:image/webp;base64", b"a 2 dev")
+    with Hooks() as hooks:
+        made = ask(cluster, {"prompt": "b", "steps": 2}, webhook=hooks.url)
+        (*_, told) = hooks.until_ended(made["id"])
+    (listed,) = (known for known in client.predictions.list() if known.id == made["id"])
+    assert listed.output == told["output"] == made["output"]
+    known = client.predictions.get(made["id"])
+    assert known.output == client.predictions.cancel(made["id"]).output == [uri(b"b 2 dev", "image/webp")]
+    assert known.dict() == {**listed.dict(), "output": known.output}
 
 
 def test_a_version_may_be_named_in_every_form(client: replicate.Client, cluster: Cluster) -> None:
@@ -292,8 +316,8 @@ def test_a_file_is_uploaded_and_drawn_with(client: replicate.Client, tmp_path: P
     photo = tmp_path / "photo.png"
     photo.write_bytes(bytes(range(256)))
     with photo.open("rb") as opened:
-        (url,) = client.run(MODEL, input={"prompt": "a", "image": opened})
-    assert httpx.get(url).content == bytes(range(256))
+        (drawn,) = client.run(MODEL, input={"prompt": "a", "image": opened})
+    assert drawn.read() == bytes(range(256))
     file = client.files.create(photo)
     assert (file.name, file.size, file.content_type) == ("photo.png", 256, "image/png")
     assert file.id in [known.id for known in client.files.list()]
@@ -301,16 +325,6 @@ def test_a_file_is_uploaded_and_drawn_with(client: replicate.Client, tmp_path: P
     assert client.files.delete(file.id)
     with pytest.raises(ReplicateError, match="no such file"):
         client.files.get(file.id)
-
-
-def test_the_asynchronous_client_runs(cluster: Cluster) -> None:
-    async def run_twice() -> list[list[str]]:
-        client = replicate.Client(api_token=TOKEN, base_url=cluster.url)
-        async with client._async_client:
-            return await asyncio.gather(*(client.async_run(MODEL, input={"prompt": name}) for name in "ab"))
-
-    urls = asyncio.run(run_twice())
-    assert [httpx.get(url).text for (url,) in urls] == ["a 4 dev", "b 4 dev"]
 
 
 def test_models_versions_and_deployments_are_described(client: replicate.Client) -> None:
@@ -385,37 +399,83 @@ def test_no_form_of_a_reference_is_shown_or_kept_with_its_secret(cluster: Cluste
     assert "civitai.com/models/1" in shown[-1]
 
 
+CLIENTS = Path(__file__).parent / "replicate_client"
+
+
 @pytest.fixture(scope="module")
-def javascript() -> Path:
-    """Replicate's client for JavaScript, as its registry has it."""
-    directory = Path(__file__).parent / "replicate_client"
+def javascript() -> str:
+    """Node, with Replicate's client for JavaScript as its registry has it."""
     if not shutil.which("npm"):
         pytest.skip("npm is not installed")
     # Without a network it gives up in seconds, not in minutes.
     install = ["npm", "ci", "--no-audit", "--no-fund", "--fetch-retries=0", "--fetch-timeout=20000"]
-    done = subprocess.run(install, cwd=directory, capture_output=True, text=True)
+    done = subprocess.run(install, cwd=CLIENTS, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"npm could not install replicate: {done.stderr[-200:]}")
-    return directory / "client.mjs"
+    return "node"
 
 
-def test_the_javascript_client_works_unchanged(javascript: Path, cluster: Cluster) -> None:
-    environment = {**os.environ, "TOKEN": TOKEN, "BASE_URL": f"{cluster.url}/v1"}
-    done = subprocess.run(["node", javascript], env=environment, capture_output=True, text=True, timeout=60)
+def told_by(program: str, script: str, cluster: Cluster, folder: Path) -> dict[str, Any]:
+    """What a script of Replicate's client sees; its files are in a folder."""
+    variables = {"REPLICATE_API_TOKEN": TOKEN, "REPLICATE_BASE_URL": cluster.url, "BASE_URL": f"{cluster.url}/v1"}
+    environment = {**os.environ, **variables}
+    done = subprocess.run(
+        [program, CLIENTS / script], env=environment, cwd=folder, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def documented(program: str, script: str, cluster: Cluster, folder: Path) -> dict[str, Any]:
+    """What Replicate's documentation sees beside what it sees in each language."""
+    (folder / "photo.png").write_bytes(bytes(range(256)))
+    seen = told_by(program, script, cluster, folder)
+    assert (folder / "polled_0.webp").read_text() == "polled 4 dev"
+    assert (folder / "upscaled.webp").read_bytes() == bytes(range(256))
+    assert seen.pop("strings") == [uri(b"a 1 dev", "image/webp")]
+    assert seen.pop("statuses") == ["starting", "succeeded"]
+    assert seen.pop("output") == [uri(b"slow 1 dev", "image/webp")]
+    ((listed,),), (told,) = seen.pop("listed"), seen.pop("webhook")
+    for url in (listed, told):
+        assert url.startswith(f"{cluster.url}/files/")
+    assert seen.pop("pages") >= 1
+    return seen
+
+
+def test_replicates_documentation_works_in_python(cluster: Cluster, tmp_path: Path) -> None:
+    seen = documented(sys.executable, "documented.py", cluster, tmp_path)
+    for name in ("read", "chunks", "aread"):
+        assert (tmp_path / f"{name}.webp").read_text() == f"{name} 4 dev"
+    assert [(tmp_path / f"achunks_{index}.webp").read_text() for index in (0, 1)] == [
+        "two unicorns 4 dev",
+        "four unicorns 4 dev",
+    ]
+    # An event that is a file has no text there, so that events have URLs.
+    assert seen.keys() == {"stream", "events", "astream"}
+    for text in seen.values():
+        assert text.startswith(f"{cluster.url}/files/")
+
+
+def test_replicates_documentation_works_in_javascript(javascript: str, cluster: Cluster, tmp_path: Path) -> None:
+    seen = documented(javascript, "documented.mjs", cluster, tmp_path)
+    assert [(tmp_path / f"{name}.webp").read_text() for name in ("written", "streamed")] == [
+        "written 4 dev",
+        "streamed 4 dev",
+    ]
+    assert seen.pop("stream").startswith(f"{cluster.url}/files/")
+    assert seen == {"url": "data:", "blob": ["image/webp", "blob 4 dev"], "valid": True}
+
+
+def test_the_javascript_client_works_unchanged(javascript: str, cluster: Cluster, tmp_path: Path) -> None:
+    seen = told_by(javascript, "client.mjs", cluster, tmp_path)
     progress = seen.pop("progress")
     assert (progress[0], progress[-1]) == ("starting", "succeeded")
-    assert seen.pop("pages") >= 1
     assert seen.pop("webhooks") == [["processing", True, False], ["succeeded", True, False]]
     assert seen == {
-        "run": "a 3 dev",
-        "versioned": 1,
         "failure": "Prediction failed: Prediction failed: Prediction failed: ValueError: A mask needs an image.",
         "refused": [422, True],
         "canceled": "canceled",
         "file": 6,
-        "picture": "picture",
         "deleted": True,
         "stream": ["logs", "output", "done"],
         "account": "flux-sprites",

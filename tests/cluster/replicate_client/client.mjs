@@ -3,13 +3,9 @@ import { createServer } from "node:http";
 import { once } from "node:events";
 import Replicate, { validateWebhook } from "replicate";
 
-const replicate = new Replicate({ auth: process.env.TOKEN, baseUrl: process.env.BASE_URL, useFileOutput: true });
+const replicate = new Replicate({ auth: process.env.REPLICATE_API_TOKEN, baseUrl: process.env.BASE_URL });
 const model = "someone/some-model";
 const seen = {};
-
-const output = await replicate.run(model, { input: { prompt: "a", steps: 3 } });
-seen.run = await (await fetch(output[0])).text();
-seen.versioned = (await replicate.run(`${model}:abc`, { input: { prompt: "a" }, wait: { mode: "poll", interval: 50 } })).length;
 
 const progress = [];
 await replicate.run(model, { input: { prompt: "slow", steps: 2 }, wait: { mode: "block", timeout: 1 } }, (p) => progress.push(p.status));
@@ -30,13 +26,8 @@ const started = await replicate.predictions.create({ model, input: { prompt: "sl
 const canceled = await replicate.predictions.cancel(started.id);
 seen.canceled = (await replicate.wait(canceled, {})).status;
 
-seen.pages = 0;
-for await (const page of replicate.paginate(replicate.predictions.list)) seen.pages += page.length > 0 ? 1 : 0;
-
 const file = await replicate.files.create(Buffer.from("pixels"));
 seen.file = (await replicate.files.get(file.id)).size;
-const drawn = await replicate.run(model, { input: { prompt: "a", image: new Blob(["picture"]) } });
-seen.picture = await (await fetch(drawn[0])).text();
 seen.deleted = await replicate.files.delete(file.id);
 
 seen.stream = [];
