@@ -178,15 +178,23 @@ def save(image: Image.Image, path: Path, format: Format, quality: int, metadata:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `save` wrote beside the pixels."""
+    """What `save` wrote beside the pixels.
+
+    Raises:
+        ValueError: the file says nothing of that kind.
+    """
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
             if isinstance(image, PngImagePlugin.PngImageFile):
-                return json.loads(image.text["Description"])
-            # Pillow takes EXIF text for Latin-1, which keeps every byte.
-            return json.loads(image.getexif()[ExifTags.Base.ImageDescription].encode("latin-1"))
-    except (OSError, KeyError, ValueError):
-        raise ValueError("This file does not say how it was made.") from None
+                text = image.text["Description"]
+            else:  # Pillow takes EXIF text for Latin-1, which keeps every byte
+                text = image.getexif()[ExifTags.Base.ImageDescription].encode("latin-1")
+        made = json.loads(text)
+    except Exception:  # hostile bytes bring out anything from a decoder, and from JSON
+        made = None
+    if not isinstance(made, dict):
+        raise ValueError("This file does not say how it was made.")
+    return made
 
 
 def _nearest(side: float) -> int:

@@ -45,6 +45,9 @@ SECONDS_FOR_HEALTH = 10
 SECONDS_FOR_FIRST_HEALTH = 60
 # A server is given up that was busy at so many looks in a row while its predictor had nothing to do: in 50 seconds.
 LOOKS_AT_A_LOST_SLOT = 9
+# How long a prediction is asked for again while there is no slot: Cog answers just before it frees the only one, and a
+# cancelled prediction has it until its next step.
+SECONDS_FOR_SLOT = 5
 # Longer than a cancelled prediction needs; a worker inside native code reacts to SIGKILL alone.
 SECONDS_TO_STOP = 5
 
@@ -183,18 +186,12 @@ class CogServer:
             Cog's answer: `status`, `output`, `logs`, `metrics`, `error`; `detail` alone where it refused the request.
         """
         method, path = ("PUT", f"/predictions/{prediction_id}") if prediction_id else ("POST", "/predictions")
-        answer = self.request(method, path, {"input": inputs})[1]
-        # Cog answers just before it frees its slot, and would refuse the next request: wait for the slot, but not for
-        # long, because another prediction may have taken it.
-        settled = time.monotonic() + 0.5
-        while self.health()["status"] == "BUSY" and time.monotonic() < settled:
-            time.sleep(0.01)
-        return answer
+        return self._ask(method, path, {"input": inputs})
 
     def start(self, inputs: Mapping[str, Any], prediction_id: str, **fields: object) -> dict[str, Any]:
         """Start a prediction without waiting; `fields` go beside `input`, such as `webhook`."""
         body = {"input": inputs, **fields}
-        return self.request("PUT", f"/predictions/{prediction_id}", body, {"Prefer": "respond-async"})[1]
+        return self._ask("PUT", f"/predictions/{prediction_id}", body, {"Prefer": "respond-async"})
 
     def cancel(self, prediction_id: str) -> int:
         """Cancel a prediction; returns the HTTP status, 404 if there is no such prediction."""
@@ -220,7 +217,7 @@ class CogServer:
             connection.request(method, path, content, {"Content-Type": "application/json", **(headers or {})})
             answer = connection.getresponse()
             text = answer.read().decode()
-        except http.client.HTTPException as error:
+        except (http.client.HTTPException, BrokenPipeError, ConnectionResetError) as error:
             raise ConnectionError("The server broke off the connection.") from error
         finally:
             connection.close()
@@ -228,6 +225,13 @@ class CogServer:
             return answer.status, json.loads(text)
         except ValueError:
             return answer.status, {"detail": text}
+
+    def _ask(self, method: str, path: str, body: object, headers: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Ask for a prediction, and again while the one before it has the slot."""
+        give_up = time.monotonic() + SECONDS_FOR_SLOT
+        while (exchange := self.request(method, path, body, headers))[0] == 409 and time.monotonic() < give_up:
+            time.sleep(0.01)
+        return exchange[1]
 
     def _signal(self, number: int) -> None:
         """Signal the server and its worker: their process group lasts as long as one of them lives."""
