@@ -28,8 +28,9 @@ BAR = re.compile(r"\d+%\|")
 
 def say(text: str, end: str = "\n") -> None:
     """Tell a person something beside the paths of the pictures; whether somebody reads it does not matter to those."""
-    with suppress(OSError):
-        print(text, end=end, file=sys.stderr, flush=True)
+    if sys.stderr:  # else print would take stdout
+        with suppress(OSError):
+            print(text, end=end, file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -313,6 +313,11 @@ def test_the_picture_is_there_when_nobody_reads_what_is_printed(project: Path, s
     assert (done.stdout or "") + (done.stderr or "") in ("Starting the Cog server.\n", "output.0.webp\n")
 
 
+def test_a_closed_stderr_gets_nothing_onto_stdout(project: Path) -> None:
+    done = run(project, "-i", "prompt=", preexec_fn=lambda: os.close(2))
+    assert (done.returncode, done.stdout) == (0, "output.0.webp\n")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
 def test_a_full_stdout_is_said_in_one_sentence(project: Path) -> None:
     with Path("/dev/full").open("w") as full:

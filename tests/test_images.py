@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 import images
 from harness.profiles import SRGB
@@ -400,6 +400,21 @@ def test_a_file_without_metadata_says_so(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="does not say how it was made") as refused:
             images.read_metadata(path)
         assert str(tmp_path) not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "{", "[" * 100_000, "\0"])
+def test_a_stranger_s_metadata_is_read_or_none(tmp_path: Path, text: str) -> None:
+    described = PngImagePlugin.PngInfo()
+    described.add_text("Description", text)
+    Image.new("1", (8, 8)).save(tmp_path / "text.png", pnginfo=described)
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = 3
+    Image.new("L", (8, 8)).save(tmp_path / "number.jpg", exif=exif)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "text.png").read_bytes()[:-20])
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
+    for file in tmp_path.iterdir():
+        with pytest.raises(ValueError, match="does not say how it was made"):
+            images.read_metadata(file)
 
 
 def test_png_keeps_every_bit_at_any_quality(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import local_cog.server
 from local_cog import schema
-from local_cog.command import read_inputs
+from local_cog.inputs import read_inputs
 from local_cog.server import CogServer, check_address, failure, files
 from settings import ROOT
 from tests.support.waiting import wait_until
