@@ -35,6 +35,9 @@ def cuda_graph(work: Callable[[], Tensor], pool: tuple[int, int] | None = None) 
     A graph may be replayed in any thread: it is launched on the stream where that thread works, torch's default one
     unless it has chosen another, and so runs after all that was queued there before, and before all that comes.
 
+    A replay returns once the one before it has ended. Else all steps of a picture would be queued at once: its bar
+    would be full at the first, and a cancellation heard after the last.
+
     A recording that fails leaves torch as it was. torch itself would go on recording: into the generator of random
     numbers, into the pool of memory, and on the stream where it recorded.
 
@@ -61,7 +64,15 @@ def cuda_graph(work: Callable[[], Tensor], pool: tuple[int, int] | None = None) 
         raise
     finally:
         generator.graphsafe_set_state(own)
-    return graph.replay, output
+    ends = [torch.cuda.Event(blocking=True) for _ in range(2)]  # of the latest replay, and of the one before
+
+    def again() -> None:
+        graph.replay()
+        ends.reverse()
+        ends[0].record()
+        ends[1].synchronize()  # one that never was waits for nothing
+
+    return again, output
 
 
 class Recorded:

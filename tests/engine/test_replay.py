@@ -338,6 +338,25 @@ def test_a_cuda_graph_keeps_the_bits_in_every_thread() -> None:
 
 
 @needs_cuda
+def test_a_replay_is_queued_behind_one_other_at_most() -> None:
+    numbers = torch.arange(4, device="cuda")
+
+    def work() -> Tensor:
+        torch.cuda._sleep(10**8)  # tens of milliseconds
+        return numbers + 1
+
+    work()
+    graph, _ = cuda_graph(work)
+    graph()
+    first = torch.cuda.Event()
+    first.record()
+    graph()
+    graph()
+    assert first.query()
+    torch.cuda.synchronize()
+
+
+@needs_cuda
 def test_a_recording_that_fails_leaves_torch_as_it_was() -> None:
     numbers, stream = torch.arange(4, device="cuda"), torch.cuda.current_stream()
     torch.cuda.manual_seed(3)
