@@ -1,4 +1,4 @@
-"""Whether steps are faster replayed: a fused transformer and one with diffusers' blocks, launched and as CUDA graphs.
+"""Whether steps are faster replayed: the product's transformer and a fused one, each launched and as CUDA graphs.
 
 The processor matters here as much as the GPU: a graph saves what launching takes longer than running.
 """
@@ -71,7 +71,7 @@ class Replayed(Pair):
 
     def bits(self) -> Values:
         """Whether latents of a few steps are the same in both ways: before LoRAs, with them and after them."""
-        made: dict[str, list[tuple[Tensor, Tensor]]] = {"unfused": [], "fused": []}
+        made: dict[str, list[tuple[Tensor, Tensor]]] = {"product": [], "fused": []}
         for loras in (False, True, False):
             for name, job in self.jobs(steps=4, loras=loras).items():
                 made[name].append(tuple(draw(job, lambda: None) for draw in self.ways.values()))
@@ -87,7 +87,7 @@ class Replayed(Pair):
         """For each transformer and size, seconds that recording adds to a step, and bytes that it keeps then."""
         self._start()  # anew, so that nothing is recorded
         values: Values = {}
-        for name in ("unfused", "fused"):
+        for name in ("product", "fused"):
             for label, size in (SIZES if self.go_fast else SIZES | LARGEST).items():
                 draw = partial(self.draw_replayed, self.jobs(steps=1, **size)[name], lambda: None)
                 draw()  # launched, since it is the first
