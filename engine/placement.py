@@ -17,8 +17,8 @@ from service.slabs import pinned_bytes
 GB = 1e9
 # Working memory: LoRAs on their way into a mix take up to 4.3 GB (`live.UPLOADS`), and what is brought for a batch of
 # weights alone up to 1.3 (`live.BATCH`, `merge.ALONE`); afterwards decoding 1440x1440 pixels takes 3.2, beside up to
-# 1.1 of LoRAs that stay (`live.KEPT`). The rest is for the transformer's activations, which CUDA graphs of its steps
-# keep, for those of T5's (a few hundred MB), for the safety models, and the allocator's slack.
+# 1.1 of LoRAs that stay (`live.KEPT`). The rest is for the transformer's activations, for those that T5's CUDA graphs
+# keep (a few hundred MB), for the safety models, and the allocator's slack.
 WORK = int(7 * GB)
 # T5's blocks on the GPU while T5 lies in host memory: the one that computes and the one that is copied. While T5 is
 # mapped, as much is pinned for the copies.

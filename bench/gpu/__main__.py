@@ -35,7 +35,6 @@ import torch
 from bench.gpu.blocks import blocks
 from bench.gpu.ceilings import ceilings
 from bench.gpu.context import Bench, Row, SkippedError, Values
-from bench.gpu.graphs import graphs
 from bench.gpu.parts import parts, profile, switches
 from bench.gpu.peers import compiled_diffusers, peft
 from bench.gpu.results import Results, describe
@@ -72,7 +71,6 @@ STAGES = (
     Stage("compiled bf16", partial(compiled, precision="bf16"), 130, 45),
     Stage("compiled fp8", partial(compiled, precision="fp8"), 70, 60),
     Stage("blocks", blocks, 100, 25),
-    Stage("graphs", graphs, 150, 75),
     Stage("parts", parts, 25, 8),
     Stage("profile", profile, 10, 2),
     Stage("switches", switches, 45, 2),

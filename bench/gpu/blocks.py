@@ -1,12 +1,11 @@
-"""Whether FLUX's blocks are faster fused: the product's transformer and a fused one on the same weights, in turn, both
-launched kernel by kernel.
+"""Whether FLUX's blocks are faster fused: the product's transformer and a fused one on the same weights, in turn.
 
 The fused transformer shares all tensors with the product's but those that fusing moves (4 GB in each precision): of
 these it has its own, so it has live weights of its own too, and both always hold the same mix.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from statistics import median
@@ -16,7 +15,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from bench.gpu.context import Bench, Marks, Row, Values, launched, relative_error, summary
+from bench.gpu.context import Bench, Marks, Row, Values, relative_error, summary
 from bench.gpu.plain import draw, noise
 from engine import block_operators
 from engine.acceleration import COMPILE, compiler_settings
@@ -66,16 +65,16 @@ class Pair:
         """Seconds until the fused blocks are compiled for every size; the product's are compiled before."""
         if not self.bench.small:
             self.bench.mark_compiled()
+            self.bench.flux.warm_up(go_fast=self.go_fast)
+        before = counters["stats"]["unique_graphs"]
 
-        def warm_up(name: str) -> None:
+        def warm_up() -> None:
             with compiler_settings(2):  # both precisions
                 for size in ({}, {"megapixels": "0.25", "aspect_ratio": "3:2"}):
-                    denoise(self.jobs(steps=1, **size)[name], 0, lambda: None)
+                    denoise(self.jobs(steps=1, **size)["fused"], 0, lambda: None)
 
-        before = self.bench.seconds(partial(warm_up, "product"))
-        graphs = counters["stats"]["unique_graphs"]
-        took = self.bench.seconds(partial(warm_up, "fused"))
-        return {"compile_s": took, "product_s": before, "graphs": counters["stats"]["unique_graphs"] - graphs}
+        took = self.bench.seconds(warm_up)
+        return {"compile_s": took, "graphs": counters["stats"]["unique_graphs"] - before}
 
     def jobs(self, *, steps: int, loras: bool = False, **changes: object) -> dict[str, Job]:
         """The same request, ready to be drawn by each; both live weights hold its mix."""
@@ -87,16 +86,11 @@ class Pair:
         pipeline.set_progress_bar_config(disable=True)
         return {"product": job, "fused": replace(job, pipeline=pipeline)}
 
-    def draw(self, job: Job, on_step: Callable[..., object]) -> Tensor:
-        """Latents, launched kernel by kernel."""
-        with launched(job.pipeline.transformer):
-            return denoise(job, job.request.seed, on_step)
-
     def errors(self, *, loras: bool = False) -> Values:
         """One step of each against plain diffusers (which has no LoRA), and of one against the other."""
         bench = self.bench
         jobs = self.jobs(steps=1, loras=loras)
-        product, fused = (self.draw(jobs[name], lambda: None) for name in ("product", "fused"))
+        product, fused = (denoise(jobs[name], jobs[name].request.seed, lambda: None) for name in ("product", "fused"))
         start = noise(bench)
         between = {"relative_error": relative_error(fused, product, start), "finite": bool(fused.isfinite().all())}
         if loras:
@@ -115,7 +109,7 @@ class Pair:
         for _ in range(1 if self.bench.small else TURNS):
             for name, job in jobs.items():
                 marks = Marks(self.bench.device)
-                self.draw(job, marks)
+                denoise(job, job.request.seed, marks)
                 times[name] += marks.seconds()
         product, fused = (summary(times[name]) for name in ("product", "fused"))
         return fused | {
@@ -131,8 +125,7 @@ def fused_copy(module: FluxTransformer2DModel) -> FluxTransformer2DModel:
     for layer in joined_layers(module):
         for it in (layer.weight, getattr(layer, "scale", None)):
             shared.pop(id(it), None)
-    with launched(module):  # a replay is not copied
-        fused = copy.deepcopy(module, shared)
+    fused = copy.deepcopy(module, shared)
     fuse(fused)
     return fused
 

@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.gpu import models
 from engine import fp8
@@ -142,10 +142,9 @@ class Bench:
         return Request(model=model, go_fast=go_fast, **inputs | changes)
 
     def mark_compiled(self) -> None:
-        """Have the product's models compiled when next called, and T5 and steps replayed, as `Flux.compile` does."""
+        """Have the product's models compiled when they are next called, and T5 replayed, as `Flux.compile` does."""
         if not self._marked:
             self.flux.replay_t5()
-            self.flux.replay_steps()
             transformers = [live.module for live in self.models.lives()]
             compile_models(transformers, self.flux.components["vae"], self.device)
             self._marked = True
@@ -256,17 +255,6 @@ def summary(times: list[float], **more: object) -> Values:
 def relative_error(a: Tensor, b: Tensor, origin: Tensor | float = 0.0) -> float:
     """|a - b| / |b - origin|."""
     return ((a.float() - b.float()).norm() / (b.float() - origin).norm()).item()
-
-
-@contextmanager
-def launched(module: nn.Module) -> Iterator[None]:
-    """Inside, a module that is replayed runs kernel by kernel."""
-    replayed = vars(module).pop("forward", None)
-    try:
-        yield
-    finally:
-        if replayed is not None:
-            module.forward = replayed
 
 
 @contextmanager
