@@ -8,9 +8,11 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from service.lines import printable
 
 # Of the project; CHANGELOG.md says what each has, and pictures say which one drew them.
 VERSION = "0.9.0"
@@ -21,6 +23,8 @@ MIB, GIB = 1024**2, 1024**3
 PICTURE_SECONDS = 120
 # No number of gigabytes or seconds is larger: beyond, a number is a mistake, and clocks and files cannot express it.
 MANY = 10**6
+# What a server says of its settings at its start even where all is as usual.
+ALWAYS_SHOWN = {"FLUX_DEV", "FLUX_SCHNELL", "WEIGHTS_CACHE_GB", "LORA_MAX_GB", "PREDICTION_SECONDS"}
 
 
 @dataclass(frozen=True)
@@ -137,16 +141,48 @@ class Settings:
         )
 
     def __repr__(self) -> str:
-        """Without the tokens, the proxies (some hold a password), mirrors' logins and queries, the project's own place.
+        """One line of variables as operators set them: models and limits, and whatever else is not as usual.
 
-        Settings are printed when the server starts.
+        It is printed when the server starts, and Cog tells that to whoever asks for its health: so without the tokens,
+        the proxies (some hold a password), mirrors' logins and queries, and where this machine has its folders.
         """
-        shown = {f.name: getattr(self, f.name) for f in fields(self)}
-        secret = {name for name, value in shown.items() if value and (name == "proxies" or name.endswith("_token"))}
-        shown |= dict.fromkeys(secret, "set")
-        shown |= {name: _without_secrets(value) for name, value in shown.items() if name.endswith("_endpoint")}
-        text = f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
-        return text.replace(f"{ROOT}{os.sep}", "")
+        models = MINIATURE if self.models.dev == MINIATURE.dev else OFFICIAL
+        usual = Settings(models)._variables()
+        shown = [
+            f"{name}={value}"
+            for name, value in self._variables().items()
+            if value and (name in ALWAYS_SHOWN or value != usual.get(name))
+        ]
+        return printable(f"Settings: {', '.join(shown)}")
+
+    def _variables(self) -> dict[str, str]:
+        """Variables by which the environment would say the same; empty where they would not be set."""
+        return {
+            "FLUX_DEV": _place(self.models.dev),
+            "FLUX_SCHNELL": _place(self.models.schnell),
+            "SAFETY_CHECKER": _place(self.models.safety_checker),
+            "NSFW_CLASSIFIER": _place(self.models.nsfw_classifier),
+            "LORAS_DIR": _place(str(self.loras_dir or "")),
+            "WEIGHTS_CACHE": _place(str(self.cache_dir)),
+            "WEIGHTS_CACHE_GB": f"{self.cache_bytes / GIB:.6g}",
+            "LORA_MAX_GB": f"{self.lora_max_bytes / GIB:.6g}",
+            "PREDICTION_SECONDS": f"{self.prediction_seconds or 0:.6g}",
+            "FLUX_COMPILE": "" if self.compile is None else f"{self.compile:d}",
+            "WEIGHTS_ALLOW_PRIVATE_HOSTS": f"{self.allow_private_hosts:d}",
+            **{f"{scheme.upper()}_PROXY": "set" for scheme in self.proxies},
+            "HF_TOKEN": "set" if self.hf_token else "",
+            "HF_ENDPOINT": _without_secrets(self.hf_endpoint),
+            "CIVITAI_API_TOKEN": "set" if self.civitai_token else "",
+            "CIVITAI_ENDPOINT": _without_secrets(self.civitai_endpoint),
+            "REPLICATE_API_TOKEN": "set" if self.replicate_token else "",
+            "REPLICATE_ENDPOINT": _without_secrets(self.replicate_endpoint),
+        }
+
+
+def _place(named: str) -> str:
+    """A folder within the project by its path there, another one by its name alone; what names a repo as it is."""
+    named = _without_secrets(named).removeprefix(f"{ROOT}{os.sep}")
+    return f"…/{Path(named).name}" if named.startswith(("/", "~")) else named
 
 
 def _without_secrets(url: str) -> str:
