@@ -26,7 +26,7 @@ from cluster.failures import places
 from cluster.files import Inlined
 from cluster.predictions import Prediction
 from cluster.tasks import spawn
-from sources.connections import PrivateAddressError, is_public
+from sources.connections import PrivateAddressError, is_public, trusted_authorities
 from sources.shown import redact, redact_text
 
 logger = logging.getLogger("ray.serve")
@@ -77,7 +77,9 @@ def open_client(*, allow_private: bool) -> aiohttp.ClientSession:
     Args:
         allow_private: whether it may connect to private and loopback addresses.
     """
-    connector = aiohttp.TCPConnector(limit=0, socket_factory=None if allow_private else _public_socket)
+    connector = aiohttp.TCPConnector(
+        limit=0, ssl=trusted_authorities(), socket_factory=None if allow_private else _public_socket
+    )
     # No cookies: one receiver's would go to others.
     return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), response_class=_Answer)
 

@@ -37,6 +37,7 @@ from tqdm import tqdm
 from service.outline import Outline
 from settings import Settings
 from sources.client import Client, Patience, UnavailableError
+from sources.connections import untrusted
 from sources.hosts import explain_hugging_face
 from sources.references import COMMIT, HuggingFace
 from sources.shown import gigabytes, host_of, redact
@@ -315,6 +316,8 @@ class _Model:
                     f"{name} is not in Hugging Face's cache, or not all of it, and HF_HUB_OFFLINE forbids fetching it: "
                     "unset that, or run script/models first, where there is a network."
                 )
+            case httpx2.ConnectError() if fault := untrusted(error):
+                return ValueError(f"{name} cannot be fetched: the certificate of {host} is not valid: {fault}")
             case httpx2.TimeoutException() | httpx2.ConnectError():
                 return UnavailableError(f"{name} cannot be fetched: {host} does not answer.")
             case httpx2.HTTPError():

@@ -18,7 +18,7 @@ from urllib.parse import urljoin, urlsplit
 import urllib3
 
 from settings import MIB, names_host
-from sources.connections import Connections, PrivateAddressError, StoppedError, basic_login
+from sources.connections import Connections, PrivateAddressError, StoppedError, basic_login, untrusted
 from sources.shown import host_of, redact
 
 T = TypeVar("T")
@@ -248,8 +248,8 @@ def _broken(source: Source, url: str, error: Exception, way: str) -> ValueError:
         )
     if isinstance(error, urllib3.exceptions.LocationValueError | UnicodeError):
         return ValueError(f"{source.name} is no address that can be connected to.")
-    if isinstance(error, urllib3.exceptions.SSLError) and "CERTIFICATE" in str(error):
-        return ValueError(f"{source.name} cannot be fetched: the certificate of {host} is not valid.")
+    if fault := untrusted(error):
+        return ValueError(f"{source.name} cannot be fetched: the certificate of {host} is not valid: {fault}")
     if isinstance(error, socket.gaierror):
         return UnavailableError(f"{source.name} cannot be fetched: there is no host {host}, or it cannot be looked up.")
     if isinstance(error, urllib3.exceptions.TimeoutError | TimeoutError):

@@ -1,7 +1,7 @@
 """Connections of one piece of work: to checked addresses, or through the operator's proxy; ended from another thread.
 
 A host decides how fast it answers, and where its name leads: neither is left to it. This module knows sockets, and what
-urllib3 makes of them; it knows nothing of what is asked for, and reads no environment: no netrc either.
+urllib3 makes of them; it knows nothing of what is asked for, and reads no environment but SSL_CERT_FILE, and no netrc.
 """
 
 import base64
@@ -10,6 +10,7 @@ import functools
 import http.client
 import io
 import ipaddress
+import os
 import re
 import socket
 import ssl
@@ -207,11 +208,37 @@ class _HTTPSPool(urllib3.HTTPSConnectionPool):
 
 
 @functools.cache
-def _tls() -> ssl.SSLContext:
-    """The system's authorities (and SSL_CERT_FILE's), and certifi's, since slim images have none."""
+def trusted_authorities() -> ssl.SSLContext:
+    """TLS by the system's authorities (or SSL_CERT_FILE's), and by certifi's, since slim images have none.
+
+    Raises:
+        ValueError: a sentence, where SSL_CERT_FILE has none; OpenSSL alone would pass over that, and say later that it
+            does not know who has signed a host's certificate.
+    """
     context = ssl.create_default_context()
     context.load_verify_locations(certifi.where())
+    if named := os.environ.get("SSL_CERT_FILE"):
+        try:
+            context.load_verify_locations(named)
+        except OSError:  # no file, or no certificates
+            raise ValueError(
+                "SSL_CERT_FILE names no file of certificates in PEM that can be read; it must, or be unset."
+            ) from None
+    context.set_alpn_protocols(["http/1.1"])
     return context
+
+
+def untrusted(error: Exception) -> str | None:
+    """What is wrong with a host's certificate, in what follows a colon; None where an error is about something else.
+
+    The variables that requests and curl read for this, REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE, nothing reads here.
+    """
+    found = re.search(r"certificate verify failed: (.*?)\.? \(_ssl\.c", str(error))
+    if found is None:
+        return None
+    if "issuer" not in found[1] and "self-signed" not in found[1]:
+        return f"{found[1]}."
+    return f"{found[1]}; whoever runs the server can name a file with the right authority in SSL_CERT_FILE."
 
 
 class Connections:
@@ -233,14 +260,16 @@ class Connections:
         self._managers = {proxy: self._manager(proxy) for proxy in (None, *used)}
 
     def _manager(self, proxy: str | None) -> urllib3.PoolManager:
-        options = {"maxsize": CONNECTIONS, "ssl_context": _tls(), "timeout": self._timeout}
+        options = {"maxsize": CONNECTIONS, "ssl_context": trusted_authorities(), "timeout": self._timeout}
         if proxy is None:
             manager = urllib3.PoolManager(**options)
         else:
             parts = urlsplit(proxy)
             headers = {} if parts.username is None else {"Proxy-Authorization": basic_login(parts)}
             address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-            manager = urllib3.ProxyManager(address, proxy_headers=headers, proxy_ssl_context=_tls(), **options)
+            manager = urllib3.ProxyManager(
+                address, proxy_headers=headers, proxy_ssl_context=trusted_authorities(), **options
+            )
         manager.pool_classes_by_scheme = {
             "http": functools.partial(_HTTPPool, owner=self),
             "https": functools.partial(_HTTPSPool, owner=self),

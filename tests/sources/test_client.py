@@ -20,7 +20,7 @@ import urllib3
 
 from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, status, trickle
 from settings import ROOT, Settings
-from sources.connections import Connections, StoppedError, is_public
+from sources.connections import Connections, StoppedError, is_public, trusted_authorities
 from tests.support.caches import SECRET, check_cache
 from tests.support.fetching import LARGE, LORA, OTHER, QUICK, fetch, refusal
 from tests.support.waiting import wait_until
@@ -445,6 +445,7 @@ import ssl, sys
 from dataclasses import replace
 from pathlib import Path
 from harness.hosts import File, Host, tunnel
+from sources.base_models import snapshot
 from sources.client import Patience
 from settings import MINIATURE, Settings
 from weights import WeightsCache
@@ -453,10 +454,13 @@ folder = Path(sys.argv[1])
 settings = Settings(MINIATURE, cache_dir=folder / sys.argv[2], allow_private_hosts=True)
 weights = WeightsCache(settings, Patience(pauses=()))
 
-def refusal(reference):
+def fetched(reference):
+    with weights.open(reference):
+        pass
+
+def refusal(fetch):
     try:
-        with weights.open(reference):
-            raise AssertionError(reference)
+        fetch()
     except ValueError as error:
         return error
 
@@ -474,7 +478,11 @@ with Host({"/a": File((folder / "lora").read_bytes())}) as host:
             with WeightsCache(proxied, Patience(pauses=())).open(f"https://localhost:{port}/a?proxied") as opened:
                 assert opened.path.read_bytes() == (folder / "lora").read_bytes()
             assert [request.path for request in proxy.seen] == [f"localhost:{port}"]
-    print(refusal(f"https://{'127.0.0.1' if sys.argv[2] == 'trusted' else 'localhost'}:{port}/a"))
+        print(refusal(lambda: fetched(f"https://127.0.0.1:{port}/a")))
+    else:
+        print(refusal(lambda: fetched(f"https://localhost:{port}/a")))
+        mirrored = replace(settings, hf_endpoint=f"https://localhost:{port}")
+        print(refusal(lambda: snapshot("owner/model", mirrored, Patience(pauses=()))))
 """
 
 
@@ -490,7 +498,18 @@ def test_the_certificate_must_be_the_hosts_own(environment: Settings, tmp_path: 
     if made.returncode:
         pytest.skip("no openssl to make a certificate with")
     (tmp_path / "lora").write_bytes(LORA)
-    for trust, authorities in (("trusted", {"SSL_CERT_FILE": str(certificate)}), ("unknown", {})):
+    invalid = "cannot be fetched: the certificate of {} is not valid: {}"
+    unknown = (
+        "self-signed certificate; whoever runs the server can name a file with the right authority in SSL_CERT_FILE."
+    )
+    for trust, authorities, sentences in (
+        (
+            "trusted",
+            {"SSL_CERT_FILE": str(certificate)},
+            [invalid.format("127.0.0.1", "IP address mismatch, certificate is not valid for '127.0.0.1'.")],
+        ),
+        ("unknown", {}, [invalid.format("localhost", unknown)] * 2),
+    ):
         done = subprocess.run(
             [sys.executable, "-c", CERTIFIED, str(tmp_path), trust],
             cwd=ROOT,
@@ -501,7 +520,18 @@ def test_the_certificate_must_be_the_hosts_own(environment: Settings, tmp_path: 
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert "the certificate of" in done.stdout
+        assert [line[line.index("cannot") :] for line in done.stdout.splitlines()] == sentences
+
+
+@pytest.mark.parametrize("named", ["nowhere", ".", "no-certificates"])
+def test_a_file_of_certificates_that_is_none_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    (tmp_path / "no-certificates").write_text("none")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / named))
+    sentence = r"^SSL_CERT_FILE names no file of certificates in PEM that can be read; it must, or be unset\.$"
+    with pytest.raises(ValueError, match=sentence):
+        trusted_authorities.__wrapped__()  # past what this process knows already
 
 
 PUBLIC = [
