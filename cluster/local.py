@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 
 from cluster.settings import ClusterSettings
-from local_cog.server import LOOPBACK, check_address, past_proxies
+from local_cog.server import LOOPBACK, check_address, past_proxies, read_port, url
 from settings import ROOT
+from sources.connections import trusted_authorities
 
 # Of Serve: no thread of their own for a front's or a worker's code and for finding a worker, since none of it blocks
 # (milliseconds for each request); and a short pause before a busy worker is asked again (idle GPUs otherwise). Serve's
@@ -86,27 +87,23 @@ def main() -> None:
     parser.add_argument("--affinity", choices=["none", "router"], default="none", help="(default: %(default)s)")
     parser.add_argument("--queue", type=_count, default=1000, help="what one front lets wait (default: %(default)s)")
     parser.add_argument("--project", type=Path, default=ROOT, help="where predict.py is (default: this project)")
-    parser.add_argument(
-        "--host",
-        type=ipaddress.ip_address,
-        default=LOOPBACK,
-        help="address to bind (default: %(default)s, this machine alone)",
-    )
-    parser.add_argument("--port", type=int, default=8000, help="port to bind (default: %(default)s)")
+    parser.add_argument("--host", default=LOOPBACK, help="address to bind (default: %(default)s, this machine alone)")
+    parser.add_argument("--port", type=read_port, default=8000, help="port to bind (default: %(default)s)")
     options = parser.parse_args()
     try:
         settings = ClusterSettings.from_environment()
+        trusted_authorities()
     except ValueError as error:
         sys.exit(str(error))
     if not (options.project / "predict.py").is_file():
         sys.exit("--project must be a folder with a predict.py in it.")
-    if not options.host.is_loopback and not settings.api_tokens:
-        sys.exit(f"--host is {options.host}; API_TOKENS must be set before others than this machine may ask.")
     try:
         # Fronts share their port with whoever does so too, such as another cluster.
-        check_address(str(options.host), options.port)
+        check_address(options.host, options.port)
     except ValueError as error:
         sys.exit(str(error))
+    if not ipaddress.ip_address(options.host).is_loopback and not settings.api_tokens:
+        sys.exit(f"--host is {options.host}; API_TOKENS must be set before others than this machine may ask.")
     # What workers leave goes with the cluster: pictures, and files that were sent. Ray's logs and sockets stay where
     # they are without this.
     os.environ.setdefault("RAY_TMPDIR", tempfile.gettempdir())
@@ -197,13 +194,12 @@ def _start(options: argparse.Namespace, settings: ClusterSettings) -> None:
     for _ in range(options.nodes - 1):
         nodes.add_node(**node | {"num_gpus": 0})
     ray.init(nodes.address, logging_level="WARNING")
-    named = {"project": project, "host": str(options.host), "gpus_per_worker": 1 if gpus else 0}
+    named = {"project": project, "gpus_per_worker": 1 if gpus else 0}
     arguments = Arguments(**vars(options) | named)
     serve.start(proxy_location="Disabled")
     serve.run(application(arguments), name=APPLICATION, route_prefix=None)
     print(f"Metrics: http://{LOOPBACK}:{nodes.head_node.metrics_export_port}/metrics")
-    host = f"[{options.host}]" if options.host.version == 6 else options.host
-    print(f"Ready: http://{host}:{options.port}", flush=True)
+    print(f"Ready: {url(options.host, options.port)} (/docs says what is there, Ctrl-C stops it)", flush=True)
 
 
 def _open_stores(settings: ClusterSettings) -> None:

@@ -10,6 +10,7 @@ import errno
 import http.client
 import ipaddress
 import json
+import math
 import os
 import re
 import secrets
@@ -98,10 +99,9 @@ class CogServer:
         schema.write(self.project)
         # Temporary files of predictions would outlive a worker that is killed.
         self.scratch = tempfile.TemporaryDirectory(prefix="flux-sprites-server-", ignore_cleanup_errors=True)
-        host = f"[{self.host}]" if ":" in self.host else self.host
         with open(self.log, "wb") if self.log else contextlib.nullcontext() as log:  # noqa: PTH123 (or None)
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cog.server.http", "--host", host],
+                [sys.executable, "-m", "cog.server.http", "--host", _bracketed(self.host)],
                 cwd=self.project,
                 env=self.environment | {"TMPDIR": self.scratch.name},
                 stdin=subprocess.DEVNULL,
@@ -159,7 +159,7 @@ class CogServer:
             except OSError:  # it is not there yet
                 health = {"status": "STARTING"}
             silent = 0
-            if health["status"] == "READY":
+            if health["status"] in ("READY", "BUSY"):  # with what somebody has sent since the last look
                 return
             if health["status"] != "STARTING":
                 reason = re.sub(r"^.*[Ss]etup failed: (\w+Error: )?", "", health["setup"]["logs"], flags=re.DOTALL)
@@ -313,6 +313,24 @@ def check_address(host: str, port: int) -> None:
         raise ValueError(f"--host is {host[:80]!r}; it must be an IP address of this machine.") from None
 
 
+def read_port(text: str) -> int:
+    """A port, as an option says it; `check_address` says which ones there are."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"it is {text[:80]!r}; it must be a whole number up to 65535.") from None
+
+
+def url(host: str, port: int) -> str:
+    """Where a server is reached that listens there, as far as the address is one of a single machine."""
+    return f"http://{_bracketed(host)}:{port}"
+
+
+def _bracketed(host: str) -> str:
+    """An address as it stands before a port."""
+    return f"[{host}]" if ":" in host else host
+
+
 def exit_on_signals() -> None:
     """End by an exception when asked to end, so that `with CogServer` stops the server."""
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -387,7 +405,7 @@ def main() -> None:
     """Serve until stopped."""
     parser = argparse.ArgumentParser(prog="script/serve", description="The predictor behind Cog's HTTP server.")
     parser.add_argument("--host", default=LOOPBACK, help="address to bind (default: %(default)s, this machine alone)")
-    parser.add_argument("--port", type=int, default=5000, help="port to bind (default: %(default)s)")
+    parser.add_argument("--port", type=read_port, default=5000, help="port to bind (default: %(default)s)")
     arguments = parser.parse_args()
     try:
         check_address(arguments.host, arguments.port)
@@ -395,6 +413,11 @@ def main() -> None:
         sys.exit(str(error))
     exit_on_signals()
     with CogServer(host=arguments.host, port=arguments.port) as server, contextlib.suppress(KeyboardInterrupt):
+        try:
+            server.wait_until_ready(math.inf)  # it may have to download FLUX
+        except RuntimeError as error:
+            sys.exit(printable(str(error)))  # it has the predictor's own words
+        print(f"Ready: {url(server.host, server.port)} (POST /predictions draws, Ctrl-C stops it)", flush=True)
         sys.exit(serve(server))
 
 

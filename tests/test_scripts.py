@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import shutil
@@ -6,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import pytest
 import local_cog.server
 from local_cog import schema
 from local_cog.inputs import read_inputs
-from local_cog.server import CogServer, check_address, failure, files
+from local_cog.server import CogServer, check_address, failure, files, url
 from settings import ROOT
 from tests.support.waiting import wait_until
 
@@ -264,6 +266,44 @@ def test_a_taken_port_is_told_in_a_sentence(project: Path) -> None:
         1,
         f"--port is {port}; it must be one that is free at 127.0.0.1: Address already in use.\n",
     )
+    assert processes_in(project) == []
+
+
+def test_a_port_that_is_no_number_is_told_in_a_sentence(project: Path) -> None:
+    command = [sys.executable, "-m", "local_cog.server", "--port", "http"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr.endswith("argument --port: it is 'http'; it must be a whole number up to 65535.\n")
+
+
+def test_a_server_says_once_where_it_is_when_it_is_ready(project: Path) -> None:
+    command = [sys.executable, "-m", "local_cog.server", "--host", "0.0.0.0", "--port", "0"]
+    with subprocess.Popen(
+        command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        said = process.stdout.readline()
+        found = re.fullmatch(r"Ready: http://0\.0\.0\.0:(\d+) \(POST /predictions draws, Ctrl-C stops it\)\n", said)
+        with urllib.request.urlopen(f"http://127.0.0.1:{found[1]}/health-check", timeout=60) as answered:
+            assert json.load(answered)["status"] == "READY"
+        process.terminate()
+        assert process.stdout.read() == ""
+
+
+def test_an_ipv6_address_stands_in_brackets_before_its_port() -> None:
+    assert (url("::1", 5000), url("127.0.0.1", 80)) == ("http://[::1]:5000", "http://127.0.0.1:80")
+
+
+def test_a_server_whose_predictor_cannot_be_set_up_ends_with_the_reason(project: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "local_cog.server", "--port", "0"],
+        cwd=project,
+        env={**os.environ, "BROKEN": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == "The predictor's setup failed: BROKEN is set; it must not be."
     assert processes_in(project) == []
 
 

@@ -88,6 +88,24 @@ def test_others_than_this_machine_need_tokens() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("host", "sentence"),
+    [
+        ("localhost", "--host is 'localhost'; it must be an IP address of this machine.\n"),
+        ("example.com", "--host is 'example.com'; it must be an IP address of this machine.\n"),
+        ("192.0.2.1", "--host is 192.0.2.1; this machine has no such address.\n"),
+    ],
+)
+def test_a_host_that_is_no_address_of_this_machine_is_one_sentence(host: str, sentence: str) -> None:
+    assert start_of_cluster("--host", host) == sentence
+
+
+def test_a_file_of_certificates_that_is_none_is_one_sentence_before_anything_starts() -> None:
+    assert start_of_cluster(SSL_CERT_FILE="/nowhere") == (
+        "SSL_CERT_FILE names no file of certificates in PEM that can be read; it must, or be unset.\n"
+    )
+
+
 def test_a_port_that_is_taken_is_not_shared() -> None:
     with socket.create_server((LOOPBACK, 0)) as taken:
         port = taken.getsockname()[1]
