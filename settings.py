@@ -156,7 +156,7 @@ class Settings:
         return printable(f"Settings: {', '.join(shown)}")
 
     def _variables(self) -> dict[str, str]:
-        """Variables by which the environment would say the same; empty where they would not be set."""
+        """Variables by which the environment would say the same, but NO_PROXY, which Cog's server has at all times."""
         return {
             "FLUX_DEV": _place(self.models.dev),
             "FLUX_SCHNELL": _place(self.models.schnell),
@@ -169,7 +169,7 @@ class Settings:
             "PREDICTION_SECONDS": f"{self.prediction_seconds or 0:.6g}",
             "FLUX_COMPILE": "" if self.compile is None else f"{self.compile:d}",
             "WEIGHTS_ALLOW_PRIVATE_HOSTS": f"{self.allow_private_hosts:d}",
-            **{f"{scheme.upper()}_PROXY": "set" for scheme in self.proxies},
+            **{f"{scheme.upper()}_PROXY": "set" for scheme in self.proxies if scheme != "no"},
             "HF_TOKEN": "set" if self.hf_token else "",
             "HF_ENDPOINT": _without_secrets(self.hf_endpoint),
             "CIVITAI_API_TOKEN": "set" if self.civitai_token else "",
