@@ -44,8 +44,9 @@ PROBLEM = {"content-type": "application/problem+json"}
 PROBE = "/-/healthz"
 # Where a form is sent; all other bodies are JSON.
 UPLOADS = "/v1/files"
-# Open to whoever knows the address: probes, and files and streams, whose addresses nobody can guess.
-OPEN_PATHS = re.compile(r"/-/healthz|/health-check|/files/[^/]+/[^/]+|/v1/files/[^/]+/stream/[^/]+")
+# Open to whoever knows the address: probes; files and streams, whose addresses nobody can guess; and the page about the
+# APIs, which a browser asks for without a token, and which says no more than how to ask.
+OPEN_PATHS = re.compile(r"/-/healthz|/health-check|/docs|/files/[^/]+/[^/]+|/v1/files/[^/]+/stream/[^/]+")
 
 # What else than a prediction has a name in a path; those of files begin with any of these.
 PATH_NAME = r"[A-Za-z0-9_~-][A-Za-z0-9_.~-]{0,127}"

@@ -1,9 +1,10 @@
 """Cog's HTTP contract: what one coglet answers, the cluster answers.
 
 It differs where a cluster must: a request waits where a busy coglet refuses it with 409, an id is remembered after its
-prediction has ended, there is no `/shutdown`, and no answer shows a token. It takes null for absence, and names in the
-log the inputs that it drops. It refuses what coglet takes and cannot use: ids that are not 1 to 128 safe characters,
-webhooks that cannot be sent, JSON that not every reader understands alike. The dispatcher runs predictions.
+prediction has ended, there is no `/shutdown`, `/` leads browsers to a page, and no answer shows a token. It takes null
+for absence, and names in the log the inputs that it drops. It refuses what coglet takes and cannot use: ids that are
+not 1 to 128 safe characters, webhooks that cannot be sent, JSON that not every reader understands alike. The dispatcher
+runs predictions.
 """
 
 import asyncio
@@ -23,10 +24,15 @@ from cluster.dispatcher import Dispatcher
 from cluster.forms import Forms
 from cluster.predictions import PREDICTION_ID, Prediction, Predictions
 from cluster.webhooks import EVENTS, check_url
+from settings import VERSION
 
 UNREADABLE = "Failed to deserialize the JSON body into the target type: "
 NO_EVENTS = "This model does not support streaming responses. Add @cog.streaming to predict() to enable SSE."
+# What coglet says at `/`, without what is not here, and what it cannot know.
 DISCOVERY = {
+    "name": "flux-sprites",
+    "version": VERSION,
+    "replicate_predictions_url": "/v1/predictions",
     "cog_version": version("cog"),
     "docs_url": "/docs",
     "healthcheck_url": "/health-check",
@@ -62,8 +68,10 @@ class CogApi:
             Route("/predictions/{prediction_id}/cancel", self._cancel, methods=["POST"]),
         ]
 
-    async def _discover(self, _: Request) -> Response:
-        return answer(DISCOVERY)
+    async def _discover(self, request: Request) -> Response:
+        if "text/html" in request.headers.get("accept", ""):  # a person's browser, where the address was typed
+            return Response(status_code=307, headers={"location": "docs", "vary": "accept"})
+        return answer(DISCOVERY, headers={"vary": "accept"})
 
     async def _health(self, _: Request) -> Response:
         return answer(await self.health(), sort=False)

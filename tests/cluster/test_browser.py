@@ -19,7 +19,7 @@ from harness.cluster import Cluster, Server
 from harness.hosts import Host, relay, status
 from local_cog.server import LOOPBACK
 from tests.cluster.databases import rows
-from tests.support.browser import browsing, find_browser
+from tests.support.browser import browsing, find_browser, look
 from tests.support.waiting import wait_until
 
 BROWSER = find_browser()
@@ -167,6 +167,17 @@ def test_a_page_of_this_host_is_served(open_cluster: Cluster, tmp_path: Path, na
     assert f"{name}.png" in told["files"]
     assert "whsec_" in told["secret"]
     assert {f"create {name}", f"Cog, create {name}", f"{name}.png"} <= made(open_cluster)
+
+
+@needs_browser
+def test_the_page_about_the_apis_is_shown_where_it_was_asked_for_and_has_its_style(
+    open_cluster: Cluster, tmp_path: Path
+) -> None:
+    """The console would tell of a style or a link that the page's policy forbids."""
+    page, console = look(BROWSER, open_cluster.url, tmp_path)
+    assert console == []
+    assert f"curl {open_cluster.url}/predictions " in page
+    assert "<dt><code>replicate_weights</code><span>string</span><span>optional</span></dt>" in page
 
 
 def test_clients_are_served_that_are_no_browsers(open_cluster: Cluster, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 
 from harness.cluster import ENDS, Cluster, Hooks, Server
+from settings import VERSION
 from tests.cluster.small_cluster import comparable
 
 JSON = {"Content-Type": "application/json"}
@@ -175,10 +176,11 @@ def test_what_is_shown_of_an_input_is_short_and_known(cluster: Cluster) -> None:
     cluster.request("POST", "/predictions/before-the-long-one/cancel")
 
 
-def test_the_discovery_document_lacks_only_the_shutdown(coglet: Server, cluster: Cluster) -> None:
+def test_the_discovery_document_lacks_the_shutdown_and_says_what_else_is_here(coglet: Server, cluster: Cluster) -> None:
     expected = json.loads(coglet.request("GET", "/")[2])
     del expected["shutdown_url"]
-    assert json.loads(cluster.request("GET", "/")[2]) == expected
+    ours = {"name": "flux-sprites", "version": VERSION, "replicate_predictions_url": "/v1/predictions"}
+    assert json.loads(cluster.request("GET", "/")[2]) == expected | ours
     assert cluster.request("POST", "/shutdown")[0] == 404
 
 

@@ -26,6 +26,16 @@ def find_browser() -> str | None:
     return shutil.which("chromium") or shutil.which("google-chrome")
 
 
+def look(browser: str, url: str, folder: Path) -> tuple[str, list[str]]:
+    """A page as the browser has it once it is loaded, and what its console says of it."""
+    options = [*OPTIONS, f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--dump-dom"]
+    environment = {**os.environ, "HOME": str(folder)}
+    done = subprocess.run(
+        [browser, *options, url], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
 @contextlib.contextmanager
 def browsing(browser: str, url: str, folder: Path) -> Iterator[None]:
     """Show a page; names below .example are this machine's. The profile and the log go to a folder, an empty one."""

@@ -1,0 +1,206 @@
+"""The page at `/docs`: both APIs for people, made from the document that the inputs are validated by.
+
+It loads nothing and runs nothing: its style is within it, and its policy allows that alone, so that whatever the
+descriptions of a project's predictor hold stays text. This module knows the form of Cog's document, and HTML.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import shlex
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from cluster.addresses import Addresses
+from cluster.api_common import Refused
+from settings import VERSION
+
+STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
+_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+# The empty icon keeps browsers from asking for one.
+POLICY = f"default-src 'none'; style-src 'sha256-{_HASH}'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+# Stands in the page for where its reader reaches the cluster, which only a request says.
+ADDRESS = "{address}"
+# Names in descriptions, which are already HTML then.
+_BACKTICKED, _AS_CODE = re.compile("`([^`]+)`"), r"<code>\1</code>"
+
+COGS = {
+    "GET /": "what is where, as JSON",
+    "GET /health-check": "whether the next prediction would be taken: <code>STARTING</code>, <code>READY</code>, "
+    "<code>BUSY</code>, <code>SETUP_FAILED</code>",
+    "GET /openapi.json": "the inputs and the output, for programs",
+    "POST /predictions": "a prediction, waited for; with <code>Prefer: respond-async</code> its end is told to the "
+    "<code>webhook</code> of the body",
+    "PUT /predictions/{prediction_id}": "the same under an id of yours; asked again, it gives what there is",
+    "POST /predictions/{prediction_id}/cancel": "cancels it",
+}
+REPLICATES = {
+    "POST /v1/predictions": "a prediction; with <code>Prefer: wait</code> waited for, a minute at most",
+    "POST /v1/models/{owner}/{name}/predictions": "the same, whatever the names",
+    "POST /v1/deployments/{owner}/{name}/predictions": "the same, whatever the names",
+    "GET /v1/predictions": "those of the last day, a hundred to a page",
+    "GET /v1/predictions/{prediction_id}": "one of them",
+    "POST /v1/predictions/{prediction_id}/cancel": "cancels it",
+    "GET /v1/models/{owner}/{name}": "the model, with its latest version",
+    "GET /v1/models/{owner}/{name}/versions": "its only version",
+    "GET /v1/models/{owner}/{name}/versions/{version}": "the same, with the inputs as JSON",
+    "GET /v1/deployments/{owner}/{name}": "the deployment",
+    "GET /v1/account": "whose tokens these are",
+    "GET /v1/webhooks/default/secret": "what webhooks are signed with",
+    "POST /v1/files": "an upload, as a form with <code>content</code>; its address may be an input for an hour",
+    "GET /v1/files": "the uploads",
+    "GET /v1/files/{file_id}": "one of them; <code>DELETE</code> deletes it",
+    "GET /v1/files/{prediction_id}/stream/{key}": "a prediction's events, at the address that it names itself",
+    "GET /files/{file_id}/{name}": "an output, at the address that its prediction names, for an hour",
+}
+ANSWERS = {
+    "401": "The token is missing or wrong; it goes into the header <code>Authorization: Bearer …</code>.",
+    "409": "Never from here. A single Cog server answers it while it is busy; here a prediction waits for its turn.",
+    "422": "An input is not as it must be. The answer names each one, and says what would be right.",
+    "503": "Not now: too many predictions wait, or the database is away. Nothing was accepted; ask again after the "
+    "seconds that <code>Retry-After</code> says.",
+}
+
+
+@dataclass(frozen=True)
+class DocsPage:
+    """The page of one front."""
+
+    page: str
+    addresses: Addresses
+
+    def routes(self) -> list[BaseRoute]:
+        """Which endpoint answers where."""
+        return [Route("/docs", self._show)]
+
+    async def _show(self, request: Request) -> Response:
+        try:
+            base = self.addresses.base(request)
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+        return HTMLResponse(self.page.replace(ADDRESS, escape(base)), headers=HEADERS)
+
+
+def render(document: dict[str, Any], *, tokens: bool) -> str:
+    """The page as HTML, with `ADDRESS` where the address of the cluster is to stand.
+
+    Args:
+        document: the OpenAPI document as Cog's tool writes it.
+        tokens: whether requests must have one.
+    """
+    schemas = document["components"]["schemas"]
+    fields = schemas["Input"]["properties"]
+    required = schemas["Input"].get("required", [])
+    body = json.dumps({"input": {name: _example(_resolved(fields[name], schemas)) for name in required}})
+    who = (
+        "<p>Requests need a token, here that of the variable <code>TOKEN</code>; this page needs none.</p>"
+        if tokens
+        else "<p>Clients of this machine need no token, and others are not answered.</p>"
+    )
+    inputs = sorted(fields.items(), key=lambda item: item[1].get("x-order", 0))
+    rows = "".join(_input(name, _resolved(field, schemas), name in required) for name, field in inputs)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>flux-sprites: inputs and HTTP</title>
+<link rel="icon" href="data:,">
+<style>{STYLE}</style>
+</head>
+<body>
+<header>
+<h1>flux-sprites <small>{VERSION}</small></h1>
+<p>One predictor, asked over HTTP in two ways: Cog’s, and Replicate’s, whose client libraries work here too. A request
+carries inputs as JSON; the answer says how the prediction ended, and has its output.</p>
+<nav>
+<a href="#ask">Ask</a> <a href="#inputs">Inputs</a> <a href="#endpoints">Endpoints</a> <a href="#answers">Answers</a>
+<a href="openapi.json">openapi.json</a>
+</nav>
+</header>
+<main>
+<h2 id="ask">Ask</h2>
+{who}
+<h3>Cog</h3>
+<pre>{_curl("/predictions", body, tokens=tokens)}</pre>
+<h3>Replicate</h3>
+<pre>{_curl("/v1/models/flux-sprites/flux-sprites/predictions", body, "Prefer: wait", tokens=tokens)}</pre>
+<p>Replicate’s own clients need two variables:</p>
+<pre>export REPLICATE_BASE_URL={ADDRESS} REPLICATE_API_TOKEN={'"$TOKEN"' if tokens else "any"}</pre>
+<h2 id="inputs">Inputs</h2>
+<dl>{rows}</dl>
+<h2 id="endpoints">Endpoints</h2>
+<h3>Cog</h3>
+{_list(COGS)}
+<h3>Replicate</h3>
+{_list(REPLICATES)}
+<h2 id="answers">Answers that say no</h2>
+{_list(ANSWERS)}
+</main>
+</body>
+</html>
+"""
+
+
+def _resolved(field: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    """An input with its choices, which Cog's document keeps in a schema of their own."""
+    choices = (schemas[part["$ref"].rpartition("/")[2]] for part in field.get("allOf", []))
+    return {key: value for part in choices for key, value in part.items() if key in ("enum", "type")} | field
+
+
+def _input(name: str, field: dict[str, Any], required: bool) -> str:
+    """One input as people read it."""
+    kind = "file: a URL, or a data URI" if field.get("format") == "uri" else field["type"]
+    default = json.dumps(field["default"], ensure_ascii=False) if field.get("default") is not None else None
+    bounds = " to ".join(f"{field[bound]:g}" for bound in ("minimum", "maximum") if bound in field)
+    if bounds and "maximum" not in field:
+        bounds = f"at least {bounds}"
+    elif bounds and "minimum" not in field:
+        bounds = f"at most {bounds}"
+    about = filter(None, [kind, bounds, default and f"default {default}", None if required or default else "optional"])
+    lines = [f"<span>{escape(text)}</span>" for text in about]
+    if required:
+        lines.append('<span class="required">required</span>')
+    said = f"<dd>{_BACKTICKED.sub(_AS_CODE, escape(field['description']))}</dd>" if field.get("description") else ""
+    if "enum" in field:
+        choices = ", ".join(json.dumps(choice, ensure_ascii=False) for choice in field["enum"])
+        said += f'<dd class="choices">One of {escape(choices)}</dd>'
+    return f"<div><dt><code>{escape(name)}</code>{''.join(lines)}</dt>{said}</div>\n"
+
+
+def _example(field: dict[str, Any]) -> object:
+    """A value that an input takes."""
+    if "enum" in field:
+        return field["enum"][0]
+    if field.get("format") == "uri":
+        return "https://example.com/picture.png"
+    number = field.get("minimum", field.get("maximum", 1))
+    return {"string": "a red fox", "boolean": True}.get(field["type"], number)
+
+
+def _curl(path: str, body: str, *headers: str, tokens: bool) -> str:
+    """A command that asks for a prediction."""
+    lines = [f"curl {ADDRESS}{path}", "-H 'Content-Type: application/json'", *(f"-H '{header}'" for header in headers)]
+    if tokens:
+        lines.append('-H "Authorization: Bearer $TOKEN"')
+    return escape(" \\\n  ".join([*lines, f"-d {shlex.quote(body)}"]), quote=False)
+
+
+def _list(explained: dict[str, str]) -> str:
+    """Terms, and what they mean in HTML."""
+    rows = (
+        f"<div><dt><code>{escape(term)}</code></dt><dd>{meaning}</dd></div>\n" for term, meaning in explained.items()
+    )
+    return f"<dl>{''.join(rows)}</dl>"
