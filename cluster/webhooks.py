@@ -26,7 +26,7 @@ from cluster.failures import places
 from cluster.files import Inlined
 from cluster.predictions import Prediction
 from cluster.tasks import spawn
-from sources.connections import PrivateAddressError, is_public, trusted_authorities
+from sources.connections import PrivateAddressError, is_public, trusted_authorities, untrusted
 from sources.shown import redact, redact_text
 
 logger = logging.getLogger("ray.serve")
@@ -166,6 +166,13 @@ class Webhooks:
             )
             async with sent as answered:
                 return answered.status < 300 or 400 <= answered.status not in (429, 500, 502, 503, 504)
+        except aiohttp.ClientConnectorCertificateError as error:
+            logger.warning(
+                "A webhook of prediction %.130r cannot be sent: its receiver's certificate is not valid: %s",
+                prediction.id,
+                untrusted(error),
+            )
+            return True
         # Such a URL, or such an id in a header, can never be sent; aiohttp's InvalidURL is a ValueError.
         except (ValueError, TypeError, AssertionError, aiohttp.NonHttpUrlClientError) as error:
             logger.warning(

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import ssl
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -33,6 +34,7 @@ from harness.cluster import Cluster, Hooks, Server
 from local_cog import schema
 from local_cog.server import LOOPBACK, free_port
 from tests.cluster.small_cluster import PREDICTOR, comparable
+from tests.support.certificates import serving
 from tests.support.waiting import until
 
 
@@ -100,7 +102,7 @@ def test_of_an_answer_little_is_heard(
 
 
 @contextmanager
-def receiver(answer: bytes, times: int = 1) -> Iterator[tuple[int, list[str]]]:
+def receiver(answer: bytes, times: int = 1, tls: ssl.SSLContext | None = None) -> Iterator[tuple[int, list[str]]]:
     """A receiver of webhooks that sends an answer so many times; its port, and the paths that it was asked for."""
     asked: list[str] = []
 
@@ -115,6 +117,8 @@ def receiver(answer: bytes, times: int = 1) -> Iterator[tuple[int, list[str]]]:
                     self.wfile.write(answer)
 
     with ThreadingTCPServer((LOOPBACK, 0), Receiver) as server:
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, args=(0.02,)).start()  # it looks so often whether to end
         try:
             yield server.server_address[1], asked
@@ -151,6 +155,18 @@ def test_a_redirect_is_not_followed_and_counts_as_not_delivered(
         with receiver(answer.encode()) as (port, asked):
             told_of(tmp_path, f"http://{LOOPBACK}:{port}/here", lambda prediction, told: told.deliver(prediction))
     assert (asked, asked_there) == (["/here", "/here"], [])
+
+
+def test_a_receivers_certificate_that_does_not_count_is_told_to_the_operator(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with receiver(b"HTTP/1.1 204 No Content\r\n\r\n", tls=serving(tmp_path)) as (port, asked):
+        told_of(tmp_path, f"https://localhost:{port}/t0ken", lambda prediction, told: told.deliver(prediction))
+    assert asked == []
+    assert caplog.messages == [
+        "A webhook of prediction 'one' cannot be sent: its receiver's certificate is not valid: self-signed "
+        "certificate; whoever runs the server can name a file with the right authority in SSL_CERT_FILE."
+    ]
 
 
 # Written in this way, they lead to this machine, or to others that strangers cannot reach.

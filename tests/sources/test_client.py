@@ -22,6 +22,7 @@ from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, s
 from settings import ROOT, Settings
 from sources.connections import Connections, StoppedError, is_public, trusted_authorities
 from tests.support.caches import SECRET, check_cache
+from tests.support.certificates import self_signed
 from tests.support.fetching import LARGE, LORA, OTHER, QUICK, fetch, refusal
 from tests.support.waiting import wait_until
 from weights import WeightsCache
@@ -488,15 +489,7 @@ with Host({"/a": File((folder / "lora").read_bytes())}) as host:
 
 def test_the_certificate_must_be_the_hosts_own(environment: Settings, tmp_path: Path) -> None:
     """Connected to by address, and still checked by name."""
-    key, certificate = tmp_path / "key", tmp_path / "certificate"
-    made = subprocess.run(
-        f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -keyout {key} "
-        f"-out {certificate} -subj /CN=localhost -addext subjectAltName=DNS:localhost".split(),
-        capture_output=True,
-        check=False,
-    )  # fmt: skip
-    if made.returncode:
-        pytest.skip("no openssl to make a certificate with")
+    certificate, _ = self_signed(tmp_path)
     (tmp_path / "lora").write_bytes(LORA)
     invalid = "cannot be fetched: the certificate of {} is not valid: {}"
     unknown = (
