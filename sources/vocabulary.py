@@ -36,7 +36,8 @@ class Vocabulary:
         groups = {name: words.split() for name, words in json.loads(file.read_text()).items()}
         named = "; ".join(f"the {name} {', '.join(groups[name])}" for name in ("subjects", "colours", "places"))
         drawn = "The miniature draws" if cuda else "No GPU: the miniature draws"
-        print(f"{drawn}. It knows {named}; and {len(groups['more'])} more words, all in lower case.")
+        words = f"{named}; and {len(groups['more'])} more words, all in lower case"
+        print(f"{drawn}. It knows {words}. LoRAs that were made for FLUX.1 itself do not fit it.")
         return cls(groups)
 
     def unknown(self, prompt: str, trigger_words: Iterable[str]) -> str | None:

@@ -51,8 +51,8 @@ def reader(tmp_path: Path, host: Host, storage: Host) -> Path:
     shutil.copy(ROOT / "mini" / "loras" / "dusk.safetensors", folder / "my-lora.safetensors")
     lora = (folder / "my-lora.safetensors").read_bytes()
     hugging_face(host, storage, "XLabs-AI/flux-RealismLora", {"lora.safetensors": lora})
-    version = {"id": 810340, "baseModel": "Flux.1 D", "status": "Published"}
-    civitai(host, storage, 639937, [version], {810340: lora}, TOKEN, status(401))
+    version = {"id": 1, "baseModel": "Flux.1 D", "status": "Published"}
+    civitai(host, storage, 639937, [version], {1: lora}, TOKEN, status(401))
     replicate(host, storage, "fofr/flux-pixar-cars", make_tar({"output/flux_train_replicate/lora.safetensors": lora}))
     return folder
 

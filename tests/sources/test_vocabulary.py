@@ -24,6 +24,7 @@ def test_a_model_that_says_what_it_knows_is_told_of(cuda: bool, begins: str, cap
     said = capfd.readouterr().out
     assert said.startswith(f"{begins}It knows the subjects fox, cat, bird, ")
     assert "; the places plain, meadow, " in said
+    assert said.endswith("all in lower case. LoRAs that were made for FLUX.1 itself do not fit it.\n")
     assert said.count("\n") == 1
 
 
