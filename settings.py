@@ -141,7 +141,7 @@ class Settings:
         )
 
     def __repr__(self) -> str:
-        """One line of variables as operators set them: models and limits, and whatever else is not as usual.
+        """One line of variables as operators set them: models and limits, and what else is no default beside FLUX_DEV.
 
         It is printed when the server starts, and Cog tells that to whoever asks for its health: so without the tokens,
         the proxies (some hold a password), mirrors' logins and queries, and where this machine has its folders.

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from cluster.api_common import InputSchema, Refused, answer, answer_inlined, new_prediction, read_json
@@ -70,7 +70,7 @@ class CogApi:
 
     async def _discover(self, request: Request) -> Response:
         if "text/html" in request.headers.get("accept", ""):  # a person's browser, where the address was typed
-            return Response(status_code=307, headers={"location": "docs", "vary": "accept"})
+            return RedirectResponse("docs", headers={"vary": "accept"})
         return answer(DISCOVERY, headers={"vary": "accept"})
 
     async def _health(self, _: Request) -> Response:

@@ -20,6 +20,7 @@ from starlette.routing import BaseRoute, Route
 
 from cluster.addresses import Addresses
 from cluster.api_common import Refused
+from local_cog import schema
 from settings import VERSION
 
 STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
@@ -31,8 +32,6 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
-# Stands in the page for where its reader reaches the cluster, which only a request says.
-ADDRESS = "{address}"
 # Names in descriptions, which are already HTML then.
 _BACKTICKED, _AS_CODE = re.compile("`([^`]+)`"), r"<code>\1</code>"
 
@@ -78,7 +77,10 @@ ANSWERS = {
 class DocsPage:
     """The page of one front."""
 
-    page: str
+    # The OpenAPI document as Cog's tool writes it.
+    document: dict[str, Any]
+    # Whether requests must have a token.
+    tokens: bool
     addresses: Addresses
 
     def routes(self) -> list[BaseRoute]:
@@ -90,27 +92,27 @@ class DocsPage:
             base = self.addresses.base(request)
         except ValueError as error:
             raise Refused(400, str(error)) from None
-        return HTMLResponse(self.page.replace(ADDRESS, escape(base)), headers=HEADERS)
+        return HTMLResponse(render(self.document, base, tokens=self.tokens), headers=HEADERS)
 
 
-def render(document: dict[str, Any], *, tokens: bool) -> str:
-    """The page as HTML, with `ADDRESS` where the address of the cluster is to stand.
+def render(document: dict[str, Any], address: str, *, tokens: bool) -> str:
+    """The page as HTML.
 
     Args:
         document: the OpenAPI document as Cog's tool writes it.
+        address: of the cluster, for whoever reads the page.
         tokens: whether requests must have one.
     """
-    schemas = document["components"]["schemas"]
-    fields = schemas["Input"]["properties"]
-    required = schemas["Input"].get("required", [])
-    body = json.dumps({"input": {name: _example(_resolved(fields[name], schemas)) for name in required}})
+    fields = schema.inputs(document)
+    required = document["components"]["schemas"]["Input"].get("required", [])
+    body = json.dumps({"input": {name: _example(fields[name]) for name in required}})
     who = (
         "<p>Requests need a token, here that of the variable <code>TOKEN</code>; this page needs none.</p>"
         if tokens
         else "<p>Clients of this machine need no token, and others are not answered.</p>"
     )
     inputs = sorted(fields.items(), key=lambda item: item[1].get("x-order", 0))
-    rows = "".join(_input(name, _resolved(field, schemas), name in required) for name, field in inputs)
+    rows = "".join(_input(name, field, name in required) for name, field in inputs)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -134,11 +136,12 @@ carries inputs as JSON; the answer says how the prediction ended, and has its ou
 <h2 id="ask">Ask</h2>
 {who}
 <h3>Cog</h3>
-<pre>{_curl("/predictions", body, tokens=tokens)}</pre>
+<pre>{_curl(f"{address}/predictions", body, tokens=tokens)}</pre>
 <h3>Replicate</h3>
-<pre>{_curl("/v1/models/flux-sprites/flux-sprites/predictions", body, "Prefer: wait", tokens=tokens)}</pre>
-<p>Replicate’s own clients need two variables:</p>
-<pre>export REPLICATE_BASE_URL={ADDRESS} REPLICATE_API_TOKEN={'"$TOKEN"' if tokens else "any"}</pre>
+<pre>{_curl(f"{address}/v1/models/flux-sprites/flux-sprites/predictions", body, "Prefer: wait", tokens=tokens)}</pre>
+<p>Replicate’s client for Python needs two variables, and that for JavaScript its base URL:</p>
+<pre>export REPLICATE_BASE_URL={escape(address)} REPLICATE_API_TOKEN={'"$TOKEN"' if tokens else "any"}</pre>
+<pre>new Replicate({{ auth: {"process.env.TOKEN" if tokens else '"any"'}, baseUrl: "{escape(address)}/v1" }})</pre>
 <h2 id="inputs">Inputs</h2>
 <dl>{rows}</dl>
 <h2 id="endpoints">Endpoints</h2>
@@ -152,12 +155,6 @@ carries inputs as JSON; the answer says how the prediction ended, and has its ou
 </body>
 </html>
 """
-
-
-def _resolved(field: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
-    """An input with its choices, which Cog's document keeps in a schema of their own."""
-    choices = (schemas[part["$ref"].rpartition("/")[2]] for part in field.get("allOf", []))
-    return {key: value for part in choices for key, value in part.items() if key in ("enum", "type")} | field
 
 
 def _input(name: str, field: dict[str, Any], required: bool) -> str:
@@ -190,9 +187,9 @@ def _example(field: dict[str, Any]) -> object:
     return {"string": "a red fox", "boolean": True}.get(field["type"], number)
 
 
-def _curl(path: str, body: str, *headers: str, tokens: bool) -> str:
+def _curl(url: str, body: str, *headers: str, tokens: bool) -> str:
     """A command that asks for a prediction."""
-    lines = [f"curl {ADDRESS}{path}", "-H 'Content-Type: application/json'", *(f"-H '{header}'" for header in headers)]
+    lines = [f"curl {url}", "-H 'Content-Type: application/json'", *(f"-H '{header}'" for header in headers)]
     if tokens:
         lines.append('-H "Authorization: Bearer $TOKEN"')
     return escape(" \\\n  ".join([*lines, f"-d {shlex.quote(body)}"]), quote=False)

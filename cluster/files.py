@@ -202,6 +202,11 @@ class Inlined:
     # Of all, in bytes.
     length: int
 
+    @classmethod
+    def of(cls, files: Files, *parts: bytes) -> "Inlined":
+        """JSON without files."""
+        return cls(files, parts, sum(map(len, parts)))
+
     def between(self, head: bytes, tail: bytes) -> "Inlined":
         """The same with JSON before it and after it."""
         return Inlined(self.files, [head, *self.parts, tail], len(head) + self.length + len(tail))

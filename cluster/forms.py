@@ -30,8 +30,8 @@ class Forms:
         """JSON in the form of the API through which it came."""
         if prediction.api != "replicate":
             return await self.cog(prediction)
-        body = (await asyncio.to_thread(compact, self.replicate(prediction, prediction.base_url))).encode()
-        return Inlined(self.files, [body], len(body))
+        body = await asyncio.to_thread(compact, self.replicate(prediction, prediction.base_url))
+        return Inlined.of(self.files, body.encode())
 
     async def cog(self, prediction: Prediction, **changes: object) -> Inlined:
         """JSON as Cog's webhooks and answers have it: files inside, as data URIs."""
@@ -42,7 +42,7 @@ class Forms:
         head = (await asyncio.to_thread(compact, before)).removesuffix("}").encode()
         tail = f',"status":{compact(prediction.status)}}}'.encode()
         if prediction.output is None:
-            return Inlined(self.files, [head, tail], len(head) + len(tail))
+            return Inlined.of(self.files, head, tail)
         output = await self.files.inline_output(prediction.output)
         return output.between(head + b',"output":', tail)
 
@@ -78,8 +78,8 @@ class Forms:
         if output.length > INLINE_BYTES:
             size, most = output.length / MIB, INLINE_BYTES // MIB
             notice = f"The outputs are shown as URLs: as data URIs they are {size:.0f} MiB, and may be {most}.\n"
-            body = compact({**shown, "logs": notice + shown["logs"]}).encode()
-            return Inlined(self.files, [body], len(body))
+            shown["logs"] = notice + shown["logs"]
+            output = Inlined.of(self.files, compact(shown["output"]).encode())
         del shown["output"]
         head = (await asyncio.to_thread(compact, shown)).removesuffix("}").encode()
         return output.between(head + b',"output":', b"}")

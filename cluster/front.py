@@ -31,7 +31,7 @@ from cluster.bodies import Bodies
 from cluster.cog_api import CogApi
 from cluster.connections import UVICORN, allow_many_connections
 from cluster.dispatcher import Dispatcher
-from cluster.docs_page import DocsPage, render
+from cluster.docs_page import DocsPage
 from cluster.failures import places
 from cluster.files import Files
 from cluster.forms import Forms
@@ -143,7 +143,7 @@ class Front:
             secret,
             self.settings.outputs,
         )
-        docs = DocsPage(render(self.schema.document, tokens=bool(self.settings.api_tokens)), addresses)
+        docs = DocsPage(self.schema.document, bool(self.settings.api_tokens), addresses)
         application = Starlette(
             routes=[Route("/-/healthz", self._probe), *docs.routes(), *cog.routes(), *replicate.routes()],
             middleware=[Middleware(Authorised, tokens=self.settings.api_tokens)],

@@ -92,7 +92,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         settings = ClusterSettings.from_environment()
-        trusted_authorities()
+        trusted_authorities()  # of a wrong SSL_CERT_FILE it tells now, before anything starts
     except ValueError as error:
         sys.exit(str(error))
     if not (options.project / "predict.py").is_file():
@@ -173,6 +173,8 @@ def _start(options: argparse.Namespace, settings: ClusterSettings) -> None:
     import torch  # heavy, and nothing else here needs it
 
     gpus = torch.cuda.device_count()
+    if 0 < gpus < options.workers:
+        sys.exit(f"--workers is {options.workers}; each needs a GPU, and this machine has {gpus}.")
     os.environ.update(environment())
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 

@@ -170,7 +170,7 @@ class Webhooks:
             logger.warning(
                 "A webhook of prediction %.130r cannot be sent: its receiver's certificate is not valid: %s",
                 prediction.id,
-                untrusted(error),
+                untrusted(error) or error.certificate_error,
             )
             return True
         # Such a URL, or such an id in a header, can never be sent; aiohttp's InvalidURL is a ValueError.

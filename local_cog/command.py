@@ -12,7 +12,6 @@ import shlex
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,17 +19,11 @@ from local_cog import schema
 from local_cog.inputs import read_inputs
 from local_cog.outputs import Place
 from local_cog.server import CogServer, exit_on_signals, failure, files
+from service.lines import say
 from settings import ROOT
 
 # A progress bar as tqdm draws it; it is redrawn in place.
 BAR = re.compile(r"\d+%\|")
-
-
-def say(text: str, end: str = "\n") -> None:
-    """Tell a person something beside the paths of the pictures; whether somebody reads it does not matter to those."""
-    if sys.stderr:  # else print would take stdout
-        with suppress(OSError):
-            print(text, end=end, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -122,12 +115,17 @@ def keep(pictures: list[tuple[str, bytes]], place: Place) -> None:
 
 
 def quoted(words: list[str]) -> str:
-    """What to write instead of words that belong to no input, from the whole command line."""
+    """What to write instead of words that belong to no option, from the whole command line."""
     first = sys.argv.index(words[0])
     option, before = sys.argv[first - 2 : first] if first > 2 else ("", "")
-    # A value without its quotes falls apart into words: they belong to the input that they follow.
-    pair = " ".join([before if option == "-i" and "=" in before else "prompt=", *words])
-    key, _, value = pair.partition("=")
+    if option in ("-o", "--like"):  # a path without its quotes has fallen apart into words
+        return f"{option} {shlex.quote(' '.join([before, *words]))}"
+    if re.match(r"\w+=", words[0]):  # -i is missing
+        option, before, words = "-i", words[0], words[1:]
+    elif option != "-i" or "=" not in before:
+        before = "prompt="
+    named = next((index for index, word in enumerate(words) if re.match(r"\w+=", word)), len(words))
+    key, _, value = " ".join([before, *words[:named]]).partition("=")
     return f"-i {key}={shlex.quote(value.strip())}"
 
 

@@ -9,16 +9,18 @@ import json
 import math
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from local_cog import schema
 from local_cog.data_uri import file_uri
 from local_cog.server import MAX_FILE_BYTES
+from service.lines import say
 
-# Inputs that take a LoRA: a text, by their type, as a prompt is; and what no name of a LoRA looks like.
+# Inputs that take a LoRA by its name or address. A text in them that looks like this is a path, and where a file lies
+# there, the @ was forgotten.
 LORAS = ("replicate_weights", "extra_lora")
 PATH = re.compile(r"[./~].*|.*\.(?:safetensors|tar|t?gz|zip)", re.IGNORECASE)
 # What says how large a picture is; with an image, none of it counts.
@@ -49,7 +51,7 @@ def read_inputs(pairs: list[str], document: dict[str, Any], like: Path | None = 
     Raises:
         ValueError: a sentence for each input that is wrong, which says what would be right, in lines.
     """
-    allowed = fields(document)
+    allowed = schema.inputs(document)
     said = _named(pairs, allowed)
     inputs = _drawn_by(like, said, allowed) if like else {}
     problems = {key: f"{like}: {sentence}" for key, sentence in _wrong(inputs, allowed)}
@@ -60,8 +62,8 @@ def read_inputs(pairs: list[str], document: dict[str, Any], like: Path | None = 
         problems.pop(key, None)
         try:
             if text.startswith("@") and _is_free(field):
-                inputs[key] = _content(key, text[1:], room)
-                room -= Path(text[1:]).expanduser().stat().st_size
+                inputs[key], size = _content(key, text[1:], room)
+                room -= size
             elif text != "null" or (_is_free(field) and "format" not in field):  # Cog refuses null itself
                 inputs[key] = _typed(_unless_file(key, text, field), field["type"])
         except ValueError as error:
@@ -73,15 +75,6 @@ def read_inputs(pairs: list[str], document: dict[str, Any], like: Path | None = 
     if problems:
         raise ValueError("\n".join(problems.values()))
     return inputs
-
-
-def fields(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What may stand in each input by the document, where choices lie apart from the inputs."""
-    schemas = document["components"]["schemas"]
-    return {
-        name: field | (schemas[field["allOf"][0]["$ref"].rpartition("/")[2]] if "allOf" in field else {})
-        for name, field in schemas["Input"]["properties"].items()
-    }
 
 
 def _named(pairs: list[str], allowed: Mapping[str, object]) -> dict[str, str]:
@@ -109,8 +102,8 @@ def _is_free(field: dict[str, Any]) -> bool:
     return field["type"] == "string" and "enum" not in field
 
 
-def _content(key: str, name: str, room: int) -> str:
-    """A file as it is sent."""
+def _content(key: str, name: str, room: int) -> tuple[str, int]:
+    """A file as it is sent, and its size."""
     if not _is_file(name):
         raise ValueError(f"{key}: there is no file {name!r}.")
     path = Path(name).expanduser()
@@ -121,7 +114,7 @@ def _content(key: str, name: str, room: int) -> str:
             "its URL."
         )
     try:
-        return file_uri(path)
+        return file_uri(path), size
     except OSError as error:
         raise ValueError(f"{key}: {name!r} cannot be read: {error.strerror}.") from None
 
@@ -214,7 +207,7 @@ def _drawn_by(picture: Path, said: Mapping[str, str], allowed: Mapping[str, obje
         )
     if left_out := [name for name in made if name not in DRAWN_BY or name not in allowed]:
         names = ", ".join(map(repr, left_out))[:SHOWN]
-        print(f"{picture} also says {names}, which --like does not take.", file=sys.stderr)
+        say(f"{picture} also says {names}, which --like does not take.")
     if from_image:
         left_out += SIZE
     elif "aspect_ratio" in said:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from local_cog.inputs import fields
+from local_cog import schema
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Place:
         Raises:
             ValueError: a sentence: there is no such format, or the input says another one.
         """
-        formats = fields(document).get("output_format", {}).get("enum")
+        formats = schema.inputs(document).get("output_format", {}).get("enum")
         if not self.suffix or not formats:
             return {**inputs}
         written = self.suffix[1:].lower()

@@ -38,6 +38,15 @@ class NotLiteral(Exception):  # noqa: N818 (a fact about an expression; only som
     """The expression has no value without running it."""
 
 
+def inputs(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What may stand in each input by an OpenAPI document, which keeps choices in schemas of their own."""
+    schemas = document["components"]["schemas"]
+    return {
+        name: (schemas[field["allOf"][0]["$ref"].rpartition("/")[2]] if "allOf" in field else {}) | field
+        for name, field in schemas["Input"]["properties"].items()
+    }
+
+
 def derive(source: str, predictor: str = "Predictor") -> dict[str, Any]:
     """The OpenAPI document of a predictor.
 

@@ -159,11 +159,14 @@ class CogServer:
             except OSError:  # it is not there yet
                 health = {"status": "STARTING"}
             silent = 0
-            if health["status"] in ("READY", "BUSY"):  # with what somebody has sent since the last look
-                return
-            if health["status"] != "STARTING":
-                reason = re.sub(r"^.*[Ss]etup failed: (\w+Error: )?", "", health["setup"]["logs"], flags=re.DOTALL)
-                raise RuntimeError(f"The predictor's setup failed: {reason}")
+            match health["status"]:
+                case "READY" | "BUSY":  # with what somebody has sent since the last look
+                    return
+                case "SETUP_FAILED":
+                    reason = re.sub(r"^.*[Ss]etup failed: (\w+Error: )?", "", health["setup"]["logs"], flags=re.DOTALL)
+                    raise RuntimeError(f"The predictor's setup failed: {reason}")
+                case "UNHEALTHY" | "DEFUNCT":
+                    raise RuntimeError(f"The predictor cannot go on: {_reason(health)}")
             time.sleep(0.1)
         raise RuntimeError(f"The server was not ready within {seconds:g} seconds.")
 

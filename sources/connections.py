@@ -209,7 +209,7 @@ class _HTTPSPool(urllib3.HTTPSConnectionPool):
 
 @functools.cache
 def trusted_authorities() -> ssl.SSLContext:
-    """TLS by the system's authorities (or SSL_CERT_FILE's), and by certifi's, since slim images have none.
+    """TLS by the system's authorities, by certifi's, since slim images have none, and by SSL_CERT_FILE's.
 
     Raises:
         ValueError: a sentence, where SSL_CERT_FILE has none; OpenSSL alone would pass over that, and say later that it
@@ -224,14 +224,14 @@ def trusted_authorities() -> ssl.SSLContext:
             raise ValueError(
                 "SSL_CERT_FILE names no file of certificates in PEM that can be read; it must, or be unset."
             ) from None
-    context.set_alpn_protocols(["http/1.1"])
+    context.set_alpn_protocols(["http/1.1"])  # what uses it speaks nothing newer
     return context
 
 
 def untrusted(error: Exception) -> str | None:
     """What is wrong with a host's certificate, in what follows a colon; None where an error is about something else.
 
-    The variables that requests and curl read for this, REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE, nothing reads here.
+    REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE, which requests and curl read, are not read here.
     """
     found = re.search(r"certificate verify failed: (.*?)\.? \(_ssl\.c", str(error))
     if found is None:

@@ -1,5 +1,6 @@
 # ruff: noqa: E402 (what is read when huggingface_hub is imported has to be set before)
 import os
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -18,7 +19,7 @@ from huggingface_hub import constants
 
 from harness.hosts import Host
 from local_cog.server import CogServer
-from settings import MINIATURE, Settings
+from settings import MINIATURE, ROOT, Settings
 from tests.support.caches import DISK, SECRET, check_cache
 
 
@@ -30,6 +31,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
     with CogServer(environment=environment, log=directory / "log") as running:
         running.wait_until_ready()
         yield running
+
+
+@pytest.fixture(scope="session")
+def node_modules() -> Path:
+    """Replicate's client for JavaScript, as its registry has it."""
+    if not shutil.which("npm"):
+        pytest.skip("npm is not installed")
+    client = ROOT / "tests" / "cluster" / "replicate_client"
+    # Without a network it gives up in seconds, not in minutes.
+    install = ["npm", "ci", "--no-audit", "--no-fund", "--fetch-retries=0", "--fetch-timeout=20000"]
+    done = subprocess.run(install, cwd=client, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"npm could not install replicate: {done.stderr[-200:]}")
+    return client / "node_modules"
 
 
 @pytest.fixture

@@ -334,6 +334,12 @@ def test_a_full_stdout_is_said_in_one_sentence(project: Path) -> None:
         (["-i", "prompt=a", "red", "fox's"], """-i prompt='a red fox'"'"'s'"""),
         (["-i", "prompt=a", "-i", "output_format=zorp*0.8", "+", "bold"], "-i output_format='zorp*0.8 + bold'"),
         (["-i", "prompt", "fox"], "-i prompt=fox"),
+        (["prompt=a red fox"], "-i prompt='a red fox'"),
+        (["prompt=a", "red", "fox", "seed=7"], "-i prompt='a red fox'"),
+        (["-i", "prompt=a", "seed=7"], "-i seed=7"),
+        (["-i", "prompt=a", "red", "fox", "seed=7"], "-i prompt='a red fox'"),
+        (["-i", "prompt=a", "-o", "my", "fox.webp"], "-o 'my fox.webp'"),
+        (["--like", "my", "fox.webp"], "--like 'my fox.webp'"),
     ],
 )
 def test_words_without_a_name_get_one(project: Path, words: list[str], right: str) -> None:

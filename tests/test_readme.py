@@ -28,7 +28,6 @@ SERVERS = ("script/serve", "script/cluster")
 TOKEN = "s3cr3t-of-civitai"
 # Longer than any block takes on a machine that has other work.
 LONGEST = 300
-NODE_MODULES = ROOT / "tests" / "cluster" / "replicate_client" / "node_modules"
 
 
 def sections() -> dict[str, list[tuple[str, str]]]:
@@ -98,7 +97,6 @@ def run(language: str, code: str, folder: Path, environment: Mapping[str, str]) 
         case "python":
             command = [sys.executable, "-c", code]
         case "js":
-            (folder / "node_modules").symlink_to(NODE_MODULES)
             (folder / "snippet.mjs").write_text(code)
             command = ["node", "snippet.mjs"]
     done = subprocess.run(
@@ -117,18 +115,16 @@ def run(language: str, code: str, folder: Path, environment: Mapping[str, str]) 
 
 @pytest.mark.parametrize("heading", sections())
 def test_what_is_printed_works_as_printed(
-    heading: str, reader: Path, environment: Mapping[str, str], host: Host
+    heading: str, reader: Path, environment: Mapping[str, str], host: Host, request: pytest.FixtureRequest
 ) -> None:
     blocks = sections()[heading]
-    if "script/cluster" in str(blocks) and find_spec("ray") is None:
+    printed = "".join(code for _, code in blocks)
+    if "script/cluster" in printed and find_spec("ray") is None:
         pytest.skip("the cluster needs cluster/requirements.txt")
-    for language, tool in (("js", "node"), ("sh", "curl")):
-        if (
-            language in dict(blocks)
-            and tool in ("node", *re.findall(r"\bcurl\b", str(blocks)))
-            and not shutil.which(tool)
-        ):
-            pytest.skip(f"{tool} is not installed")
+    if "curl " in printed and not shutil.which("curl"):
+        pytest.skip("curl is not installed")
+    if "js" in dict(blocks):
+        (reader / "node_modules").symlink_to(request.getfixturevalue("node_modules"))
     ports = {"5000": str(free_port()), "8000": str(free_port())}
     with contextlib.ExitStack() as stack:
         for language, code in blocks:
@@ -137,8 +133,8 @@ def test_what_is_printed_works_as_printed(
                 stack.enter_context(running(code.strip(), reader, environment))
             else:
                 run(language, code, reader, environment)
-    for place in re.findall(r"(?:huggingface\.co|fofr)/([\w-]+)", str(blocks)):
-        assert any(place in request.path for request in host.seen)
+    for place in re.findall(r"(?:huggingface\.co|fofr|civitai\.com/models)/([\w-]+)", printed):
+        assert any(place in asked.path for asked in host.seen)
 
 
 def sentences() -> list[str]:

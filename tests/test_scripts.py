@@ -33,6 +33,11 @@ class Predictor(BasePredictor):
         if os.environ.get("BROKEN"):
             raise ValueError("BROKEN is set; it must not be.")
 
+    def healthcheck(self) -> bool:
+        if os.environ.get("UNWELL"):
+            raise ValueError("The live weights are not what they were.")
+        return True
+
     def predict(
         self,
         prompt: str = Input(description="what to do"),
@@ -132,6 +137,7 @@ def test_a_script_imports_nothing_from_where_it_is_called_and_finds_its_project(
     [
         (["-i", "prompt=fail"], {}, "A mask needs an image."),
         (["-i", "prompt=a"], {"BROKEN": "1"}, "The predictor's setup failed: BROKEN is set; it must not be."),
+        (["-i", "prompt=a"], {"UNWELL": "1"}, "The predictor cannot go on: The live weights are not what they were."),
     ],
 )
 def test_a_failure_is_one_sentence(

@@ -171,8 +171,10 @@ def test_webp_is_known_where_the_system_knows_no_types(tmp_path: Path, monkeypat
     with monkeypatch.context() as patched:
         patched.setattr(mimetypes, "knownfiles", [])
         mimetypes.init()
+    try:
         (path,) = keep(tmp_path, b"drawn").output
         with front(tmp_path) as server:
             assert get(server, headers=PYTHON)["output"] == [uri(b"drawn", "image/webp")]
             assert server.request("GET", path)[1]["content-type"] == "image/webp"
-    mimetypes.init()
+    finally:
+        mimetypes.init()

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -402,19 +401,6 @@ def test_no_form_of_a_reference_is_shown_or_kept_with_its_secret(cluster: Cluste
 CLIENTS = Path(__file__).parent / "replicate_client"
 
 
-@pytest.fixture(scope="module")
-def javascript() -> str:
-    """Node, with Replicate's client for JavaScript as its registry has it."""
-    if not shutil.which("npm"):
-        pytest.skip("npm is not installed")
-    # Without a network it gives up in seconds, not in minutes.
-    install = ["npm", "ci", "--no-audit", "--no-fund", "--fetch-retries=0", "--fetch-timeout=20000"]
-    done = subprocess.run(install, cwd=CLIENTS, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"npm could not install replicate: {done.stderr[-200:]}")
-    return "node"
-
-
 def told_by(program: str, script: str, cluster: Cluster, folder: Path) -> dict[str, Any]:
     """What a script of Replicate's client sees; its files are in a folder."""
     variables = {"REPLICATE_API_TOKEN": TOKEN, "REPLICATE_BASE_URL": cluster.url, "BASE_URL": f"{cluster.url}/v1"}
@@ -456,8 +442,9 @@ def test_replicates_documentation_works_in_python(cluster: Cluster, tmp_path: Pa
         assert text.startswith(f"{cluster.url}/files/")
 
 
-def test_replicates_documentation_works_in_javascript(javascript: str, cluster: Cluster, tmp_path: Path) -> None:
-    seen = documented(javascript, "documented.mjs", cluster, tmp_path)
+@pytest.mark.usefixtures("node_modules")
+def test_replicates_documentation_works_in_javascript(cluster: Cluster, tmp_path: Path) -> None:
+    seen = documented("node", "documented.mjs", cluster, tmp_path)
     assert [(tmp_path / f"{name}.webp").read_text() for name in ("written", "streamed")] == [
         "written 4 dev",
         "streamed 4 dev",
@@ -466,8 +453,9 @@ def test_replicates_documentation_works_in_javascript(javascript: str, cluster: 
     assert seen == {"url": "data:", "blob": ["image/webp", "blob 4 dev"], "valid": True}
 
 
-def test_the_javascript_client_works_unchanged(javascript: str, cluster: Cluster, tmp_path: Path) -> None:
-    seen = told_by(javascript, "client.mjs", cluster, tmp_path)
+@pytest.mark.usefixtures("node_modules")
+def test_the_javascript_client_works_unchanged(cluster: Cluster, tmp_path: Path) -> None:
+    seen = told_by("node", "client.mjs", cluster, tmp_path)
     progress = seen.pop("progress")
     assert (progress[0], progress[-1]) == ("starting", "succeeded")
     assert seen.pop("webhooks") == [["processing", True, False], ["succeeded", True, False]]
