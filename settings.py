@@ -115,6 +115,12 @@ class Settings:
                 )
             return int(gib * GIB)
 
+        def endpoint(name: str, fallback: str) -> str:
+            url = text(name, fallback).rstrip("/")
+            if not re.match("https?://[^/]", url):  # it is not shown: it may have a login
+                raise ValueError(f"{name} is no address of a host; it must begin with https:// or http://.")
+            return url
+
         dev = text("FLUX_DEV", default.dev)
         loras_dir = text("LORAS_DIR", str(ROOT / "mini" / "loras") if dev == MINIATURE.dev else None)
         return cls(
@@ -133,11 +139,11 @@ class Settings:
             allow_private_hosts=bool(switch("WEIGHTS_ALLOW_PRIVATE_HOSTS", environ)),
             proxies=_proxies(environ),
             hf_token=text("HF_TOKEN"),
-            hf_endpoint=text("HF_ENDPOINT", cls.hf_endpoint).rstrip("/"),
+            hf_endpoint=endpoint("HF_ENDPOINT", cls.hf_endpoint),
             civitai_token=text("CIVITAI_API_TOKEN"),
-            civitai_endpoint=text("CIVITAI_ENDPOINT", cls.civitai_endpoint).rstrip("/"),
+            civitai_endpoint=endpoint("CIVITAI_ENDPOINT", cls.civitai_endpoint),
             replicate_token=text("REPLICATE_API_TOKEN"),
-            replicate_endpoint=text("REPLICATE_ENDPOINT", cls.replicate_endpoint).rstrip("/"),
+            replicate_endpoint=endpoint("REPLICATE_ENDPOINT", cls.replicate_endpoint),
         )
 
     def __repr__(self) -> str:
@@ -182,7 +188,7 @@ class Settings:
 def _place(named: str) -> str:
     """A folder within the project by its path there, another one by its name alone; what names a repo as it is."""
     named = _without_secrets(named).removeprefix(f"{ROOT}{os.sep}")
-    return f"…/{Path(named).name}" if named.startswith(("/", "~")) else named
+    return f"…/{Path(named).name}" if named.startswith(("/", "~", "..", "file:")) else named
 
 
 def _without_secrets(url: str) -> str:

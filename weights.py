@@ -31,6 +31,7 @@ from sources.archives import choose, unpack
 from sources.base_models import on_disk, outline, snapshot
 from sources.choices import read_choices, read_own_choices
 from sources.client import Client, Patience, Source, Stream, UnavailableError
+from sources.connections import trusted_authorities
 from sources.contents import Contents, copy_checked, trigger_words_in
 from sources.download import Download
 from sources.hosts import resolve
@@ -108,10 +109,14 @@ class WeightsCache:
     Args:
         settings: the directory and its budget, tokens, mirrors.
         patience: how long a host may keep a request waiting.
+
+    Raises:
+        ValueError: a sentence, where SSL_CERT_FILE is none.
     """
 
     def __init__(self, settings: Settings, patience: Patience = Patience()) -> None:  # noqa: B008 (frozen)
         self._settings, self._patience = settings, patience
+        trusted_authorities()  # tells an operator now that SSL_CERT_FILE is none, rather than the first request
 
     def choices(self, text: str, scale: float, *, own: bool = False) -> list[LoraChoice]:
         """The LoRAs that an input names; those of the library are there.

@@ -27,7 +27,9 @@ STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 _HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 # The empty icon keeps browsers from asking for one.
 POLICY = f"default-src 'none'; style-src 'sha256-{_HASH}'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
+# A cache that did not tell hosts apart would show one reader another's address, to which tokens are sent.
 HEADERS = {
+    "cache-control": "no-store",
     "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -37,8 +39,8 @@ _BACKTICKED, _AS_CODE = re.compile("`([^`]+)`"), r"<code>\1</code>"
 
 COGS = {
     "GET /": "what is where, as JSON",
-    "GET /health-check": "whether the next prediction would be taken: <code>STARTING</code>, <code>READY</code>, "
-    "<code>BUSY</code>, <code>SETUP_FAILED</code>",
+    "GET /health-check": "<code>STARTING</code> until a worker draws, when predictions wait for it, or "
+    "<code>SETUP_FAILED</code>; then <code>READY</code>, and <code>BUSY</code> while the next one would be refused",
     "GET /openapi.json": "the inputs and the output, for programs",
     "POST /predictions": "a prediction, waited for; with <code>Prefer: respond-async</code> its end is told to the "
     "<code>webhook</code> of the body",
@@ -65,8 +67,13 @@ REPLICATES = {
     "GET /files/{file_id}/{name}": "an output, at the address that its prediction names, for an hour",
 }
 ANSWERS = {
+    "400": "The body cannot be read; the answer says where.",
     "401": "The token is missing or wrong; it goes into the header <code>Authorization: Bearer …</code>.",
+    "403": "Where no token is needed: the request may come from a web page that is none of this cluster’s.",
+    "404": "There is no such prediction, file or endpoint; a file is kept for an hour, a prediction for a day.",
     "409": "Never from here. A single Cog server answers it while it is busy; here a prediction waits for its turn.",
+    "413": "The body is too large.",
+    "415": "The body must be JSON, and its <code>Content-Type</code> say so.",
     "422": "An input is not as it must be. The answer names each one, and says what would be right.",
     "503": "Not now: too many predictions wait, or the database is away. Nothing was accepted; ask again after the "
     "seconds that <code>Retry-After</code> says.",
@@ -129,7 +136,7 @@ def render(document: dict[str, Any], address: str, *, tokens: bool) -> str:
 carries inputs as JSON; the answer says how the prediction ended, and has its output.</p>
 <nav>
 <a href="#ask">Ask</a> <a href="#inputs">Inputs</a> <a href="#endpoints">Endpoints</a> <a href="#answers">Answers</a>
-<a href="openapi.json">openapi.json</a>
+{"" if tokens else '<a href="openapi.json">openapi.json</a>'}
 </nav>
 </header>
 <main>
@@ -161,7 +168,7 @@ def _input(name: str, field: dict[str, Any], required: bool) -> str:
     """One input as people read it."""
     kind = "file: a URL, or a data URI" if field.get("format") == "uri" else field["type"]
     default = json.dumps(field["default"], ensure_ascii=False) if field.get("default") is not None else None
-    bounds = " to ".join(f"{field[bound]:g}" for bound in ("minimum", "maximum") if bound in field)
+    bounds = " to ".join(json.dumps(field[bound]) for bound in ("minimum", "maximum") if bound in field)
     if bounds and "maximum" not in field:
         bounds = f"at least {bounds}"
     elif bounds and "minimum" not in field:

@@ -76,13 +76,18 @@ class Files:
         return await asyncio.to_thread(self.system.cat_file, self._path(file_id))
 
     async def open(self, file_id: str) -> tuple[int, BinaryIO]:
-        """The size of a file, and itself; FileNotFoundError where it has expired."""
+        """The size of a file, and itself; FileNotFoundError where it has expired, a Failure where it cannot be read."""
         return await asyncio.to_thread(self._open, file_id)
 
     def _open(self, file_id: str) -> tuple[int, BinaryIO]:
-        file = self.system.open(self._path(file_id), "rb")
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
+        try:
+            file = self.system.open(self._path(file_id), "rb")
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # fsspec's, and those of what it opens the store with
+            raise Failure("The cluster's store of files cannot be read; try again later.") from error
         return size, file
 
     async def delete(self, file_ids: Collection[str]) -> None:
@@ -120,7 +125,7 @@ class Files:
 
         Args:
             base: the front's address, where the URL of a file that has expired, or cannot be read, is to stand for it.
-                Without it null stands for one that has expired, and one that cannot be read is an error.
+                Without it null stands for one that has expired, and one that cannot be read is a Failure.
         """
 
         def plan() -> tuple[list[bytes | str], int]:
@@ -130,8 +135,8 @@ class Files:
                 try:
                     size, file = self._open(file_id)  # what cannot be opened later would cut the answer off
                     file.close()
-                except Exception as error:
-                    if not isinstance(error, FileNotFoundError):
+                except (FileNotFoundError, Failure) as error:
+                    if isinstance(error, Failure):
                         if base is None:
                             raise
                         logger.warning("A file cannot be read, and is shown by its URL: %s", places(error))

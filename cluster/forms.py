@@ -75,11 +75,11 @@ class Forms:
         """As Replicate shows it, but with its files inside, as data URIs; where they are too large, the log says so."""
         shown = self.replicate(prediction, base)
         output = await self.files.inline_output(prediction.output, base)
-        if output.length > INLINE_BYTES:
+        if output.length > INLINE_BYTES and len(output.parts) > 1:
             size, most = output.length / MIB, INLINE_BYTES // MIB
             notice = f"The outputs are shown as URLs: as data URIs they are {size:.0f} MiB, and may be {most}.\n"
             shown["logs"] = notice + shown["logs"]
-            output = Inlined.of(self.files, compact(shown["output"]).encode())
+            output = Inlined.of(self.files, (await asyncio.to_thread(compact, shown["output"])).encode())
         del shown["output"]
         head = (await asyncio.to_thread(compact, shown)).removesuffix("}").encode()
         return output.between(head + b',"output":', b"}")

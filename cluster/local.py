@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 
 from cluster.settings import ClusterSettings
-from local_cog.server import LOOPBACK, check_address, past_proxies, read_port, url
-from settings import ROOT
+from local_cog import schema
+from local_cog.server import LOOPBACK, check_address, free_port, past_proxies, read_port, url
+from settings import ROOT, Settings
 from sources.connections import trusted_authorities
 
 # Of Serve: no thread of their own for a front's or a worker's code and for finding a worker, since none of it blocks
@@ -90,13 +91,22 @@ def main() -> None:
     parser.add_argument("--host", default=LOOPBACK, help="address to bind (default: %(default)s, this machine alone)")
     parser.add_argument("--port", type=read_port, default=8000, help="port to bind (default: %(default)s)")
     options = parser.parse_args()
-    try:
-        settings = ClusterSettings.from_environment()
-        trusted_authorities()  # of a wrong SSL_CERT_FILE it tells now, before anything starts
-    except ValueError as error:
-        sys.exit(str(error))
+    options.project = options.project.resolve()
+    # Ray's processes look for modules first where this one is: a caller's own settings.py must not win. Relative paths
+    # of the environment begin here too.
+    os.chdir(ROOT)
     if not (options.project / "predict.py").is_file():
         sys.exit("--project must be a folder with a predict.py in it.")
+    try:
+        # What would end fronts and workers again and again is told now, before anything starts.
+        settings = ClusterSettings.from_environment()
+        trusted_authorities()
+        schema.derive((options.project / "predict.py").read_text(encoding="utf-8"))
+        if options.project == ROOT:
+            Settings.from_environment(cuda=False)
+    except (ValueError, SyntaxError) as error:
+        sys.exit(str(error))
+    options.port = options.port or free_port()
     try:
         # Fronts share their port with whoever does so too, such as another cluster.
         check_address(options.host, options.port)
@@ -166,9 +176,6 @@ def _reap(child: int) -> int | None:
 
 def _start(options: argparse.Namespace, settings: ClusterSettings) -> None:
     """Start the nodes and the application on them."""
-    project = str(options.project.resolve())
-    # Ray's processes look for modules first where this one is: a caller's own settings.py must not win.
-    os.chdir(ROOT)
     _open_stores(settings)
     import torch  # heavy, and nothing else here needs it
 
@@ -196,7 +203,7 @@ def _start(options: argparse.Namespace, settings: ClusterSettings) -> None:
     for _ in range(options.nodes - 1):
         nodes.add_node(**node | {"num_gpus": 0})
     ray.init(nodes.address, logging_level="WARNING")
-    named = {"project": project, "gpus_per_worker": 1 if gpus else 0}
+    named = {"project": str(options.project), "gpus_per_worker": 1 if gpus else 0}
     arguments = Arguments(**vars(options) | named)
     serve.start(proxy_location="Disabled")
     serve.run(application(arguments), name=APPLICATION, route_prefix=None)

@@ -110,7 +110,7 @@ def _outputs(text: str) -> Literal["url", "data"] | None:
             return None
         case "url" | "data":
             return text
-    raise ValueError(f"OUTPUTS is {text!r}; it must be url or data.")
+    raise ValueError(f"OUTPUTS is {text[:80]!r}; it must be url or data.")
 
 
 def _network(text: str) -> Network:

@@ -189,7 +189,13 @@ class CogServer:
             Cog's answer: `status`, `output`, `logs`, `metrics`, `error`; `detail` alone where it refused the request.
         """
         method, path = ("PUT", f"/predictions/{prediction_id}") if prediction_id else ("POST", "/predictions")
-        return self._ask(method, path, {"input": inputs})
+        answer = self._ask(method, path, {"input": inputs})
+        # Cog answers just before it frees its slot: wait, so that whoever asks next finds it free, but not for long,
+        # because another prediction may have taken it.
+        settled = time.monotonic() + 0.5
+        while self.health()["status"] == "BUSY" and time.monotonic() < settled:
+            time.sleep(0.01)
+        return answer
 
     def start(self, inputs: Mapping[str, Any], prediction_id: str, **fields: object) -> dict[str, Any]:
         """Start a prediction without waiting; `fields` go beside `input`, such as `webhook`."""

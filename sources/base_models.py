@@ -122,7 +122,8 @@ def _find(model: str) -> Path | HuggingFace:
         if found is not None:
             validate_repo_id(found[1])
             return HuggingFace(found[1], found[2] or "main")
-    raise ValueError(f"{redact(model)!r} is no folder; it must be one, or a Hugging Face repo as owner/repo.")
+    named = f"…/{Path(model).name}" if model.startswith(("/", "~", "..")) else redact(model)
+    raise ValueError(f"{named!r} is no folder; it must be one, or a Hugging Face repo as owner/repo.")
 
 
 @dataclass(frozen=True)

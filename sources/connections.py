@@ -216,7 +216,9 @@ def trusted_authorities() -> ssl.SSLContext:
             does not know who has signed a host's certificate.
     """
     context = ssl.create_default_context()
-    context.load_verify_locations(certifi.where())
+    system = ssl.get_default_verify_paths().openssl_cafile  # which OpenSSL leaves out where SSL_CERT_FILE is set
+    for file in filter(os.path.isfile, (system, certifi.where())):
+        context.load_verify_locations(file)
     if named := os.environ.get("SSL_CERT_FILE"):
         try:
             context.load_verify_locations(named)

@@ -89,6 +89,23 @@ def test_a_mirror_is_shown_without_login_and_query(url: str, shown: str) -> None
     assert "secret" not in text
 
 
+@pytest.mark.parametrize("name", ["HF_ENDPOINT", "CIVITAI_ENDPOINT", "REPLICATE_ENDPOINT"])
+@pytest.mark.parametrize("url", ["me:secret@mirror", "//me:secret@mirror", "https:/me:secret@mirror", "ftp://secret"])
+def test_a_mirror_that_is_no_address_is_refused_and_not_shown(name: str, url: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^{name} is no address of a host; it must begin with https:// or http://\.$"
+    ):
+        Settings.from_environment(cuda=False, environ={name: url})
+
+
+@pytest.mark.parametrize("place", ["/srv/secret/mine", "~/secret/mine", "../../secret/mine", "file:///secret/mine"])
+def test_of_a_folder_elsewhere_its_name_is_shown(place: str) -> None:
+    text = str(Settings.from_environment(cuda=False, environ={"FLUX_DEV": place, "LORAS_DIR": place}))
+    assert text.startswith("Settings: FLUX_DEV=…/mine, ")
+    assert "LORAS_DIR=…/mine, " in text
+    assert "secret" not in text
+
+
 def test_proxies_are_read_in_either_case_and_not_shown() -> None:
     environ = {
         "HTTPS_PROXY": "user:secret@proxy:3128",

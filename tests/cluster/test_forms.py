@@ -50,14 +50,17 @@ def keep(folder: Path, *contents: bytes, **fields: object) -> Prediction:
 @contextmanager
 def front(folder: Path, **variables: str) -> Iterator[Server]:
     """Replicate's API over what was kept."""
-    from cluster.replicate_api import ReplicateApi  # here, for Ray Serve warns when it is imported
+    # Here, for Ray Serve warns when it is imported.
+    from cluster.api_common import exception_handlers
+    from cluster.replicate_api import ReplicateApi
 
     settings = ClusterSettings.from_environment(variables)
     predictions, files = Predictions(f"sqlite:///{folder / 'predictions.db'}"), Files(str(folder / "files"))
     addresses, forms = Addresses(settings.public_url, settings.trusted_proxies), Forms(files, "")
     parts = (None, predictions, files, forms, None, None, None, False, addresses, "", settings.outputs)
     try:
-        with served(Starlette(routes=ReplicateApi(*parts).routes())) as port:
+        routes = ReplicateApi(*parts).routes()
+        with served(Starlette(routes=routes, exception_handlers=exception_handlers())) as port:
             yield Server(port)
     finally:
         predictions.engine.dispose()
@@ -91,6 +94,8 @@ def told(folder: Path, prediction: Prediction) -> dict[str, Any]:
         ({}, JAVASCRIPT, None),
         ({}, {"User-Agent": "an-app/2 replicate-python/1.0.7"}, None),
         ({}, {"User-Agent": "not-replicate-python/1"}, "http://{host}"),
+        ({}, {"User-Agent": "replicate-python/0.25.1"}, "http://{host}"),
+        ({}, {"User-Agent": "replicate-javascript/0.34.1"}, "http://{host}"),
         ({}, PROXY, None),
         ({"TRUSTED_PROXIES": "127.0.0.1"}, PROXY, "https://example.com"),
         ({"PUBLIC_URL": "https://example.com/flux"}, PYTHON, "https://example.com/flux"),
@@ -131,6 +136,12 @@ def test_an_output_that_is_no_file_is_shown_as_it_is(output: object, tmp_path: P
         assert get(server, headers=PYTHON) == get(server)
 
 
+def test_a_text_of_any_length_is_no_file(tmp_path: Path) -> None:
+    keep(tmp_path, output="a" * (INLINE_BYTES + 1))
+    with front(tmp_path) as server:
+        assert get(server, headers=PYTHON)["logs"] == "a bar\n"
+
+
 def test_as_much_as_can_be_drawn_is_shown_inside_and_more_by_urls(tmp_path: Path) -> None:
     picture = bytes(1440 * 1440 * 3 + 9999)  # a PNG that nothing compresses
     kept = keep(tmp_path, *(picture + bytes([number]) for number in range(4)))
@@ -164,6 +175,9 @@ def test_a_file_that_cannot_be_read_keeps_its_url(harm: Callable[[Path], object]
         harm(tmp_path / "files" / first.split("/")[2])
         other = uri(b"drawn too", "image/webp") if left else server.url + second
         assert get(server, headers=PYTHON)["output"] == [server.url + first, other]
+        status, headers, text = server.request("GET", first)
+        assert (status, headers.get("retry-after")) == ((404, None) if harm is Path.unlink else (503, "5"))
+        assert harm is Path.unlink or "The cluster's store of files cannot be read; try again later." in text
 
 
 def test_webp_is_known_where_the_system_knows_no_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,12 @@ def test_a_file_of_certificates_that_is_none_is_one_sentence_before_anything_sta
     )
 
 
+def test_what_would_end_every_worker_is_one_sentence_before_anything_starts(tmp_path: Path) -> None:
+    assert start_of_cluster(LORA_MAX_GB="x").startswith("LORA_MAX_GB is 'x'; it must be a number of gigabytes")
+    (tmp_path / "predict.py").write_text("class Predictor:\n    def predict(self, xs: list[str]) -> str: ...\n")
+    assert start_of_cluster("--project", str(tmp_path)).startswith("The type of xs must be one of ")
+
+
 def test_a_port_that_is_taken_is_not_shared() -> None:
     with socket.create_server((LOOPBACK, 0)) as taken:
         port = taken.getsockname()[1]
