@@ -62,7 +62,11 @@ class LoraChoice:
         object.__setattr__(self, "scale", float(self.scale))
 
     def entry(self, path: str) -> dict[str, object]:
-        """The object that stands for it in JSON, under a name that may be shown."""
+        """The object that stands for it in JSON, under a name that may be shown.
+
+        The operator's own path is not shown, and what its end is called may name another LoRA in a request.
+        """
+        path = f"COG_WEIGHTS:{path}" if self.trusted else path
         more = {"clip": self.clip, "blocks": dict(self.blocks)}
         return {"path": path, "scale": self.scale} | {name: it for name, it in more.items() if it not in (None, {})}
 

@@ -12,6 +12,7 @@ import shlex
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +20,7 @@ from local_cog import schema
 from local_cog.inputs import read_inputs
 from local_cog.outputs import Place
 from local_cog.server import CogServer, exit_on_signals, failure, files
-from service.lines import say
+from service.lines import printable, say
 from settings import ROOT
 
 # A progress bar as tqdm draws it; it is redrawn in place.
@@ -91,15 +92,20 @@ def keep(pictures: list[tuple[str, bytes]], place: Place) -> None:
     written, problem = [], ""
     for number, (suffix, content) in enumerate(pictures):
         path = place.path(number, len(pictures), suffix)
+        aside = path.with_name(f".{path.name}.part")  # should the disk be full, what is there stays whole
         try:
             replaces = path.exists()
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            aside.write_bytes(content)
+            aside.replace(path.resolve())
             if replaces:
-                say(f"Replaced {path}.")
+                say(f"Replaced {printable(str(path))}.")
         except OSError as error:
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
             place = Place(Path(tempfile.mkdtemp(prefix="flux-sprites-")))
-            problem = f"{path} could not be written: {error.strerror}. What was drawn is in {place.folder}."
+            shown = printable(str(path))
+            problem = f"{shown} could not be written: {error.strerror}. What was drawn is in {place.folder}."
             path = place.path(number, len(pictures), suffix)
             path.write_bytes(content)
         written.append(path)
@@ -146,12 +152,15 @@ def main() -> None:
         "--like", metavar="PICTURE", type=Path, help="draw this picture again, with what -i says in place of its own"
     )
     arguments, words = parser.parse_known_args()
+    words = [word for word in words if word != "--"]
     if options := [word for word in words if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(options)}")
     if words:
         parser.exit(2, f"Inputs are given by name, and with quotes around spaces: {quoted(words)} is right.\n")
     try:
         exit_on_signals()
+        if sys.stdout:
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be what a terminal cannot show
         document, place = schema.write(ROOT), Place.read(arguments.place)
         inputs = place.agree(read_inputs(arguments.pairs, document, arguments.like), document)
         place.check()

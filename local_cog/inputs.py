@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -61,7 +62,8 @@ def read_inputs(pairs: list[str], document: dict[str, Any], like: Path | None = 
         inputs.pop(key, None)
         problems.pop(key, None)
         try:
-            if text.startswith("@") and _is_free(field):
+            # A prompt may begin with the sign.
+            if text.startswith("@") and (field.get("format") == "uri" or key in LORAS):
                 inputs[key], size = _content(key, text[1:], room)
                 room -= size
             elif text != "null" or (_is_free(field) and "format" not in field):  # Cog refuses null itself
@@ -98,7 +100,7 @@ def _meant(text: str, names: Mapping[str, object] | list[str]) -> str:
 
 
 def _is_free(field: dict[str, Any]) -> bool:
-    """Whether any words may stand there, or a file: among choices, numbers and truth values they may not."""
+    """Whether any words may stand there: among choices, numbers and truth values they may not."""
     return field["type"] == "string" and "enum" not in field
 
 
@@ -176,7 +178,7 @@ def _is(value: object, kind: str) -> bool:
             return isinstance(value, bool)
         case "integer":
             return _is(value, "number") and value % 1 == 0
-    return type(value) is int or (type(value) is float and math.isfinite(value))
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # as large as Cog reads numbers
 
 
 def _drawn_by(picture: Path, said: Mapping[str, str], allowed: Mapping[str, object]) -> dict[str, Any]:
@@ -200,16 +202,22 @@ def _drawn_by(picture: Path, said: Mapping[str, str], allowed: Mapping[str, obje
         raise ValueError(
             f"{picture} was drawn from an image, which is not in it; add -i image=@…, and -i mask=@… if it had a mask."
         )
-    if '"sha256:' in str(made.get("replicate_weights")) and "replicate_weights" not in said:
+    loras = str(made.get("replicate_weights")) if "replicate_weights" not in said else ""
+    if '"COG_WEIGHTS:' in loras:
+        raise ValueError(
+            f"{picture} was drawn with a LoRA that COG_WEIGHTS named; add -i replicate_weights= where it still does, "
+            "or -i replicate_weights=@…, and -i lora_scale=… with its strength."
+        )
+    if '"sha256:' in loras:
         raise ValueError(
             f"{picture} was drawn with a LoRA that came within its request; add -i replicate_weights=@…, and "
             "-i lora_scale=… with its strength."
         )
-    if left_out := [name for name in made if name not in DRAWN_BY or name not in allowed]:
+    if left_out := {name: None for name in made if name not in DRAWN_BY or name not in allowed}:
         names = ", ".join(map(repr, left_out))[:SHOWN]
         say(f"{picture} also says {names}, which --like does not take.")
     if from_image:
-        left_out += SIZE
+        left_out |= dict.fromkeys(SIZE)
     elif "aspect_ratio" in said:
-        left_out += ["megapixels"] if said["aspect_ratio"] == "custom" else ["width", "height"]
+        left_out |= dict.fromkeys(["megapixels"] if said["aspect_ratio"] == "custom" else ["width", "height"])
     return {name: value for name, value in made.items() if name not in left_out and value is not None}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from local_cog import schema
+from service.lines import printable
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Place:
     @classmethod
     def read(cls, text: str) -> Self:
         """A file has a suffix; a folder is there already, ends in a slash or has none."""
-        path = Path(text)
+        path = Path(os.path.expanduser(text))  # noqa: PTH111 (~somebody who is not known stays as it is)
         is_file = bool(path.suffix) and not text.endswith("/")
         with suppress(OSError):  # too long a name, or a closed folder before it, of which `check` tells
             is_file = is_file and not path.is_dir()
@@ -49,7 +50,9 @@ class Place:
         wanted = "jpg" if written == "jpeg" else written
         if wanted not in formats:
             right = ", ".join(f".{name}" for name in formats)
-            raise ValueError(f"-o ends in {self.suffix}; it must end in one of {right}, or in / for a folder.")
+            raise ValueError(
+                f"-o ends in {printable(self.suffix)}; it must end in one of {right}, or in / for a folder."
+            )
         if (said := inputs.get("output_format", wanted)) != wanted:
             raise ValueError(f"-o ends in {self.suffix}, and output_format is {said}; both must say the same.")
         return {**inputs, "output_format": wanted}
@@ -65,6 +68,8 @@ class Place:
             file = self.path(0, 1, "")
             closed = [path for path in (there, file) if path.exists() and not os.access(path, os.W_OK)]
             reason = f"{there} is no folder" if not there.is_dir() else closed and f"{closed[0]} may not be written"
+            if self.suffix and not reason and file.exists() and not file.is_file():  # a pipe, a device
+                reason = f"{file} is no file"
         except OSError as error:
             reason = error.strerror
         if reason:

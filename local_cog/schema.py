@@ -92,6 +92,7 @@ def write(project: Path) -> dict[str, Any]:
         # A server that starts at the same moment must not read half a file.
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as aside:
             aside.write(text)
+        Path(aside.name).chmod(0o644)  # else its owner alone could read it
         os.replace(aside.name, path)  # noqa: PTH105 (both are names already)
     return document
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from sources.shown import brief, redact_text
 
 # What a prompt may have behind a word. Before a word, the miniature's tokenizer takes it for the word's beginning.
-PUNCTUATION = string.punctuation + "…—–’”»"
+PUNCTUATION = string.punctuation + "…—–’”»。，、！？；：」،؟"
+# What may stand before a word that tells nothing of the picture: there it does no harm.
+BEFORE = string.punctuation + "“‘«「"
 # How a known word may go on: the tokenizer makes another token of it.
 ENDINGS = ("", "s", "es", "'s", "’s")
 # How many unknown words are named; the others are counted.
@@ -51,12 +53,14 @@ class Vocabulary:
         """
         if not self.groups:
             return None
-        known = {word for words in (*self.groups.values(), *map(str.split, trigger_words)) for word in words}
+        silent = set(self.groups["silent"])
+        telling = [words for name, words in self.groups.items() if name != "silent"]
+        known = {word for words in (*telling, *map(str.split, trigger_words)) for word in words}
         words = [word for text in redact_text(prompt).split() if (word := text.rstrip(PUNCTUATION))]
         unknown = [
             word
             for word in dict.fromkeys(words)
-            if word.lower() not in self.groups["silent"]
+            if word.lower().lstrip(BEFORE) not in silent
             and known.isdisjoint(word.removesuffix(ending) for ending in ENDINGS)
         ]
         if not unknown:

@@ -18,6 +18,7 @@ from local_cog.data_uri import file_uri
 from local_cog.inputs import DRAWN_BY, read_inputs
 from local_cog.outputs import Place
 from local_cog.server import CogServer, failure, files
+from request import LoraChoice
 from settings import ROOT
 
 DOCUMENT = schema.derive((ROOT / "predict.py").read_text(encoding="utf-8"))
@@ -53,6 +54,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "styles").mkdir()
     for name in ("my.safetensors", "photo.jpg", "zorp", "owner/name", "./my lora.zip"):
         (tmp_path / name).write_bytes(b"a")
+
+
+def test_a_prompt_may_begin_with_the_sign_of_a_file() -> None:
+    assert read_inputs(["prompt=@zorp", "extra_lora=@zorp"], DOCUMENT) == {
+        "prompt": "@zorp",
+        "extra_lora": file_uri(Path("zorp")),
+    }
 
 
 @pytest.mark.parametrize(
@@ -118,7 +126,7 @@ def test_what_is_refused_before_a_server_starts_is_what_the_server_refuses(serve
     typed = {
         "prompt": ["", "null", "a\0b", "a\udcff", "狐"],
         "num_outputs": ["0", "1", "4", "5", "2.0", "2.5", "4e0", "inf", "two", "", "1" * 30, "null"],
-        "seed": ["-1", "9" * 20, "1e30", "nan", "true"],
+        "seed": ["-1", "9" * 20, "9" * 308, "9" * 400, "1e30", "nan", "true"],
         "guidance_scale": ["0", "10", "10.000001", "-0.0", "1e999", "NaN", ".5", "high"],
         "go_fast": ["true", "FALSE", "1", "yes", ""],
         "megapixels": ["1", "1.0", "0.25"],
@@ -214,6 +222,7 @@ def test_what_is_said_comes_before_what_the_picture_says(
 
 
 LORA = {"replicate_weights": '[{"path": "sha256:e1b337fcd883", "scale": 1.0}]'}
+OWN = {"replicate_weights": json.dumps([LoraChoice("zorp/", trusted=True).entry("zorp")])}
 
 
 @pytest.mark.parametrize(
@@ -221,6 +230,10 @@ LORA = {"replicate_weights": '[{"path": "sha256:e1b337fcd883", "scale": 1.0}]'}
     [
         (MADE | {"prompt_strength": 0.5}, "fox.png was drawn from an image, which is not in it; add -i image=@…, and "),
         (MADE | LORA, "fox.png was drawn with a LoRA that came within its request; add -i replicate_weights=@…, and "),
+        (
+            MADE | OWN,
+            "fox.png was drawn with a LoRA that COG_WEIGHTS named; add -i replicate_weights= where it still does",
+        ),
         (MADE | {"cut": "prompt"}, "fox.png had room for a part of its prompt alone; add -i prompt=…."),
         (MADE | {"seed": "many"}, "fox.png: seed is 'many'; it must be a whole number."),
         (MADE | {"seed": float("nan")}, "fox.png: seed is NaN; it must be a whole number."),
@@ -318,6 +331,26 @@ def test_a_closed_stderr_gets_nothing_onto_stdout(project: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "output.0.webp\n")
 
 
+def test_a_picture_without_room_leaves_the_one_that_is_there(project: Path, small_disk: Path) -> None:
+    there = small_disk / "fox.webp"
+    there.write_bytes(b"an earlier one")
+    (small_disk / "more").write_bytes(bytes(shutil.disk_usage(small_disk).free - 4096))
+    (small_disk / "rest").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    done = run(project, "-i", "prompt=", "-o", str(there))
+    assert (done.returncode, there.read_bytes()) == (1, b"an earlier one")
+    assert f"{there} could not be written: No space left on device. What was drawn is in " in done.stderr
+    assert Path(done.stdout.strip()).read_text() == "out.0.webp"
+    assert sorted(path.name for path in small_disk.iterdir()) == ["fox.webp", "more", "rest"]
+
+
+def test_a_pipe_is_no_place_for_a_picture(project: Path, tmp_path: Path) -> None:
+    os.mkfifo("fox.webp")
+    done = run(project, "-i", "prompt=drawn", "-o", "fox.webp")
+    sentence = f"No picture can be written to the folder {tmp_path}: fox.webp is no file.\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", sentence)
+    assert not (project / "drawn").exists()
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
 def test_a_full_stdout_is_said_in_one_sentence(project: Path) -> None:
     with Path("/dev/full").open("w") as full:
@@ -340,6 +373,7 @@ def test_a_full_stdout_is_said_in_one_sentence(project: Path) -> None:
         (["-i", "prompt=a", "red", "fox", "seed=7"], "-i prompt='a red fox'"),
         (["-i", "prompt=a", "-o", "my", "fox.webp"], "-o 'my fox.webp'"),
         (["--like", "my", "fox.webp"], "--like 'my fox.webp'"),
+        (["--", "a", "fox"], "-i prompt='a fox'"),
     ],
 )
 def test_words_without_a_name_get_one(project: Path, words: list[str], right: str) -> None:

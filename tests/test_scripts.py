@@ -354,9 +354,14 @@ def bare_project(project: Path, tmp_path: Path) -> Path:
     return bare
 
 
-def test_an_interrupted_setup_is_repaired(bare_project: Path) -> None:
-    (bare_project / ".venv").mkdir()
-    (bare_project / ".venv" / "unfinished").touch()
+@pytest.mark.parametrize("harm", ["unfinished", "bin/python"])
+def test_an_interrupted_setup_is_repaired_and_a_python_that_has_gone(bare_project: Path, harm: str) -> None:
+    (bare_project / ".venv" / "bin").mkdir(parents=True)
+    if harm == "unfinished":
+        (bare_project / ".venv" / harm).touch()
+    else:
+        (bare_project / ".venv" / harm).symlink_to("/nowhere/python3")
+        (bare_project / ".venv" / "installed-requirements-dev.txt").touch()
     half = bare_project / ".venv" / "lib" / "python3.11" / "site-packages" / "half"
     half.mkdir(parents=True)
     # Two at once: one installs, the other waits for it.

@@ -41,6 +41,8 @@ def test_of_any_other_model_nothing_is_said(tmp_path: Path, capfd: pytest.Captur
         ("Please draw me: 3 SMALL cats and the foxes — at night.", "3, SMALL"),
         ("a green dragon, Fox and castle by some rivers", "dragon, Fox, castle and 1 more"),
         ("dragon, dragon, dragon and dragons", "dragon, dragons"),
+        ("bees, toes, ores, ares and hiss by a big fox", "bees, toes, ores and 2 more"),  # no words that tell nothing
+        ('"a red fox", (and) «the» cats。', None),
         ('red-fox, "fox"', 'red-fox, "fox'),  # whose quote, hyphen or capital the tokenizer takes into the word
         ("一只狐狸 🐉", "一只狐狸, 🐉"),
         ("a \x1b[31mfox \ud800", "?[31mfox, ?"),
