@@ -117,7 +117,7 @@ class Settings:
 
         def endpoint(name: str, fallback: str) -> str:
             url = text(name, fallback).rstrip("/")
-            if not re.match("https?://[^/]", url):  # it is not shown: it may have a login
+            if not re.match("https?://[^/?#]", url, re.IGNORECASE):  # it is not shown: it may have a login
                 raise ValueError(f"{name} is no address of a host; it must begin with https:// or http://.")
             return url
 
@@ -187,8 +187,13 @@ class Settings:
 
 def _place(named: str) -> str:
     """A folder within the project by its path there, another one by its name alone; what names a repo as it is."""
-    named = _without_secrets(named).removeprefix(f"{ROOT}{os.sep}")
-    return f"…/{Path(named).name}" if named.startswith(("/", "~", "..", "file:")) else named
+    return folder_shown(_without_secrets(named).removeprefix(f"{ROOT}{os.sep}"))
+
+
+def folder_shown(named: str) -> str:
+    """What may be a folder elsewhere on this machine by its name alone, since errors and logs go to strangers."""
+    elsewhere = re.match(r"[/~.]|file:", named, re.IGNORECASE) or ".." in Path(named).parts
+    return f"…/{Path(named).name}" if elsewhere else named
 
 
 def _without_secrets(url: str) -> str:

@@ -75,8 +75,8 @@ ANSWERS = {
     "413": "The body is too large.",
     "415": "The body must be JSON, and its <code>Content-Type</code> say so.",
     "422": "An input is not as it must be. The answer names each one, and says what would be right.",
-    "503": "Not now: too many predictions wait, or the database is away. Nothing was accepted; ask again after the "
-    "seconds that <code>Retry-After</code> says.",
+    "503": "Not now: too many predictions wait, or the database or the store of files is away. Ask again after the "
+    "seconds that <code>Retry-After</code> says; under an id of yours, what was accepted is not drawn twice.",
 }
 
 

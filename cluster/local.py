@@ -101,11 +101,14 @@ def main() -> None:
         # What would end fronts and workers again and again is told now, before anything starts.
         settings = ClusterSettings.from_environment()
         trusted_authorities()
-        schema.derive((options.project / "predict.py").read_text(encoding="utf-8"))
         if options.project == ROOT:
             Settings.from_environment(cuda=False)
-    except (ValueError, SyntaxError) as error:
+    except ValueError as error:
         sys.exit(str(error))
+    try:
+        schema.derive((options.project / "predict.py").read_text(encoding="utf-8"))
+    except (ValueError, SyntaxError, OSError) as error:
+        sys.exit(f"--project has a predict.py that cannot be read: {error}")
     options.port = options.port or free_port()
     try:
         # Fronts share their port with whoever does so too, such as another cluster.

@@ -47,7 +47,7 @@ OWNER, NAME = "flux-sprites", "flux-sprites"
 ACCOUNT = {"type": "organization", "username": OWNER, "name": OWNER, "github_url": None}
 # Replicate's clients as they call themselves, such as replicate-python/1.0.7. They make files of those outputs alone
 # that begin with https: or data:; of one that begins with http: they would write the address into a picture's file.
-# Those before 1.0 make no files at all, and their users fetch what they are given.
+# Those before 1.0 make files only where they are asked to, and their users fetch what they are given.
 CLIENT = re.compile(r"(?:^|\s)replicate-(?:python|javascript)/(?!0\.)", re.ASCII)
 # How long a client may make a request wait, as at Replicate.
 MAX_WAIT_SECONDS = 60

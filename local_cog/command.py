@@ -5,14 +5,15 @@ kept, whatever has become of the place where it should go.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -92,17 +93,13 @@ def keep(pictures: list[tuple[str, bytes]], place: Place) -> None:
     written, problem = [], ""
     for number, (suffix, content) in enumerate(pictures):
         path = place.path(number, len(pictures), suffix)
-        aside = path.with_name(f".{path.name}.part")  # should the disk be full, what is there stays whole
         try:
             replaces = path.exists()
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_bytes(content)
-            aside.replace(path.resolve())
+            _write(path, content)
             if replaces:
                 say(f"Replaced {printable(str(path))}.")
         except OSError as error:
-            with suppress(OSError):
-                aside.unlink(missing_ok=True)
             place = Place(Path(tempfile.mkdtemp(prefix="flux-sprites-")))
             shown = printable(str(path))
             problem = f"{shown} could not be written: {error.strerror}. What was drawn is in {place.folder}."
@@ -110,7 +107,9 @@ def keep(pictures: list[tuple[str, bytes]], place: Place) -> None:
             path.write_bytes(content)
         written.append(path)
     try:
-        print(*written, sep="\n", flush=True)
+        if sys.stdout:
+            sys.stdout.buffer.write(b"".join(os.fsencode(path) + b"\n" for path in written))
+            sys.stdout.flush()
     except OSError as error:
         # Python would try again when it ends, and complain in words of its own.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -120,11 +119,25 @@ def keep(pictures: list[tuple[str, bytes]], place: Place) -> None:
         raise OSError(problem)
 
 
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: where there is no room for it, what is there stays."""
+    target = Path(os.path.realpath(path))  # `resolve` refuses a link to itself, and by no OSError
+    aside = target.with_name(f".flux-sprites-{os.getpid()}.part")  # no longer than any name may be
+    try:
+        aside.write_bytes(content)
+        if target.exists():
+            shutil.copymode(target, aside)
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def quoted(words: list[str]) -> str:
     """What to write instead of words that belong to no option, from the whole command line."""
     first = sys.argv.index(words[0])
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[first:]))
     option, before = sys.argv[first - 2 : first] if first > 2 else ("", "")
-    if option in ("-o", "--like"):  # a path without its quotes has fallen apart into words
+    if option in ("-o", "--like") and not Path(before).suffix:  # a path without its quotes has fallen apart into words
         return f"{option} {shlex.quote(' '.join([before, *words]))}"
     if re.match(r"\w+=", words[0]):  # -i is missing
         option, before, words = "-i", words[0], words[1:]
@@ -159,8 +172,6 @@ def main() -> None:
         parser.exit(2, f"Inputs are given by name, and with quotes around spaces: {quoted(words)} is right.\n")
     try:
         exit_on_signals()
-        if sys.stdout:
-            sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be what a terminal cannot show
         document, place = schema.write(ROOT), Place.read(arguments.place)
         inputs = place.agree(read_inputs(arguments.pairs, document, arguments.like), document)
         place.check()

@@ -203,15 +203,16 @@ def _drawn_by(picture: Path, said: Mapping[str, str], allowed: Mapping[str, obje
             f"{picture} was drawn from an image, which is not in it; add -i image=@…, and -i mask=@… if it had a mask."
         )
     loras = str(made.get("replicate_weights")) if "replicate_weights" not in said else ""
+    others = " Its other LoRAs go into -i extra_lora=… with -i extra_lora_scale=…." if loras.count('"path"') > 1 else ""
     if '"COG_WEIGHTS:' in loras:
         raise ValueError(
             f"{picture} was drawn with a LoRA that COG_WEIGHTS named; add -i replicate_weights= where it still does, "
-            "or -i replicate_weights=@…, and -i lora_scale=… with its strength."
+            f"or -i replicate_weights=@…, and -i lora_scale=… with its strength.{others}"
         )
     if '"sha256:' in loras:
         raise ValueError(
             f"{picture} was drawn with a LoRA that came within its request; add -i replicate_weights=@…, and "
-            "-i lora_scale=… with its strength."
+            f"-i lora_scale=… with its strength.{others}"
         )
     if left_out := {name: None for name in made if name not in DRAWN_BY or name not in allowed}:
         names = ", ".join(map(repr, left_out))[:SHOWN]

@@ -193,8 +193,9 @@ class CogServer:
         # Cog answers just before it frees its slot: wait, so that whoever asks next finds it free, but not for long,
         # because another prediction may have taken it.
         settled = time.monotonic() + 0.5
-        while self.health()["status"] == "BUSY" and time.monotonic() < settled:
-            time.sleep(0.01)
+        with contextlib.suppress(OSError):  # it has just ended, and the answer is there
+            while self.health()["status"] == "BUSY" and time.monotonic() < settled:
+                time.sleep(0.01)
         return answer
 
     def start(self, inputs: Mapping[str, Any], prediction_id: str, **fields: object) -> dict[str, Any]:

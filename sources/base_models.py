@@ -35,7 +35,7 @@ from huggingface_hub.utils import WeakFileLock, logging, validate_repo_id
 from tqdm import tqdm
 
 from service.outline import Outline
-from settings import Settings
+from settings import Settings, folder_shown
 from sources.client import Client, Patience, UnavailableError
 from sources.connections import untrusted
 from sources.hosts import explain_hugging_face
@@ -122,8 +122,9 @@ def _find(model: str) -> Path | HuggingFace:
         if found is not None:
             validate_repo_id(found[1])
             return HuggingFace(found[1], found[2] or "main")
-    named = f"…/{Path(model).name}" if model.startswith(("/", "~", "..")) else redact(model)
-    raise ValueError(f"{named!r} is no folder; it must be one, or a Hugging Face repo as owner/repo.")
+    raise ValueError(
+        f"{folder_shown(redact(model))!r} is no folder; it must be one, or a Hugging Face repo as owner/repo."
+    )
 
 
 @dataclass(frozen=True)

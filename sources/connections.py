@@ -217,8 +217,9 @@ def trusted_authorities() -> ssl.SSLContext:
     """
     context = ssl.create_default_context()
     system = ssl.get_default_verify_paths().openssl_cafile  # which OpenSSL leaves out where SSL_CERT_FILE is set
-    for file in filter(os.path.isfile, (system, certifi.where())):
-        context.load_verify_locations(file)
+    context.load_verify_locations(certifi.where())
+    with contextlib.suppress(OSError):  # there may be none
+        context.load_verify_locations(system)
     if named := os.environ.get("SSL_CERT_FILE"):
         try:
             context.load_verify_locations(named)

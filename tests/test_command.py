@@ -343,6 +343,22 @@ def test_a_picture_without_room_leaves_the_one_that_is_there(project: Path, smal
     assert sorted(path.name for path in small_disk.iterdir()) == ["fox.webp", "more", "rest"]
 
 
+def test_a_picture_takes_the_place_of_another_as_if_written_into_it(project: Path, tmp_path: Path) -> None:
+    """Its permissions and links to it stay; names may be of any length and of any bytes."""
+    Path("zorp").chmod(0o600)
+    Path("link.webp").symlink_to("zorp")
+    done = run(project, "-i", "prompt=", "-o", "link.webp")
+    assert (done.returncode, Path("zorp").read_text()) == (0, "out.0.webp"), done.stderr
+    assert Path("link.webp").is_symlink()
+    assert Path("zorp").stat().st_mode & 0o777 == 0o600
+    Path("loop.webp").symlink_to("loop.webp")
+    for name in ("loop.webp", "a" * 250 + ".webp", "\udcff.webp"):
+        done = run(project, "-i", "prompt=", "-o", name, encoding="utf-8", errors="surrogateescape")
+        assert (done.returncode, done.stdout) == (0, f"{name}\n"), done.stderr
+        assert Path(name).read_text() == "out.0.webp"
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_a_pipe_is_no_place_for_a_picture(project: Path, tmp_path: Path) -> None:
     os.mkfifo("fox.webp")
     done = run(project, "-i", "prompt=drawn", "-o", "fox.webp")
@@ -374,6 +390,8 @@ def test_a_full_stdout_is_said_in_one_sentence(project: Path) -> None:
         (["-i", "prompt=a", "-o", "my", "fox.webp"], "-o 'my fox.webp'"),
         (["--like", "my", "fox.webp"], "--like 'my fox.webp'"),
         (["--", "a", "fox"], "-i prompt='a fox'"),
+        (["-o", "x.webp", "prompt=a", "fox"], "-i prompt='a fox'"),
+        (["-i", "prompt=a", "red", "-o", "my", "fox.webp"], "-i prompt='a red'"),
     ],
 )
 def test_words_without_a_name_get_one(project: Path, words: list[str], right: str) -> None:

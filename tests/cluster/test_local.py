@@ -109,7 +109,10 @@ def test_a_file_of_certificates_that_is_none_is_one_sentence_before_anything_sta
 def test_what_would_end_every_worker_is_one_sentence_before_anything_starts(tmp_path: Path) -> None:
     assert start_of_cluster(LORA_MAX_GB="x").startswith("LORA_MAX_GB is 'x'; it must be a number of gigabytes")
     (tmp_path / "predict.py").write_text("class Predictor:\n    def predict(self, xs: list[str]) -> str: ...\n")
-    assert start_of_cluster("--project", str(tmp_path)).startswith("The type of xs must be one of ")
+    cannot = "--project has a predict.py that cannot be read: "
+    assert start_of_cluster("--project", str(tmp_path)).startswith(f"{cannot}The type of xs must be one of ")
+    (tmp_path / "predict.py").write_bytes(b"class \xff")
+    assert start_of_cluster("--project", str(tmp_path)).startswith(f"{cannot}'utf-8' codec can't decode byte 0xff")
 
 
 def test_a_port_that_is_taken_is_not_shared() -> None:
