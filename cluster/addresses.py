@@ -15,6 +15,10 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _HOST = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\])(?::(\d{1,5}))?", re.ASCII)
 
 
+class BadHost(ValueError):  # noqa: N818 (an answer, not an accident)
+    """A request that does not say where its client reaches this front, in a sentence."""
+
+
 def is_host(text: str) -> bool:
     """Whether a text is a host's name or address, with a port or without."""
     found = _HOST.fullmatch(text)
@@ -36,7 +40,7 @@ class Addresses:
         Of several values the last counts: it is the trusted proxy's own, and those before are what it was sent.
 
         Raises:
-            ValueError: a sentence that begins with the header that is wrong.
+            BadHost: a sentence that begins with the header that is wrong.
         """
         if self.public_url is not None:
             return self.public_url
@@ -48,9 +52,9 @@ class Addresses:
             address, port = request.scope["server"]
             host = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
         if scheme not in ("http", "https"):
-            raise ValueError(f"X-Forwarded-Proto is {scheme[:80]!r}; it must be http or https.")
+            raise BadHost(f"X-Forwarded-Proto is {scheme[:80]!r}; it must be http or https.")
         if not is_host(host):
-            raise ValueError(f"Host is {host[:80]!r}; it must be a host's name or address, such as example.com:8000.")
+            raise BadHost(f"Host is {host[:80]!r}; it must be a host's name or address, such as example.com:8000.")
         return f"{scheme}://{host}"
 
     def _trusts(self, request: "Request") -> bool:

@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cluster.addresses import BadHost
 from cluster.bodies import Unread
 from cluster.database import describe
 from cluster.failures import Failure, places
@@ -121,6 +122,9 @@ def exception_handlers() -> Mapping[Any, Callable[[Request, Any], Response]]:
             refused.headers["connection"] = "close"
         return refused.response()
 
+    def bad_host(request: Request, error: BadHost) -> Response:
+        return _refuse(request, 400, "Bad host", str(error), str(error)).response()
+
     def full(request: Request, error: QueueFull) -> Response:
         return _unavailable(request, str(error))
 
@@ -147,6 +151,7 @@ def exception_handlers() -> Mapping[Any, Callable[[Request, Any], Response]]:
     return {
         Refused: refused,
         Unread: unread,
+        BadHost: bad_host,
         QueueFull: full,
         Failure: store_failed,
         DBAPIError: failed,

@@ -19,7 +19,6 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from cluster.addresses import Addresses
-from cluster.api_common import Refused
 from local_cog import schema
 from settings import VERSION
 
@@ -95,11 +94,8 @@ class DocsPage:
         return [Route("/docs", self._show)]
 
     async def _show(self, request: Request) -> Response:
-        try:
-            base = self.addresses.base(request)
-        except ValueError as error:
-            raise Refused(400, str(error)) from None
-        return HTMLResponse(render(self.document, base, tokens=self.tokens), headers=HEADERS)
+        page = render(self.document, self.addresses.base(request), tokens=self.tokens)
+        return HTMLResponse(page, headers=HEADERS)
 
 
 def render(document: dict[str, Any], address: str, *, tokens: bool) -> str:

@@ -103,18 +103,15 @@ def main() -> None:
         trusted_authorities()
         if options.project == ROOT:
             Settings.from_environment(cuda=False)
+        options.port = options.port or free_port()
+        # Fronts share their port with whoever does so too, such as another cluster.
+        check_address(options.host, options.port)
     except ValueError as error:
         sys.exit(str(error))
     try:
         schema.derive((options.project / "predict.py").read_text(encoding="utf-8"))
     except (ValueError, SyntaxError, OSError) as error:
         sys.exit(f"--project has a predict.py that cannot be read: {error}")
-    options.port = options.port or free_port()
-    try:
-        # Fronts share their port with whoever does so too, such as another cluster.
-        check_address(options.host, options.port)
-    except ValueError as error:
-        sys.exit(str(error))
     if not ipaddress.ip_address(options.host).is_loopback and not settings.api_tokens:
         sys.exit(f"--host is {options.host}; API_TOKENS must be set before others than this machine may ask.")
     # What workers leave goes with the cluster: pictures, and files that were sent. Ray's logs and sockets stay where

@@ -111,13 +111,13 @@ class ReplicateApi:
         if wait is not None:
             prediction = await self.dispatcher.ended(prediction, wait)
             if not prediction.finished:
-                shown = self.forms.replicate(prediction, self._base(request))
+                shown = self.forms.replicate(prediction, self.addresses.base(request))
                 return JSONResponse({**shown, "status": "starting"}, 202)  # clients take any other for the end
         return await self._show(request, prediction, 201)
 
     async def _accept(self, request: Request, lifetime: timedelta | None) -> Prediction:
         """The prediction that a request asks for; its body is gone when this returns."""
-        base = self._base(request)
+        base = self.addresses.base(request)
         async with self.bodies.read(request, lambda content: self._prediction(request, content, base)) as prediction:
             prediction.cancel_at = lifetime and now(lifetime)
             await self.dispatcher.accept(prediction)
@@ -138,15 +138,9 @@ class ReplicateApi:
         hook = _webhook(body, self.private_webhooks)
         return new_prediction(self.dispatcher.front, inputs, "replicate", notice=notice, **names, **hook)
 
-    def _base(self, request: Request) -> str:
-        try:
-            return self.addresses.base(request)
-        except ValueError as error:
-            raise problem(400, "Bad host", str(error)) from None
-
     async def _show(self, request: Request, prediction: Prediction, status: int = 200) -> Response:
         """One prediction by itself, with its files inside where its client, or the operator, wants them there."""
-        base = self._base(request)
+        base = self.addresses.base(request)
         if prediction.status == "succeeded" and self._inlines(request, base):
             return answer_inlined(await self.forms.inlined(prediction, base), status)
         return JSONResponse(self.forms.replicate(prediction, base), status)
@@ -168,7 +162,7 @@ class ReplicateApi:
         return await self._show(request, await self._known(request))
 
     async def _list(self, request: Request) -> Response:
-        base = self._base(request)
+        base = self.addresses.base(request)
         address = f"{base}/v1/predictions?cursor="
         async with self.lists.take(request):
             try:
@@ -194,13 +188,13 @@ class ReplicateApi:
         prediction = await self._known(request)
         if not hmac.compare_digest(request.path_params["key"], self.forms.stream_key(prediction.id)):
             raise problem(404, "Not found", "There is no such stream.")
-        events = self.streams.events(prediction.id, self._base(request))
+        events = self.streams.events(prediction.id, self.addresses.base(request))
         return Streamed(events, media_type="text/event-stream")
 
     async def _model(self, request: Request) -> Response:
         owner, name = request.path_params["owner"], request.path_params["name"]
         model = {
-            "url": f"{self._base(request)}/v1/models/{owner}/{name}",
+            "url": f"{self.addresses.base(request)}/v1/models/{owner}/{name}",
             "owner": owner,
             "name": name,
             "description": "FLUX.1 with LoRAs that change from one request to the next.",
@@ -245,7 +239,7 @@ class ReplicateApi:
         return JSONResponse({"key": f"whsec_{base64.b64encode(self.secret.encode()).decode()}"})
 
     async def _upload(self, request: Request) -> Response:
-        kind, base = request.headers.get("content-type", ""), self._base(request)
+        kind, base = request.headers.get("content-type", ""), self.addresses.base(request)
         async with self.bodies.read(request, lambda content: _read_upload(content, kind)) as upload:
             file = await self.files.write(*upload)
         try:
@@ -256,7 +250,7 @@ class ReplicateApi:
         return JSONResponse(_file(file, base), 201)
 
     async def _uploads(self, request: Request) -> Response:
-        base = self._base(request)
+        base = self.addresses.base(request)
         results = [_file(file, base) for file in await self.predictions.uploads()]
         return JSONResponse({"previous": None, "next": None, "results": results})
 
@@ -265,7 +259,7 @@ class ReplicateApi:
         if file is None or file.about is None:
             raise problem(404, "Not found", "There is no such file; files are kept for an hour.")
         if request.method != "DELETE":
-            return JSONResponse(_file(file, self._base(request)))
+            return JSONResponse(_file(file, self.addresses.base(request)))
         await self.predictions.delete_file(file.id)
         await self.files.delete([file.id])
         return Response(status_code=204)

@@ -31,6 +31,7 @@ from hypothesis.strategies import SearchStrategy
 from PIL import Image
 
 from harness.soak import make_lora, worker_of, world
+from local_cog import schema
 from local_cog.data_uri import uri
 from local_cog.server import LOOPBACK, CogServer, failure
 from settings import ROOT
@@ -164,12 +165,10 @@ def requests(document: dict[str, Any]) -> SearchStrategy[tuple[str, str, str | b
 
 def predictions(document: dict[str, Any]) -> SearchStrategy[dict[str, Any]]:
     """Bodies of predictions: every input as the document describes it, up to three of them wrong."""
-    schemas = document["components"]["schemas"]
-    properties = schemas["Input"]["properties"]
-    right = {name: _right(described, schemas) for name, described in properties.items()}
+    right = {name: _right(described) for name, described in schema.inputs(document).items()}
     optional = {name: value for name, value in right.items() if name not in ("prompt", *QUICK)}
     inputs = st.fixed_dictionaries({"prompt": right["prompt"], **QUICK}, optional=optional)
-    wrong = st.dictionaries(st.sampled_from(sorted(properties)), ANY_JSON, min_size=1, max_size=3)
+    wrong = st.dictionaries(st.sampled_from(sorted(right)), ANY_JSON, min_size=1, max_size=3)
     extra = st.dictionaries(st.text(max_size=12), ANY_JSON, max_size=2)
     broken = st.builds(lambda good, bad, more: more | good | bad, inputs, wrong, extra)
     mixed = st.one_of(inputs, broken, broken, broken)
@@ -177,9 +176,9 @@ def predictions(document: dict[str, Any]) -> SearchStrategy[dict[str, Any]]:
     return st.builds(lambda given, more: more | {"input": given}, mixed, st.one_of(st.just({}), st.just({}), beside))
 
 
-def _right(described: dict[str, Any], schemas: dict[str, Any]) -> SearchStrategy[Any]:
-    for part in described.get("allOf", ()):
-        return st.sampled_from(schemas[part["$ref"].rpartition("/")[2]]["enum"])
+def _right(described: dict[str, Any]) -> SearchStrategy[Any]:
+    if "enum" in described:
+        return st.sampled_from(described["enum"])
     low, high = described.get("minimum"), described.get("maximum")
     match described["type"], described.get("format"):
         case "integer", _:

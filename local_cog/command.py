@@ -93,15 +93,15 @@ def keep(pictures: list[tuple[str, bytes]], place: Place) -> None:
     written, problem = [], ""
     for number, (suffix, content) in enumerate(pictures):
         path = place.path(number, len(pictures), suffix)
+        shown = printable(str(path))
         try:
             replaces = path.exists()
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(path, content)
             if replaces:
-                say(f"Replaced {printable(str(path))}.")
+                say(f"Replaced {shown}.")
         except OSError as error:
             place = Place(Path(tempfile.mkdtemp(prefix="flux-sprites-")))
-            shown = printable(str(path))
             problem = f"{shown} could not be written: {error.strerror}. What was drawn is in {place.folder}."
             path = place.path(number, len(pictures), suffix)
             path.write_bytes(content)

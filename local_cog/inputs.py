@@ -62,11 +62,10 @@ def read_inputs(pairs: list[str], document: dict[str, Any], like: Path | None = 
         inputs.pop(key, None)
         problems.pop(key, None)
         try:
-            # A prompt may begin with the sign.
-            if text.startswith("@") and (field.get("format") == "uri" or key in LORAS):
+            if text.startswith("@") and _takes_files(key, field):
                 inputs[key], size = _content(key, text[1:], room)
                 room -= size
-            elif text != "null" or (_is_free(field) and "format" not in field):  # Cog refuses null itself
+            elif text != "null" or _is_text(field):  # Cog refuses null itself
                 inputs[key] = _typed(_unless_file(key, text, field), field["type"])
         except ValueError as error:
             problems[key] = str(error)
@@ -99,9 +98,14 @@ def _meant(text: str, names: Mapping[str, object] | list[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _is_free(field: dict[str, Any]) -> bool:
-    """Whether any words may stand there: among choices, numbers and truth values they may not."""
-    return field["type"] == "string" and "enum" not in field
+def _is_text(field: dict[str, Any]) -> bool:
+    """Whether any words may stand there: in files, choices, numbers and truth values they may not."""
+    return field["type"] == "string" and not field.keys() & {"format", "enum"}
+
+
+def _takes_files(key: str, field: dict[str, Any]) -> bool:
+    """Whether a file may be sent there: a prompt may begin with the sign for one."""
+    return field.get("format") == "uri" or key in LORAS
 
 
 def _content(key: str, name: str, room: int) -> tuple[str, int]:
@@ -123,7 +127,7 @@ def _content(key: str, name: str, room: int) -> tuple[str, int]:
 
 def _unless_file(key: str, text: str, field: dict[str, Any]) -> str:
     """The text, which is no file's name where a file's content is meant."""
-    if (field.get("format") == "uri" or (key in LORAS and PATH.fullmatch(text))) and _is_file(text):
+    if _takes_files(key, field) and ("format" in field or PATH.fullmatch(text)) and _is_file(text):
         raise ValueError(f"{key} is {text!r}, which is a file here; -i {shlex.quote(f'{key}=@{text}')} sends it.")
     return text
 
