@@ -10,7 +10,7 @@ import pytest
 
 from settings import ROOT
 
-WINGS = ("engine", "lora", "pixels", "sources", "service", "local_cog", "cluster", "tools")
+WINGS = ("engine", "lora", "pixels", "sources", "service", "local_cog", "cluster", "playground", "tools")
 FURTHER = ("mini", "tests", "bench", "harness")
 # Cog reads the inputs from the signature of `predict`, each with its description.
 CONTRACT = ("predict.py", "predict")
@@ -50,6 +50,9 @@ def check(house: Path) -> subprocess.CompletedProcess[str]:
         ("lora/reader.py", "from engine.live import Live"),
         ("lora_loader.py", "import weights"),
         ("local_cog/server.py", "from cluster import local"),
+        ("local_cog/server.py", "from playground import target"),
+        ("cluster/playground_page.py", "from playground import events"),
+        ("playground/server.py", "from cluster import front"),
         ("predict.py", "from sources.client import Client"),
         ("safety.py", "from mini.training import gallery"),
         ("service/faults.py", "import images"),

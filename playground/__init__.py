@@ -1,0 +1,1 @@
+"""A page to play on, beside a Cog server or a cluster's front; starts at server."""

@@ -1,0 +1,311 @@
+"""The playground: a page on loopback, and the few requests that it sends to a predictor, passed on.
+
+A page in a browser cannot ask a Cog server itself: that one answers no page of another origin, and cannot tell a page
+how far a prediction is. This module knows HTTP's side of the page; `playground.target` asks.
+"""
+
+import argparse
+import contextlib
+import http.client
+import json
+import re
+import secrets
+import socket
+import socketserver
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+from local_cog.server import LOOPBACK, check_address, exit_on_signals, read_port, url
+from playground.events import Events, TooManyListenersError, read_event, with_webhook
+from playground.own import OwnServer
+from playground.target import NoAnswerError, Target, has_gone
+from service.guard import find_fault
+from settings import MIB, VERSION
+
+PAGE = Path(__file__).parent / "page"
+HEADERS = json.loads(Path(__file__).with_name("headers.json").read_text(encoding="utf-8"))
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+# As the cluster has them.
+PREDICTION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.~-]{0,127}")
+# Cog takes as much, and this server adds a little to it.
+MOST_BYTES = 100 * MIB
+MOST_CONNECTIONS = 100
+# For all of a request; for each piece of an answer that the client takes.
+SECONDS_FOR_REQUEST = 120
+SECONDS_FOR_PIECE = 60
+SECONDS_BETWEEN_SIGNS = 15
+# What of a request is passed on, and what of an answer: no cookie, no login of a browser's, nothing about the page.
+ASKED = ("Authorization", "Prefer", "Content-Type", "Accept", "User-Agent")
+ANSWERED = ("Content-Type", "Content-Length", "Retry-After")
+
+
+def page_files() -> dict[str, Path]:
+    """The page's files by their names in addresses."""
+    files = {path.relative_to(PAGE): path for path in PAGE.rglob("*") if path.is_file()}
+    return {str(name): path for name, path in files.items() if not any(part.startswith(".") for part in name.parts)}
+
+
+class Refused(Exception):  # noqa: N818 (an answer, not an accident)
+    """A request that is answered at once, with a sentence."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class Playground(socketserver.ThreadingTCPServer):
+    """The page's server, which listens as soon as it is made; a thread answers each request, each on its connection.
+
+    Args:
+        port: on loopback; 0 takes a free one.
+        target: what its requests go to.
+    """
+
+    allow_reuse_address = True
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, port: int, target: Target) -> None:
+        super().__init__((LOOPBACK, port), Handler)
+        self.target, self.events, self.secret = target, Events(), secrets.token_urlsafe(32)
+        self.port = self.socket.getsockname()[1]
+        self._room = threading.Semaphore(MOST_CONNECTIONS)
+
+    def process_request(self, request: socket.socket, client_address: tuple[str, int]) -> None:
+        """Answer in a thread, unless there are too many."""
+        if self._room.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            super().shutdown_request(request)
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        """The end of a connection."""
+        super().shutdown_request(request)
+        self._room.release()
+
+    def handle_error(self, request: socket.socket, client_address: tuple[str, int]) -> None:
+        """Print what nobody foresaw; that a client has gone is no error."""
+        if not isinstance(sys.exception(), OSError | http.client.HTTPException):
+            super().handle_error(request, client_address)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request."""
+
+    server: Playground
+    protocol_version = "HTTP/1.1"
+    timeout = SECONDS_FOR_PIECE
+    # Of what is no HTTP.
+    error_content_type, error_message_format = "text/plain; charset=utf-8", "%(message)s\n"
+
+    def setup(self) -> None:
+        """A request that does not arrive within its time is cut off."""
+        super().setup()
+        self._too_late = threading.Timer(SECONDS_FOR_REQUEST, self._cut_off)
+        self._too_late.daemon = True
+        self._too_late.start()
+
+    def finish(self) -> None:
+        """The connection is closed next."""
+        self._too_late.cancel()
+        super().finish()
+
+    def _cut_off(self) -> None:
+        with contextlib.suppress(OSError):  # it has just been closed
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def do_GET(self) -> None:
+        """Answer, and be done."""
+        self.close_connection = True
+        try:
+            self.body = self._read()
+            self._too_late.cancel()
+            self._route(self.path.partition("?")[0].split("/")[1:])
+        except Refused as refused:
+            self._send_json(refused.status, {"detail": str(refused)})
+        except NoAnswerError as error:
+            self._send_json(502, {"detail": str(error)})
+
+    do_PUT = do_POST = do_GET  # noqa: N815 (as the standard library calls them)
+
+    def _read(self) -> bytes:
+        """The body, of a request that no foreign page can have sent."""
+        if fault := find_fault(self.headers.items()):
+            raise Refused(*fault)
+        if "Transfer-Encoding" in self.headers:
+            raise Refused(411, "The body must come with a Content-Length.")
+        length = self.headers.get("Content-Length", "0")
+        if not re.fullmatch("[0-9]{1,15}", length):
+            raise Refused(400, f"Content-Length is {length[:80]!r}; it must be a number of bytes.")
+        if (missing := int(length)) > MOST_BYTES:
+            # Who still sends when the connection is closed does not read the answer.
+            while missing > 0 and (piece := self.rfile.read1(2**16)):
+                missing -= len(piece)
+            raise Refused(413, f"The body has {length} bytes; it must have at most {MOST_BYTES // MIB} MiB.")
+        body = self.rfile.read(missing)
+        if len(body) < missing:
+            raise ConnectionAbortedError
+        return body
+
+    def _route(self, parts: list[str]) -> None:
+        match self.command, *parts:
+            case "GET", "":
+                self._send(307, headers={"Location": "playground/"})
+            case "GET", "playground":
+                self._send(308, headers={"Location": "playground/"})
+            case "GET", "playground", "about.json":
+                self._send_json(200, self.server.target.about())
+            case "GET", "playground", "loras.json":
+                self._send_loras()
+            case "GET", "playground", "setup.log":
+                self._send_log()
+            case "GET", "playground", "events", prediction_id:
+                self._send_events(prediction_id)
+            case "POST", "playground", "webhooks", secret, prediction_id:
+                self._hear(secret, prediction_id)
+            case "GET", "playground", *name:
+                self._send_file("/".join(name) or "index.html")
+            case "GET", "health-check":
+                self._send_health()
+            case ("GET", "openapi.json") | ("POST", "predictions"):
+                self._pass_on()
+            case "PUT", "predictions", prediction_id if PREDICTION_ID.fullmatch(prediction_id):
+                with self.server.events.drawing(prediction_id):
+                    self._pass_on(prediction_id)
+            case "POST", "predictions", prediction_id, "cancel" if PREDICTION_ID.fullmatch(prediction_id):
+                self._pass_on()
+            case _:
+                raise Refused(404, "There is no such address here.")
+
+    def _send_file(self, name: str) -> None:
+        file = page_files().get(name)
+        if file is None:
+            raise Refused(404, "There is no such file of the page.")
+        kind = TYPES.get(file.suffix, "text/plain")
+        self._send(200, file.read_bytes(), {"Content-Type": f"{kind}; charset=utf-8"})
+
+    def _send_log(self) -> None:
+        if (log := self.server.target.log()) is None:
+            raise Refused(404, "The predictor's log is where its server was started.")
+        self._send(200, log.encode(), {"Content-Type": "text/plain; charset=utf-8"})
+
+    def _send_loras(self) -> None:
+        if self.server.target.about()["server"] == "front":
+            self._pass_on()
+            return
+        try:
+            self._send_json(200, self.server.target.loras())
+        except ValueError as error:
+            raise Refused(500, str(error)) from None
+
+    def _send_health(self) -> None:
+        try:
+            self._pass_on()
+        except NoAnswerError:
+            if not self.server.target.starts():
+                raise
+            self._send_json(200, {"status": "STARTING"})
+
+    def _send_events(self, prediction_id: str) -> None:
+        """What is told of a prediction, until it has been answered or the client has gone."""
+        try:
+            with self.server.events.listen(prediction_id) as listener:
+                self._send(200, None, {"Content-Type": "text/event-stream"})
+                quiet = time.monotonic()
+                while not has_gone(self.connection):
+                    event = self.server.events.wait(listener, seconds=1)
+                    if event is None and listener.ended:
+                        return
+                    if event or time.monotonic() - quiet > SECONDS_BETWEEN_SIGNS:
+                        self.wfile.write(b"data: %b\n\n" % event if event else b":\n\n")
+                        quiet = time.monotonic()
+        except TooManyListenersError:
+            raise Refused(503, "Too many pages listen already; close some of them.") from None
+
+    def _hear(self, secret: str, prediction_id: str) -> None:
+        """Hand on what the Cog server says of a prediction."""
+        try:
+            event = read_event(self.body)
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+        known = secrets.compare_digest(secret.encode(), self.server.secret.encode())
+        if not (known and self.server.events.tell(prediction_id, event)):
+            raise Refused(404, "There is no such prediction here.")
+        self._send_json(200, {})
+
+    def _pass_on(self, prediction_id: str | None = None) -> None:
+        """Ask the target the same, and answer what it answers, piece by piece."""
+        target, path = self.server.target, self.path.partition("?")[0]
+        headers = {name: self.headers[name] for name in ASKED if name in self.headers}
+        waits = not (self.command == "GET" or path.endswith("/cancel"))
+        body = self._with_own_webhook(prediction_id) if waits and self.body else self.body
+        seconds = {"seconds": None} if waits else {}
+        with target.exchange(self.command, path, body, headers, client=self.connection, **seconds) as answer:
+            given = {name: answer.headers[name] for name in ANSWERED if name in answer.headers}
+            self._send(answer.status, None, given)
+            while piece := answer.read1(2**16):
+                self.wfile.write(piece)
+
+    def _with_own_webhook(self, prediction_id: str | None) -> bytes:
+        """The body, by which a Cog server that can tells here how far it is."""
+        about = self.server.target.about()
+        if about["server"] == "front":
+            return self.body
+        tells = about["progress"] == "events" and prediction_id
+        address = f"{url(LOOPBACK, self.server.port)}/playground/webhooks/{self.server.secret}/{prediction_id}"
+        try:
+            return with_webhook(self.body, address if tells else None)
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+
+    def _send_json(self, status: int, value: object) -> None:
+        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, status: int, content: bytes | None = b"", headers: dict[str, str] | None = None) -> None:
+        """An answer, or all before its content where that is None."""
+        self.send_response(status)
+        length = {} if content is None else {"Content-Length": str(len(content))}
+        for name, value in {**(headers or {}), **length, "Connection": "close"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content or b"")
+
+    def send_response(self, code: int, message: str | None = None) -> None:
+        """The first line of an answer, and what every answer has."""
+        super().send_response(code, message)
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+
+    def version_string(self) -> str:
+        """What this server calls itself."""
+        return f"flux-sprites/{VERSION}"
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing: what is printed is the predictor's."""
+
+
+def main() -> None:
+    """Serve until stopped."""
+    parser = argparse.ArgumentParser(prog="script/playground", description="A page to play on, in a browser.")
+    parser.add_argument(
+        "--target", help="the Cog server or the cluster to draw with (default: the predictor here, which is started)"
+    )
+    parser.add_argument("--port", type=read_port, default=7860, help="port to bind (default: %(default)s)")
+    options = parser.parse_args()
+    try:
+        target = None if options.target is None else Target(options.target)
+        check_address(LOOPBACK, options.port)
+    except ValueError as error:
+        parser.error(str(error))
+    exit_on_signals()
+    beside = OwnServer.started() if target is None else contextlib.nullcontext(target)
+    with contextlib.suppress(KeyboardInterrupt), beside as asked, Playground(options.port, asked) as server:
+        print(f"Ready: {url(LOOPBACK, server.port)}/playground/ (Ctrl-C stops it)", flush=True)
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
