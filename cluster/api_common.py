@@ -29,6 +29,7 @@ from cluster.bodies import Unread
 from cluster.database import describe
 from cluster.failures import Failure, places
 from cluster.files import Inlined
+from cluster.playground_page import OPEN
 from cluster.predictions import Prediction, QueueFull, now
 from cluster.privacy import SHOWN_CHARACTERS, redact_log, secrets_of, show_input
 from cluster.unknown import notice
@@ -45,9 +46,11 @@ PROBLEM = {"content-type": "application/problem+json"}
 PROBE = "/-/healthz"
 # Where a form is sent; all other bodies are JSON.
 UPLOADS = "/v1/files"
-# Open to whoever knows the address: probes; files and streams, whose addresses nobody can guess; and the page about the
-# APIs, which a browser asks for without a token, and which says no more than how to ask.
-OPEN_PATHS = re.compile(r"/-/healthz|/health-check|/docs|/files/[^/]+/[^/]+|/v1/files/[^/]+/stream/[^/]+")
+# Open to whoever knows the address: probes; files and streams, whose addresses nobody can guess; and the pages, which a
+# browser asks for without a token, and which say no more than how to ask.
+OPEN_PATHS = re.compile(
+    r"/-/healthz|/health-check|/docs|/files/[^/]+/[^/]+|/v1/files/[^/]+/stream/[^/]+|" + "|".join(map(re.escape, OPEN))
+)
 
 # What else than a prediction has a name in a path; those of files begin with any of these.
 PATH_NAME = r"[A-Za-z0-9_~-][A-Za-z0-9_.~-]{0,127}"

@@ -36,6 +36,7 @@ from cluster.failures import places
 from cluster.files import Files
 from cluster.forms import Forms
 from cluster.metrics import Counted, Metrics
+from cluster.playground_page import PlaygroundPage
 from cluster.predictions import Predictions
 from cluster.replica import LOGGING, listen_on_this_node_only
 from cluster.replicate_api import ReplicateApi
@@ -144,8 +145,15 @@ class Front:
             self.settings.outputs,
         )
         docs = DocsPage(self.schema.document, bool(self.settings.api_tokens), addresses)
+        playground = PlaygroundPage(bool(self.settings.api_tokens), self._health)
         application = Starlette(
-            routes=[Route("/-/healthz", self._probe), *docs.routes(), *cog.routes(), *replicate.routes()],
+            routes=[
+                Route("/-/healthz", self._probe),
+                *docs.routes(),
+                *playground.routes(),
+                *cog.routes(),
+                *replicate.routes(),
+            ],
             middleware=[Middleware(Authorised, tokens=self.settings.api_tokens)],
             exception_handlers=exception_handlers(),
         )

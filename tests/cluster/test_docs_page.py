@@ -134,7 +134,7 @@ def test_the_page_needs_no_token_tells_none_and_loads_nothing(cluster: Cluster) 
     assert "url(" not in page.style
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "img", "iframe", "form", "base"})
     links = [value for _, given in page.tags for name, value in given.items() if name in ("href", "src", "style")]
-    assert set(links) == {"data:,", "#ask", "#inputs", "#endpoints", "#answers"}
+    assert set(links) == {"data:,", "#ask", "#inputs", "#endpoints", "#answers", "playground/"}
     assert "curl http://flux.example:81/predictions \\" in page.text
     assert "replicate_weights" in page.text
     assert Server(cluster.port, {"Host": "a b"}).request("GET", "/docs")[0] == 400
