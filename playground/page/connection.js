@@ -1,0 +1,160 @@
+/**
+ * Keeps an eye on the server: whether it answers, what it is, and what can be asked of it.
+ *
+ * One check at a time and one timer. A check asks for what is not known yet, and for the server's health.
+ */
+
+import { about, health, loras, openapi, setToken, setupLog, token } from "./api.js";
+import { readSchema } from "./schema.js";
+import { changed, state } from "./store.js";
+
+const CALM_MS = 3000; // between checks while all is well, or nobody answers
+const ALERT_MS = 1000; // while that may change soon; also how often a countdown ticks
+const HIDDEN_MS = 10_000; // while nobody sees the page
+const BRIEF_MS = 2000; // a silence that nobody is told of, if the next check is answered
+
+let timer = null;
+let checking = false;
+let again = false; // whether to check once more when the check that runs has ended
+let silentSince = null; // when the first check began that was not answered; null while they are
+let busyLooks = 0; // how often in a row somebody else had the slot
+let learnt = null; // the token with which schema and library were read; null before that
+let refused = null; // the token that was refused
+
+/** Check from now on. */
+export function watch() {
+    window.addEventListener("online", checkNow);
+    window.addEventListener("offline", checkNow);
+    document.addEventListener("visibilitychange", () => {
+        if (!document.hidden) checkNow();
+    });
+    checkNow();
+}
+
+/** Check at once, and go on from there. */
+export async function checkNow() {
+    again = checking;
+    if (checking) return;
+    checking = true;
+    clearTimeout(timer);
+    try {
+        await check();
+    } finally {
+        checking = false;
+        timer = setTimeout(wake, again ? 0 : pauseLength());
+    }
+}
+
+/** Send this token from now on, and see whether the server takes it; "" forgets the one that was kept. */
+export function useToken(text) {
+    setToken(text);
+    refused = null;
+    learnt = null;
+    checkNow();
+}
+
+/** The server has just refused the token. */
+export function refuseToken() {
+    refused = token();
+    checkNow();
+}
+
+/** Tick, or check: a countdown has its next check in `until`. */
+function wake() {
+    if ((state.connection.until ?? 0) - Date.now() > ALERT_MS / 2) {
+        changed();
+        timer = setTimeout(wake, ALERT_MS);
+    } else {
+        checkNow();
+    }
+}
+
+function pauseLength() {
+    if (document.hidden) return HIDDEN_MS;
+    return state.connection.kind === "ready" && silentSince === null && busyLooks === 0 ? CALM_MS : ALERT_MS;
+}
+
+async function check() {
+    const began = Date.now();
+    try {
+        if (learnt === null) state.about = await about();
+        const said = await health();
+        const told = await judge(said);
+        silentSince = null;
+        show(told);
+    } catch (error) {
+        if (error.kind === "unauthorised") {
+            refused = token();
+            silentSince = null;
+            show({ kind: "unauthorised", sentence: error.message });
+            return;
+        }
+        if (error.kind === undefined) console.error(error); // a bug; the sentence below says that something is wrong
+        const brief = silentSince === null && Date.now() - began < BRIEF_MS;
+        silentSince ??= began;
+        if (brief) return;
+        learnt = null; // another server may come back
+        const until = Date.now() + (error.seconds ?? CALM_MS / 1000) * 1000;
+        show({ kind: navigator.onLine ? "gone" : "offline", sentence: error.message, since: silentSince, until });
+    }
+}
+
+/** What a server's health means for the page. */
+async function judge({ status, setup = {}, user_healthcheck_error: fault = "" }) {
+    // The slot is free a moment after the answer: only what is seen twice is somebody else's prediction.
+    const ours = state.jobs.some((job) => job.status === "drawing");
+    busyLooks = status === "BUSY" && !ours ? busyLooks + 1 : 0;
+    switch (status) {
+        case "STARTING": {
+            learnt = null;
+            return { kind: "starting", log: await startLog(), since: Date.parse(setup.started_at) || undefined };
+        }
+        case "SETUP_FAILED":
+            return {
+                kind: "setup-failed",
+                sentence: setupFailure(setup.logs),
+                log: (await startLog()) || setup.logs,
+            };
+        case "UNHEALTHY":
+        case "DEFUNCT":
+            return { kind: "unhealthy", sentence: healthFailure(fault) };
+    }
+    if (token() === refused || (state.about.tokens && !token())) {
+        const sentence = token() ? "The server does not take this token." : "The server wants a token.";
+        return { kind: "unauthorised", sentence };
+    }
+    if (learnt !== token()) await learn();
+    return { kind: busyLooks > 1 ? "busy" : "ready" };
+}
+
+async function learn() {
+    const asked = token();
+    const [document, names] = await Promise.all([openapi(), loras()]);
+    state.schema = readSchema(document);
+    state.library = names;
+    learnt = asked;
+}
+
+/** What the predictor has printed, where the page is beside the server that it belongs to. */
+async function startLog() {
+    return state.about.log ? setupLog().catch(() => "") : "";
+}
+
+function setupFailure(logs) {
+    return logs?.replace(/^.*[Ss]etup failed: (\w+Error: )?/s, "") || "Its log says why.";
+}
+
+function healthFailure(fault) {
+    if (fault === "healthcheck timed out") return "The predictor does not answer the server.";
+    const nobodyAsked = !fault || fault.startsWith("Healthcheck error: ");
+    if (nobodyAsked) return "The predictor's process has ended: its server must be started again.";
+    return fault.replace(/^Healthcheck failed: (\w+Error: )?/, "");
+}
+
+/** Show how it is; `since` is when that began, unless it is told. */
+function show({ kind, sentence = "", log = "", since, until = null }) {
+    const before = state.connection;
+    since ??= before.kind === kind ? before.since : Date.now();
+    state.connection = { kind, sentence, log, since, until };
+    changed();
+}
