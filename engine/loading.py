@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, CLIPTextModel, T5Config, T5EncoderModel
 
 from engine import fp8
 from engine.architecture import is_block_linear, skeletons
+from engine.blocks import fuse
 from engine.live import Live
 from engine.placement import Place, Placement, Precisions
 from service import faults, slabs
@@ -244,12 +245,19 @@ def move_when_used(t5: T5EncoderModel, device: torch.device, *, pinned: bool = T
 def _live_pair(
     skeleton: FluxTransformer2DModel, bases: Mapping[str, Tensors], precisions: Precisions, device: torch.device
 ) -> tuple[Live | None, Live | None]:
-    """A live transformer in the base's dtype and one in fp8, each None where it has no room."""
+    """A live transformer in the base's dtype and one in fp8, each None where it has no room; fused on a GPU."""
     module = copy.deepcopy(skeleton)
     if precisions is Precisions.FP8:
         fp8.replace_linears(module, is_block_linear)
-        return None, Live(module.to_empty(device=device), bases)
-    live = Live(module.to_empty(device=device), bases)
+    module.to_empty(device=device)
+    if device.type == "cuda":  # before live tensors are views of the weights, which this moves
+        fuse(module)
+    live = Live(module, bases)
+    if precisions is Precisions.FP8:
+        return None, live
     if precisions is Precisions.BF16:
         return live, None
-    return live, live.quantized(is_block_linear, in_turn=precisions is Precisions.IN_TURN)
+    live_fp8 = live.quantized(is_block_linear, in_turn=precisions is Precisions.IN_TURN)
+    if device.type == "cuda":  # its fp8 weights are live tensors themselves, and move along
+        fuse(live_fp8.module)
+    return live, live_fp8

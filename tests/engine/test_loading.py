@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from engine import loading
 from engine.architecture import skeletons
+from engine.blocks import DoubleBlock, SingleBlock
 from engine.loading import assemble, load
 from engine.placement import Place, Placement, Precisions
 from flux import Flux
@@ -109,6 +110,18 @@ def test_in_turn_no_fp8_weight_has_memory_of_its_own(models: Models) -> None:
         weights = [buffer for name, buffer in twin.named_buffers() if name.endswith("weight")]
         assert weights
         assert all((weight.untyped_storage().data_ptr() in memory(module)) == shared for weight in weights)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="blocks are fused on a CUDA device")
+@pytest.mark.parametrize("precisions", Precisions)
+def test_on_a_gpu_all_blocks_are_fused(models: Models, precisions: Precisions) -> None:
+    folders = {"dev": Path(models.dev), "schnell": Path(models.schnell)}
+    placement = Placement(BOTH, Place.GPU, precisions, gpu=0, host=0)
+    for live in load(folders, torch.device("cuda"), Stopwatch(CPU), placement).lives():
+        assert {type(block) for block in live.module.transformer_blocks} == {DoubleBlock}
+        assert {type(block) for block in live.module.single_transformer_blocks} == {SingleBlock}
+        live.hold("dev", [])
+        assert all(live.intact(name) for name in live.names)
 
 
 def test_what_lies_beside_a_gpu_lies_in_slabs_and_t5_stays_in_them_when_it_is_used(models: Models) -> None:
