@@ -34,8 +34,8 @@ from engine.acceleration import (
 from engine.architecture import by_block, sizes
 from engine.live import Live, Term, add_up
 from engine.loading import Models, load
-from engine.placement import Place, Placement, plan
-from engine.replay import replay
+from engine.placement import GB, GRAPHS, Place, Placement, plan
+from engine.replay import Steps, replay
 from lora_loader import Lora, LoraCache
 from request import LoraChoice, LoraFile, Request, exact
 from service.device_thread import check_cancelled
@@ -142,6 +142,7 @@ class Flux:
         self._live_text_encoder = models.text_encoder
         self._live, self._live_fp8 = models.live, models.live_fp8
         self._transformers = [live.module for live in models.lives()]
+        self.steps = Steps(self._transformers, GRAPHS)
         self.lora_cache = LoraCache(models.skeleton, models.text_encoder.module)
         self._embeddings: OrderedDict[bytes, dict[str, Tensor]] = OrderedDict()
         held = [(live, name) for live in (*models.lives(), models.text_encoder) for name in live.names]
@@ -205,12 +206,27 @@ class Flux:
         for go_fast in (True, False):
             self.warm_up(go_fast=go_fast)
         self.replay_t5()
+        self.replay_steps()
         print(f"Compiled {counters['stats']['unique_graphs']} graphs.")
 
     def replay_t5(self) -> None:
         """Have T5 replayed for every prompt, if it lies on a GPU; elsewhere its layers are moved for each prompt."""
         if self.device.type == "cuda" and (self.placement is None or self.placement.t5 is Place.GPU):
             replay(self.components["text_encoder_2"], map(self.text_tokens, TEXT_TOKENS))
+
+    def replay_steps(self) -> None:
+        """Have each step replayed from the second one of its size on, on a GPU that has room for what that keeps.
+
+        On a CPU launching costs nothing.
+        """
+        if self.device.type != "cuda":
+            return
+        left = GRAPHS if self.placement is None else self.placement.left
+        if left >= GRAPHS:
+            self.steps.start()
+        else:
+            takes = f"CUDA graphs of them may take {GRAPHS / GB:.1f} GB, and {left / GB:.1f} GB are left"
+            print(f"Steps are launched kernel by kernel, since {takes}.")
 
     def warm_up(self, *, go_fast: bool) -> None:
         """Draw what makes every graph that a request of one precision may need.

@@ -238,11 +238,11 @@ class Predictor(BasePredictor):
         except Exception as error:
             print(redact_text(faults.places(error)))
             failure = faults.sentence(error, stopwatch.phase)
+            self.flux.steps.give_back(error)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             self._record(stopwatch, memory)
-        # Only here are the frames that failed gone, and what they held with them.
-        torch.cuda.empty_cache()  # does nothing where CUDA is not in use
+        torch.cuda.empty_cache()  # only here: the frames that failed are gone, and what they held with them
         raise RuntimeError(failure)
 
     def _draw(self, request: Request, stopwatch: Stopwatch) -> list[Path]:

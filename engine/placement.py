@@ -7,7 +7,7 @@ may stay on the GPU, or come over layer by layer for each new prompt. This modul
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from itertools import product
@@ -20,6 +20,9 @@ GB = 1e9
 # 1.1 of LoRAs that stay (`live.KEPT`). The rest is for the transformer's activations, for those that T5's CUDA graphs
 # keep (a few hundred MB), for the safety models, and the allocator's slack.
 WORK = int(7 * GB)
+# What CUDA graphs of steps keep at most, where there is room for it beside all else: activations. Those of a megapixel
+# take 0.6 GB, of 1440x1440 pixels twice as much, and of a size that does not fit in another's as much again.
+GRAPHS = int(2 * GB)
 # T5's blocks on the GPU while T5 lies in host memory: the one that computes and the one that is copied. While T5 is
 # mapped, as much is pinned for the copies.
 T5_BLOCKS = 2
@@ -70,6 +73,7 @@ class Placement:
     precisions: Precisions
     gpu: int  # bytes that it takes of the GPU, WORK included
     host: int  # bytes that it takes of pinned host memory
+    left: int = 0  # bytes of the GPU beside that
 
     @classmethod
     def in_one_memory(cls, names: Iterable[str], *, fp8: bool) -> "Placement":
@@ -114,7 +118,7 @@ def plan(sizes: Sizes, gpu: int, host: int, *, fp8: bool) -> Placement:
     pinnable = int(PINNED_SHARE * host)
     for placement in placements:
         if placement.gpu <= gpu and placement.host <= pinnable:
-            return placement
+            return replace(placement, left=gpu - placement.gpu)
     least = min(placements, key=lambda placement: (placement.gpu, placement.host))
     raise ValueError(
         f"The machine is too small: it has {gpu / GB:.1f} GB of free GPU memory and {pinnable / GB:.1f} GB of host "

@@ -1,15 +1,18 @@
-"""T5's kernels recorded once for each length that prompts have, and replayed: a CUDA graph of its forward pass.
+"""Forward passes recorded once and replayed, as CUDA graphs: T5's for each length of a prompt, a step's for each size.
 
-For a new prompt T5 waits for the processor, not for the GPU: on an H200 launching its kernels one by one takes 45 ms,
-running them 21. A graph launches them all at once, 24 ms for the same bits. Its kernels read T5's weights where they
-lie; nothing writes these, since a LoRA changes no text encoder but CLIP. This module knows neither prompts nor FLUX.
+The processor launches kernels one by one, and takes longer for that than the GPU takes for running them: in T5, in
+steps of small pictures, and in larger ones where the processor is slow. A graph launches all of them at once, for the
+same bits. Its kernels read weights where these lie, and none ever moves: LoRAs are written into live weights in place,
+so a graph holds for every mix. This module knows neither prompts nor requests.
 """
 
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from transformers import T5EncoderModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -20,37 +23,94 @@ from service import faults
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 # How diffusers' pipelines call T5, beside its ids.
 OPTIONS = {"output_hidden_states": False}
+# Steps whose graphs are kept, the latest ones: each is of a model, a precision and a number of pixels.
+GRAPHS = 16
+# How often a step may fail to be recorded, all in all, before none is recorded any more.
+FAILURES = 3
 
 
-def cuda_graph(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def cuda_graph(work: Callable[[], Tensor], pool: tuple[int, int] | None = None) -> tuple[Callable[[], None], Tensor]:
     """Record the kernels that work launches on the current device; work must not wait for them.
+
+    It must have run before, since what is loaded at a first call cannot be recorded. Nothing runs while it is recorded.
 
     A graph may be replayed in any thread: it is launched on the stream where that thread works, torch's default one
     unless it has chosen another, and so runs after all that was queued there before, and before all that comes.
 
-    A recording that fails leaves torch as it was. torch itself would go on recording: into the generator of random
-    numbers, into the pool of memory, and on the stream where it recorded.
+    A replay returns once the one before it has ended. Else all steps of a picture would be queued at once: its bar
+    would be full at the first, and a cancellation heard after the last.
+
+    A recording that fails leaves torch as it was, and raises what the work raised. torch itself would go on recording,
+    into the generator of random numbers, into the pool of memory, and on the stream where it recorded; and it would
+    raise that the recording could not be ended, which says nothing.
+
+    Args:
+        work: launches kernels, and gives their output.
+        pool: where they keep what they compute with, of `torch.cuda.graph_pool_handle`; their own unless given. Graphs
+            that share one overwrite each other's outputs, so each output has to be copied before the next is replayed.
     """
     device = torch.cuda.current_device()
-    generator, pool = torch.cuda.default_generators[device], torch.cuda.graph_pool_handle()
+    generator, pool = torch.cuda.default_generators[device], pool or torch.cuda.graph_pool_handle()
     own, graph = generator.graphsafe_get_state(), torch.cuda.CUDAGraph()
-    work()  # what is loaded or allocated at a first call cannot be recorded
-    generator.graphsafe_set_state(torch.Generator("cuda"))  # T5 draws no random numbers, so any state serves the graph
+    generator.graphsafe_set_state(torch.Generator("cuda"))  # no random numbers are drawn, so any state serves the graph
+    first: BaseException | None = None
     try:
         # The first block makes the present stream the current one again; the mode restricts this thread's calls alone.
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
             torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
         ):
-            output = work()
+            try:
+                output = work()
+            except BaseException as error:
+                first = error
+                raise
     except BaseException:
         with suppress(RuntimeError):  # it may have ended already
             torch._C._cuda_endAllocateToPool(device, pool)
             torch._C._cuda_releasePool(device, pool)
-        raise
+        if first is None:
+            raise
     finally:
         generator.graphsafe_set_state(own)
-    return graph.replay, output
+    if first is not None:
+        try:
+            raise first
+        finally:
+            del first  # its traceback keeps this frame
+    ends = [torch.cuda.Event(blocking=True) for _ in range(2)]  # of the latest replay, and of the one before
+
+    def again() -> None:
+        graph.replay()
+        ends.reverse()
+        ends[0].record()
+        ends[1].synchronize()  # one that never was waits for nothing
+
+    return again, output
+
+
+class Recorded:
+    """Work that was recorded, and memory for its inputs, since it reads these where they lay then.
+
+    Args:
+        work: takes tensors by their names.
+        inputs: have the shapes and dtypes that all later ones have.
+        record: how it is recorded.
+    """
+
+    def __init__(self, work: Callable[..., Tensor], inputs: Mapping[str, Tensor], record: Record) -> None:
+        self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+        self._replay, self._output = record(partial(work, **self._inputs))
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What the work gives for these inputs."""
+        for name, place in self._inputs.items():
+            place.copy_(inputs[name])
+        self._replay()
+        return self._output.clone()  # the next replay overwrites it
+
+
+# ----------------------------------------------------------------------------------------------------------------- T5
 
 
 @torch.no_grad()
@@ -63,18 +123,20 @@ def replaying(t5: T5EncoderModel, lengths: Iterable[int], record: Record = cuda_
         record: how its work is recorded.
     """
     plain = partial(T5EncoderModel.forward, t5)  # not the replay, should there be one already
+
+    def work(input_ids: Tensor) -> Tensor:
+        return plain(input_ids, **OPTIONS).last_hidden_state  # [1, N, D]
+
     recorded = {}
     for length in set(lengths):
         ids = torch.zeros(1, length, dtype=torch.int64, device=t5.device)
-        recorded[ids.shape] = ids, *record(lambda ids=ids: plain(ids, **OPTIONS).last_hidden_state)
+        work(ids)
+        recorded[ids.shape] = Recorded(work, {"input_ids": ids}, record)
 
     def forward(*inputs: Tensor, **options: object) -> BaseModelOutput:
         if options != OPTIONS or len(inputs) != 1 or inputs[0].shape not in recorded:
             return plain(*inputs, **options)
-        ids, replay, output = recorded[inputs[0].shape]
-        ids.copy_(inputs[0])
-        replay()
-        return BaseModelOutput(last_hidden_state=output.clone())  # [1, N, D]; the next replay overwrites the output
+        return BaseModelOutput(last_hidden_state=recorded[inputs[0].shape]({"input_ids": inputs[0]}))
 
     return forward
 
@@ -84,5 +146,127 @@ def replay(t5: T5EncoderModel, lengths: Iterable[int], record: Record = cuda_gra
     try:
         t5.forward = replaying(t5, lengths, record)
     except Exception as error:  # an operation that cannot be recorded, too little memory, an old driver
-        why = faults.message(error).splitlines()[0]
-        print(f"T5 is launched kernel by kernel, since a CUDA graph of it failed: {why}.")
+        print(f"T5 is launched kernel by kernel, since a CUDA graph of it failed: {_first_line(error)}.")
+
+
+# --------------------------------------------------------------------------------------------------------------- steps
+
+
+class Pool:
+    """Memory of the current device that CUDA graphs share: each computes where others do, over what they gave.
+
+    Once none of its graphs is left it serves no other.
+    """
+
+    def __init__(self) -> None:
+        self._handle = torch.cuda.graph_pool_handle()
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        """Record work, as `cuda_graph` says."""
+        return cuda_graph(work, self._handle)
+
+    def bytes(self) -> int:
+        """How large it is."""
+        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._handle))
+
+
+class Steps:
+    """Forward passes of transformers, replayed once `start` was called.
+
+    For each kind of inputs the first call runs as it was: kernels are loaded then, and cuDNN plans for this length. The
+    second one is recorded, and it and all later ones are replayed. Calls of any other form run as they were.
+
+    Args:
+        transformers: their parameters never move; nothing but the kind of its inputs decides what one launches.
+        most: bytes that all that is recorded may keep together.
+    """
+
+    def __init__(self, transformers: Sequence[FluxTransformer2DModel], most: int) -> None:
+        self._transformers, self._most = transformers, most
+        self._make_pool: Callable[[], Pool] | None = None  # None: not started
+        self._called: set[Hashable] = set()  # kinds of inputs
+        self._recorded: OrderedDict[Hashable, Recorded] = OrderedDict()  # by kind, the latest one last
+        self._pool: Pool | None = None  # of all that was recorded
+        self._failures = 0
+
+    def start(self, make_pool: Callable[[], Pool] = Pool) -> None:
+        """Replay from now on.
+
+        Args:
+            make_pool: makes what steps are recorded by, and where these keep what they compute with.
+        """
+        self._recorded.clear()
+        self._make_pool = make_pool
+        for transformer in self._transformers:
+            transformer.forward = partial(self._forward, transformer)
+
+    def stop(self, why: str) -> None:
+        """Forget all that was recorded, and launch kernels one by one, for good; the log says why, if it was started.
+
+        Args:
+            why: goes on after "since".
+        """
+        if self._make_pool is None:
+            return
+        print(f"From now on steps are launched kernel by kernel, since {why}.")
+        self._recorded.clear()
+        self._make_pool = None
+        for transformer in self._transformers:
+            vars(transformer).pop("forward", None)
+
+    def give_back(self, error: Exception) -> None:
+        """Stop, if what a request ended with says that memory was short."""
+        if faults.out_of_memory(error):
+            self.stop("memory was short")
+
+    def _forward(self, transformer: FluxTransformer2DModel, *inputs: Tensor, **options: object) -> object:
+        """As diffusers' pipelines call a transformer: tensors by name, else only what is off; gives a tuple."""
+        plain = partial(type(transformer).forward, transformer)
+        tensors = {name: it for name, it in options.items() if isinstance(it, Tensor)}
+        off = {name: it for name, it in options.items() if name not in tensors}
+        if inputs or any(off.values()) or options.get("return_dict") is not False:
+            return plain(*inputs, **options)
+        # Of what is off too: code that was compiled for {} is compiled anew for None, which no recording survives.
+        shapes = frozenset((name, it.shape, it.dtype) for name, it in tensors.items())
+        kind = id(transformer), shapes, frozenset((name, repr(it)) for name, it in off.items())
+        if kind not in self._called:
+            output = plain(**options)
+            self._called.add(kind)  # only now: a call that is interrupted may not have loaded everything
+            return output
+        if kind not in self._recorded and not self._make(kind, partial(plain, **off), tensors):
+            return plain(**options)
+        self._recorded.move_to_end(kind)
+        return (self._recorded[kind](tensors),)
+
+    def _make(self, kind: Hashable, plain: Callable[..., tuple[Tensor]], tensors: Mapping[str, Tensor]) -> bool:
+        """Record a call in place of the oldest one, and say whether that can be replayed."""
+        if not self._recorded:
+            self._pool = self._make_pool()
+        try:
+            recorded = Recorded(lambda **inputs: plain(**inputs)[0], tensors, self._pool.record)
+            kept = self._pool.bytes()
+        except Exception as error:  # an operation that cannot be recorded, too little memory
+            self._fail(kind, error)
+            return False
+        if self._recorded and kept > self._most:
+            # What a larger picture computes with is not put together from what smaller ones left, but theirs finds room
+            # in its. So this one will be the first of a new pool, at its next step.
+            self._recorded.clear()
+            return False
+        self._recorded[kind] = recorded
+        if len(self._recorded) > GRAPHS:
+            self._recorded.popitem(last=False)
+        return True
+
+    def _fail(self, kind: Hashable, error: Exception) -> None:
+        """Let this kind be called as it was once more, which loads what may have lacked; or record no more at all."""
+        self._failures += 1
+        if self._failures == FAILURES or faults.out_of_memory(error):
+            self.stop(f"a CUDA graph of one failed: {_first_line(error)}")
+        else:
+            print(f"A CUDA graph of a step failed, and will be tried again: {_first_line(error)}.")
+            self._called.discard(kind)
+
+
+def _first_line(error: Exception) -> str:
+    return faults.message(error).splitlines()[0]

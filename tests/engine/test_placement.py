@@ -1,7 +1,7 @@
 import pytest
 
 from engine.architecture import official, sizes
-from engine.placement import GB, PINNED_SHARE, WORK, Place, Placement, Precisions, Sizes, plan
+from engine.placement import GB, GRAPHS, PINNED_SHARE, WORK, Place, Placement, Precisions, Sizes, plan
 
 GIB, MIB = 2**30, 2**20
 GPU, PINNED, MAPPED = Place.GPU, Place.PINNED, Place.MAPPED
@@ -39,7 +39,9 @@ def test_what_lies_where(
     placement = plan(flux, free, memory, fp8=fp8)
     assert placement.bases == {"dev": dev, "schnell": schnell}
     assert (placement.t5, placement.precisions) == (t5, precisions)
-    assert placement.gpu <= free
+    assert placement.left == free - placement.gpu >= 0
+    # Where bf16 weights fit, steps are replayed too.
+    assert (placement.left >= GRAPHS) == (precisions is not FP8)
     assert placement.host <= PINNED_SHARE * memory
 
 
