@@ -97,6 +97,8 @@ gpu.main()
     one, two, three, four, five = map(json.loads, out.read_text().splitlines())
     assert (one["value"], four["value"]) == (1, 4)
     assert two["error"] == "ValueError: no such file: model"
+    assert "in fail" in two["traceback"]
+    assert str(tmp_path) not in two["traceback"]
     assert three["skipped"] == "needs a sledgehammer"
     assert five["name"] == "five"
     assert "the time was up" in five["error"]

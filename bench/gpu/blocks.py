@@ -1,11 +1,13 @@
-"""Whether FLUX's blocks are faster fused: the product's transformer and a fused one on the same weights, in turn.
+"""Whether FLUX's blocks are faster fused: a fused transformer and one with diffusers' blocks on the same weights, in
+turn, both launched kernel by kernel.
 
-The fused transformer shares all tensors with the product's but those that fusing moves (4 GB in each precision): of
-these it has its own, so it has live weights of its own too, and both always hold the same mix.
+On a GPU the product's is the fused one, and the other shares all its tensors. On a CPU it is not fused: there the fused
+one has the tensors that fusing moves of its own, so it has live weights of its own too, and both always hold the same
+mix.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from statistics import median
@@ -15,11 +17,11 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from bench.gpu.context import Bench, Marks, Row, Values, relative_error, summary
+from bench.gpu.context import Bench, Marks, Row, Values, launched, relative_error, summary
 from bench.gpu.plain import draw, noise
 from engine import block_operators
 from engine.acceleration import COMPILE, compiler_settings
-from engine.blocks import fuse, joined_layers
+from engine.blocks import DoubleBlock, SingleBlock, fuse, joined_layers
 from engine.live import Live
 from flux import FP8_LORA_FACTOR, Job, denoise
 from service.measure import Stopwatch
@@ -46,59 +48,80 @@ def blocks(bench: Bench) -> Iterator[Row]:
 
 @dataclass
 class Pair:
-    """The product's transformer of one precision, and a fused one on the same weights."""
+    """The product's transformer of one precision, and one on the same weights that is fused where that one is not."""
 
     bench: Bench
     go_fast: bool
 
+    @property
+    def product(self) -> FluxTransformer2DModel:
+        """The product's."""
+        return (self.bench.models.live_fp8 if self.go_fast else self.bench.models.live)["dev"].module
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether that is the fused one."""
+        return isinstance(self.product.transformer_blocks[0], DoubleBlock)
+
     @cached_property
-    def fused(self) -> Live:
-        """Live weights whose module is fused and will be compiled as the product's is."""
-        product = (self.bench.models.live_fp8 if self.go_fast else self.bench.models.live)["dev"]
-        module = fused_copy(product.module)
+    def other(self) -> FluxTransformer2DModel:
+        """The other one; it will be compiled as the product's is."""
+        module = unfused_copy(self.product) if self.is_fused else fused_copy(self.product)
         module.set_attention_backend(self.bench.flux.attention)
         # The compiler of --small is the one that costs nothing.
         module.compile_repeated_blocks(backend="eager" if self.bench.small else "inductor", **COMPILE)
-        return Live(module, {"dev": dict(self.bench.pristine.state_dict())})
+        return module
+
+    @cached_property
+    def own(self) -> Live | None:
+        """The other one's live weights, where it has its own."""
+        return None if self.is_fused else Live(self.other, {"dev": dict(self.bench.pristine.state_dict())})
 
     def compile(self) -> Values:
-        """Seconds until the fused blocks are compiled for every size; the product's are compiled before."""
+        """Seconds until the fused blocks are compiled for every size; diffusers' are compiled before."""
         if not self.bench.small:
             self.bench.mark_compiled()
-            self.bench.flux.warm_up(go_fast=self.go_fast)
-        before = counters["stats"]["unique_graphs"]
 
-        def warm_up() -> None:
+        def warm_up(name: str) -> None:
             with compiler_settings(2):  # both precisions
                 for size in ({}, {"megapixels": "0.25", "aspect_ratio": "3:2"}):
-                    denoise(self.jobs(steps=1, **size)["fused"], 0, lambda: None)
+                    denoise(self.jobs(steps=1, **size)[name], 0, lambda: None)
 
-        took = self.bench.seconds(warm_up)
-        return {"compile_s": took, "graphs": counters["stats"]["unique_graphs"] - before}
+        before = self.bench.seconds(partial(warm_up, "unfused"))
+        graphs = counters["stats"]["unique_graphs"]
+        took = self.bench.seconds(partial(warm_up, "fused"))
+        return {"compile_s": took, "unfused_s": before, "graphs": counters["stats"]["unique_graphs"] - graphs}
 
     def jobs(self, *, steps: int, loras: bool = False, **changes: object) -> dict[str, Job]:
-        """The same request, ready to be drawn by each; both live weights hold its mix."""
-        bench, fused = self.bench, self.fused
+        """The same request, ready to be drawn by each; both hold its mix."""
+        bench = self.bench
         wanted = bench.request(go_fast=self.go_fast, loras=loras, num_inference_steps=steps, **changes)
         job = bench.flux.prepare(wanted, bench.files(wanted), Stopwatch(bench.device))
-        fused.hold("dev", [it.term(FP8_LORA_FACTOR if job.fp8 else 1) for it in job.loras])
-        pipeline = FluxPipeline(**job.pipeline.components | {"transformer": fused.module})
+        if self.own:
+            self.own.hold("dev", [it.term(FP8_LORA_FACTOR if job.fp8 else 1) for it in job.loras])
+        pipeline = FluxPipeline(**job.pipeline.components | {"transformer": self.other})
         pipeline.set_progress_bar_config(disable=True)
-        return {"product": job, "fused": replace(job, pipeline=pipeline)}
+        unfused, fused = (job, replace(job, pipeline=pipeline))[:: -1 if self.is_fused else 1]
+        return {"unfused": unfused, "fused": fused}
+
+    def draw(self, job: Job, on_step: Callable[..., object]) -> Tensor:
+        """Latents, launched kernel by kernel."""
+        with launched(job.pipeline.transformer):
+            return denoise(job, job.request.seed, on_step)
 
     def errors(self, *, loras: bool = False) -> Values:
         """One step of each against plain diffusers (which has no LoRA), and of one against the other."""
         bench = self.bench
         jobs = self.jobs(steps=1, loras=loras)
-        product, fused = (denoise(jobs[name], jobs[name].request.seed, lambda: None) for name in ("product", "fused"))
+        unfused, fused = (self.draw(jobs[name], lambda: None) for name in ("unfused", "fused"))
         start = noise(bench)
-        between = {"relative_error": relative_error(fused, product, start), "finite": bool(fused.isfinite().all())}
+        between = {"relative_error": relative_error(fused, unfused, start), "finite": bool(fused.isfinite().all())}
         if loras:
             return between
         if "plain" not in bench.latents:
             bench.latents["plain"] = draw(bench, 1)
         plain = bench.latents["plain"]
-        against = {"product": product, "fused": fused}
+        against = {"unfused": unfused, "fused": fused}
         return between | {f"{name}_against_plain": relative_error(it, plain, start) for name, it in against.items()}
 
     def steps(self, *, loras: bool = False, **changes: object) -> Values:
@@ -109,25 +132,41 @@ class Pair:
         for _ in range(1 if self.bench.small else TURNS):
             for name, job in jobs.items():
                 marks = Marks(self.bench.device)
-                denoise(job, job.request.seed, marks)
+                self.draw(job, marks)
                 times[name] += marks.seconds()
-        product, fused = (summary(times[name]) for name in ("product", "fused"))
+        unfused, fused = (summary(times[name]) for name in ("unfused", "fused"))
         return fused | {
-            "product": product,
-            "saved_s": product["median_s"] - fused["median_s"],
+            "unfused": unfused,
+            "saved_s": unfused["median_s"] - fused["median_s"],
             "graphs": counters["stats"]["unique_graphs"] - before,
         }
 
 
 def fused_copy(module: FluxTransformer2DModel) -> FluxTransformer2DModel:
     """A fused transformer that shares all tensors with this one but those that fusing moves."""
-    shared = {id(it): it for it in (*module.parameters(), *module.buffers())}
-    for layer in joined_layers(module):
-        for it in (layer.weight, getattr(layer, "scale", None)):
-            shared.pop(id(it), None)
-    fused = copy.deepcopy(module, shared)
+    moved = [it for layer in joined_layers(module) for it in (layer.weight, getattr(layer, "scale", None))]
+    fused = _copy(module, moved)
     fuse(fused)
     return fused
+
+
+def unfused_copy(module: FluxTransformer2DModel) -> FluxTransformer2DModel:
+    """A transformer with diffusers' blocks that shares all tensors with this one, which is fused."""
+    unfused = _copy(module)
+    for block in (*unfused.transformer_blocks, *unfused.single_transformer_blocks):
+        if isinstance(block, DoubleBlock | SingleBlock):
+            block.__class__ = type(block).__base__
+    del unfused._repeated_blocks  # those of fused ones
+    return unfused
+
+
+def _copy(module: FluxTransformer2DModel, own: Iterable[Tensor | None] = ()) -> FluxTransformer2DModel:
+    """A copy that has these tensors of its own and shares all others."""
+    shared = {id(it): it for it in (*module.parameters(), *module.buffers())}
+    for it in own:
+        shared.pop(id(it), None)
+    with launched(module):  # a replay is not copied
+        return copy.deepcopy(module, shared)
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels

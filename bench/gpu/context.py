@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.gpu import models
 from engine import fp8
@@ -51,6 +51,8 @@ class Bench:
         folder: of files that do not outlive the run.
         latents: what has been drawn for comparison, by system.
         row: the stage and the name of what is being measured.
+        marked: whether the product's models are compiled when called.
+        compiled: whether all of them were.
     """
 
     device: torch.device
@@ -58,7 +60,8 @@ class Bench:
     folder: Path
     latents: dict[str, Tensor] = field(default_factory=dict)
     row: tuple[str, str] = ("", "")
-    _marked: bool = False
+    marked: bool = False
+    compiled: bool = False
 
     @property
     def sizes(self) -> dict[str, dict]:
@@ -142,12 +145,20 @@ class Bench:
         return Request(model=model, go_fast=go_fast, **inputs | changes)
 
     def mark_compiled(self) -> None:
-        """Have the product's models compiled when they are next called, and T5 replayed, as `Flux.compile` does."""
-        if not self._marked:
+        """Have the product's models compiled when next called, and T5 and steps replayed, as `Flux.compile` does."""
+        if not self.marked:
             self.flux.replay_t5()
+            self.flux.replay_steps()
             transformers = [live.module for live in self.models.lives()]
             compile_models(transformers, self.flux.components["vae"], self.device)
-            self._marked = True
+            self.marked = True
+
+    def replay_as_the_product(self) -> None:
+        """Have steps replayed by the product's own recordings, or launched, as they were before `mark_compiled`."""
+        for live in self.models.lives():
+            vars(live.module).pop("forward", None)
+        if self.marked:
+            self.flux.replay_steps()
 
     def needs_cuda(self) -> None:
         """Skip the row on a CPU."""
@@ -255,6 +266,17 @@ def summary(times: list[float], **more: object) -> Values:
 def relative_error(a: Tensor, b: Tensor, origin: Tensor | float = 0.0) -> float:
     """|a - b| / |b - origin|."""
     return ((a.float() - b.float()).norm() / (b.float() - origin).norm()).item()
+
+
+@contextmanager
+def launched(module: nn.Module) -> Iterator[None]:
+    """Inside, a module that is replayed runs kernel by kernel."""
+    replayed = vars(module).pop("forward", None)
+    try:
+        yield
+    finally:
+        if replayed is not None:
+            module.forward = replayed
 
 
 @contextmanager

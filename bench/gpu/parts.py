@@ -11,7 +11,7 @@ from torch import nn
 from transformers import T5EncoderModel
 
 import images
-from bench.gpu.context import BACKENDS, Bench, Marks, Row, Values, can_be_used, summary
+from bench.gpu.context import BACKENDS, Bench, Marks, Row, Values, can_be_used, launched, summary
 from bench.gpu.models import TOKENS
 from bench.gpu.plain import pipeline
 from engine.loading import move_when_used
@@ -137,7 +137,7 @@ def compare_attention(bench: Bench, a: str, b: str) -> Values:
         return marks.seconds()
 
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), launched(live.module):
             return in_turn(partial(use, a), partial(use, b))
     finally:
         live.module.set_attention_backend(a)

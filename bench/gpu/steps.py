@@ -52,7 +52,11 @@ def steps(bench: Bench, go_fast: bool, *, loras: bool = False, **changes: object
     marks = Marks(bench.device)
     before = counters["stats"]["unique_graphs"]
     denoise(job, wanted.seed, marks)
-    return summary(marks.seconds(), graphs=counters["stats"]["unique_graphs"] - before) | bench.work(**changes)
+    more = {
+        "graphs": counters["stats"]["unique_graphs"] - before,
+        "replayed": "forward" in vars(job.pipeline.transformer),
+    }
+    return summary(marks.seconds(), **more) | bench.work(**changes)
 
 
 def one_step(bench: Bench, go_fast: bool, *, loras: bool = False) -> Tensor:
@@ -84,6 +88,7 @@ def compile_precision(bench: Bench, go_fast: bool) -> Values:
     before = counters["stats"]["unique_graphs"]
     bench.mark_compiled()
     took = bench.seconds(lambda: bench.flux.warm_up(go_fast=go_fast))
+    bench.compiled = True
     hits = counters["inductor"]["fxgraph_cache_hit"]  # of code that lay in --caches
     return {"seconds": took, "graphs": counters["stats"]["unique_graphs"] - before, "cache_hits": hits}
 
