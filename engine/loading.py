@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, T5Config, T5EncoderModel
 
-from engine import fp8
+from engine import fp8, merge
 from engine.architecture import is_block_linear, skeletons
 from engine.blocks import fuse
 from engine.live import Live
@@ -245,19 +245,30 @@ def move_when_used(t5: T5EncoderModel, device: torch.device, *, pinned: bool = T
 def _live_pair(
     skeleton: FluxTransformer2DModel, bases: Mapping[str, Tensors], precisions: Precisions, device: torch.device
 ) -> tuple[Live | None, Live | None]:
-    """A live transformer in the base's dtype and one in fp8, each None where it has no room; fused on a GPU."""
+    """A live transformer in the base's dtype and one in fp8, each None where it has no room; fused where that works."""
     module = copy.deepcopy(skeleton)
     if precisions is Precisions.FP8:
         fp8.replace_linears(module, is_block_linear)
     module.to_empty(device=device)
-    if device.type == "cuda":  # before live tensors are views of the weights, which this moves
-        fuse(module)
+    if fused := _can_be_fused(module):
+        fuse(module)  # before live tensors are views of the weights, which this moves
     live = Live(module, bases)
     if precisions is Precisions.FP8:
         return None, live
     if precisions is Precisions.BF16:
         return live, None
     live_fp8 = live.quantized(is_block_linear, in_turn=precisions is Precisions.IN_TURN)
-    if device.type == "cuda":  # its fp8 weights are live tensors themselves, and move along
+    if fused:  # its fp8 weights are live tensors themselves, and move along
         fuse(live_fp8.module)
     return live, live_fp8
+
+
+def _can_be_fused(module: FluxTransformer2DModel) -> bool:
+    """Whether it lies on a GPU where Triton's kernels can be made: the one that merges LoRAs has been tried there."""
+    device = next(module.parameters()).device
+    if device.type != "cuda":
+        return False
+    can = torch.bfloat16 in merge.trusted(device)
+    if not can:
+        print("Blocks are diffusers' own, since fused ones need such kernels too.")
+    return can

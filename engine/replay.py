@@ -215,8 +215,8 @@ class Steps:
             vars(transformer).pop("forward", None)
 
     def give_back(self, error: Exception) -> None:
-        """Stop, if what a request ended with says that memory was short."""
-        if faults.out_of_memory(error):
+        """Stop, if what a request ended with says that the GPU's memory was short; a host's is told by other errors."""
+        if isinstance(error, RuntimeError) and faults.out_of_memory(error):
             self.stop("memory was short")
 
     def _forward(self, transformer: FluxTransformer2DModel, *inputs: Tensor, **options: object) -> object:

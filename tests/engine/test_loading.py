@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from engine import loading
+from engine import loading, merge
 from engine.architecture import skeletons
 from engine.blocks import DoubleBlock, SingleBlock
 from engine.loading import assemble, load
@@ -112,7 +112,10 @@ def test_in_turn_no_fp8_weight_has_memory_of_its_own(models: Models) -> None:
         assert all((weight.untyped_storage().data_ptr() in memory(module)) == shared for weight in weights)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="blocks are fused on a CUDA device")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="blocks are fused on a CUDA device")
+
+
+@needs_cuda
 @pytest.mark.parametrize("precisions", Precisions)
 def test_on_a_gpu_all_blocks_are_fused(models: Models, precisions: Precisions) -> None:
     folders = {"dev": Path(models.dev), "schnell": Path(models.schnell)}
@@ -122,6 +125,14 @@ def test_on_a_gpu_all_blocks_are_fused(models: Models, precisions: Precisions) -
         assert {type(block) for block in live.module.single_transformer_blocks} == {SingleBlock}
         live.hold("dev", [])
         assert all(live.intact(name) for name in live.names)
+
+
+@needs_cuda
+def test_where_triton_cannot_make_kernels_no_block_is_fused(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge, "trusted", lambda _: frozenset())
+    folders = {"dev": Path(models.dev), "schnell": Path(models.schnell)}
+    for live in load(folders, torch.device("cuda"), Stopwatch(CPU)).lives():
+        assert not {DoubleBlock, SingleBlock} & {type(module) for module in live.module.modules()}
 
 
 def test_what_lies_beside_a_gpu_lies_in_slabs_and_t5_stays_in_them_when_it_is_used(models: Models) -> None:

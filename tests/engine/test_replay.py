@@ -1,5 +1,6 @@
 """T5 and steps replayed are T5 and steps called, to the bit; what was not recorded runs as it was."""
 
+import errno
 import random
 import weakref
 from collections import Counter
@@ -342,7 +343,8 @@ def test_the_latest_graphs_are_kept_and_all_given_up_at_once(capsys: pytest.Capt
     for _ in range(2):
         assert torch.equal(module(**inputs(5, 2))[0], plain(module, inputs(5, 2)))
     assert recorder.replays[2] == 3
-    steps.give_back(ValueError("nothing of the kind"))
+    for error in (ValueError("nothing of the kind"), MemoryError(), OSError(errno.ENOMEM, "of the host")):
+        steps.give_back(error)
     assert any(output() is not None for output in recorder.outputs)
     steps.give_back(torch.OutOfMemoryError("CUDA out of memory."))
     assert not any(output() is not None for output in recorder.outputs)
