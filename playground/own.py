@@ -88,6 +88,6 @@ def _message(line: bytes) -> tuple[str, bool]:
         fields = record["fields"]
         said = ": ".join(str(fields[name]) for name in ("message", "error") if name in fields)
         routine = record["level"] == "INFO" and record["target"] != "coglet::setup"
-    except (ValueError, LookupError, TypeError):  # Python's, when it starts or ends
+    except (ValueError, LookupError, TypeError, RecursionError):  # Python's, when it starts or ends
         said, routine = line.decode(errors="replace"), False
     return printable(said.rstrip().rpartition("\r")[2]), routine

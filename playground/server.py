@@ -37,9 +37,8 @@ MOST_CONNECTIONS = 100
 SECONDS_FOR_REQUEST = 120
 SECONDS_FOR_PIECE = 60
 SECONDS_BETWEEN_SIGNS = 15
-# What of a request is passed on, and what of an answer: no cookie, no login of a browser's, nothing about the page.
+# What of a request is passed on: no cookie, no login of a browser's, nothing about the page.
 ASKED = ("Authorization", "Prefer", "Content-Type", "Accept", "User-Agent")
-ANSWERED = ("Content-Type", "Content-Length", "Retry-After")
 
 
 def page_files() -> dict[str, Path]:
@@ -61,14 +60,14 @@ class Playground(socketserver.ThreadingTCPServer):
 
     Args:
         port: on loopback; 0 takes a free one.
-        target: what its requests go to.
+        target: what its requests go to; it may be set later, before any is answered.
     """
 
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, port: int, target: Target) -> None:
+    def __init__(self, port: int, target: Target | None = None) -> None:
         super().__init__((LOOPBACK, port), Handler)
         self.target, self.events, self.secret = target, Events(), secrets.token_urlsafe(32)
         self.port = self.socket.getsockname()[1]
@@ -135,9 +134,11 @@ class Handler(BaseHTTPRequestHandler):
         """The body, of a request that no foreign page can have sent."""
         if fault := find_fault(self.headers.items()):
             raise Refused(*fault)
+        if not self.path.startswith("/"):
+            raise Refused(400, "The address must begin with a slash.")
         if "Transfer-Encoding" in self.headers:
             raise Refused(411, "The body must come with a Content-Length.")
-        length = self.headers.get("Content-Length", "0")
+        length = ", ".join(self.headers.get_all("Content-Length", ["0"]))
         if not re.fullmatch("[0-9]{1,15}", length):
             raise Refused(400, f"Content-Length is {length[:80]!r}; it must be a number of bytes.")
         if (missing := int(length)) > MOST_BYTES:
@@ -170,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._send_file("/".join(name) or "index.html")
             case "GET", "health-check":
                 self._send_health()
-            case ("GET", "openapi.json") | ("POST", "predictions"):
+            case "GET", "openapi.json":
                 self._pass_on()
             case "PUT", "predictions", prediction_id if PREDICTION_ID.fullmatch(prediction_id):
                 with self.server.events.drawing(prediction_id):
@@ -193,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send(200, log.encode(), {"Content-Type": "text/plain; charset=utf-8"})
 
     def _send_loras(self) -> None:
-        if self.server.target.about()["server"] == "front":
+        if self.server.target.known()["server"] == "front":
             self._pass_on()
             return
         try:
@@ -204,8 +205,9 @@ class Handler(BaseHTTPRequestHandler):
     def _send_health(self) -> None:
         try:
             self._pass_on()
-        except NoAnswerError:
-            if not self.server.target.starts():
+        except NoAnswerError as error:
+            # One that listens already may hang.
+            if not (isinstance(error.__cause__, ConnectionRefusedError) and self.server.target.starts()):
                 raise
             self._send_json(200, {"status": "STARTING"})
 
@@ -237,27 +239,38 @@ class Handler(BaseHTTPRequestHandler):
         self._send_json(200, {})
 
     def _pass_on(self, prediction_id: str | None = None) -> None:
-        """Ask the target the same, and answer what it answers, piece by piece."""
-        target, path = self.server.target, self.path.partition("?")[0]
-        headers = {name: self.headers[name] for name in ASKED if name in self.headers}
-        waits = not (self.command == "GET" or path.endswith("/cancel"))
-        body = self._with_own_webhook(prediction_id) if waits and self.body else self.body
-        seconds = {"seconds": None} if waits else {}
-        with target.exchange(self.command, path, body, headers, client=self.connection, **seconds) as answer:
-            given = {name: answer.headers[name] for name in ANSWERED if name in answer.headers}
+        """Ask the target the same, and answer what it answers, piece by piece; a prediction takes its time."""
+        path, seconds = self.path.partition("?")[0], {"seconds": None} if prediction_id else {}
+        headers = {name: _unfolded(self.headers[name]) for name in ASKED if name in self.headers}
+        if prediction_id and self.body:
+            self.body = self._with_own_webhook(prediction_id)
+        with self.server.target.exchange(
+            self.command, path, self.body, headers, client=self.connection, **seconds
+        ) as answer:
+            # Nothing that a browser would run: to it, the answer is this server's.
+            is_json = answer.headers.get_content_type() == "application/json"
+            given = {"Content-Type": "application/json" if is_json else "text/plain; charset=utf-8"}
+            if "Retry-After" in answer.headers:
+                given["Retry-After"] = _unfolded(answer.headers["Retry-After"])
+            # Where no length is known, chunks tell an answer that is cut off from one that ends.
+            in_chunks = answer.length is None and self.request_version == "HTTP/1.1"
+            if in_chunks:
+                given["Transfer-Encoding"] = "chunked"
+            elif answer.length is not None:
+                given["Content-Length"] = str(answer.length)
             self._send(answer.status, None, given)
             while piece := answer.read1(2**16):
-                self.wfile.write(piece)
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if in_chunks else piece)
+            self.wfile.write(b"0\r\n\r\n" if in_chunks else b"")
 
-    def _with_own_webhook(self, prediction_id: str | None) -> bytes:
+    def _with_own_webhook(self, prediction_id: str) -> bytes:
         """The body, by which a Cog server that can tells here how far it is."""
-        about = self.server.target.about()
+        about = self.server.target.known()
         if about["server"] == "front":
             return self.body
-        tells = about["progress"] == "events" and prediction_id
         address = f"{url(LOOPBACK, self.server.port)}/playground/webhooks/{self.server.secret}/{prediction_id}"
         try:
-            return with_webhook(self.body, address if tells else None)
+            return with_webhook(self.body, address if about["progress"] == "events" else None)
         except ValueError as error:
             raise Refused(400, str(error)) from None
 
@@ -287,6 +300,11 @@ class Handler(BaseHTTPRequestHandler):
         """Print nothing: what is printed is the predictor's."""
 
 
+def _unfolded(value: str) -> str:
+    """A header's value in one line; old HTTP lets it have several."""
+    return " ".join(value.split())
+
+
 def main() -> None:
     """Serve until stopped."""
     parser = argparse.ArgumentParser(prog="script/playground", description="A page to play on, in a browser.")
@@ -298,11 +316,14 @@ def main() -> None:
     try:
         target = None if options.target is None else Target(options.target)
         check_address(LOOPBACK, options.port)
-    except ValueError as error:
+        if target and target.is_at(options.port):
+            raise ValueError(f"--target is {target.url}; it must be another server than the page's own.")
+    except (ValueError, NoAnswerError) as error:
         parser.error(str(error))
     exit_on_signals()
     beside = OwnServer.started() if target is None else contextlib.nullcontext(target)
-    with contextlib.suppress(KeyboardInterrupt), beside as asked, Playground(options.port, asked) as server:
+    # A predictor takes seconds to start, in which another program could take the port.
+    with contextlib.suppress(KeyboardInterrupt), Playground(options.port) as server, beside as server.target:
         print(f"Ready: {url(LOOPBACK, server.port)}/playground/ (Ctrl-C stops it)", flush=True)
         server.serve_forever()
 

@@ -54,21 +54,31 @@ class Target:
             parts = urlsplit(url)
             if not (_URL.fullmatch(url) and parts.hostname and parts.port != 0):
                 raise ValueError(wrong)
+            parts.hostname.encode("idna")  # as sockets do; it finds names that cannot be
         except ValueError:
             raise ValueError(wrong) from None
         self.url, self._secure = url.rstrip("/"), parts.scheme == "https"
-        self._host, self._port, self._prefix = parts.hostname, parts.port, parts.path.rstrip("/")
+        self._host, self._prefix = parts.hostname, parts.path.rstrip("/")
+        # Given to http.client, which else takes the end of an IPv6 address for it.
+        self._port = parts.port or (443 if self._secure else 80)
         self._known: dict[str, Any] | None = None
 
     def about(self) -> dict[str, Any]:
-        """What the page is told of the server at `about.json`; asked for until it answers, and again after a silence.
+        """What the page is told of the server at `about.json`, asked anew: by now it may be another one.
 
         Raises:
             NoAnswerError: it does not answer, or not as a Cog server or a front does.
         """
-        if self._known is None:
-            self._known = self._ask_about()
+        self._known = self._ask_about()
         return self._known
+
+    def known(self) -> dict[str, Any]:
+        """The same as it was last told; asked for only where that was not, or there was a silence since.
+
+        Raises:
+            NoAnswerError: as above.
+        """
+        return self._known or self.about()
 
     def _ask_about(self) -> dict[str, Any]:
         (status, told), (status_of_health, health) = self.get("/playground/about.json"), self.get("/health-check")
@@ -89,7 +99,17 @@ class Target:
             found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
         except OSError as error:
             raise self._silent(error) from error
-        return all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for *_, address in found)
+        addresses = [ipaddress.ip_address(address[0].partition("%")[0]) for *_, address in found]
+        # To connect to 0.0.0.0, where servers say that they listen, leads to loopback.
+        return all(address.is_loopback or address.is_unspecified for address in addresses)
+
+    def is_at(self, port: int) -> bool:
+        """Whether it is what listens at a port of this machine.
+
+        Raises:
+            NoAnswerError: its name is unknown.
+        """
+        return self._port == port and self.is_loopback()
 
     def starts(self) -> bool:
         """Whether it will answer later, if it does not now; of a server that others have started nobody knows."""
@@ -117,11 +137,14 @@ class Target:
         Raises:
             NoAnswerError: there is none.
         """
-        with self.exchange("GET", path) as answer:
-            content = answer.read(LONGEST_READ)
+        try:
+            with self.exchange("GET", path) as answer:
+                content = answer.read(LONGEST_READ)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._silent(error) from error
         try:
             value = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         return answer.status, value if isinstance(value, dict) else {}
 
@@ -143,7 +166,7 @@ class Target:
             path: below the target's own.
             body: its Content-Type is among the headers.
             headers: sent as they are.
-            seconds: how long the answer may take to begin; None: any time.
+            seconds: how long the answer may take to begin, and twice as long to end; None: any time.
             client: for whom it is: when it goes, the connection is broken off, on which a Cog server cancels.
 
         Raises:
@@ -156,11 +179,11 @@ class Target:
                 connection.connect()
             except OSError as error:
                 raise self._silent(error) from error
-            with _breaking_off(connection.sock, client):
+            with _breaking_off(connection.sock, client, seconds and 2 * seconds) as late:
                 try:
                     answer = _ask(connection, method, self._prefix + path, body, headers or {}, seconds)
                 except (OSError, http.client.HTTPException) as error:
-                    raise self._silent(error) from error
+                    raise self._silent(TimeoutError() if late.is_set() else error) from error
                 with answer:
                     yield answer
         finally:
@@ -176,10 +199,14 @@ class Target:
         match error:
             case TimeoutError():
                 why = "it takes too long"
-            case http.client.HTTPException() | ConnectionResetError() | BrokenPipeError():
+            case http.client.IncompleteRead() | ConnectionResetError() | BrokenPipeError():
                 why = "it broke off the connection"
+            case http.client.HTTPException():
+                why = "what it sends cannot be understood"
             case ssl.SSLCertVerificationError():
-                why = f"its certificate cannot be trusted: {error.verify_message}"
+                why = f"its certificate cannot be trusted: {error.verify_message.removesuffix('.')}"
+            case ssl.SSLError():
+                why = "no secure connection could be made"
             case OSError(strerror=str(said)):
                 why = said
             case _:
@@ -202,28 +229,35 @@ def _ask(
     with suppress(BrokenPipeError, ConnectionResetError):
         connection.request(method, path, io.BytesIO(body) if body else None, {**headers, **length})
     sock.settimeout(seconds)
-    return connection.getresponse()
+    answer = connection.getresponse()
+    if answer.status < 200:  # early hints, which nobody has asked for, and which http.client takes for the answer
+        raise http.client.UnknownProtocol(str(answer.status))
+    return answer
 
 
 @contextmanager
-def _breaking_off(sock: socket.socket, client: socket.socket | None) -> Iterator[None]:
-    """Meanwhile a connection is broken off as soon as the client has gone, if there is one."""
-    if client is None:
-        yield
-        return
+def _breaking_off(
+    sock: socket.socket, client: socket.socket | None, seconds: float | None
+) -> Iterator[threading.Event]:
+    """Meanwhile a connection is broken off as soon as the client has gone, if there is one, or it is late."""
+    late = threading.Event()
     ended, end = socket.socketpair()
+    watched = [ended, client] if client else [ended]
 
     def watch() -> None:
-        while ended not in select.select([client, ended], [], [])[0]:
-            if has_gone(client):
+        while ended not in (found := select.select(watched, [], [], seconds)[0]):
+            if not found:
+                late.set()
+            if not found or has_gone(client):
+                # Under TLS too: its own way goes on without TLS for a moment, in which a token may be sent.
                 with suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
                 return
 
     watching = threading.Thread(target=watch, daemon=True)
     watching.start()
     try:
-        yield
+        yield late
     finally:
         end.close()
         watching.join()

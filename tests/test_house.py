@@ -1,6 +1,7 @@
 """Who may import whom, and how large a function or a class may get."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from settings import ROOT
 
 WINGS = ("engine", "lora", "pixels", "sources", "service", "local_cog", "cluster", "playground", "tools")
 FURTHER = ("mini", "tests", "bench", "harness")
+PAGE = ROOT / "playground" / "page"
 # Cog reads the inputs from the signature of `predict`, each with its description.
 CONTRACT = ("predict.py", "predict")
 
@@ -92,3 +94,17 @@ def test_every_part_fits_its_room() -> None:
         and (str(file.relative_to(ROOT)), node.name) != CONTRACT
     ]
     assert too_large == []
+
+
+def test_the_page_keeps_to_its_rooms_too() -> None:
+    """No function or module of the page is too long, and what one exports another imports."""
+    modules = {file.name: file.read_text() for file in PAGE.glob("*.js")}
+    imports = re.findall(r"^import \{([^}]*)\}", "\n".join(modules.values()), re.MULTILINE)
+    used = {name.split(" as ")[0].strip() for names in imports for name in names.split(",")}
+    faults = [f"{name} has {size} lines" for name, text in modules.items() if (size := text.count("\n")) > 450]
+    for name, text in modules.items():
+        exports = re.findall(r"^export (?:async )?(?:function|const|class) (\w+)", text, re.MULTILINE)
+        faults += [f"{name}: nobody imports {export}" for export in exports if export not in used]
+        functions = re.finditer(r"^(?:export )?(?:async )?function (\w+).*?^\}$", text, re.MULTILINE | re.DOTALL)
+        faults += [f"{name}: {it[1]} has {size} lines" for it in functions if (size := it[0].count("\n") + 1) > 60]
+    assert faults == []

@@ -27,15 +27,26 @@ export class Refused extends Error {
     }
 }
 
+let held = null; // the token of this visit, once it is set
+
 /** @returns {string} the token of requests, which lasts as long as the browser's tab; "" is none. */
 export function token() {
-    return sessionStorage.getItem(TOKEN) ?? "";
+    try {
+        return held ?? sessionStorage.getItem(TOKEN) ?? "";
+    } catch {
+        return ""; // a browser that keeps nothing refuses to be asked
+    }
 }
 
 /** Send this token from now on; "" forgets it. */
 export function setToken(text) {
-    if (text) sessionStorage.setItem(TOKEN, text);
-    else sessionStorage.removeItem(TOKEN);
+    held = text;
+    try {
+        if (text) sessionStorage.setItem(TOKEN, text);
+        else sessionStorage.removeItem(TOKEN);
+    } catch {
+        // It lasts until the page is loaded again.
+    }
 }
 
 /** @returns {Promise<object>} what is behind this page. */
@@ -155,7 +166,7 @@ async function ask(address, { body, headers, signal, seconds, json = true, ...re
     }
     if (answer.ok && !json) return text;
     const said = parse(text);
-    if (!answer.ok) throw refusal(answer, said ?? text);
+    if (!answer.ok) throw refusal(answer, said ?? { detail: text });
     if (said === null) throw new Refused("failed", "What answers at the server's address is another program.");
     return said;
 }
@@ -170,8 +181,10 @@ function parse(text) {
 
 /** Why an answer is none that was asked for. */
 function refusal({ status, headers }, said) {
-    const detail = said.detail ?? said.error ?? said;
-    const sentence = typeof detail === "string" && detail.length > 0 && detail.length < 500 ? detail : "";
+    const detail = said.detail ?? said.error;
+    // A page of HTML is what proxies answer by themselves.
+    const isSentence = typeof detail === "string" && detail.length < 500 && !detail.trimStart().startsWith("<");
+    const sentence = isSentence ? detail.trim() : "";
     switch (status) {
         case 401: {
             const sentence = token() ? "The server does not take this token." : "The server wants a token.";
@@ -182,11 +195,11 @@ function refusal({ status, headers }, said) {
         case 413:
             return new Refused("failed", TOO_LARGE, { status });
         case 422: {
-            const problems = Array.isArray(detail)
-                ? Object.fromEntries(detail.map(({ loc, msg }) => [loc.at(-1), finished(msg)]))
-                : {};
+            const items = Array.isArray(detail) ? detail.filter((item) => item?.loc?.length > 0 && item.msg) : [];
+            const problems = Object.fromEntries(items.map(({ loc, msg }) => [loc.at(-1), finished(String(msg))]));
             const sentences = Object.entries(problems).map(([name, problem]) => `${name}: ${problem}`);
-            return new Refused("invalid", sentences.join(" ") || finished(sentence), { status, problems });
+            const whole = sentences.join(" ") || finished(sentence || "The server does not take these inputs");
+            return new Refused("invalid", whole, { status, problems });
         }
         case 429:
         case 503: {

@@ -6,7 +6,7 @@
 
 import { about, health, loras, openapi, setToken, setupLog, token } from "./api.js";
 import { readSchema } from "./schema.js";
-import { changed, state } from "./store.js";
+import { changed, now, state } from "./store.js";
 
 const CALM_MS = 3000; // between checks while all is well, or nobody answers
 const ALERT_MS = 1000; // while that may change soon; also how often a countdown ticks
@@ -61,7 +61,7 @@ export function refuseToken() {
 
 /** Tick, or check: a countdown has its next check in `until`. */
 function wake() {
-    if ((state.connection.until ?? 0) - Date.now() > ALERT_MS / 2) {
+    if ((state.connection.until ?? 0) - now() > ALERT_MS / 2) {
         changed();
         timer = setTimeout(wake, ALERT_MS);
     } else {
@@ -75,7 +75,7 @@ function pauseLength() {
 }
 
 async function check() {
-    const began = Date.now();
+    const began = now();
     try {
         if (learnt === null) state.about = await about();
         const said = await health();
@@ -90,50 +90,65 @@ async function check() {
             return;
         }
         if (error.kind === undefined) console.error(error); // a bug; the sentence below says that something is wrong
-        const brief = silentSince === null && Date.now() - began < BRIEF_MS;
+        const brief = silentSince === null && now() - began < BRIEF_MS;
         silentSince ??= began;
         if (brief) return;
         learnt = null; // another server may come back
-        const until = Date.now() + (error.seconds ?? CALM_MS / 1000) * 1000;
+        const until = now() + (error.seconds ?? CALM_MS / 1000) * 1000;
         show({ kind: navigator.onLine ? "gone" : "offline", sentence: error.message, since: silentSince, until });
     }
 }
 
 /** What a server's health means for the page. */
-async function judge({ status, setup = {}, user_healthcheck_error: fault = "" }) {
+async function judge({ status, setup, user_healthcheck_error: fault }) {
     // The slot is free a moment after the answer: only what is seen twice is somebody else's prediction.
     const ours = state.jobs.some((job) => job.status === "drawing");
     busyLooks = status === "BUSY" && !ours ? busyLooks + 1 : 0;
     switch (status) {
         case "STARTING": {
             learnt = null;
-            return { kind: "starting", log: await startLog(), since: Date.parse(setup.started_at) || undefined };
+            return { kind: "starting", log: await startLog(), since: Date.parse(setup?.started_at) || undefined };
         }
-        case "SETUP_FAILED":
-            return {
-                kind: "setup-failed",
-                sentence: setupFailure(setup.logs),
-                log: (await startLog()) || setup.logs,
-            };
+        case "SETUP_FAILED": {
+            const logs = textOf(setup?.logs);
+            const log = (await startLog()) || logs;
+            const why = log ? "Its log says why." : "The server does not say why.";
+            return { kind: "setup-failed", sentence: setupFailure(logs) || why, log };
+        }
         case "UNHEALTHY":
         case "DEFUNCT":
-            return { kind: "unhealthy", sentence: healthFailure(fault) };
+            return { kind: "unhealthy", sentence: healthFailure(textOf(fault)) };
+        case "READY":
+        case "BUSY":
+            break;
+        default:
+            return { kind: "unhealthy", sentence: "The server does not say whether it can draw." };
     }
     if (token() === refused || (state.about.tokens && !token())) {
         const sentence = token() ? "The server does not take this token." : "The server wants a token.";
         return { kind: "unauthorised", sentence };
     }
-    if (learnt !== token()) await learn();
+    if (learnt !== token() && !(await learn())) {
+        return { kind: "unhealthy", sentence: "What the server says of its inputs cannot be read." };
+    }
     return { kind: busyLooks > 1 ? "busy" : "ready" };
 }
 
+/** Read what can be asked for; false where the document is none of a Cog server. */
 async function learn() {
     const asked = token();
     const [document, names] = await Promise.all([openapi(), loras()]);
-    state.schema = readSchema(document);
+    try {
+        state.schema = readSchema(document);
+    } catch {
+        return false;
+    }
     state.library = names;
     learnt = asked;
+    return true;
 }
+
+const textOf = (value) => (typeof value === "string" ? value : "");
 
 /** What the predictor has printed, where the page is beside the server that it belongs to. */
 async function startLog() {
@@ -141,7 +156,7 @@ async function startLog() {
 }
 
 function setupFailure(logs) {
-    return logs?.replace(/^.*[Ss]etup failed: (\w+Error: )?/s, "") || "Its log says why.";
+    return logs.replace(/^.*[Ss]etup failed: (\w+Error: )?/s, "");
 }
 
 function healthFailure(fault) {
@@ -154,7 +169,7 @@ function healthFailure(fault) {
 /** Show how it is; `since` is when that began, unless it is told. */
 function show({ kind, sentence = "", log = "", since, until = null }) {
     const before = state.connection;
-    since ??= before.kind === kind ? before.since : Date.now();
+    since ??= before.kind === kind ? before.since : now();
     state.connection = { kind, sentence, log, since, until };
     changed();
 }

@@ -17,6 +17,7 @@ const PICTURES = /image|mask|photo|picture/;
 const LORA_FILES = /\.(safetensors|tar|gz|tgz|zip)$/i;
 
 const explained = new Set(); // names of fields whose description is open
+let painting = false; // whether the dialog for a mask is open, or about to be
 const previews = new Map(); // by field, the file that is shown and its address within the page
 
 /** The whole form, without the bar that draws: its events `submit` go up to whoever draws. */
@@ -185,7 +186,7 @@ function textView(field) {
     const { name, type } = field;
     const isJson = type === "array" || type === "object";
     const value = state.inputs[name] ?? field.default ?? "";
-    const text = isJson && value !== "" ? JSON.stringify(value) : value;
+    const text = isJson && value !== "" ? JSON.stringify(value) : String(value);
     const least = name === "prompt" ? 3 : 1;
     const onInput = ({ target }) => (isJson ? editJson(field, target) : edit(field, target.value));
     return html`
@@ -440,7 +441,10 @@ function chosenView(field, file) {
                     type="button"
                     aria-label="Remove ${field.label}"
                     title="Remove"
-                    @click=${() => edit(field, undefined)}
+                    @click=${() => {
+                        edit(field, undefined);
+                        focusFile(field);
+                    }}
                 >
                     ✕
                 </button>
@@ -483,6 +487,7 @@ function uploadView(field, text) {
     const choose = ({ target }) => {
         take(field, target.files[0]);
         target.value = ""; // so that the same file can be chosen again
+        focusFile(field);
     };
     return html`
         <span class="form-upload">
@@ -503,15 +508,26 @@ function paintView(field) {
     const { image, mask } = state.inputs;
     if (field.name !== "mask" || !(image instanceof Blob)) return nothing;
     const paint = async () => {
+        if (painting) return; // pressed again while a large image is opened
+        painting = true;
         try {
             const painted = await paintMask(image, mask instanceof Blob ? mask : null);
             if (painted && state.inputs.image === image) edit(field, painted);
+            focusFile(field);
         } catch {
             state.problems.mask = "The image cannot be opened here, so no mask can be painted on it; upload one.";
             changed();
+        } finally {
+            painting = false;
         }
     };
     return html`<button class="button" type="button" @click=${paint}>Paint</button>`;
+}
+
+/** The controls of a file are others once there is one, so the focus goes to the first of these. */
+function focusFile({ name }) {
+    const controls = `[data-name="${CSS.escape(name)}"] .form-drop .row :is(button, input)`;
+    queueMicrotask(() => document.querySelector(controls)?.focus());
 }
 
 /** A file's address within the page; that of the one before it, which would be held in memory, is given up. */
@@ -544,6 +560,8 @@ function drop(field, event) {
 function paste(event) {
     const file = event.clipboardData?.files[0];
     if (!file || !state.schema || document.querySelector("dialog[open]")) return;
+    // A cell of a spreadsheet brings a picture of itself along with its text.
+    if (event.clipboardData.types.includes("text/plain") && event.target.closest?.("textarea, input")) return;
     event.preventDefault();
     if (LORA_FILES.test(file.name)) return void addLora(file);
     const shown = state.schema.fields.filter((field) => field.format === "uri" && isShown(field, state.inputs));
@@ -556,7 +574,8 @@ document.addEventListener("paste", paste);
 function take(field, file) {
     if (!file) return;
     const isPicture = !PICTURES.test(field.name) || file.type.startsWith("image/");
-    const problem = isPicture ? sizeProblem(file, state.inputs[field.name]) : `${file.name} is no picture.`;
+    const unknown = `${file.name} is of no kind that this browser knows as a picture.`;
+    const problem = isPicture ? sizeProblem(file, state.inputs[field.name]) : unknown;
     if (problem === null) return edit(field, file);
     state.problems[field.name] = problem;
     changed();

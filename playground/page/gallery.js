@@ -12,6 +12,7 @@ import { html, nothing } from "./vendor/lit-html.js";
 
 // Words that the miniature has learnt, too.
 const EXAMPLES = ["a red fox in the snow", "a blue robot in the desert", "a purple mushroom in the forest"];
+const NONE = ".gallery-empty"; // what is seen where there is no picture
 const FORMATS = { "image/webp": "WebP", "image/jpeg": "JPEG", "image/png": "PNG" };
 
 const urls = new Map(); // blob: addresses, by Blob
@@ -150,11 +151,12 @@ function factsOf(picture) {
     const { blob, loras, metrics } = picture;
     const size = sizes.get(blob);
     const seconds = metrics.predict_time?.toFixed(1);
+    const steps = inputOf(picture, "num_inference_steps");
     const together = metrics.seeds?.length ?? 1;
     return [
         size && `${size.width} × ${size.height} px`,
         inputOf(picture, "model"),
-        `${inputOf(picture, "num_inference_steps")} steps`,
+        steps && `${steps} steps`,
         ...loras.map(({ name, path, scale }) => loraText({ path: name ?? path, scale })),
         seconds && (together > 1 ? `${seconds} s for ${together}` : `${seconds} s`),
         `${FORMATS[blob.type] ?? blob.type}, ${Math.ceil(blob.size / 1000)} kB`,
@@ -164,7 +166,8 @@ function factsOf(picture) {
 function droppedView({ metrics: { safety, seeds } }) {
     const count = safety?.dropped?.length ?? 0;
     if (count === 0) return nothing;
-    const pictures = count === 1 ? `1 picture of ${seeds.length} was` : `${count} pictures of ${seeds.length} were`;
+    const of = seeds?.length > count ? ` of ${seeds.length}` : "";
+    const pictures = count === 1 ? `1 picture${of} was` : `${count} pictures${of} were`;
     return html`<p class="hint">${pictures} kept back by the safety check.</p>`;
 }
 
@@ -204,6 +207,7 @@ function useInputs(recipe) {
 function useAsImage(image) {
     const problem = sizeProblem(image, state.inputs.image);
     if (problem !== null) return note(problem);
+    if (state.schema && !fieldOf("image")) return note("This server has no input for an image to draw from.");
     const { mask, ...inputs } = state.inputs;
     state.inputs = { ...inputs, image };
     state.problems = {};
@@ -230,29 +234,34 @@ function remove(picture) {
     if ([picture.id, state.selected].includes(state.compare)) state.compare = null;
     forget(picture.id);
     announce("The picture is deleted.");
+    if (state.pictures.length === 0) changedThenFocus(NONE);
 }
 
 // None
 
 function emptyView() {
     if (state.jobs.some(({ kind, status }) => kind === "draw" && ["queued", "waiting", "drawing"].includes(status))) {
-        return html`<p class="gallery-empty quiet">The first picture comes here.</p>`;
+        return html`<p class="gallery-empty quiet" tabindex="-1">The first picture comes here.</p>`;
     }
     const fill = (prompt) => {
         state.inputs = { ...state.inputs, prompt };
         announce(`The prompt is “${prompt}”.`);
     };
     return html`
-        <div class="gallery-empty">
+        <div class="gallery-empty" tabindex="-1">
             <h2>Say what you would like to see, then press Draw.</h2>
-            <p class="quiet">Or begin with one of these:</p>
-            <div class="row">
-                ${EXAMPLES.map(
-                    (prompt) => html`
-                        <button class="chip" type="button" @click=${() => fill(prompt)}>${prompt}</button>
-                    `,
-                )}
-            </div>
+            ${fieldOf("prompt")
+                ? html`
+                      <p class="quiet">Or begin with one of these:</p>
+                      <div class="row">
+                          ${EXAMPLES.map(
+                              (prompt) => html`
+                                  <button class="chip" type="button" @click=${() => fill(prompt)}>${prompt}</button>
+                              `,
+                          )}
+                      </div>
+                  `
+                : nothing}
             <p class="hint">A picture that was drawn here brings its inputs back when it is dropped here, or pasted.</p>
         </div>
     `;
@@ -304,7 +313,9 @@ function pairView(first, second) {
                 (picture, index) => html`
                     <figure>
                         ${frameView(picture)}
-                        <figcaption class="hint">${"AB"[index]}, seed ${picture.seed}</figcaption>
+                        <figcaption class="hint">
+                            ${"AB"[index]}${picture.seed === null ? nothing : `, seed ${picture.seed}`}
+                        </figcaption>
                     </figure>
                 `,
             )}
@@ -434,8 +445,9 @@ function onStripKey(event) {
     const next = { ArrowLeft: place - 1, ArrowRight: place + 1, Home: 0, End: last }[event.key];
     if (event.key === "Delete") {
         event.preventDefault();
+        if (event.repeat) return; // one picture, however long the key is held
         remove(state.pictures[place]);
-        changedThenFocus(`.gallery-thumb:nth-child(${Math.min(place, last - 1) + 1})`);
+        if (last > 0) changedThenFocus(`.gallery-thumb:nth-child(${Math.min(place, last - 1) + 1})`);
     } else if (next !== undefined) {
         event.preventDefault();
         const thumb = thumbs[Math.max(0, Math.min(next, last))];
@@ -468,7 +480,7 @@ function confirmView() {
             clear();
             announce("The history is empty.");
         }
-        changedThenFocus(".gallery-clear");
+        changedThenFocus(isMeant ? NONE : ".gallery-clear");
     };
     const count = state.pictures.length;
     return html`

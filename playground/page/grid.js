@@ -28,8 +28,8 @@ const MOST_VALUES = 100; // of an axis
 const DRAWN_SEEDS = 2 ** 32; // seeds that nobody chose are below
 const EXAMPLES = { lora_scale: "0, 0.5, 1", guidance_scale: "2, 3, 4", num_inference_steps: "4, 14, 28" };
 
-const NUMBER = String.raw`[+-]?(?:\d+\.?\d*|\.\d+)`;
-const ONE_NUMBER = new RegExp(`^${NUMBER}$`);
+const NUMBER = String.raw`[+-]?(?:\d+(?:\.\d*)?|\.\d+)`;
+const ONE_NUMBER = new RegExp(`^${NUMBER}(?:e[+-]?\\d+)?$`, "i");
 const RANGE = new RegExp(`^(${NUMBER})\\s*[-–:]\\s*(${NUMBER})(?:\\s*:\\s*(${NUMBER}))?$`); // 1-4, 0:1:0.25
 
 // What a canvas may have in every browser, a side and in all.
@@ -239,6 +239,11 @@ function start({ x, y }) {
     changedThenFocus(".grid-cancel");
 }
 
+function cancelGrid() {
+    cancelAll("cell");
+    changedThenFocus(".grid-start"); // the button goes
+}
+
 function countCells({ x, y }) {
     return x.values.length * y.values.length;
 }
@@ -378,7 +383,7 @@ function runView(run) {
                 <span class="quiet">${counted(run)}</span>
                 ${isRunning()
                     ? html`
-                          <button class="button grid-cancel" type="button" @click=${() => cancelAll("cell")}>
+                          <button class="button grid-cancel" type="button" @click=${cancelGrid}>
                               Cancel grid
                           </button>
                       `
@@ -459,7 +464,12 @@ function changedThenFocus(selector) {
 // The picture of a grid
 
 async function exportPng(run) {
-    const canvas = await paint(run);
+    let canvas;
+    try {
+        canvas = await paint(run);
+    } catch {
+        return note("This browser cannot read one of these pictures, so it can make none of the grid.");
+    }
     const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
     const name = `grid-${run.x.axis.id}-${run.y.axis.id}`.replace(/[^\w.-]+/g, "-");
     if (blob) download(blob, `${name}.png`);

@@ -105,7 +105,11 @@ async function open() {
         request.result.createObjectStore(FILES);
     };
     const opened = await done(request);
-    opened.onversionchange = () => opened.close(); // a newer page in another tab need not wait for this one
+    // A newer page in another tab need not wait for this one; what has been deleted is made anew when it is needed.
+    opened.onversionchange = opened.onclose = () => {
+        opened.close();
+        database = null;
+    };
     return opened;
 }
 

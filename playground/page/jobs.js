@@ -8,7 +8,7 @@ import { focusProblem } from "./form.js";
 import { keep } from "./history.js";
 import { rememberLoras } from "./loras.js";
 import { encode, fromDataUri, shortened } from "./recipe.js";
-import { announce, changed, state } from "./store.js";
+import { announce, changed, now, state } from "./store.js";
 
 const AT_ONCE_AT_A_FRONT = 4;
 const KEPT = 100; // jobs that have ended
@@ -113,12 +113,12 @@ function advance() {
 }
 
 function begin(job) {
-    Object.assign(job, { status: "drawing", error: null, until: null, at: null, of: null, startedAt: Date.now() });
+    Object.assign(job, { status: "drawing", error: null, until: null, at: null, of: null, startedAt: now() });
     changed();
 }
 
 function end(job, status, error = null) {
-    Object.assign(job, { status, error, until: null, endedAt: Date.now() });
+    Object.assign(job, { status, error, until: null, endedAt: now() });
     finishers.get(job)();
 }
 
@@ -156,7 +156,7 @@ async function drawWhenPossible(job, input, signal) {
             const seconds = Math.max(1, error.seconds ?? SECONDS_TO_ASK_AGAIN);
             const wait = error.kind === "busy" ? BUSY_MS[Math.min(refusals, BUSY_MS.length - 1)] : seconds * 1000;
             if (wait >= TICK_MS) {
-                const until = error.kind === "later" ? Date.now() + wait : null; // no countdown of a single second
+                const until = error.kind === "later" ? now() + wait : null; // no countdown of a single second
                 Object.assign(job, { status: "waiting", error: error.message, until });
                 changed();
             }
@@ -176,7 +176,7 @@ function follow(job, { status, logs }) {
         return;
     }
     if (job.status === "waiting") begin(job);
-    job.log = logs || job.log;
+    job.log = textOf(logs) || job.log;
     const steps = [...job.log.matchAll(/\|\s*(\d+)\/(\d+) \[/g)].at(-1);
     if (steps) [job.at, job.of] = [Number(steps[1]), Number(steps[2])];
     changed();
@@ -184,7 +184,7 @@ function follow(job, { status, logs }) {
 
 /** The end that the server tells. */
 function take(job, answer) {
-    job.log = answer.logs || job.log; // where there is no output, Cog leaves the log out
+    job.log = textOf(answer.logs) || job.log; // where there is no output, Cog leaves the log out
     if (answer.status === "canceled") {
         end(job, "canceled", "The server has cancelled the prediction.");
         return;
@@ -193,31 +193,49 @@ function take(job, answer) {
         end(job, "failed", failure(answer));
         return;
     }
-    job.pictures = picturesOf(job, answer);
-    job.dropped = answer.metrics?.safety?.dropped?.length ?? 0;
+    const metrics = readMetrics(answer.metrics);
+    job.pictures = picturesOf(job, answer.output, metrics);
+    job.dropped = metrics.safety.dropped.length;
     if (job.pictures.length === 0) {
         end(job, "failed", "The server sent no picture.");
         return;
     }
     end(job, "succeeded");
     rememberLoras(job);
-    if (job.kind === "draw") present(job, answer.metrics?.seed);
+    if (job.kind === "draw") present(job, metrics.seed);
 }
 
 function present(job, seed) {
     state.pictures = [...job.pictures, ...state.pictures];
     state.selected = job.pictures[0].id;
     const wanted = state.seedLocked && state.inputs.seed === undefined;
-    if (wanted && seed !== undefined) state.inputs = { ...state.inputs, seed };
+    if (wanted && seed !== null) state.inputs = { ...state.inputs, seed };
     keep(job.pictures);
     announce(outcome(job));
 }
 
+/** What is shown of an answer's metrics, each of its type: another server may say anything there, or nothing. */
+function readMetrics(metrics) {
+    const { seed, seeds, safety, loras, predict_time: seconds, ...others } = metrics ?? {};
+    const list = (value) => (Array.isArray(value) ? value : []);
+    const seedOf = (value) => (Number.isSafeInteger(value) ? value : null);
+    return {
+        ...others,
+        seed: seedOf(seed),
+        seeds: list(seeds).map(seedOf),
+        safety: { dropped: list(safety?.dropped) },
+        loras: list(loras).filter((lora) => typeof lora?.path === "string"),
+        predict_time: Number.isFinite(seconds) ? seconds : null,
+    };
+}
+
+const textOf = (value) => (typeof value === "string" ? value : "");
+
 /** The pictures of an answer. Those that the safety check kept back have a seed, and no file. */
-function picturesOf(job, { output, metrics = {}, logs }) {
-    const dropped = metrics.safety?.dropped ?? [];
-    const seeds = (metrics.seeds ?? []).filter((_, index) => !dropped.includes(index));
-    const files = [output].flat().filter((item) => typeof item === "string" && item.startsWith("data:"));
+function picturesOf(job, output, metrics) {
+    const { seeds: all, safety, loras } = metrics;
+    const seeds = all.filter((_, index) => !safety.dropped.includes(index));
+    const files = [output].flat().filter((item) => textOf(item).startsWith("data:image/"));
     return files.map((file, index) => {
         const blob = fromDataUri(file);
         const seed = seeds[index] ?? null;
@@ -229,9 +247,9 @@ function picturesOf(job, { output, metrics = {}, logs }) {
             name: `flux-${seed ?? job.id}.${suffix}`,
             seed,
             recipe: alone(job.recipe, seed),
-            loras: metrics.loras ?? [],
+            loras,
             metrics,
-            log: logs || job.log,
+            log: job.log,
             at: Date.now(),
         };
     });
@@ -256,6 +274,6 @@ function fail(job, error) {
 
 /** The server's reason, without the names of the layers that it came through. */
 function failure({ error }) {
-    const reason = (error || "The server gave no reason.").replace(/^(Prediction failed: )*(\w+Error: )?/, "");
+    const reason = (textOf(error) || "The server gave no reason.").replace(/^(Prediction failed: )*(\w+Error: )?/, "");
     return /[.!?]$/.test(reason) ? reason : `${reason}.`;
 }

@@ -115,7 +115,7 @@ export function rememberLoras({ status, recipe, answer }) {
     if (status !== "succeeded") return;
     // The answer tells of them in the list's order, by names that may be spelled otherwise than what was asked for.
     const told = answer?.metrics?.loras ?? [];
-    recipe.loras.forEach(({ path }, index) => learned.set(path, told[index]?.trigger_words ?? []));
+    recipe.loras.forEach(({ path }, index) => learned.set(path, wordsOf(told[index])));
     const paths = recipe.loras.filter(isKeepable).map(({ path }) => path);
     const known = recent.map(({ path }) => path);
     const words = new Map(recent.map(({ path, words }) => [path, words]));
@@ -127,6 +127,12 @@ export function rememberLoras({ status, recipe, answer }) {
         // A private window keeps nothing: they are known until it is closed.
     }
     changed();
+}
+
+/** The trigger words that an answer tells of a LoRA; another server may say anything there. */
+function wordsOf(told) {
+    const words = Array.isArray(told?.trigger_words) ? told.trigger_words : [];
+    return words.filter((word) => typeof word === "string" && word !== "");
 }
 
 /**
@@ -274,6 +280,7 @@ function remove(index) {
     state.loras = state.loras.filter((_, other) => other !== index);
     delete state.problems[LORAS];
     changed();
+    queueMicrotask(() => document.getElementById(`field-${LORAS}`)?.focus());
 }
 
 function choose({ target }) {
@@ -326,7 +333,7 @@ function takeApart(text) {
 
 /** "zorp*0.8" → zorp, with strength 0.8. */
 function readTerm(term) {
-    const found = /^(.+?)\s*\*\s*([+-]?(?:\d+\.?\d*|\.\d+))$/.exec(term.trim());
+    const found = /^(.*\S)\s*\*\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))$/s.exec(term.trim());
     return { path: found?.[1] ?? term.trim(), scale: Number(found?.[2] ?? 1), file: null };
 }
 

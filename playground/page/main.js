@@ -22,6 +22,8 @@ const TABS = {
     json: { title: "JSON", view: jsonView },
     code: { title: "Code", view: codeView },
 };
+const LONGEST_FRAGMENT = 60_000; // characters: of longer addresses browsers and programs lose the end
+const TYPED = "textarea, input:is([type=text], [type=number], [type=url], [type=password])";
 const COMMAND = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘" : "Ctrl";
 
 function pageView() {
@@ -121,7 +123,9 @@ function draw() {
 
 async function share() {
     const recipe = snapshot();
-    history.replaceState(null, "", toFragment(recipe)); // the form keeps its files, as no hashchange is told
+    const fragment = toFragment(recipe);
+    if (fragment.length > LONGEST_FRAGMENT) return note("These inputs are too long for an address.");
+    history.replaceState(null, "", fragment); // the form keeps its files, as no hashchange is told
     const left = unshared(recipe);
     const without = left.length > 0 ? `; not in it: ${left.join(", ")}.` : ".";
     try {
@@ -141,10 +145,13 @@ function takeShared() {
 }
 
 function onKey(event) {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-        event.preventDefault();
-        draw();
-    } else if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
+    if (event.isComposing) return; // it is meant for the input method
+    if (event.key === "Enter") {
+        const command = event.ctrlKey || event.metaKey;
+        // Held down, it draws a single time.
+        if (command || (event.repeat && !event.target.closest("textarea"))) event.preventDefault();
+        if (command && !event.repeat) draw();
+    } else if (event.key === "Escape" && !event.repeat && !document.querySelector("dialog[open]")) {
         if (state.compare !== null) closeCompare();
         else if (current()) cancelJob(current());
     }
@@ -164,8 +171,13 @@ window.addEventListener("hashchange", () => {
     shared = location.hash;
     changed();
 });
-// A file that misses its place must not replace the page.
-for (const kind of ["dragover", "drop"]) window.addEventListener(kind, (event) => event.preventDefault());
+// A file that misses its place must not replace the page; text may be dropped where it can be typed.
+for (const kind of ["dragover", "drop"]) {
+    window.addEventListener(kind, (event) => {
+        const isText = !event.dataTransfer.types.includes("Files") && event.target.closest?.(TYPED);
+        if (!isText) event.preventDefault();
+    });
+}
 document.getElementById("page").replaceChildren();
 changed();
 load().then((pictures) => {

@@ -70,9 +70,19 @@ export function toDataUri(file) {
     });
 }
 
-/** The bytes of a data URI, with their type. */
+/**
+ * The bytes of a data URI, with their type.
+ *
+ * @throws {Error} a sentence: they are not in base64
+ */
 export function fromDataUri(text) {
     const [head, content] = text.split(",", 2);
-    const bytes = Uint8Array.from(atob(content), (character) => character.charCodeAt(0));
+    let characters;
+    try {
+        characters = atob(content);
+    } catch {
+        throw new Error("The server sent a picture that cannot be read.");
+    }
+    const bytes = Uint8Array.from(characters, (character) => character.charCodeAt(0));
     return new Blob([bytes], { type: head.slice("data:".length).split(";", 1)[0] });
 }

@@ -71,7 +71,7 @@ const MOST_SLIDER_STEPS = 10_000;
  */
 export function readSchema(document) {
     const { schemas } = document.components;
-    const { properties, required = [] } = schemas.Input;
+    const { properties = {}, required = [] } = schemas.Input;
     const fields = Object.entries(properties).map(([name, property]) =>
         readField(name, resolve(property, schemas), required.includes(name)),
     );
@@ -161,10 +161,10 @@ function resolve(property, schemas) {
 function readField(name, property, required) {
     const field = {
         name,
-        title: property.title ?? name,
+        title: String(property.title ?? name),
         label: labelOf(name),
-        description: property.description ?? "",
-        type: property.type ?? "string",
+        description: String(property.description ?? ""),
+        type: [property.type].flat().find((type) => type !== "null") ?? "string", // or null, says a newer OpenAPI
         format: property.format ?? null,
         enum: property.enum ?? null,
         default: property.default ?? null,
@@ -184,7 +184,7 @@ function labelOf(name) {
         .replaceAll("_", " ")
         .replace(/^num /, "")
         .replace(/\blora(s?)\b/gi, "LoRA$1");
-    return words[0].toUpperCase() + words.slice(1);
+    return words.charAt(0).toUpperCase() + words.slice(1);
 }
 
 /** Whole numbers go by one, or by the multiple that they are rounded to; others by what a finger can aim at. */

@@ -13,17 +13,16 @@ const LORA = "lora";
 const UNSHARED = new Set(["image", "mask", "disable_safety_checker", "replicate_weights"]);
 const LARGEST_STRENGTH = 10;
 const LONGEST_REFERENCE = 8192; // characters
-const DECIMAL = /^-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i;
+const DECIMAL = /^-?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?$/i;
 // What nobody should pass on: a data URI, and an address with a login, a query or a fragment, encoded ones included.
-const PRIVATE = new RegExp(
-    [
-        String.raw`\bdata:[^\s,]*,`,
-        String.raw`(?:https?:|//|\.[a-z]{2,}(?::\d+)?/)\S*(?:[?#@]|%(?:25)*(?:3f|23|40))`,
-        String.raw`@[\w.-]+\.[a-z]{2,}(?::\d+)?/`, // token@example.com/file
-        String.raw`:\S*@[\w-]+\.[a-z]`, // user:password@example.com
-    ].join("|"),
-    "i",
-);
+// Each is how it begins within a word, and what stands behind that: one pattern for both would be looked for from every
+// beginning to the end of the word, which a stranger can make as long as an hour.
+const PRIVATE = [
+    [/\bdata:/i, /,/],
+    [/https?:|\/\/|\.[a-z]{2,}(:\d+)?\//i, /[?#@]|%(25)*(3f|23|40)/i],
+    [/@/, /@[\w.-]+\.[a-z]{2,}(:\d+)?\//i], // token@example.com/file
+    [/:/, /@[\w-]+\.[a-z]/i], // user:password@example.com
+];
 
 /**
  * The address of a recipe, as far as it can be shared.
@@ -92,11 +91,20 @@ export function acceptsLora({ path, scale }) {
 
 function isSharedInput([name, value]) {
     const isPlain = ["string", "number", "boolean"].includes(typeof value);
-    return isPlain && !UNSHARED.has(name) && !PRIVATE.test(value);
+    return isPlain && !UNSHARED.has(name) && !isPrivate(String(value));
 }
 
 function isSharedLora({ path, file }) {
-    return !file && !PRIVATE.test(path);
+    return !file && !isPrivate(path);
+}
+
+function isPrivate(text) {
+    return text.split(/\s+/).some((word) =>
+        PRIVATE.some(([beginning, rest]) => {
+            const at = word.search(beginning);
+            return at !== -1 && rest.test(word.slice(at));
+        }),
+    );
 }
 
 /** The value that a text means; undefined where it means none of its type. */

@@ -5,7 +5,7 @@
 import { token } from "./api.js";
 import { checkNow, useToken } from "./connection.js";
 import { cancelAll, cancelJob, current, outcome } from "./jobs.js";
-import { state } from "./store.js";
+import { now, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 
 const LINES = 400; // of a log
@@ -197,11 +197,11 @@ function ended(job) {
     return html`<p class="quiet">${outcome(job)}</p>`;
 }
 
-const secondsUntil = (moment) => Math.ceil(((moment ?? 0) - Date.now()) / 1000);
+const secondsUntil = (moment) => Math.ceil(((moment ?? 0) - now()) / 1000);
 
 /** How long something has lasted, as "7 s" or "2 min 5 s". */
 function elapsed(since) {
-    const seconds = Math.max(0, Math.floor((Date.now() - since) / 1000));
+    const seconds = Math.max(0, Math.floor((now() - since) / 1000));
     return seconds < 60 ? `${seconds} s` : `${Math.floor(seconds / 60)} min ${seconds % 60} s`;
 }
 

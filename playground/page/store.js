@@ -3,12 +3,15 @@
  * This module knows neither HTTP nor the document.
  */
 
+/** Milliseconds since the epoch, by a clock that nobody sets: a countdown would not end where one is turned back. */
+export const now = () => performance.timeOrigin + performance.now();
+
 /** @typedef {{path: string, scale: number, file: File|null}} Lora */
 /** @typedef {{inputs: Object<string, *>, loras: Lora[]}} Recipe what a person asks for; values may be a File */
 
 export const state = {
     about: null, // what about.json said of the server
-    connection: { kind: "connecting", sentence: "", log: "", since: Date.now(), until: null },
+    connection: { kind: "connecting", sentence: "", log: "", since: now(), until: null },
     schema: null, // {fields, groups}, of schema.js
     library: [], // names of LoRAs
     inputs: {}, // what the form says where it differs from the defaults

@@ -2,11 +2,21 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+Opener = Callable[..., "Page"]
+PATIENCE = 60  # seconds for what a page is to come to
 
 OPTIONS = (
     "--headless=new",
@@ -24,6 +34,11 @@ OPTIONS = (
 def find_browser() -> str | None:
     """Chromium or Chrome, where one is installed."""
     return shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def needed_browser() -> str:
+    """The same; where none is installed, the test is skipped."""
+    return find_browser() or pytest.skip("neither Chromium nor Chrome is installed")
 
 
 def look(browser: str, url: str, folder: Path) -> tuple[str, list[str]]:
@@ -50,3 +65,39 @@ def browsing(browser: str, url: str, folder: Path) -> Iterator[None]:
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator["Browser"]:
+    """A browser for pages that are used as people use them.
+
+    While it is there, this thread has an event loop, so that no test may begin one: it lasts as long as a module.
+    """
+    program = needed_browser()
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed; .ci/run installs it")
+    with playwright.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=program, args=list(OPTIONS))
+        yield started
+        started.close()
+
+
+@contextlib.contextmanager
+def opening(browser: "Browser") -> Iterator["Opener"]:
+    """Opens pages, each in a context of its own; in the end no console has said anything that was not expected."""
+    said: list[str] = []
+    with contextlib.ExitStack() as stack:
+
+        def opened(address: str, *, expected: str = r"(?!)", **context: object) -> "Page":
+            options = {"viewport": {"width": 1440, "height": 900}, **context}
+            made = stack.enter_context(browser.new_context(**options))
+            made.set_default_timeout(1000 * PATIENCE)
+            page = made.new_page()
+            page.on(
+                "console", lambda it: None if re.search(expected, it.text) else said.append(f"{it.type}: {it.text}")
+            )
+            page.on("pageerror", lambda error: said.append(str(error)))
+            page.goto(address)
+            return page
+
+        yield opened
+    assert said == [], said
