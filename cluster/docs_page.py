@@ -19,7 +19,6 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from cluster.addresses import Addresses
-from cluster.playground_page import FILES
 from local_cog import schema
 from settings import VERSION
 
@@ -133,7 +132,7 @@ def render(document: dict[str, Any], address: str, *, tokens: bool) -> str:
 carries inputs as JSON; the answer says how the prediction ended, and has its output.</p>
 <nav>
 <a href="#ask">Ask</a> <a href="#inputs">Inputs</a> <a href="#endpoints">Endpoints</a> <a href="#answers">Answers</a>
-{'<a href="playground/">Playground</a>' if FILES else ""} {"" if tokens else '<a href="openapi.json">openapi.json</a>'}
+<a href="playground/">Playground</a> {"" if tokens else '<a href="openapi.json">openapi.json</a>'}
 </nav>
 </header>
 <main>

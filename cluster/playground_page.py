@@ -19,13 +19,13 @@ from sources import library
 
 _PAGE = ROOT / "playground" / "page"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-# By their names in addresses: type and content. An image may come without the page.
+# By their names in addresses: type and content.
 FILES = {
     str(path.relative_to(_PAGE)): (_TYPES.get(path.suffix, "text/plain"), path.read_bytes())
     for path in _PAGE.rglob("*")
     if path.is_file() and not any(part.startswith(".") for part in path.relative_to(_PAGE).parts)
 }
-HEADERS = json.loads((_PAGE.parent / "headers.json").read_bytes()) if FILES else {}
+HEADERS = json.loads((_PAGE.parent / "headers.json").read_bytes())
 # What a browser asks for without a token: it says no more about this cluster than whether it has tokens.
 OPEN = ["/playground", "/playground/", "/playground/about.json", *(f"/playground/{name}" for name in FILES)]
 
@@ -41,8 +41,6 @@ class PlaygroundPage:
 
     def routes(self) -> list[BaseRoute]:
         """Which endpoint answers where."""
-        if not FILES:
-            return []
         return [
             Route("/playground", self._lead),
             Route("/playground/about.json", self._tell_about),

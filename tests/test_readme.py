@@ -24,7 +24,7 @@ from tests.support.waiting import wait_until
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Of the shell, a block that says so itself is not run, and script/test is what runs here.
 NOT_HERE = "not run here"
-SERVERS = ("script/serve", "script/cluster")
+SERVERS = ("script/serve", "script/cluster", "script/playground")
 TOKEN = "s3cr3t-of-civitai"
 # Longer than any block takes on a machine that has other work.
 LONGEST = 300
@@ -125,10 +125,12 @@ def test_what_is_printed_works_as_printed(
         pytest.skip("curl is not installed")
     if "js" in dict(blocks):
         (reader / "node_modules").symlink_to(request.getfixturevalue("node_modules"))
-    ports = {"5000": str(free_port()), "8000": str(free_port())}
+    ports = {port: str(free_port()) for port in ("5000", "7860", "8000")}
     with contextlib.ExitStack() as stack:
         for language, code in blocks:
-            code = re.sub(r"\b(?:5000|8000)\b", lambda found: ports[found[0]], code.replace("script/test\n", ""))
+            code = re.sub(
+                rf"\b(?:{'|'.join(ports)})\b", lambda found: ports[found[0]], code.replace("script/test\n", "")
+            )
             if code.startswith(SERVERS):
                 stack.enter_context(running(code.strip(), reader, environment))
             else:

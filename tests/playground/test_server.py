@@ -8,9 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import playground.server
 from harness.hosts import Host, status
 from local_cog.server import LOOPBACK, CogServer, free_port
 from playground.server import HEADERS, PAGE, page_files
-from playground.target import Target
+from playground.target import NoAnswerError, Target
 from settings import ROOT
 from tests.support.playground import served
 from tests.support.waiting import wait_until
@@ -271,6 +272,109 @@ def test_what_does_not_answer_or_is_something_else_is_said_and_asked_again(host:
         assert detail(server.port, "POST", "/predictions/a/cancel") == (502, sentence)
 
 
+# Targets that are broken or mean ill
+
+
+@contextmanager
+def answering(answer: bytes, *, held: bool = False) -> Iterator[str]:
+    """The address of what answers each request with these bytes, and then closes the connection or never does."""
+    with socket.create_server((LOOPBACK, 0)) as listening:
+        connections = []
+
+        def serve() -> None:
+            with suppress(OSError):  # the end
+                while connections.append(listening.accept()[0]) is None:
+                    connections[-1].recv(2**16)
+                    connections[-1].sendall(answer)
+                    if not held:
+                        connections[-1].close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        try:
+            yield f"http://{LOOPBACK}:{listening.getsockname()[1]}"
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            for connection in connections:
+                connection.close()
+
+
+OK, CHUNKED = b"HTTP/1.1 200 OK\r\n", b"Transfer-Encoding: chunked\r\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        OK + b"Content-Length: 9\r\n\r\n{}",
+        OK + CHUNKED + b"\r\n2\r\n{}\r\n",
+        OK + CHUNKED + b"\r\n2\r\n{}\r\nzz\r\n",
+    ],
+)
+def test_an_answer_that_is_cut_off_does_not_come_as_a_whole_one(answer: bytes) -> None:
+    with answering(answer) as address, served(address) as server:
+        with pytest.raises(http.client.IncompleteRead):
+            ask(server.port, "GET", "/health-check")
+        assert detail(server.port, "GET", "/playground/about.json")[0] == 502
+
+
+def test_an_answer_of_unknown_length_is_whole_and_nothing_that_a_browser_runs() -> None:
+    answer = OK + CHUNKED + b"Content-Length: 1\r\nContent-Type: text/html\r\nRetry-After: 1\r\n X: a\r\n\r\n"
+    with answering(answer + b"2\r\n{}\r\n0\r\n\r\n") as address, served(address) as server:
+        code, headers, text = ask(server.port, "GET", "/health-check")
+        assert (code, headers["Content-Length"], text) == (200, None, b"{}")
+        assert (headers["Content-Type"], headers["Retry-After"]) == ("text/plain; charset=utf-8", "1 X: a")
+        old = raw(server.port, f"GET /health-check HTTP/1.0\r\nHost: {LOOPBACK}\r\n\r\n".encode())
+        assert old.endswith(b"\r\n\r\n{}")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 103 Early Hints\r\n\r\n" + OK + b"\r\n{}", OK + b"A: b\r\n" * 200],
+)
+def test_what_speaks_no_http_is_said(answer: bytes) -> None:
+    with answering(answer) as address, served(address) as server:
+        for path in ("/health-check", "/playground/about.json"):
+            sentence = f"{address} does not answer: what it sends cannot be understood."
+            assert detail(server.port, "GET", path) == (502, sentence)
+    with answering(answer) as address, served(address.replace("http", "https")) as server:
+        assert detail(server.port, "GET", "/health-check")[1].endswith(": no secure connection could be made.")
+
+
+def test_json_without_end_is_no_health() -> None:
+    with answering(OK + b"\r\n" + b"[" * 200_000) as address, served(address) as server:
+        sentence = f"{address} answers as neither a Cog server nor a cluster's front does."
+        assert detail(server.port, "GET", "/playground/about.json") == (502, sentence)
+
+
+def test_who_answers_drop_by_drop_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(Target.exchange.__wrapped__.__kwdefaults__, "seconds", 0.2)
+    with answering(OK[:9], held=True) as address, served(address) as server:
+        for path in ("/health-check", "/playground/about.json"):
+            assert detail(server.port, "GET", path) == (502, f"{address} does not answer: it takes too long.")
+
+    def drip(handler: Any) -> None:  # noqa: ANN401
+        while True:
+            handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            time.sleep(0.05)
+
+    with Host({"/playground/about.json": drip}) as host, served(host.address) as server:
+        sentence = f"{host.address} does not answer: it takes too long."
+        assert detail(server.port, "GET", "/playground/about.json") == (502, sentence)
+
+
+def test_another_server_at_the_same_address_is_known_by_the_next_page(host: Host) -> None:
+    host.routes = {"/health-check": HEALTHY}
+    with served(host.address) as server:
+        assert json.loads(ask(server.port, "GET", "/playground/about.json")[2])["server"] == "cog"
+        host.routes["/playground/about.json"] = status(200, body=b'{"server": "front"}')
+        assert json.loads(ask(server.port, "GET", "/playground/about.json")[2])["server"] == "front"
+
+
+def test_addresses_of_this_machine_are_known_in_every_form() -> None:
+    assert all(Target(f"http://{host}").is_loopback() for host in ("localhost", "0.0.0.0", "[::1]", "[::]"))
+    with pytest.raises(NoAnswerError, match=r"^http://\[::1\] does not answer: (Connection refused|Cannot assign)"):
+        Target("http://[::1]").get("/")
+
+
 # How far a prediction is, and who has gone
 
 
@@ -382,6 +486,11 @@ def test_what_is_no_request_that_can_be_passed_on_is_refused(page: int, monkeypa
     assert detail(page, "PUT", "/predictions/a", b"a" * 30_000_000, kind) == (413, sentence)
     assert raw(page, b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200).startswith(b"HTTP/1.1 431 ")
     assert raw(page, b"OPTIONS / HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 501 ")
+    host = f" HTTP/1.1\r\nHost: {LOOPBACK}\r\n".encode()
+    for path in (b"x/health-check", b"health-check", b"http://localhost/health-check", b"shutdown#/openapi.json"):
+        assert raw(page, b"GET " + path + host + b"\r\n").startswith(b"HTTP/1.1 400 ")
+    twice = b"Content-Type: application/json\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{} "
+    assert raw(page, b"PUT /predictions/a" + host + twice).startswith(b"HTTP/1.1 400 ")
 
 
 def test_who_sends_slowly_is_cut_off(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,6 +566,8 @@ def test_a_cog_server_elsewhere_is_sent_no_webhook(project: Path, tmp_path: Path
         ("http://ho st", "http://ho st"),
         ("http://host/a b", None),
         ("http://[::1", "http://***"),
+        ("http://a..b", "http://a..b"),
+        (f"http://{'a' * 64}.de", None),
         ("http://host\n", None),
         ("", ""),
     ],
@@ -505,7 +616,7 @@ def test_the_page_is_there_before_its_predictor_which_ends_with_it(project: Path
         assert health(port) == "STARTING"
         wait_until(lambda: health(port) == "READY")
         assert json.loads(ask(port, "PUT", "/predictions/a", QUICK)[2])["status"] == "succeeded"
-        assert "100%|" in ask(port, "GET", "/playground/setup.log")[2].decode()
+        assert "100%|" not in ask(port, "GET", "/playground/setup.log")[2].decode()  # that is the prediction's
     with pytest.raises(ConnectionRefusedError):
         ask(its_port, "GET", "/health-check")
 
@@ -518,18 +629,21 @@ def test_a_predictor_that_cannot_start_or_has_ended_is_told_by_the_page(project:
         (server,) = [it for it in children if b"cog.server.http" in Path(f"/proc/{it}/cmdline").read_bytes()]
         os.kill(int(server), signal.SIGKILL)
         sentence = "The predictor's server ended with code -9; start script/playground anew."
-        wait_until(lambda: ask(port, "GET", "/health-check")[0] == 502)
-        assert detail(port, "GET", "/health-check") == (502, sentence)
+        wait_until(lambda: json.loads(ask(port, "GET", "/health-check")[2]) == {"detail": sentence})
         assert ask(port, "GET", "/playground/about.json")[0] == 200
 
 
 def test_an_option_that_is_wrong_gets_a_sentence(project: Path) -> None:
     with socket.create_server((LOOPBACK, 0)) as taken:
-        port = taken.getsockname()[1]
+        port, free = taken.getsockname()[1], free_port()
         in_use = "it must be one that is free at 127.0.0.1: Address already in use."
         for options, sentence in (
             (["--target", "http://host?a"], f"--target is 'http://host'; {PLAIN}"),
             (["--port", str(port)], f"--port is {port}; {in_use}"),
+            (
+                ["--target", f"http://localhost:{free}", "--port", str(free)],
+                f"--target is http://localhost:{free}; it must be another server than the page's own.",
+            ),
             (["--port", "65536"], "--port is 65536; it must be at most 65535, and not negative."),
         ):
             command = [sys.executable, "-P", "-m", "playground.server", *options]
