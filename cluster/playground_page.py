@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from settings import ROOT, Settings
+from settings import ROOT
 from sources import library
 
 _PAGE = ROOT / "playground" / "page"
@@ -65,8 +65,5 @@ class PlaygroundPage:
 
     async def _tell_loras(self, _: Request) -> Response:
         """The library's names, as this front sees the folder."""
-        # A front may stand on a machine without a GPU: workers say whether the miniature draws, which has a library.
-        miniature = "FLUX_DEV=mini/dev" in str(await self.health())
-        folder = Settings.from_environment(cuda=not miniature).loras_dir
-        names = await asyncio.to_thread(library.names, folder) if folder else []
+        names = await asyncio.to_thread(library.names_beside, await self.health())
         return JSONResponse(names, headers=HEADERS)

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from service.lines import printable
-from settings import MIB, Settings
+from settings import MIB
 from sources import library
 from sources.shown import redact
 
@@ -127,9 +127,7 @@ class Target:
         """
         if not self.is_loopback():
             return []
-        # Where no GPU is, the miniature draws, which has a library of its own: the server's first lines tell.
-        settings = Settings.from_environment(cuda="FLUX_DEV=mini/dev" not in str(self.get("/health-check")[1]))
-        return library.names(settings.loras_dir) if settings.loras_dir else []
+        return library.names_beside(self.get("/health-check")[1])
 
     def get(self, path: str) -> tuple[int, dict[str, Any]]:
         """Status and JSON object; an empty one where the answer is something else.

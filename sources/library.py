@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
+from settings import Settings
 from sources.references import ELSEWHERE, SUFFIXES, Local, parse
 from sources.shown import brief, redact
 
@@ -48,6 +49,22 @@ def find(name: str, folder: Path | None) -> Path:
 def names(folder: Path) -> list[str]:
     """All that references may name in a folder, as they write it; what lies behind a link to a folder is left out."""
     return [Local(path).address for path in _paths(folder)]
+
+
+def names_beside(health: object) -> list[str]:
+    """All that references may name at a server, as this process's environment has the folder.
+
+    Where no GPU is, the miniature draws, which has a library of its own. This process may be on another machine than the
+    predictor, whose first lines tell.
+
+    Args:
+        health: what the server says at `GET /health-check`.
+
+    Raises:
+        ValueError: a sentence about a variable.
+    """
+    folder = Settings.from_environment(cuda="FLUX_DEV=mini/dev" not in str(health)).loras_dir
+    return names(folder) if folder else []
 
 
 def _paths(folder: Path) -> list[str]:
