@@ -54,8 +54,8 @@ def names(folder: Path) -> list[str]:
 def names_beside(health: object) -> list[str]:
     """All that references may name at a server, as this process's environment has the folder.
 
-    Where no GPU is, the miniature draws, which has a library of its own. This process may be on another machine than the
-    predictor, whose first lines tell.
+    Where no GPU is, the miniature draws, which has a library of its own. The predictor's first lines tell: it may be on
+    another machine than this process.
 
     Args:
         health: what the server says at `GET /health-check`.
