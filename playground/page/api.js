@@ -3,28 +3,36 @@
  * document. Addresses are relative to the page's own, so that it works below any path.
  */
 
+import { finished } from "./cog.js";
+
 const TOKEN = "flux-sprites-token";
 const SECONDS_FOR_AN_ANSWER = 12; // of all but a drawing; a Cog server takes 10 to say that its predictor hangs
 const POLL_MS = 500; // how often a front is asked for the steps of a drawing
-const LOST_POLLS = 20; // so many in a row, and the drawing is given up
+const MOST_LOST = 20; // answers of a front in a row, and the drawing is given up
 const EVENTS_MS = 2000; // how long a drawing waits for its stream of steps to open
 
 const UNREACHABLE = "The server cannot be reached.";
 const SILENT = `The server has not answered for ${SECONDS_FOR_AN_ANSWER} seconds.`;
+const TRY_AGAIN = /[;.]\s*try again( later)?\.?$/i; // the page does so by itself
 const TOO_LARGE = "The request is larger than the server takes: name large files by their address instead.";
 
 /** The server did not do what it was asked; the message is a sentence for the person. */
-export class Refused extends Error {
+class Refused extends Error {
     /**
      * @param {"unauthorised"|"busy"|"later"|"invalid"|"gone"|"failed"} kind
      * @param {string} sentence
-     * @param {{status?: number, seconds?: number|null, problems?: Object<string, string>}} more the status of HTTP, 0
-     *     where there was none; after how many seconds to ask again, if it said so; what is wrong, by input
+     * @param {{seconds?: number|null, problems?: Object<string, string>, token?: string}} more after how many seconds
+     *     to ask again, if it said so; what is wrong, by input; the token that was sent
      */
-    constructor(kind, sentence, { status = 0, seconds = null, problems = {} } = {}) {
+    constructor(kind, sentence, { seconds = null, problems = {}, token = "" } = {}) {
         super(sentence);
-        Object.assign(this, { kind, status, seconds, problems });
+        Object.assign(this, { kind, seconds, problems, token });
     }
+}
+
+/** The refusal of a token, or of none. */
+export function unauthorised(token) {
+    return new Refused("unauthorised", `The server ${token ? "does not take this" : "wants a"} token.`, { token });
 }
 
 let held = null; // the token of this visit, once it is set
@@ -50,19 +58,19 @@ export function setToken(text) {
 }
 
 /** @returns {Promise<object>} what is behind this page. */
-export const about = () => ask("about.json", { seconds: SECONDS_FOR_AN_ANSWER });
+export const about = () => ask("about.json");
 
 /** @returns {Promise<object>} Cog's health: `status`, `setup`, `user_healthcheck_error`. */
-export const health = () => ask("../health-check", { seconds: SECONDS_FOR_AN_ANSWER });
+export const health = () => ask("../health-check");
 
 /** @returns {Promise<object>} the OpenAPI document. */
-export const openapi = () => ask("../openapi.json", { seconds: SECONDS_FOR_AN_ANSWER });
+export const openapi = () => ask("../openapi.json");
 
 /** @returns {Promise<string[]>} the names of the library's LoRAs. */
-export const loras = () => ask("loras.json", { seconds: SECONDS_FOR_AN_ANSWER });
+export const loras = () => ask("loras.json");
 
 /** @returns {Promise<string>} what the predictor has printed while it starts. */
-export const setupLog = () => ask("setup.log", { seconds: SECONDS_FOR_AN_ANSWER, json: false });
+export const setupLog = () => ask("setup.log", { json: false });
 
 /**
  * Draw, and wait for the end.
@@ -78,7 +86,7 @@ export async function draw(id, input, about, { signal, onProgress }) {
     if (about.server === "front") return drawAtFront(id, input, signal, onProgress);
     const events = about.progress === "events" ? await follow(id, signal, onProgress) : null;
     try {
-        return await ask(predictions(id), { method: "PUT", body: { input }, signal });
+        return await put(id, input, { signal });
     } finally {
         events?.close();
     }
@@ -105,25 +113,42 @@ export function pause(milliseconds, signal) {
 
 const predictions = (id) => `../predictions/${id}`;
 
-/**
- * Begin at once, then ask until it has ended. The first request is not broken off: whether the front has taken it would
- * be unknown then. So it is cancelled after it was answered. A drawing outlives polls that are lost.
- */
+/** Nobody knows how long a picture takes, or its bytes on their way. */
+const put = (id, input, options) => ask(predictions(id), { method: "PUT", body: { input }, seconds: null, ...options });
+
+/** Begin at once, then ask until it has ended. A known id is answered without a look at the input, and drawn once. */
 async function drawAtFront(id, input, signal, onProgress) {
-    await ask(predictions(id), { method: "PUT", body: { input }, headers: { Prefer: "respond-async" } });
-    if (signal.aborted) await cancel(id);
-    for (let lost = 0; ; ) {
+    try {
+        // Not broken off: whether the front has taken it would be unknown then, and what to cancel.
+        await insist(() => put(id, input, { headers: { Prefer: "respond-async" } }), ["gone"], signal);
+    } finally {
+        if (signal.aborted) cancel(id).catch(() => {});
+    }
+    for (;;) {
         await pause(POLL_MS, signal);
+        const answer = await insist(() => askAgain(id, signal), ["gone", "later"], signal);
+        if (["succeeded", "failed", "canceled"].includes(answer.status)) return answer;
+        onProgress(answer);
+    }
+}
+
+async function askAgain(id, signal) {
+    try {
+        return await put(id, {}, { signal });
+    } catch (error) {
+        throw error.kind === "invalid" ? new Refused("failed", "The server has forgotten this drawing.") : error;
+    }
+}
+
+/** Ask until it is answered: a drawing outlives some answers that are lost, for one of these reasons. */
+async function insist(request, reasons, signal) {
+    for (let lost = 1; ; lost++) {
         try {
-            // A known id is answered without a look at the input.
-            const answer = await ask(predictions(id), { method: "PUT", body: { input: {} }, signal });
-            if (["succeeded", "failed", "canceled"].includes(answer.status)) return answer;
-            lost = 0;
-            onProgress(answer);
+            return await request();
         } catch (error) {
-            if (error.kind === "invalid") throw new Refused("failed", "The server has forgotten this drawing.");
-            if (!["gone", "later"].includes(error.kind) || ++lost === LOST_POLLS) throw error;
+            if (!reasons.includes(error.kind) || lost === MOST_LOST) throw error;
         }
+        await pause(POLL_MS, signal);
     }
 }
 
@@ -145,9 +170,11 @@ async function follow(id, signal, onProgress) {
 }
 
 /** One exchange of HTTP, its answer parsed as JSON unless that is not wanted; `request` goes to `fetch` as it is. */
-async function ask(address, { body, headers, signal, seconds, json = true, ...request }) {
+async function ask(address, options = {}) {
+    const { body, headers, signal, seconds = SECONDS_FOR_AN_ANSWER, json = true, ...request } = options;
     const sent = new Headers(headers);
-    if (token()) sent.set("Authorization", `Bearer ${token()}`);
+    const used = token();
+    if (used) sent.set("Authorization", `Bearer ${used}`);
     if (body !== undefined) sent.set("Content-Type", "application/json");
     const signals = [signal, seconds && AbortSignal.timeout(seconds * 1000)].filter(Boolean);
     let answer, text;
@@ -166,7 +193,7 @@ async function ask(address, { body, headers, signal, seconds, json = true, ...re
     }
     if (answer.ok && !json) return text;
     const said = parse(text);
-    if (!answer.ok) throw refusal(answer, said ?? { detail: text });
+    if (!answer.ok) throw refusal(answer, said ?? { detail: text }, used);
     if (said === null) throw new Refused("failed", "What answers at the server's address is another program.");
     return said;
 }
@@ -180,41 +207,36 @@ function parse(text) {
 }
 
 /** Why an answer is none that was asked for. */
-function refusal({ status, headers }, said) {
+function refusal({ status, headers }, said, token) {
     const detail = said.detail ?? said.error;
     // A page of HTML is what proxies answer by themselves.
     const isSentence = typeof detail === "string" && detail.length < 500 && !detail.trimStart().startsWith("<");
     const sentence = isSentence ? detail.trim() : "";
+    const seconds = retryAfter(headers.get("Retry-After"));
     switch (status) {
-        case 401: {
-            const sentence = token() ? "The server does not take this token." : "The server wants a token.";
-            return new Refused("unauthorised", sentence, { status });
-        }
+        case 401:
+            return unauthorised(token);
         case 409:
-            return new Refused("busy", "Busy with another prediction.", { status });
+            return new Refused("busy", "Busy with another prediction.");
         case 413:
-            return new Refused("failed", TOO_LARGE, { status });
+            return new Refused("failed", TOO_LARGE);
         case 422: {
             const items = Array.isArray(detail) ? detail.filter((item) => item?.loc?.length > 0 && item.msg) : [];
             const problems = Object.fromEntries(items.map(({ loc, msg }) => [loc.at(-1), finished(String(msg))]));
-            const sentences = Object.entries(problems).map(([name, problem]) => `${name}: ${problem}`);
-            const whole = sentences.join(" ") || finished(sentence || "The server does not take these inputs");
-            return new Refused("invalid", whole, { status, problems });
+            return new Refused("invalid", finished(sentence || "The server does not take these inputs"), { problems });
         }
         case 429:
+            return new Refused("later", "The server limits how often it is asked.", { seconds });
         case 503: {
-            const seconds = retryAfter(headers.get("Retry-After"));
-            const full = sentence || "The server takes no more requests now.";
-            return new Refused("later", finished(full), { status, seconds });
+            const why = sentence.replace(TRY_AGAIN, "") || "The server takes no more requests now";
+            return new Refused("later", finished(why), { seconds });
         }
         case 502:
         case 504:
-            return new Refused("gone", finished(sentence || UNREACHABLE), { status });
+            return new Refused("gone", finished(sentence || UNREACHABLE));
     }
-    return new Refused("failed", finished(sentence || `The server answered with status ${status}.`), { status });
+    return new Refused("failed", finished(sentence || `The server answered with status ${status}.`));
 }
-
-const finished = (sentence) => (/[.!?…]$/.test(sentence) ? sentence : `${sentence}.`);
 
 /** Seconds of a header that has these or a date. */
 function retryAfter(text) {

@@ -4,7 +4,8 @@
  * One check at a time and one timer. A check asks for what is not known yet, and for the server's health.
  */
 
-import { about, health, loras, openapi, setToken, setupLog, token } from "./api.js";
+import { about, health, loras, openapi, setToken, setupLog, token, unauthorised } from "./api.js";
+import { healthFailure, setupFailure, textOf } from "./cog.js";
 import { readSchema } from "./schema.js";
 import { changed, now, state } from "./store.js";
 
@@ -41,7 +42,7 @@ export async function checkNow() {
         await check();
     } finally {
         checking = false;
-        timer = setTimeout(wake, again ? 0 : pauseLength());
+        timer = again ? setTimeout(checkNow) : setTimeout(wake, pauseLength());
     }
 }
 
@@ -53,9 +54,9 @@ export function useToken(text) {
     checkNow();
 }
 
-/** The server has just refused the token. */
-export function refuseToken() {
-    refused = token();
+/** The server has refused this token; meanwhile another one may have been entered. */
+export function refuseToken(text) {
+    refused = text;
     checkNow();
 }
 
@@ -84,16 +85,16 @@ async function check() {
         show(told);
     } catch (error) {
         if (error.kind === "unauthorised") {
-            refused = token();
+            refused = error.token;
             silentSince = null;
-            show({ kind: "unauthorised", sentence: error.message });
+            if (refused === token()) show({ kind: "unauthorised", sentence: error.message });
             return;
         }
         if (error.kind === undefined) console.error(error); // a bug; the sentence below says that something is wrong
         const brief = silentSince === null && now() - began < BRIEF_MS;
         silentSince ??= began;
         if (brief) return;
-        learnt = null; // another server may come back
+        learnt = refused = null; // another server may come back
         const until = now() + (error.seconds ?? CALM_MS / 1000) * 1000;
         show({ kind: navigator.onLine ? "gone" : "offline", sentence: error.message, since: silentSince, until });
     }
@@ -124,10 +125,7 @@ async function judge({ status, setup, user_healthcheck_error: fault }) {
         default:
             return { kind: "unhealthy", sentence: "The server does not say whether it can draw." };
     }
-    if (token() === refused || (state.about.tokens && !token())) {
-        const sentence = token() ? "The server does not take this token." : "The server wants a token.";
-        return { kind: "unauthorised", sentence };
-    }
+    if (token() === refused || (state.about.tokens && !token())) throw unauthorised(token());
     if (learnt !== token() && !(await learn())) {
         return { kind: "unhealthy", sentence: "What the server says of its inputs cannot be read." };
     }
@@ -148,22 +146,9 @@ async function learn() {
     return true;
 }
 
-const textOf = (value) => (typeof value === "string" ? value : "");
-
 /** What the predictor has printed, where the page is beside the server that it belongs to. */
 async function startLog() {
     return state.about.log ? setupLog().catch(() => "") : "";
-}
-
-function setupFailure(logs) {
-    return logs.replace(/^.*[Ss]etup failed: (\w+Error: )?/s, "");
-}
-
-function healthFailure(fault) {
-    if (fault === "healthcheck timed out") return "The predictor does not answer the server.";
-    const nobodyAsked = !fault || fault.startsWith("Healthcheck error: ");
-    if (nobodyAsked) return "The predictor's process has ended: its server must be started again.";
-    return fault.replace(/^Healthcheck failed: (\w+Error: )?/, "");
 }
 
 /** Show how it is; `since` is when that began, unless it is told. */

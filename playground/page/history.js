@@ -85,7 +85,10 @@ async function attempt(instead, work) {
 
 /** Work on both stores in one transaction; resolves once it is written, as a full disk may show only then. */
 async function transact(mode, work) {
-    database ??= open();
+    database ??= open().catch((error) => {
+        database = null; // it may be opened the next time
+        throw error;
+    });
     const transaction = (await database).transaction([PICTURES, FILES], mode);
     const written = new Promise((resolve, reject) => {
         transaction.oncomplete = resolve;

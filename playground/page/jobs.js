@@ -1,14 +1,14 @@
 /**
- * The queue of what is drawn: beside a Cog server one at a time, at a front some at once.
+ * The queue of what is drawn: beside a Cog server one at a time, at a front some at once. What is done with a job that
+ * has ended is up to whoever gave it.
  */
 
 import { cancel, draw, pause } from "./api.js";
+import { drawingFailure, textOf } from "./cog.js";
 import { checkNow, refuseToken } from "./connection.js";
-import { focusProblem } from "./form.js";
-import { keep } from "./history.js";
-import { rememberLoras } from "./loras.js";
 import { encode, fromDataUri, shortened } from "./recipe.js";
-import { announce, changed, now, state } from "./store.js";
+import { withoutSecrets } from "./schema.js";
+import { changed, now, state } from "./store.js";
 
 const AT_ONCE_AT_A_FRONT = 4;
 const KEPT = 100; // jobs that have ended
@@ -21,18 +21,17 @@ const ACCEPTED_MS = 500; // a request that is not refused for so long is being d
 
 const SUFFIXES = { "image/jpeg": "jpg" };
 
-const controllers = new WeakMap(); // of a job, the AbortController
-const finishers = new WeakMap(); // of a job, what resolves `done`
 let clock = null;
 
 /**
  * Draw, after what is drawn already.
  *
  * @param {Recipe} recipe its files are read when its turn comes
- * @param {"draw"|"cell"} kind a cell's pictures go to the grid alone
- * @returns {Job}
+ * @param {"draw"|"cell"} kind by which views tell a drawing from a cell of a grid
+ * @returns {Job} its promise `done` resolves to itself once it has ended, however it does
  */
 export function enqueue(recipe, kind = "draw") {
+    const { promise, resolve } = Promise.withResolvers();
     const job = {
         id: newId(),
         recipe,
@@ -42,42 +41,40 @@ export function enqueue(recipe, kind = "draw") {
         of: null,
         log: "",
         error: null,
+        problems: {},
         until: null,
         startedAt: null,
         endedAt: null,
-        request: null,
         answer: null,
         pictures: [],
         dropped: 0,
+        abort: new AbortController(),
+        done: promise,
+        resolve,
     };
-    job.done = new Promise((resolve) => finishers.set(job, () => resolve(job)));
-    controllers.set(job, new AbortController());
-    if (kind === "draw") state.problems = {};
     state.jobs = [...state.jobs.filter(hasEnded).slice(-KEPT), ...state.jobs.filter((other) => !hasEnded(other)), job];
     advance();
     return job;
 }
 
-/** Cancel a job, here and on the server. */
-export function cancelJob(job) {
-    if (hasEnded(job)) return;
-    const asked = job.status !== "queued";
-    end(job, "canceled");
-    controllers.get(job).abort();
-    if (asked) cancel(job.id).catch(() => {}); // it has ended by itself, or nobody answers
+/** Cancel jobs, here and on the server; those that have ended stay as they are. */
+export function cancelJobs(jobs) {
+    const unended = jobs.filter((job) => !hasEnded(job));
+    const asked = unended.filter(isAsked);
+    for (const job of unended) end(job, "canceled"); // all of them, before the next one begins
+    for (const job of unended) job.abort.abort();
+    for (const job of asked) dismiss(job);
     advance();
-}
-
-/** Cancel all jobs, or all of a kind. */
-export function cancelAll(kind = null) {
-    // The queue first: else the next one begins.
-    const jobs = state.jobs.filter((job) => !hasEnded(job) && (kind === null || job.kind === kind));
-    jobs.reverse().forEach(cancelJob);
 }
 
 /** @returns {Job|undefined} the one that is drawn, else the one that is asked for again. */
 export function current() {
     return state.jobs.find((job) => job.status === "drawing") ?? state.jobs.find(isAsked);
+}
+
+/** Whether nothing more will come of a job. */
+export function hasEnded(job) {
+    return !isAsked(job) && job.status !== "queued";
 }
 
 /** What a job that succeeded has brought, in a sentence or two. */
@@ -87,11 +84,12 @@ export function outcome({ pictures, dropped, startedAt, endedAt }) {
     return dropped > 0 ? `${drawn} The safety check kept ${dropped} of ${dropped + pictures.length} back.` : drawn;
 }
 
-// A page that is closed has no use for what it drew.
-window.addEventListener("pagehide", () => cancelAll());
+// A page that is closed has no use for what it drew; one that the browser holds for the way back has.
+window.addEventListener("pagehide", ({ persisted }) => {
+    if (!persisted) cancelJobs(state.jobs);
+});
 
 const isAsked = (job) => job.status === "drawing" || job.status === "waiting";
-const hasEnded = (job) => !isAsked(job) && job.status !== "queued";
 
 /** An id that nobody can guess. `crypto.randomUUID` is missing where a page came over HTTP from another machine. */
 function newId() {
@@ -119,17 +117,22 @@ function begin(job) {
 
 function end(job, status, error = null) {
     Object.assign(job, { status, error, until: null, endedAt: now() });
-    finishers.get(job)();
+    job.resolve(job);
+}
+
+/** Tell the server that nobody waits any more; it may have ended by itself, or not answer. */
+function dismiss(job) {
+    cancel(job.id).catch(() => {});
 }
 
 /** Everything from a job's turn to its end; never rejects. */
 async function run(job) {
-    const { signal } = controllers.get(job);
+    const { signal } = job.abort;
     begin(job);
     try {
         if (state.schema === null) throw new Error("The server has not told its inputs yet.");
         const input = await encode(job.recipe, state.schema.fields);
-        job.request = shortened({ input });
+        signal.throwIfAborted();
         const answer = await drawWhenPossible(job, input, signal);
         signal.throwIfAborted();
         job.answer = shortened(answer);
@@ -185,33 +188,16 @@ function follow(job, { status, logs }) {
 /** The end that the server tells. */
 function take(job, answer) {
     job.log = textOf(answer.logs) || job.log; // where there is no output, Cog leaves the log out
-    if (answer.status === "canceled") {
-        end(job, "canceled", "The server has cancelled the prediction.");
-        return;
-    }
-    if (answer.status !== "succeeded") {
-        end(job, "failed", failure(answer));
-        return;
-    }
+    if (answer.status === "canceled") return end(job, "canceled", "The server has cancelled the prediction.");
+    if (answer.status !== "succeeded") return end(job, "failed", drawingFailure(textOf(answer.error)));
+    const items = [answer.output].flat().map(textOf);
     const metrics = readMetrics(answer.metrics);
-    job.pictures = picturesOf(job, answer.output, metrics);
+    job.pictures = picturesOf(job, items, metrics);
     job.dropped = metrics.safety.dropped.length;
-    if (job.pictures.length === 0) {
-        end(job, "failed", "The server sent no picture.");
-        return;
-    }
-    end(job, "succeeded");
-    rememberLoras(job);
-    if (job.kind === "draw") present(job, metrics.seed);
-}
-
-function present(job, seed) {
-    state.pictures = [...job.pictures, ...state.pictures];
-    state.selected = job.pictures[0].id;
-    const wanted = state.seedLocked && state.inputs.seed === undefined;
-    if (wanted && seed !== null) state.inputs = { ...state.inputs, seed };
-    keep(job.pictures);
-    announce(outcome(job));
+    if (job.pictures.length > 0) return end(job, "succeeded");
+    const isAddress = items.some((item) => /^https?:/.test(item));
+    const unfetched = "The server answered with an address instead of a picture, which this page does not fetch.";
+    end(job, "failed", isAddress ? unfetched : "The server sent no picture.");
 }
 
 /** What is shown of an answer's metrics, each of its type: another server may say anything there, or nothing. */
@@ -229,13 +215,11 @@ function readMetrics(metrics) {
     };
 }
 
-const textOf = (value) => (typeof value === "string" ? value : "");
-
-/** The pictures of an answer. Those that the safety check kept back have a seed, and no file. */
-function picturesOf(job, output, metrics) {
+/** The pictures of an output. Those that the safety check kept back have a seed, and no file. */
+function picturesOf(job, items, metrics) {
     const { seeds: all, safety, loras } = metrics;
     const seeds = all.filter((_, index) => !safety.dropped.includes(index));
-    const files = [output].flat().filter((item) => textOf(item).startsWith("data:image/"));
+    const files = items.filter((item) => item.startsWith("data:image/"));
     return files.map((file, index) => {
         const blob = fromDataUri(file);
         const seed = seeds[index] ?? null;
@@ -243,37 +227,34 @@ function picturesOf(job, output, metrics) {
         return {
             id: `${job.id}.${index}`,
             blob,
-            type: blob.type,
             name: `flux-${seed ?? job.id}.${suffix}`,
             seed,
             recipe: alone(job.recipe, seed),
             loras,
             metrics,
-            log: job.log,
             at: Date.now(),
         };
     });
 }
 
-/** The recipe of one picture out of several. */
+/** The recipe of one picture out of several, to be kept with it. */
 function alone({ inputs, loras }, seed) {
-    return { inputs: { ...inputs, ...(seed === null ? {} : { seed, num_outputs: 1 }) }, loras };
+    const kept = withoutSecrets(inputs, state.schema.fields);
+    return { inputs: { ...kept, ...(seed === null ? {} : { seed, num_outputs: 1 }) }, loras };
 }
 
 /** Why there is no answer. */
 function fail(job, error) {
-    if (error.kind === "unauthorised") refuseToken();
-    end(job, "failed", error.message);
-    if (error.kind === "invalid" && job.kind === "draw") {
-        state.problems = error.problems;
-        changed();
-        queueMicrotask(focusProblem); // after the page is rendered
-    }
-    announce(error.message);
+    if (error.kind === "unauthorised") refuseToken(error.token);
+    if (error.kind === "gone") dismiss(job); // else a cluster would draw on for nobody
+    job.problems = error.problems ?? {};
+    end(job, "failed", byLabel(job.problems) || error.message);
 }
 
-/** The server's reason, without the names of the layers that it came through. */
-function failure({ error }) {
-    const reason = (textOf(error) || "The server gave no reason.").replace(/^(Prediction failed: )*(\w+Error: )?/, "");
-    return /[.!?]$/.test(reason) ? reason : `${reason}.`;
+/** What the server says of inputs, in one text. */
+function byLabel(problems) {
+    const labelOf = (name) => state.schema.fields.find((field) => field.name === name)?.label ?? name;
+    return Object.entries(problems)
+        .map(([name, sentence]) => `${labelOf(name)}: ${sentence}`)
+        .join(" ");
 }

@@ -2,43 +2,62 @@
  * The list of chosen LoRAs: adding, strengths, and what is remembered of those that were drawn with.
  */
 
-import { MOST_LORAS, unshared } from "./share.js";
+import { afterRender, dropTarget, sizeText } from "./browser.js";
+import { numberInput } from "./controls.js";
+import { edit, isWrong, problemView, sizeProblem, typed, valueOf } from "./field.js";
+import { isLoraFile, isPrivate, LARGEST_STRENGTH, loraProblem, LORAS, MOST_LORAS, readLora } from "./lora.js";
+import { meaningOf } from "./schema.js";
 import { changed, state } from "./store.js";
-import { html, noChange, nothing } from "./vendor/lit-html.js";
+import { html, nothing } from "./vendor/lit-html.js";
+import { repeat } from "./vendor/repeat.js";
 
-/** The input that carries the list. */
-export const LORAS = "replicate_weights";
-const LARGEST_SCALE = 10;
-const LONGEST_REFERENCE = 8192; // characters, as the server takes them
-const SUFFIXES = /\.(safetensors|tar|tar\.gz|tgz|zip)$/i;
-// Files of one request together: a server takes bodies of 100 MiB, and base64 makes four bytes of three.
-const MOST_BYTES = 70_000_000;
+const STRENGTH = { type: "number", minimum: -LARGEST_STRENGTH, maximum: LARGEST_STRENGTH, step: 0.05, default: 1 };
+const [LEAST_AIMED_AT, MOST_AIMED_AT] = [-1, 2]; // strengths of the slider; larger ones are typed
 const CHIPS = 12; // names that are shown before anything is typed
 const EXAMPLE = 'a list such as [{"path": "owner/name", "scale": 0.8}]';
 
 const KEY = "flux-sprites.loras";
 const MOST_RECENT = 12;
 
-let typed = ""; // in the field for one more
+let written = ""; // in the field for one more
 let recent = readRecent();
 const learned = new Map(); // trigger words by path, also of what is not kept beyond this visit
 
-/**
- * The chosen LoRAs and the field that adds one. What the server says of the input is shown by whoever calls this,
- * in the element `problem-replicate_weights`.
- */
+/** The chosen LoRAs, the field that adds one, and what is wrong with the input that carries them. */
 export function lorasView() {
+    const { dragover, dragleave, drop } = dropTarget("loras-over", takeDropped);
+    const full = html`<p class="hint">These are ${MOST_LORAS} LoRAs, the most that a picture can have.</p>`;
+    const list = html`<ol class="loras-list">${repeat(state.loras, (lora) => lora, loraView)}</ol>`;
     return html`
-        <div
-            class="loras"
-            @dragover=${dragOver}
-            @dragleave=${({ currentTarget }) => currentTarget.classList.remove("loras-over")}
-            @drop=${drop}
-        >
-            ${state.loras.length > 0 ? html`<ol class="loras-list">${state.loras.map(loraView)}</ol>` : nothing}
-            ${state.loras.length < MOST_LORAS
-                ? addView()
-                : html`<p class="hint">These are ${MOST_LORAS} LoRAs, the most that a picture can have.</p>`}
+        <div class="loras" @dragover=${dragover} @dragleave=${dragleave} @drop=${drop}>
+            ${state.loras.length > 0 ? list : nothing}
+            ${state.loras.length < MOST_LORAS ? addView() : full}
+        </div>
+        ${problemView(LORAS)}
+    `;
+}
+
+/** The words that wake the chosen LoRAs, of those that are known, to put into the prompt or take out of it. */
+export function wordsView(field) {
+    const prompt = String(valueOf(field) ?? field.default ?? "");
+    const words = [...new Set(state.loras.flatMap(({ path }) => triggerWords(path)))];
+    if (words.length === 0) return nothing;
+    const toggle = (word) => edit(field, prompt.includes(word) ? withoutWord(prompt, word) : withWord(prompt, word));
+    return html`
+        <div class="row form-words" role="group" aria-label="Trigger words">
+            ${words.map(
+                (word) => html`
+                    <button
+                        class="chip"
+                        type="button"
+                        aria-label="${word} in the prompt"
+                        aria-pressed=${prompt.includes(word)}
+                        @click=${() => toggle(word)}
+                    >
+                        ${word}
+                    </button>
+                `,
+            )}
         </div>
     `;
 }
@@ -68,43 +87,231 @@ export function addLora(source) {
 
 /** Add what stands in the field though nobody pressed its button; false where it is refused. */
 export function addTyped() {
-    if (typed.trim() === "") return true;
-    if (!addLora(typed)) return false;
-    typed = "";
+    if (written.trim() === "") return true;
+    if (!addLora(written)) return false;
+    written = "";
     return true;
 }
 
 /** Empty the field for one more. */
 export function clearTyped() {
-    typed = "";
+    written = "";
 }
 
-/** Whether every chosen LoRA has a strength that can be sent. */
+/** Whether every chosen LoRA can be sent. */
 export function lorasAreRight() {
-    return state.loras.every((lora) => scaleProblem(lora) === null);
+    return state.loras.every((lora) => loraProblem(lora) === null);
 }
 
-/**
- * Why a file cannot go along with those of the form; null when it can.
- *
- * @param {File} file
- * @param {*} replaced what is there in its place now
- */
-export function sizeProblem(file, replaced = null) {
-    const others = [...Object.values(state.inputs), ...state.loras.map((lora) => lora.file)];
-    const sizes = others.filter((other) => other instanceof Blob && other !== replaced).map(({ size }) => size);
-    const sum = sizes.reduce((one, other) => one + other, file.size);
-    if (sum <= MOST_BYTES) return null;
-    return (
-        `With ${file.name} the files would have ${megabytes(sum)}, and a request carries ${megabytes(MOST_BYTES)}; ` +
-        "give the address where it lies, or, of a LoRA, its name in the server's library."
-    );
+// One LoRA
+
+function loraView(lora, index) {
+    const problem = loraProblem(lora);
+    const id = `lora-${index}`;
+    const label = `Strength of ${lora.path}`;
+    const set = (scale) => {
+        lora.scale = scale ?? STRENGTH.default;
+        changed();
+    };
+    const isMeantBy = (text) => Object.is(meaningOf(STRENGTH, text) ?? STRENGTH.default, lora.scale);
+    return html`
+        <li class="loras-item">
+            <div class="loras-head">
+                <span class="loras-name" title=${lora.path}>
+                    ${lora.path} ${lora.file ? html`<span class="quiet">${sizeText(lora.file.size)}</span>` : nothing}
+                </span>
+                <button
+                    class="icon-button"
+                    type="button"
+                    aria-label="Remove ${lora.path}"
+                    @click=${() => remove(lora)}
+                >
+                    ✕
+                </button>
+            </div>
+            <div class="form-slider">
+                <input
+                    type="range"
+                    min=${LEAST_AIMED_AT}
+                    max=${MOST_AIMED_AT}
+                    step=${STRENGTH.step}
+                    aria-label=${label}
+                    .value=${String(Number.isFinite(lora.scale) ? lora.scale : STRENGTH.default)}
+                    @input=${({ target }) => set(Number(target.value))}
+                />
+                ${numberInput(STRENGTH, {
+                    id,
+                    label,
+                    isWrong: problem !== null,
+                    describedBy: problem ? `problem-${id}` : nothing,
+                    value: lora.scale,
+                    text: typed(String(lora.scale), isMeantBy),
+                    set,
+                    leave: changed,
+                })}
+            </div>
+            ${problem ? html`<p class="problem" id="problem-${id}">${problem}</p>` : nothing}
+        </li>
+    `;
 }
 
-/** A size as people read it. */
-export function megabytes(bytes) {
-    return bytes < 100_000 ? `${Math.ceil(bytes / 1000)} kB` : `${Number((bytes / 1e6).toFixed(1))} MB`;
+function remove(lora) {
+    state.loras = state.loras.filter((other) => other !== lora);
+    delete state.problems[LORAS];
+    afterRender(focusAdding);
 }
+
+function focusAdding() {
+    document.getElementById(`field-${LORAS}`)?.focus();
+}
+
+// One more
+
+function addView() {
+    const names = namesToAdd();
+    return html`
+        <div class="loras-add">
+            ${nameView()}
+            <datalist id="loras-names">${names.map((name) => html`<option value=${name}></option>`)}</datalist>
+            ${written.trim() === ""
+                ? filesView()
+                : html`<button class="button" type="button" @click=${press}>Add</button>`}
+        </div>
+        ${written === "" && names.length > 0 ? chipsView(names.slice(0, CHIPS)) : nothing}
+    `;
+}
+
+function nameView() {
+    const type = ({ target }) => {
+        written = target.value;
+        delete state.problems[LORAS];
+        changed();
+    };
+    const onEnter = (event) => {
+        if (event.key !== "Enter" || event.ctrlKey || event.metaKey || written.trim() === "") return;
+        event.preventDefault();
+        addTyped();
+    };
+    return html`
+        <input
+            type="text"
+            id="field-${LORAS}"
+            list="loras-names"
+            aria-label="Add a LoRA"
+            placeholder="Name or address"
+            autocomplete="off"
+            autocapitalize="none"
+            spellcheck="false"
+            aria-invalid=${isWrong(LORAS)}
+            aria-describedby=${isWrong(LORAS) ? `problem-${LORAS}` : nothing}
+            .value=${typed(written, (text) => text === written)}
+            @input=${type}
+            @keydown=${onEnter}
+        />
+    `;
+}
+
+/** The button goes with the text, so the focus goes back to the field. */
+function press() {
+    addTyped();
+    focusAdding();
+}
+
+function filesView() {
+    const choose = ({ target }) => {
+        addFiles([...target.files]);
+        target.value = ""; // so that the same file can be chosen again
+    };
+    return html`
+        <span class="form-upload">
+            <input
+                class="visually-hidden"
+                type="file"
+                id="loras-file"
+                multiple
+                accept=".safetensors,.tar,.gz,.tgz,.zip"
+                aria-label="Files of LoRAs"
+                @change=${choose}
+            />
+            <label class="button" for="loras-file">File…</label>
+        </span>
+    `;
+}
+
+function chipsView(names) {
+    return html`
+        <div class="row" role="group" aria-label="LoRAs to add">
+            ${names.map(
+                (name) => html`
+                    <button
+                        class="chip loras-chip"
+                        type="button"
+                        aria-label="Add ${name}"
+                        @click=${() => addLora(name)}
+                    >
+                        <span aria-hidden="true">+</span> ${name}
+                    </button>
+                `,
+            )}
+        </div>
+    `;
+}
+
+/** The server's library and what was drawn with lately, without what is chosen; by typing, that can be added again. */
+function namesToAdd() {
+    const chosen = new Set(state.loras.map(({ path }) => path));
+    return [...new Set([...state.library, ...recent.map(({ path }) => path)])].filter((name) => !chosen.has(name));
+}
+
+function takeDropped(transfer) {
+    const text = transfer.getData("text/uri-list") || transfer.getData("text/plain");
+    if (transfer.files.length > 0) addFiles([...transfer.files]);
+    else if (text) addLora(text);
+}
+
+/** As many as there is room for; the sentence is about the first that has none. */
+function addFiles(files) {
+    files.every(addLora);
+}
+
+function fromFile(file) {
+    if (!isLoraFile(file)) {
+        throw new Error(`${file.name} is no file of a LoRA; it must end in .safetensors, .tar, .tar.gz, .tgz or .zip.`);
+    }
+    const problem = sizeProblem(file);
+    if (problem) throw new Error(problem);
+    return { path: file.name, scale: 1, file };
+}
+
+/** The LoRAs that a text names. Two addresses with " + " between them are two LoRAs. */
+function takeApart(text) {
+    const bare = text.trim();
+    if (/^[[{]/.test(bare)) return fromJson(bare);
+    const terms = bare.split(/\s\+\s/).map(readLora);
+    // What has a blank in it may be a file whose name has a plus in it; the server says whether it can be fetched.
+    const isSum = terms.every(({ path }) => /^\S+$/.test(path));
+    return (isSum ? terms : [readLora(bare)]).map(checked);
+}
+
+function fromJson(text) {
+    const items = meaningOf({ type: "array" }, text);
+    const hasPaths = Array.isArray(items) && items.every((item) => typeof item?.path === "string");
+    if (!hasPaths || items.length === 0) {
+        throw new Error(`A text that begins with [ or { is read as JSON; it must be ${EXAMPLE}.`);
+    }
+    const more = items.flatMap(Object.keys).find((key) => key !== "path" && key !== "scale");
+    // Strengths of single blocks have no place in the list, and would be lost without a word.
+    if (more) throw new Error(`This list says ${more}, which cannot be set here; it goes into the second LoRA input.`);
+    return items.map(({ path, scale }) => checked({ path: path.trim(), scale: scale ?? 1, file: null }));
+}
+
+function checked(lora) {
+    const problem = loraProblem(lora);
+    if (problem) throw new Error(problem);
+    return lora;
+}
+
+// What is remembered
 
 /**
  * Learn from a job that was drawn: its LoRAs can be chosen again by a click, and their trigger words are known.
@@ -116,11 +323,9 @@ export function rememberLoras({ status, recipe, answer }) {
     // The answer tells of them in the list's order, by names that may be spelled otherwise than what was asked for.
     const told = answer?.metrics?.loras ?? [];
     recipe.loras.forEach(({ path }, index) => learned.set(path, wordsOf(told[index])));
-    const paths = recipe.loras.filter(isKeepable).map(({ path }) => path);
-    const known = recent.map(({ path }) => path);
-    const words = new Map(recent.map(({ path, words }) => [path, words]));
-    const newest = [...new Set([...paths, ...known])].slice(0, MOST_RECENT);
-    recent = newest.map((path) => ({ path, words: learned.get(path) ?? words.get(path) ?? [] }));
+    const paths = recipe.loras.filter(({ path, file }) => !file && !isPrivate(path)).map(({ path }) => path);
+    const newest = [...new Set([...paths, ...recent.map(({ path }) => path)])].slice(0, MOST_RECENT);
+    recent = newest.map((path) => ({ path, words: triggerWords(path) }));
     try {
         localStorage.setItem(KEY, JSON.stringify(recent));
     } catch {
@@ -135,240 +340,19 @@ function wordsOf(told) {
     return words.filter((word) => typeof word === "string" && word !== "");
 }
 
-/**
- * What wakes a LoRA in a prompt, as the last answer with it said.
- *
- * @param {string} path as in the list
- * @returns {string[]}
- */
-export function triggerWords(path) {
+/** What wakes a LoRA in a prompt, as the last answer with it said. */
+function triggerWords(path) {
     return learned.get(path) ?? recent.find((known) => known.path === path)?.words ?? [];
 }
 
-function loraView(lora, index) {
-    const problem = scaleProblem(lora);
-    const id = `lora-${index}`;
-    const name = lora.file ? html`${lora.path} <span class="quiet">${megabytes(lora.file.size)}</span>` : lora.path;
-    const setScale = ({ target }) => {
-        // An emptied field stands for the default; of what is no number, a field of numbers says nothing.
-        lora.scale = target.validity.badInput ? NaN : target.value === "" ? 1 : Number(target.value);
-        changed();
-    };
-    const text = document.activeElement?.id === id || Number.isNaN(lora.scale) ? noChange : Object(String(lora.scale));
-    return html`
-        <li class="loras-item">
-            <div class="loras-head">
-                <span class="loras-name" title=${lora.path}>${name}</span>
-                <button
-                    class="icon-button"
-                    type="button"
-                    aria-label="Remove ${lora.path}"
-                    @click=${() => remove(index)}
-                >
-                    ✕
-                </button>
-            </div>
-            <div class="form-slider">
-                <input
-                    type="range"
-                    min="-1"
-                    max="2"
-                    step="0.05"
-                    aria-label="Strength of ${lora.path}"
-                    .value=${Object(String(lora.scale))}
-                    @input=${setScale}
-                />
-                <input
-                    type="number"
-                    id=${id}
-                    min=${-LARGEST_SCALE}
-                    max=${LARGEST_SCALE}
-                    step="0.05"
-                    aria-label="Strength of ${lora.path}"
-                    aria-invalid=${problem !== null}
-                    aria-describedby=${problem ? `problem-${id}` : nothing}
-                    .value=${text}
-                    @input=${setScale}
-                    @blur=${changed}
-                />
-            </div>
-            ${problem ? html`<p class="problem" id="problem-${id}">${problem}</p>` : nothing}
-        </li>
-    `;
+function withWord(prompt, word) {
+    return [prompt.trim(), word].filter(Boolean).join(", ");
 }
 
-function addView() {
-    const names = namesToAdd();
-    const isWrong = LORAS in state.problems;
-    const type = ({ target }) => {
-        typed = target.value;
-        delete state.problems[LORAS];
-        changed();
-    };
-    const onEnter = (event) => {
-        if (event.key !== "Enter" || event.ctrlKey || event.metaKey || typed.trim() === "") return;
-        event.preventDefault();
-        addTyped();
-    };
-    return html`
-        <div class="loras-add">
-            <input
-                type="text"
-                id="field-${LORAS}"
-                list="loras-names"
-                aria-label="Add a LoRA"
-                placeholder="Name or address"
-                autocomplete="off"
-                autocapitalize="none"
-                spellcheck="false"
-                aria-invalid=${isWrong}
-                aria-describedby=${isWrong ? `problem-${LORAS}` : nothing}
-                .value=${Object(typed)}
-                @input=${type}
-                @keydown=${onEnter}
-            />
-            <datalist id="loras-names">${names.map((name) => html`<option value=${name}></option>`)}</datalist>
-            ${typed.trim() !== ""
-                ? html`<button class="button" type="button" @click=${press}>Add</button>`
-                : html`
-                      <span class="form-upload">
-                          <input
-                              class="visually-hidden"
-                              type="file"
-                              id="loras-file"
-                              multiple
-                              accept=".safetensors,.tar,.gz,.tgz,.zip"
-                              aria-label="Files of LoRAs"
-                              @change=${choose}
-                          />
-                          <label class="button" for="loras-file">File…</label>
-                      </span>
-                  `}
-        </div>
-        ${typed === "" && names.length > 0
-            ? html`<div class="row" role="group" aria-label="LoRAs to add">
-                  ${names.slice(0, CHIPS).map(
-                      (name) => html`
-                          <button
-                              class="chip loras-chip"
-                              type="button"
-                              aria-label="Add ${name}"
-                              @click=${() => addLora(name)}
-                          >
-                              <span aria-hidden="true">+</span> ${name}
-                          </button>
-                      `,
-                  )}
-              </div>`
-            : nothing}
-    `;
-}
-
-/** The server's library and what was drawn with lately, without what is chosen; by typing, that can be added again. */
-function namesToAdd() {
-    const chosen = new Set(state.loras.map(({ path }) => path));
-    return [...new Set([...state.library, ...recent.map(({ path }) => path)])].filter((name) => !chosen.has(name));
-}
-
-/** The button goes with the text, so the focus goes back to the field. */
-function press() {
-    addTyped();
-    document.getElementById(`field-${LORAS}`)?.focus();
-}
-
-function remove(index) {
-    state.loras = state.loras.filter((_, other) => other !== index);
-    delete state.problems[LORAS];
-    changed();
-    queueMicrotask(() => document.getElementById(`field-${LORAS}`)?.focus());
-}
-
-function choose({ target }) {
-    addFiles([...target.files]);
-    target.value = ""; // so that the same file can be chosen again
-}
-
-function dragOver(event) {
-    event.preventDefault(); // else nothing can be dropped
-    event.currentTarget.classList.add("loras-over");
-}
-
-function drop(event) {
-    event.preventDefault();
-    event.currentTarget.classList.remove("loras-over");
-    const text = event.dataTransfer.getData("text/uri-list") || event.dataTransfer.getData("text/plain");
-    if (event.dataTransfer.files.length > 0) addFiles([...event.dataTransfer.files]);
-    else if (text) addLora(text);
-}
-
-/** As many as there is room for; the sentence is about the first that has none. */
-function addFiles(files) {
-    files.every(addLora);
-}
-
-function scaleProblem({ scale }) {
-    if (Math.abs(scale) <= LARGEST_SCALE) return null;
-    return `The strength must be a number from ${-LARGEST_SCALE} to ${LARGEST_SCALE}.`;
-}
-
-function fromFile(file) {
-    if (!SUFFIXES.test(file.name)) {
-        throw new Error(`${file.name} is no file of a LoRA; it must end in .safetensors, .tar, .tar.gz, .tgz or .zip.`);
-    }
-    const problem = sizeProblem(file);
-    if (problem) throw new Error(problem);
-    return { path: file.name, scale: 1, file };
-}
-
-/** The LoRAs that a text names. Two addresses with " + " between them are two LoRAs. */
-function takeApart(text) {
-    const bare = text.trim();
-    if (bare === "") throw new Error("A LoRA must be named: by a name of the library, owner/name or an address.");
-    if (/^[[{]/.test(bare)) return fromJson(bare);
-    const terms = bare.split(/\s\+\s/).map(readTerm);
-    // What has a blank in it may be a file whose name has a plus in it; the server says whether it can be fetched.
-    const isSum = terms.every(({ path }) => /^\S+$/.test(path));
-    return (isSum ? terms : [{ path: bare, scale: 1, file: null }]).map(checked);
-}
-
-/** "zorp*0.8" → zorp, with strength 0.8. */
-function readTerm(term) {
-    const found = /^(.*\S)\s*\*\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))$/s.exec(term.trim());
-    return { path: found?.[1] ?? term.trim(), scale: Number(found?.[2] ?? 1), file: null };
-}
-
-function fromJson(text) {
-    let items;
-    try {
-        items = JSON.parse(text);
-    } catch {
-        items = null;
-    }
-    if (!Array.isArray(items) || items.length === 0 || !items.every((item) => typeof item?.path === "string")) {
-        throw new Error(`A text that begins with [ or { is read as JSON; it must be ${EXAMPLE}.`);
-    }
-    const more = items.flatMap(Object.keys).find((key) => key !== "path" && key !== "scale");
-    // Strengths of single blocks have no place in the list, and would be lost without a word.
-    if (more) throw new Error(`This list says ${more}, which cannot be set here; it goes into the second LoRA input.`);
-    return items.map(({ path, scale }) => checked({ path: path.trim(), scale: scale ?? 1, file: null }));
-}
-
-function checked(lora) {
-    if (lora.path === "") throw new Error("A LoRA of this text has no name.");
-    const { length } = lora.path;
-    if (/^data:/i.test(lora.path)) throw new Error("A data: URI is not taken here; choose or drop the file itself.");
-    if (length > LONGEST_REFERENCE) {
-        throw new Error(`A name or an address has at most ${LONGEST_REFERENCE} characters; this one has ${length}.`);
-    }
-    if (typeof lora.scale !== "number" || scaleProblem(lora)) {
-        throw new Error(`${lora.path.slice(0, 80)} must have a strength from ${-LARGEST_SCALE} to ${LARGEST_SCALE}.`);
-    }
-    return lora;
-}
-
-/** Whether a LoRA's reference may stay in the browser: what must not be shared, such as a login, must not. */
-function isKeepable(lora) {
-    return unshared({ inputs: {}, loras: [lora] }).length === 0;
+function withoutWord(prompt, word) {
+    const at = prompt.indexOf(word);
+    const [before, after] = [prompt.slice(0, at), prompt.slice(at + word.length)];
+    return `${before.replace(/,?\s*$/, "")}${after}`.replace(/^[,\s]+/, "");
 }
 
 function readRecent() {

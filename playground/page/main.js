@@ -2,18 +2,23 @@
  * The page: its layout, its keys, and what is done with a shared address.
  */
 
+import { COMMAND, copyText, tabsView } from "./browser.js";
 import { codeView, jsonView } from "./code.js";
+import { closeCompare } from "./compare.js";
 import { watch } from "./connection.js";
+import { draw } from "./draw.js";
 import { checkForm, formView, reset } from "./form.js";
-import { closeCompare, paste, stageView, stripView } from "./gallery.js";
+import { paste, stageView } from "./gallery.js";
 import { gridView } from "./grid.js";
 import { load } from "./history.js";
-import { cancelJob, current, enqueue } from "./jobs.js";
+import { cancelJobs, current } from "./jobs.js";
 import { restore, snapshot } from "./recipe.js";
 import { fromFragment, toFragment, unshared } from "./share.js";
 import { connectionView, logView, progressView, statePanel } from "./status.js";
 import { changed, note, onChange, state } from "./store.js";
+import { stripView } from "./strip.js";
 import { html, nothing, render } from "./vendor/lit-html.js";
+import { repeat } from "./vendor/repeat.js";
 
 const TABS = {
     picture: { title: "Picture", view: stageView },
@@ -23,65 +28,55 @@ const TABS = {
     code: { title: "Code", view: codeView },
 };
 const LONGEST_FRAGMENT = 60_000; // characters: of longer addresses browsers and programs lose the end
-const TYPED = "textarea, input:is([type=text], [type=number], [type=url], [type=password])";
-const COMMAND = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘" : "Ctrl";
+const TYPED = "textarea, input:is([type=text], [type=url], [type=password])";
 
 function pageView() {
     return html`
         <header class="page-header">
             <h1>flux-sprites<small>playground</small></h1>
-            ${connectionView()}
-            <button class="button quiet" type="button" @click=${share}>Share</button>
-            ${state.about?.server === "front" ? html`<a class="button quiet" href="../docs">API</a>` : nothing}
+            ${connectionView()} ${state.schema ? shareButton() : nothing}
+            ${state.about?.server === "front" ? apiLink() : nothing}
         </header>
         <main class="page-main">
-            <div class="page-form">
-                <div class="page-fields">${state.schema ? formView() : nothing}</div>
-                ${state.schema ? drawBar() : nothing}
-            </div>
-            <div class="page-stage">
-                ${statePanel()} ${state.notes.map(noteView)} ${state.schema ? tabsView() : nothing} ${stripView()}
-            </div>
+            ${noticesView()} ${state.schema ? formSide() : nothing}
+            <div class="page-stage">${state.schema ? tabs() : nothing} ${stripView()}</div>
         </main>
         <div class="visually-hidden" aria-live="polite">${state.said}</div>
     `;
 }
 
-function drawBar() {
+const shareButton = () => html`<button class="button quiet" type="button" @click=${share}>Share</button>`;
+const apiLink = () => html`<a class="button quiet" href="../docs" target="_blank">API</a>`;
+
+/** What is to be known before anything else, if there is something. */
+function noticesView() {
+    const panel = statePanel();
+    if (panel === nothing && state.notes.length === 0) return nothing;
+    return html`<div class="page-notices">${panel} ${repeat(state.notes, (sentence) => sentence, noteView)}</div>`;
+}
+
+function formSide() {
     return html`
-        <div class="page-draw">
-            <button class="button primary" type="submit" form="form">Draw <kbd aria-hidden="true">${COMMAND} ↵</kbd></button>
-            <button class="button quiet" type="button" @click=${reset}>Reset all</button>
+        <div class="page-form">
+            <div class="page-fields">${formView()}</div>
+            <div class="page-draw">
+                <button class="button primary" type="submit" form="form">
+                    Draw <kbd aria-hidden="true">${COMMAND} ↵</kbd>
+                </button>
+                <button class="button quiet" type="button" @click=${reset}>Reset all</button>
+            </div>
         </div>
     `;
 }
 
-function tabsView() {
-    const { view } = TABS[state.tab];
+function tabs() {
+    const titles = Object.fromEntries(Object.entries(TABS).map(([name, { title }]) => [name, title]));
     return html`
         <div class="page-bar">
-            <div class="tabs" role="tablist" aria-label="What is shown" @keydown=${moveTab}>
-                ${Object.entries(TABS).map(tabView)}
-            </div>
+            ${tabsView({ label: "What is shown", id: "page", tabs: titles, chosen: state.tab, choose: show })}
             ${progressView()}
         </div>
-        <div role="tabpanel" id="panel" aria-labelledby="tab-${state.tab}">${view()}</div>
-    `;
-}
-
-function tabView([name, { title }]) {
-    return html`
-        <button
-            role="tab"
-            type="button"
-            id="tab-${name}"
-            aria-controls="panel"
-            aria-selected=${state.tab === name}
-            tabindex=${state.tab === name ? 0 : -1}
-            @click=${() => show(name)}
-        >
-            ${title}
-        </button>
+        <div role="tabpanel" id="page-panel" aria-labelledby="page-tab-${state.tab}">${TABS[state.tab].view()}</div>
     `;
 }
 
@@ -103,37 +98,24 @@ function show(tab) {
     changed();
 }
 
-/** The arrow keys of a list of tabs. */
-function moveTab(event) {
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (step === undefined) return;
-    event.preventDefault();
-    const names = Object.keys(TABS);
-    show(names[(names.indexOf(state.tab) + step + names.length) % names.length]);
-    queueMicrotask(() => document.getElementById(`tab-${state.tab}`).focus());
-}
-
 /** Draw what the form says; on a narrow screen, go to where it will be seen. */
-function draw() {
+function drawForm() {
     if (state.schema === null || !checkForm()) return;
     if (state.tab !== "log") state.tab = "picture";
-    enqueue(snapshot());
+    draw(snapshot());
     if (!matchMedia("(min-width: 60rem)").matches) document.querySelector(".page-stage").scrollIntoView();
 }
 
 async function share() {
     const recipe = snapshot();
-    const fragment = toFragment(recipe);
+    const { fields } = state.schema;
+    const fragment = toFragment(recipe, fields);
     if (fragment.length > LONGEST_FRAGMENT) return note("These inputs are too long for an address.");
     history.replaceState(null, "", fragment); // the form keeps its files, as no hashchange is told
-    const left = unshared(recipe);
+    const left = unshared(recipe, fields);
     const without = left.length > 0 ? `; not in it: ${left.join(", ")}.` : ".";
-    try {
-        await navigator.clipboard.writeText(location.href);
-        note(`The address of these inputs is copied${without}`);
-    } catch {
-        note(`The address in the browser's bar has these inputs${without}`);
-    }
+    const where = (await copyText(location.href)) ? "is copied" : "is in the browser's bar";
+    note(`The address of these inputs ${where}${without}`);
 }
 
 let shared = location.hash; // of the address, until the schema tells what it means
@@ -150,10 +132,10 @@ function onKey(event) {
         const command = event.ctrlKey || event.metaKey;
         // Held down, it draws a single time.
         if (command || (event.repeat && !event.target.closest("textarea"))) event.preventDefault();
-        if (command && !event.repeat) draw();
+        if (command && !event.repeat) drawForm();
     } else if (event.key === "Escape" && !event.repeat && !document.querySelector("dialog[open]")) {
         if (state.compare !== null) closeCompare();
-        else if (current()) cancelJob(current());
+        else if (current()) cancelJobs([current()]);
     }
 }
 
@@ -165,7 +147,7 @@ document.addEventListener("keydown", onKey);
 document.addEventListener("paste", paste, true); // before the form, which takes files that are pasted anywhere else
 document.addEventListener("submit", (event) => {
     event.preventDefault();
-    if (event.target.id === "form") draw();
+    if (event.target.id === "form") drawForm();
 });
 window.addEventListener("hashchange", () => {
     shared = location.hash;

@@ -6,6 +6,7 @@
  * is the same to the bit, in every browser.
  */
 
+import { COMMAND } from "./browser.js";
 import { html, nothing, render } from "./vendor/lit-html.js";
 
 /** @typedef {{width: number, height: number, bytes: Uint8Array}} Raster row by row, 0 (kept) to 255 (drawn anew) */
@@ -19,24 +20,11 @@ const TRACE = 8; // up to here a grey counts as black for the predictor
 const UNDO_BYTES = 64 * 2 ** 20; // thirty changes of whole masks of the largest size
 const LARGER = 1.25; // by which a key changes the size of the brush
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+const COMMAND_KEY = COMMAND === "⌘" ? "Meta" : "Control"; // its name for those who cannot see it
 const KEYBOARD = "keyboard"; // in place of a pointer's id
 const HINT = "What is painted is drawn anew; all else is kept.";
 const NOTHING = "Nothing is painted yet: paint over what is to be drawn anew.";
 const MISFIT = "The mask that was chosen does not fit this image, so this one starts empty.";
-
-/**
- * The size of a picture as it is shown, turned by its EXIF orientation.
- *
- * @param {Blob} blob
- * @returns {Promise<{width: number, height: number}>} in pixels
- * @throws {Error} a sentence: it is no picture that this browser can show
- */
-export async function imageSize(blob) {
-    const bitmap = await opened(blob);
-    const { width, height } = bitmap;
-    bitmap.close();
-    return { width, height };
-}
 
 /**
  * Have a person paint a mask.
@@ -399,14 +387,15 @@ function toolsView(easel) {
             ${sliderView("Brush size", brush.size, 1, largestBrush(easel), "px", (size) => choose(easel, { size }))}
             ${sliderView("Hardness", percent, 0, 100, "%", (share) => choose(easel, { hardness: share / 100 }))}
             <div class="row">
-                ${buttonView("Undo", () => step(easel, done, undone), done.length > 0, "Control+Z")}
-                ${buttonView("Redo", () => step(easel, undone, done), undone.length > 0, "Control+Shift+Z")}
+                ${buttonView("Undo", () => step(easel, done, undone), done.length > 0, `${COMMAND_KEY}+Z`)}
+                ${buttonView("Redo", () => step(easel, undone, done), undone.length > 0, `${COMMAND_KEY}+Shift+Z`)}
                 ${buttonView("Invert", () => change(easel, (value) => 255 - value))}
                 ${buttonView("Clear", () => change(easel, () => 0))}
             </div>
             <p class="mask-keys hint" id="mask-keys">
-                <kbd>[</kbd> and <kbd>]</kbd> change the size, <kbd>X</kbd> erases or paints, <kbd>Ctrl Z</kbd> undoes.
-                Arrow keys move the brush, with Shift by a pixel; it paints while Space is down.
+                <kbd>[</kbd> and <kbd>]</kbd> change the size, <kbd>X</kbd> erases or paints,
+                <kbd>${COMMAND} Z</kbd> undoes. Arrow keys move the brush, with Shift by a pixel; it paints while Space
+                is down.
             </p>
         </footer>
     `;

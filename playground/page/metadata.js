@@ -5,7 +5,8 @@
  * of a JPEG or a WebP. Any file may be dropped on the page, so nothing here trusts a length or an offset.
  */
 
-import { MOST_LORAS, accepts, acceptsLora } from "./share.js";
+import { loraProblem, LORAS, MOST_LORAS } from "./lora.js";
+import { accepts, isGiven } from "./schema.js";
 
 const LARGEST_FILE = 64 * 2 ** 20; // bytes
 const LONGEST_TEXT = 2 ** 20; // bytes, as large as Pillow reads them
@@ -15,7 +16,6 @@ const DRAWN_BY = [
     ...["prompt", "model", "seed", "num_inference_steps", "guidance_scale", "go_fast", "prompt_strength"],
     ...["aspect_ratio", "megapixels", "width", "height"],
 ];
-const LORAS = "replicate_weights";
 
 /**
  * How a picture says that it was made.
@@ -41,10 +41,11 @@ export async function readMetadata(blob) {
  * @returns {{recipe: Recipe, notes: string[]}} notes: sentences about what is to be added or was left out
  */
 export function recipeOf(made, fields) {
-    const said = DRAWN_BY.filter((name) => (made[name] ?? null) !== null);
+    const said = DRAWN_BY.filter((name) => isGiven(made[name]));
     const isTaken = (name) => fields.some((field) => field.name === name && accepts(field, made[name]));
-    const wrong = said.filter((name) => !isTaken(name));
-    const { loras, notes } = lorasOf(made[LORAS]);
+    const hasList = fields.some(({ name }) => name === LORAS);
+    const wrong = [...said.filter((name) => !isTaken(name)), ...(isGiven(made[LORAS]) && !hasList ? [LORAS] : [])];
+    const { loras, notes } = lorasOf(hasList ? made[LORAS] : null);
     if (said.includes("prompt_strength")) {
         notes.unshift("It was drawn from an image, which is not in the picture: add that, and its mask if it had one.");
     }
@@ -56,12 +57,12 @@ export function recipeOf(made, fields) {
 
 /** The LoRAs of the text in replicate_weights that can be named again, and sentences about the others. */
 function lorasOf(text) {
-    const entries = (text ?? null) === null ? [] : entriesOf(text);
+    const entries = isGiven(text) ? entriesOf(text) : [];
     if (entries === null) return { loras: [], notes: ["What it says of its LoRAs cannot be read."] };
     const loras = [];
     const notes = [];
     for (const { path, scale = 1, clip, blocks } of entries) {
-        if (!acceptsLora({ path, scale })) {
+        if (loraProblem({ path, scale }) !== null) {
             notes.push("One of its LoRAs is named in a way that cannot be used here; it is left out.");
         } else if (path.startsWith("sha256:")) {
             notes.push(`One of its LoRAs came as a file, which is not in the picture: add it, at strength ${scale}.`);

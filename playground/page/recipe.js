@@ -2,11 +2,10 @@
  * A recipe, what a person asks for, and the input of a prediction, what is sent for it.
  */
 
-import { differs, isShown } from "./schema.js";
+import { LORAS } from "./lora.js";
+import { isSent, isShown, own } from "./schema.js";
 import { changed, state } from "./store.js";
 
-// LoRAs of the list are sent in this input.
-const LORAS = "replicate_weights";
 const [SHOWN, LONGEST_SHOWN] = [60, 120]; // characters of a data URI: of a longer one, so many
 
 /** @returns {Recipe} of the form as it is now. */
@@ -24,10 +23,9 @@ export function restore({ inputs, loras }) {
 
 /** The names and values of inputs that are sent: what is shown and differs from the defaults, or is required. */
 export function sent(inputs, fields) {
-    const isSent = (field, value) => (field.required ? value !== undefined : differs(field, value));
-    return fields
-        .filter((field) => isShown(field, inputs) && isSent(field, inputs[field.name]))
-        .map(({ name }) => [name, inputs[name]]);
+    const shown = fields.filter((field) => isShown(field, inputs));
+    const values = shown.map((field) => [field, own(inputs, field.name)]);
+    return values.filter(([field, value]) => isSent(field, value)).map(([{ name }, value]) => [name, value]);
 }
 
 /**
@@ -38,10 +36,12 @@ export function sent(inputs, fields) {
  */
 export async function encode({ inputs, loras }, fields) {
     const input = {};
-    for (const [name, value] of sent(inputs, fields)) input[name] = value instanceof Blob ? await toDataUri(value) : value;
-    if (loras.length > 0) {
-        const chosen = loras.map(async ({ path, scale, file }) => ({ path: file ? await toDataUri(file) : path, scale }));
-        input[LORAS] = JSON.stringify(await Promise.all(chosen));
+    for (const [name, value] of sent(inputs, fields)) {
+        input[name] = value instanceof Blob ? await toDataUri(value) : value;
+    }
+    if (loras.length > 0 && fields.some(({ name }) => name === LORAS)) {
+        const whole = async ({ path, scale, file }) => ({ path: file ? await toDataUri(file) : path, scale });
+        input[LORAS] = JSON.stringify(await Promise.all(loras.map(whole)));
     }
     return input;
 }
@@ -61,7 +61,7 @@ function cut(text) {
 }
 
 /** A file as a data URI. */
-export function toDataUri(file) {
+function toDataUri(file) {
     return new Promise((resolve, reject) => {
         const reader = new FileReader();
         reader.onload = () => resolve(reader.result);

@@ -13,6 +13,7 @@
  * @property {string} description in the document's words, which may have `code` in them
  * @property {"string"|"integer"|"number"|"boolean"|"array"|"object"} type
  * @property {string|null} format "uri" for a file or its address
+ * @property {boolean} secret whether its value may be neither seen nor kept
  * @property {Array|null} enum the choices
  * @property {*} default null when there is none
  * @property {number|null} minimum
@@ -24,7 +25,7 @@
  * @property {Idle|null} idle
  */
 /** @typedef {{of: string, fallback: *, holds: function(*): boolean}} Rule on the value, or default, of another input */
-/** @typedef {{of: string, value: string, sentence: string}} Idle when, by another input, this one changes nothing */
+/** @typedef {Rule & {sentence: string}} Idle where the rule holds, the field changes nothing, as the sentence says */
 /** @typedef {{name: string, title: string, fields: Field[]}} Group */
 
 const GROUPS = [
@@ -56,30 +57,34 @@ const RULES = {
 };
 const REQUIRED_WHERE_SHOWN = ["width", "height"];
 const IDLE = {
-    guidance_scale: { of: "model", value: "schnell", sentence: "It changes nothing now: schnell has no guidance." },
-    output_quality: { of: "output_format", value: "png", sentence: "It changes nothing now: png loses nothing." },
+    guidance_scale: ["model", (value) => value === "schnell", "It changes nothing now: schnell has no guidance."],
+    output_quality: ["output_format", (value) => value === "png", "It changes nothing now: png loses nothing."],
 };
 
 // A slider over more values than this would leap over most of them.
 const MOST_SLIDER_STEPS = 10_000;
+const EASY_STEPS = 50; // at least so many values of a slider, by steps of 1, 0.1, 0.01 …
+
+const NUMBER = /^[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?$/i;
+const ADDRESS = /^(https?:\/\/[^\s/]|data:)/i;
 
 /**
  * The fields of a form, in the document's order and in groups.
  *
  * @param {object} document OpenAPI, as a Cog server gives it
- * @returns {{fields: Field[], groups: Group[]}}
+ * @returns {{fields: Field[], groups: Group[], ours: boolean}} `ours`: it is this project's
  */
 export function readSchema(document) {
     const { schemas } = document.components;
     const { properties = {}, required = [] } = schemas.Input;
     const fields = Object.entries(properties).map(([name, property]) =>
-        readField(name, resolve(property, schemas), required.includes(name)),
+        readField(name, property, resolve(property, schemas), required.includes(name)),
     );
-    const byName = Object.fromEntries(fields.map((field) => [field.name, field]));
-    const ours = "image" in byName && byName.aspect_ratio?.enum?.includes(CUSTOM);
+    const byName = new Map(fields.map((field) => [field.name, field]));
+    const ours = byName.has("image") && byName.get("aspect_ratio")?.enum?.includes(CUSTOM) === true;
     if (ours) fields.forEach((field) => addRules(field, byName));
     fields.sort((one, other) => one.order - other.order);
-    return { fields, groups: grouped(fields) };
+    return { fields, groups: grouped(fields), ours };
 }
 
 /**
@@ -89,23 +94,50 @@ export function readSchema(document) {
  * @param {Object<string, *>} inputs of a recipe
  */
 export function isShown(field, inputs) {
-    return field.rules.every(({ of, fallback, holds }) => holds(inputs[of] ?? fallback));
+    return field.rules.every((rule) => ruleHolds(rule, inputs));
 }
 
 /** The sentence on an input that is sent and changes nothing beside what the others say; null for one that does. */
 export function idleSentence(field, inputs) {
-    return field.idle && inputs[field.idle.of] === field.idle.value ? field.idle.sentence : null;
+    return field.idle && ruleHolds(field.idle, inputs) ? field.idle.sentence : null;
 }
 
-/** Whether a value is another one than the default, so that it must be sent. An empty text stands for none. */
+function ruleHolds({ of, fallback, holds }, inputs) {
+    return holds(inputs[of] ?? fallback);
+}
+
+/** What an object has under a name itself; names such as "constructor" come with every object. */
+export function own(object, name) {
+    return Object.hasOwn(object, name) ? object[name] : undefined;
+}
+
+/** Whether a value is another one than the default. An empty text stands for none. */
 export function differs(field, value) {
-    const plain = (it) => JSON.stringify(isGiven(it) ? it : null);
-    return value !== undefined && value !== null && plain(value) !== plain(field.default);
+    if (value === undefined || value === null) return false;
+    const plain = (it) => (isGiven(it) ? it : null);
+    return !isSame(plain(value), plain(field.default));
+}
+
+/** Whether a value must be sent: one of a required field always, others where they differ from the default. */
+export function isSent(field, value) {
+    return field.required ? isGiven(value) : differs(field, value);
+}
+
+/** Whether two values are the same in JSON; files are so only if they are one, and NaN is NaN. */
+export function isSame(one, other) {
+    const isJson = (it) => typeof it === "object" && !(it instanceof Blob);
+    return Object.is(one, other) || (isJson(one) && isJson(other) && JSON.stringify(one) === JSON.stringify(other));
 }
 
 /** Whether there is a value at all. */
 export function isGiven(value) {
     return value !== undefined && value !== null && value !== "";
+}
+
+/** The inputs without those whose values must not be kept. */
+export function withoutSecrets(inputs, fields) {
+    const secrets = new Set(fields.filter(({ secret }) => secret).map(({ name }) => name));
+    return Object.fromEntries(Object.entries(inputs).filter(([name]) => !secrets.has(name)));
 }
 
 /** Whether a field is a number with both bounds, few enough values apart for a slider. */
@@ -114,25 +146,87 @@ export function isBounded({ type, minimum, maximum, step }) {
     return number && minimum !== null && maximum !== null && (maximum - minimum) / step <= MOST_SLIDER_STEPS;
 }
 
+/** The number that a text writes in decimals; NaN where it writes none. */
+export function readNumber(text) {
+    return NUMBER.test(text.trim()) ? Number(text) : NaN;
+}
+
+/**
+ * The value that a text means to a field.
+ *
+ * @param {Field} field
+ * @param {string} text
+ * @returns {*} undefined for none; where it means nothing, NaN to a field of numbers, and to others the text itself
+ */
+export function meaningOf({ type, format }, text) {
+    const isText = type === "string" && format !== "uri";
+    const bare = text.trim();
+    if (isText) return text;
+    if (bare === "") return undefined;
+    if (type === "integer" || type === "number") return readNumber(text);
+    if (type === "boolean") return ["true", "false"].includes(bare) ? bare === "true" : text;
+    return format === "uri" ? bare : readJson(text);
+}
+
+function readJson(text) {
+    try {
+        return JSON.parse(text);
+    } catch {
+        return text;
+    }
+}
+
 /**
  * What is wrong with a value, as one sentence; null when nothing is.
  *
  * @param {Field} field one that is shown
- * @param {*} value undefined for none; NaN for what was typed and is no number
+ * @param {*} value as `meaningOf` gives it, or a file
  */
 export function problemOf(field, value) {
     if (!isGiven(value)) return field.required ? `${field.label} must be given.` : null;
-    if (field.enum) {
-        return field.enum.includes(value) ? null : `${field.label} must be one of ${field.enum.join(", ")}.`;
-    }
-    if (field.type === "integer" || field.type === "number") {
-        return isNumberOf(field, value) ? null : `${field.label} must be ${numbersOf(field, value)}.`;
-    }
-    if (field.format === "uri" && typeof value === "string") {
-        const address = /^(https?:\/\/[^\s/]|data:)/i.test(value.trim());
-        return address ? null : `${field.label} must be a file, or an address that begins with https:// or http://.`;
-    }
-    return null;
+    const wanted = wantedInPlaceOf(value, field);
+    return wanted === null ? null : `${field.label} must be ${wanted}.`;
+}
+
+/**
+ * What is wrong with the inputs of a recipe.
+ *
+ * @param {Object<string, *>} inputs
+ * @param {Field[]} fields
+ * @returns {Object<string, string>} a sentence by the name of each input that is wrong
+ */
+export function problemsOf(inputs, fields) {
+    const shown = fields.filter((field) => isShown(field, inputs));
+    const problems = shown.map((field) => [field.name, problemOf(field, own(inputs, field.name))]);
+    return Object.fromEntries(problems.filter(([, problem]) => problem !== null));
+}
+
+/**
+ * Whether a field takes a value from elsewhere, such as a shared address. Files and their addresses are never taken.
+ *
+ * @param {Field} field
+ * @param {*} value of JSON
+ */
+export function accepts(field, value) {
+    return field.format !== "uri" && isGiven(value) && problemOf(field, value) === null;
+}
+
+/** What a field must be, where a value is none of that; null where it is. */
+function wantedInPlaceOf(value, field) {
+    const { type, format, enum: choices } = field;
+    const unless = (isRight, wanted) => (isRight ? null : wanted);
+    if (choices) return unless(choices.includes(value), `one of ${choices.join(", ")}`);
+    if (type === "integer" || type === "number") return unless(isNumberOf(field, value), numbersOf(field, value));
+    if (type === "boolean") return unless(typeof value === "boolean", "true or false");
+    if (type === "array") return unless(Array.isArray(value), 'a list in JSON, such as ["one", "two"]');
+    if (type === "object") return unless(isObject(value), 'an object in JSON, such as {"name": "value"}');
+    if (format !== "uri") return unless(typeof value === "string", "a text");
+    const isFile = value instanceof Blob || (typeof value === "string" && ADDRESS.test(value.trim()));
+    return unless(isFile, "a file, or an address that begins with https:// or http://");
+}
+
+function isObject(value) {
+    return typeof value === "object" && !Array.isArray(value);
 }
 
 function isNumberOf({ type, minimum, maximum }, value) {
@@ -158,14 +252,16 @@ function resolve(property, schemas) {
     return Object.assign({}, ...parts.map((part) => resolve(part, schemas)), property);
 }
 
-function readField(name, property, required) {
+/** A property, and the same with what it refers to: only its own words are about this input. */
+function readField(name, { description }, property, required) {
     const field = {
         name,
         title: String(property.title ?? name),
         label: labelOf(name),
-        description: String(property.description ?? ""),
+        description: String(description ?? ""),
         type: [property.type].flat().find((type) => type !== "null") ?? "string", // or null, says a newer OpenAPI
         format: property.format ?? null,
+        secret: property["x-cog-secret"] === true || property.format === "password",
         enum: property.enum ?? null,
         default: property.default ?? null,
         minimum: property.minimum ?? null,
@@ -187,18 +283,18 @@ function labelOf(name) {
     return words.charAt(0).toUpperCase() + words.slice(1);
 }
 
-/** Whole numbers go by one, or by the multiple that they are rounded to; others by what a finger can aim at. */
+/** Whole numbers go by one, or by the multiple that they are rounded to; others by a share of their range. */
 function stepOf({ type, minimum, maximum, description }) {
     if (type === "integer") return Number(/multiple of (\d+)/.exec(description)?.[1] ?? 1);
-    const range = maximum - minimum;
-    if (range <= 1) return 0.01;
-    return range <= 5 ? 0.05 : 0.1;
+    if (minimum === null || maximum === null) return 0.1;
+    return 10 ** Math.floor(Math.log10((maximum - minimum) / EASY_STEPS));
 }
 
 function addRules(field, byName) {
-    const rules = RULES[field.name] ?? [];
-    field.rules = rules.map(([of, holds]) => ({ of, fallback: byName[of].default, holds }));
-    field.idle = IDLE[field.name] ?? null;
+    const ruleOf = ([of, holds]) => ({ of, fallback: byName.get(of)?.default, holds });
+    const idle = own(IDLE, field.name);
+    field.rules = (own(RULES, field.name) ?? []).map(ruleOf);
+    field.idle = idle === undefined ? null : { ...ruleOf(idle), sentence: idle[2] };
     field.required ||= REQUIRED_WHERE_SHOWN.includes(field.name);
 }
 

@@ -3,8 +3,9 @@
  */
 
 import { token } from "./api.js";
+import { logLines } from "./cog.js";
 import { checkNow, useToken } from "./connection.js";
-import { cancelAll, cancelJob, current, outcome } from "./jobs.js";
+import { cancelJobs, current, outcome } from "./jobs.js";
 import { now, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 
@@ -22,53 +23,62 @@ const WORDS = {
     unhealthy: "Unhealthy",
     unauthorised: "Token wanted",
 };
+const TITLES = {
+    connecting: "Connecting to the server",
+    offline: "This computer is offline",
+    gone: "The server does not answer",
+    starting: "The server is starting",
+    "setup-failed": "The server could not be set up",
+    unhealthy: "The server cannot draw now",
+    unauthorised: "A token is wanted",
+};
 
-/** The state of the server in a word, for the header. */
+/** The state of the server in a word, for the header. Read aloud is what keeps from drawing; drawings are announced. */
 export function connectionView() {
     const { kind } = state.connection;
-    const draws = ["ready", "busy"].includes(kind) && state.jobs.some((job) => job.status === "drawing");
+    const draws = canDraw() && state.jobs.some((job) => job.status === "drawing");
     const shown = draws ? "drawing" : kind;
     return html`
-        <span class="status-pill" role="status" data-kind=${shown}>${WORDS[shown]}</span>
+        <span class="status-pill" role="status" aria-live="off" data-kind=${shown}>${WORDS[shown]}</span>
+        <span class="visually-hidden" aria-live="polite">${TITLES[kind] ?? "The server can draw"}</span>
         ${token() && kind !== "unauthorised" ? forgetButton() : nothing}
     `;
 }
 
 /** What keeps from drawing, and what can be done; nothing when all is well. */
 export function statePanel() {
-    const { kind, sentence, log, since, until } = state.connection;
+    const { kind } = state.connection;
+    if (!(kind in TITLES)) return nothing;
+    const title = TITLES[kind];
+    return html`
+        <section class="panel stack" aria-label=${title}>
+            <h2>${title}</h2>
+            ${adviceView(state.connection)}
+        </section>
+    `;
+}
+
+function adviceView({ kind, sentence, log, since, until }) {
     switch (kind) {
         case "connecting":
-            return panel("Connecting to the server", unknownBar("Connecting"));
+            return unknownBar("Connecting");
         case "starting":
-            return panel(
-                "The server is starting",
-                html`
-                    ${unknownBar("Starting")}
-                    <p class="quiet">Its models have been loading for ${elapsed(since)}; the page goes on by itself.</p>
-                    ${logBox("Log of the setup", log)}
-                `,
-            );
+            return html`
+                ${unknownBar("Starting")}
+                <p class="quiet">Its models have been loading for ${elapsed(since)}; the page goes on by itself.</p>
+                ${logBox("Log of the setup", log)}
+            `;
         case "setup-failed":
-            return panel(
-                "The server could not be set up",
-                html`<p class="problem">${sentence}</p>
-                    ${logBox("Log of the setup", log)}`,
-            );
+            return html`<p class="problem">${sentence}</p>
+                ${logBox("Log of the setup", log)}`;
         case "unhealthy":
-            return panel(
-                "The server cannot draw now",
-                html`<p class="problem">${sentence}</p>
-                    <p class="quiet">The page goes on as soon as it can again.</p>`,
-            );
-        case "offline":
-            return panel("This computer is offline", html`<p>${sentence}</p> ${nextTry(until)}`);
-        case "gone":
-            return panel("The server does not answer", html`<p>${sentence}</p> ${nextTry(until)}`);
+            return html`<p class="problem">${sentence}</p>
+                <p class="quiet">The page goes on as soon as it can again.</p>`;
         case "unauthorised":
-            return panel("A token is wanted", tokenForm(sentence));
+            return tokenForm(sentence);
     }
-    return nothing;
+    return html`<p>${sentence}</p>
+        ${nextTry(until)}`;
 }
 
 /** What is drawn and what waits; when nothing does, how the last drawing ended. Always as high. */
@@ -85,10 +95,6 @@ export function progressView() {
 export function logView() {
     const box = logBox("Log", (current() ?? state.jobs.at(-1))?.log);
     return box === nothing ? html`<p class="quiet">Nothing has been said yet.</p>` : box;
-}
-
-function panel(title, content) {
-    return html`<section class="panel stack" aria-label=${title}><h2>${title}</h2>${content}</section>`;
 }
 
 function nextTry(until) {
@@ -142,15 +148,15 @@ function running(job) {
     const known = job.status === "drawing" && job.of !== null;
     const more = counted("drawing") - (job.status === "drawing" ? 1 : 0);
     return html`
-        <div class="status-line">
+        <div class="status-line" data-status=${job.status}>
             <p>
                 ${job.status === "waiting" ? waiting(job) : drawing(job)}
                 <span class="quiet">${more > 0 ? `${more} more drawn beside it.` : nothing}</span>
             </p>
             ${counted("drawing", "waiting", "queued") > 1
-                ? html`<button class="button quiet" type="button" @click=${() => cancelAll()}>Cancel all</button>`
+                ? html`<button class="button quiet" type="button" @click=${cancelAll}>Cancel all</button>`
                 : nothing}
-            <button class="button" type="button" @click=${() => cancelJob(job)}>Cancel</button>
+            <button class="button" type="button" @click=${() => cancelJobs([job])}>Cancel</button>
         </div>
         ${known
             ? html`<progress aria-label="Drawing" max=${job.of} value=${job.at}></progress>`
@@ -158,9 +164,12 @@ function running(job) {
     `;
 }
 
+const cancelAll = () => cancelJobs(state.jobs);
+
 function drawing({ at, of, startedAt }) {
     const waits = counted("waiting", "queued");
-    const facts = [elapsed(startedAt), waits > 0 && waitHere(waits)].filter(Boolean).join(" · ");
+    const others = waits === 1 ? "1 waits here" : `${waits} wait here`;
+    const facts = waits > 0 ? `${elapsed(startedAt)} · ${others}` : elapsed(startedAt);
     const silent = state.about?.progress === null ? "This server does not tell its steps." : "";
     return html`
         <span class="status-digits">${of === null ? "Drawing" : `Step ${at} of ${of}`}</span>
@@ -169,18 +178,20 @@ function drawing({ at, of, startedAt }) {
     `;
 }
 
-/** Why it waits, and who else does; where the server is full, for how long. */
+/** Why it waits, and how many others do; where the server is full, for how long. */
 function waiting({ error, until }) {
-    if (!["ready", "busy"].includes(state.connection.kind)) return "Waiting until the server can draw.";
+    if (!canDraw()) return "Waiting until the server can draw.";
     const waits = counted("waiting", "queued");
-    const others = waits > 1 ? `: ${waitHere(waits)}.` : ".";
-    const next = state.about.server === "cog" ? "; yours is next" : "";
-    if (until === null) return `${error.replace(/\.$/, "")}${next}${others}`;
+    const others = waits > 1 ? `; ${waits} of yours wait.` : ".";
+    if (until === null) {
+        const next = waits === 1 && state.about.server === "cog" ? "; yours is next" : "";
+        return `${error.replace(/\.$/, "")}${next}${others}`;
+    }
     const again = `Asked again in ${Math.max(1, secondsUntil(until))} s${others}`;
     return html`${error} <span class="quiet status-digits">${again}</span>`;
 }
 
-const waitHere = (count) => (count === 1 ? "1 waits here" : `${count} wait here`);
+const canDraw = () => ["ready", "busy"].includes(state.connection.kind);
 
 /** How many jobs have any of these states. */
 const counted = (...statuses) => state.jobs.filter(({ status }) => statuses.includes(status)).length;
@@ -188,7 +199,7 @@ const counted = (...statuses) => state.jobs.filter(({ status }) => statuses.incl
 function ended(job) {
     switch (job?.status) {
         case undefined:
-            return html`<p class="quiet">Nothing is being drawn.</p>`;
+            return nothing;
         case "failed":
             return html`<p class="problem">${job.error}</p>`;
         case "canceled":
@@ -206,19 +217,8 @@ function elapsed(since) {
 }
 
 function logBox(title, log) {
-    const lines = linesOf(log ?? "");
-    if (lines.length === 0) return nothing;
+    const text = logLines(log ?? "").slice(-LINES).join("\n");
+    if (text === "") return nothing;
     // Turned around by the style, so that the end is in sight.
-    const text = lines.join("\n");
     return html`<div class="status-log" role="region" aria-label=${title} tabindex="0"><pre>${text}</pre></div>`;
-}
-
-/** What a predictor has printed: of a bar its last state, and nothing that the server says of itself. */
-function linesOf(log) {
-    return log
-        .split("\n")
-        .map((line) => line.split("\r").filter(Boolean).at(-1) ?? "")
-        .map((line) => line.replace(/^\[coglet::setup\] /, "")) // the predictor's, as Cog's health has it
-        .filter((line) => line && !line.startsWith("[coglet"))
-        .slice(-LINES);
 }

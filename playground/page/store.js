@@ -23,7 +23,6 @@ export const state = {
     selected: null, // the id of a picture
     compare: null, // the id of the picture beside it
     tab: "picture",
-    grid: {}, // of grid.js
     notes: [], // sentences that stay until they are dismissed
     said: "", // what a screen reader is told
 };
@@ -48,7 +47,8 @@ export function changed() {
 
 /** Tell a screen reader. */
 export function announce(sentence) {
-    state.said = sentence;
+    // The same text again would be no change, and nobody would hear it.
+    state.said = state.said === sentence ? `${sentence}\u00a0` : sentence;
     changed();
 }
 
@@ -56,4 +56,9 @@ export function announce(sentence) {
 export function note(sentence) {
     if (!state.notes.includes(sentence)) state.notes.push(sentence);
     announce(sentence);
+}
+
+/** @returns {Picture|null} the one that the stage shows: the selected one, else the newest. */
+export function selectedPicture() {
+    return state.pictures.find(({ id }) => id === state.selected) ?? state.pictures[0] ?? null;
 }

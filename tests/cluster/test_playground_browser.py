@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 pytest.importorskip("playwright", reason="Playwright is not installed; .ci/run installs it")
 
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from harness.cluster import Cluster
 from tests.cluster.small_cluster import TOKEN
@@ -28,7 +28,7 @@ def browser(cluster: Cluster) -> Iterator[Browser]:
 def page(browser: Browser, cluster: Cluster) -> Iterator[Page]:
     """The page, which has not been given a token."""
     with opening(browser) as opened:
-        yield opened(f"{cluster.url}/playground/", expected="status of 401")
+        yield opened(f"{cluster.url}/playground/", expected="status of 401|net::ERR_FAILED")
 
 
 def use_token(page: Page, token: str) -> None:
@@ -75,6 +75,30 @@ def test_a_picture_is_drawn_step_by_step_and_one_that_is_cancelled_is_not(page: 
     page.get_by_role("textbox", name="Prompt").fill("fail")
     press(page, "Draw")
     expect(progress(page).get_by_role("paragraph")).to_have_text("A mask needs an image.")
+
+
+def test_an_answer_that_is_lost_is_asked_for_again(page: Page, tmp_path: Path) -> None:
+    """The front has taken it, and draws it once."""
+    image = written(quadrants(), tmp_path / "image.webp", lossless=True)
+    asked: list[str] = []
+
+    def lose_the_first(route: Route) -> None:
+        asked.append(route.request.url)
+        if len(asked) > 1:
+            route.continue_()
+        else:
+            route.fetch()
+            route.abort()
+
+    page.route("**/predictions/*", lose_the_first)
+    use_token(page, TOKEN)
+    page.get_by_role("textbox", name="Prompt").fill("a")
+    page.get_by_label("Image: Choose a file").set_input_files(image)
+    press(page, "Draw")
+    expect(progress(page)).to_contain_text("1 picture drawn in")
+    assert picture(page) == image.read_bytes()
+    assert len(asked) > 2
+    assert len(set(asked)) == 1
 
 
 def test_programs_say_where_the_front_is_and_no_token(page: Page, cluster: Cluster) -> None:

@@ -84,6 +84,17 @@ def test_those_that_wait_are_counted_and_all_can_be_cancelled(page_url: str, ope
     expect(history(page)).to_have_count(0)
 
 
+@pytest.mark.parametrize(("held", "end"), [("true", "1 picture drawn in"), ("false", "Cancelled.")])
+def test_who_leaves_cancels_unless_the_page_is_held_for_the_way_back(
+    held: str, end: str, page_url: str, open_page: Opener
+) -> None:
+    page = open_page(shared(page_url, **SLOW))
+    press(page, "Draw")
+    expect(progress(page)).to_contain_text(re.compile(r"Step [1-9]"))
+    page.evaluate(f"dispatchEvent(new PageTransitionEvent('pagehide', {{ persisted: {held} }}))")
+    expect(progress(page)).to_contain_text(end)
+
+
 def test_another_page_waits_for_its_turn(page_url: str, open_page: Opener) -> None:
     first, second = (open_page(shared(page_url, **inputs), expected=SLOT_TAKEN) for inputs in (SLOW, FOX))
     press(first, "Draw")
@@ -95,7 +106,7 @@ def test_another_page_waits_for_its_turn(page_url: str, open_page: Opener) -> No
 
 
 def test_a_reason_is_told_in_the_predictors_words_alone(page_url: str, open_page: Opener) -> None:
-    page = open_page(shared(page_url, **FOX, lora="no such style"))
+    page = open_page(shared(page_url, **FOX, replicate_weights="no such style"))
     press(page, "Draw")
     expect(progress(page)).to_have_text(re.compile(r"^\s*[^:]*no such style.*\.\s*$"))
 
@@ -137,7 +148,7 @@ def test_loras_are_chosen_by_a_click_by_text_and_by_a_file(page_url: str, open_p
 
 def test_a_trigger_word_that_was_learnt_goes_into_the_prompt(page_url: str, open_page: Opener) -> None:
     page = open_page(shared(page_url, **FOX))
-    word = page.get_by_role("button", name="Add zorp to the prompt")
+    word = page.get_by_role("button", name="zorp in the prompt")
     press(page, "Add zorp")
     expect(word).to_have_count(0)
     draw(page)

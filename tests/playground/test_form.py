@@ -22,7 +22,7 @@ from playground.server import Playground
 from playground.target import Target
 from settings import ROOT
 from tests.support.browser import Opener
-from tests.support.page import FOX, draw, press, request_of, saved, shared
+from tests.support.page import FOX, block, draw, press, progress, request_of, saved, shared, show
 from tests.support.pictures import quadrants, written
 from tests.support.playground import served
 
@@ -81,6 +81,13 @@ class Predictor(BasePredictor):
         Image.new("RGB", (32, 32)).save("out.png", pnginfo=text)
         return Path("out.png")
 """
+# Inputs of types that this project has none of, beside those of the other one.
+STRANGE = {
+    "key": {"type": "string", "format": "password", "x-cog-secret": True, "x-order": 5},
+    "words": {"type": "array", "items": {"type": "string"}, "default": ["one"], "x-order": 6},
+    "constructor": {"type": "string", "default": "new", "x-order": 7},
+    "input_images": {"type": "array", "items": {"type": "string", "format": "uri"}, "x-order": 8},
+}
 
 
 @contextmanager
@@ -103,6 +110,18 @@ def other(other_cog: CogServer) -> Iterator[Playground]:
     """The page before the other project."""
     with served(url(LOOPBACK, other_cog.port)) as server:
         yield server
+
+
+@pytest.fixture
+def strange(other_cog: CogServer, other: Playground, open_page: Opener) -> Page:
+    """The page before the other project, whose document has strange inputs, too."""
+    page = open_page(address_of(other), expected=r"^Failed to load resource: |422")
+    document = other_cog.schema()
+    document["components"]["schemas"]["Input"]["properties"] |= STRANGE
+    page.route("**/openapi.json", lambda route: route.fulfill(json=document))
+    page.reload()
+    page.get_by_role("textbox", name="Prompt").fill("a line")
+    return page
 
 
 def address_of(server: Playground) -> str:
@@ -215,6 +234,67 @@ def test_what_cannot_be_sent_is_said_at_its_field_and_has_the_focus(page_url: st
     expect(steps).to_have_accessible_description("")
 
 
+def test_what_is_typed_stays_and_counts_even_where_it_is_no_number(page_url: str, open_page: Opener) -> None:
+    page = open_page(shared(page_url, **FOX))
+    guidance, seed = (page.get_by_role("spinbutton", name=name) for name in ("Guidance scale", "Seed"))
+    guidance.press_sequentially("2.")
+    expect(guidance).to_have_value("2.")
+    guidance.press_sequentially("50")
+    guidance.press("ArrowUp")
+    expect(guidance).to_have_value("2.6")
+    press(page, "Reset Guidance scale")
+    expect(guidance).to_be_focused()
+    expect(guidance).to_have_value("")
+    seed.fill("seven")
+    press(page, "Draw")
+    expect(seed).to_be_focused()
+    expect(seed).to_have_value("seven")
+    expect(seed).to_have_accessible_description("Seed must be a whole number.")
+    press(page, "Share")
+    expect(page.get_by_text("not in it: seed.").first).to_be_visible()
+    press(page, "Reset all")
+    expect(seed).to_have_value("")
+    expect(seed).to_have_accessible_description("")
+
+
+def test_inputs_of_types_that_only_others_have_are_sent_or_refused(strange: Page) -> None:
+    words = strange.get_by_role("textbox", name="Words")
+    expect(words).to_have_value('["one"]')
+    words.fill('["one", ')
+    press(strange, "Draw")
+    expect(words).to_be_focused()
+    expect(words).to_have_accessible_description('Words must be a list in JSON, such as ["one", "two"].')
+    press(strange, "Reset all")
+    expect(words).to_have_value('["one"]')
+    strange.get_by_role("textbox", name="Prompt").fill("a line")
+    words.fill('[ "two" ]')
+    strange.get_by_role("textbox", name="Constructor").fill("old")
+    strange.get_by_role("textbox", name="Input images").fill('["https://example.com/a.png"]')
+    expect(words).to_have_value('[ "two" ]')
+    assert request_of(strange) == {
+        "prompt": "a line",
+        "words": ["two"],
+        "constructor": "old",
+        "input_images": ["https://example.com/a.png"],
+    }
+
+
+def test_a_secret_is_sent_and_neither_shown_nor_shared(strange: Page) -> None:
+    key = strange.get_by_label("Key", exact=True)
+    expect(key).to_have_attribute("type", "password")
+    key.fill("s3cret-of-mine")
+    with strange.expect_request(lambda request: request.method == "PUT") as sent:
+        press(strange, "Draw")
+    assert sent.value.post_data_json == {"input": {"prompt": "a line", "key": "s3cret-of-mine"}}
+    press(strange, "Share")
+    expect(strange.get_by_text("not in it: key.").first).to_be_visible()
+    assert "s3cret" not in strange.url
+    for tab in ("JSON", "Code"):
+        show(strange, tab)
+        assert "s3cret" not in strange.locator("main").inner_text()
+    assert '"key": "$KEY"' in block(strange, "cURL")
+
+
 def test_inputs_of_another_project_are_in_the_form_and_are_sent(other: Playground, open_page: Opener) -> None:
     page = open_page(address_of(other))
     page.get_by_role("textbox", name="Prompt").fill("a line")
@@ -246,4 +326,4 @@ def test_what_the_server_refuses_is_said_at_its_field(other: Playground, open_pa
 def test_what_the_predictor_refuses_is_one_sentence(other: Playground, open_page: Opener) -> None:
     page = open_page(shared(address_of(other), prompt="nothing"))
     press(page, "Draw")
-    expect(page.get_by_text("There is nothing to draw.", exact=True)).to_be_visible()
+    expect(progress(page).get_by_text("There is nothing to draw.", exact=True)).to_be_visible()

@@ -35,7 +35,7 @@ def form_of(page: Page) -> dict[str, str]:
 
 
 def test_the_same_again_is_the_same_to_the_bit(page_url: str, open_page: Opener) -> None:
-    page = open_page(shared(page_url, **FOX))
+    page = open_page(shared(page_url, **FOX, seed=1))
     draw(page)
     first = picture(page)
     page.get_by_role("textbox", name="Prompt").fill("a blue fish")
@@ -48,14 +48,14 @@ def test_the_same_again_is_the_same_to_the_bit(page_url: str, open_page: Opener)
 
 
 def test_a_picture_becomes_the_image_to_draw_from(page_url: str, open_page: Opener) -> None:
-    page = open_page(shared(page_url, **FOX))
+    page = open_page(shared(page_url, **FOX, seed=1))
     draw(page)
     file = saved(page)
     press(page, "Use as image")
     expect(page.get_by_role("img", name=f"Image: {file.name}")).to_be_visible()
     draw(page)
     assert read_metadata(saved(page))["prompt_strength"] == 0.8
-    assert request_of(page).keys() == {"prompt", "image", "num_inference_steps"}
+    assert request_of(page).keys() == {"prompt", "image", "num_inference_steps", "seed"}
 
 
 def test_a_seed_that_is_kept_stays_until_it_is_let_go(page_url: str, open_page: Opener) -> None:
@@ -84,14 +84,41 @@ def test_two_pictures_are_compared_with_what_differs(page_url: str, open_page: O
     expect(table.get_by_role("rowheader")).to_have_text(["Seed", "Guidance Scale"])
     expect(table.get_by_role("cell")).to_have_text(["2", "1", "2", "3"])
     page.get_by_role("radio", name="Wipe").check()
-    page.get_by_role("slider", name="How much of A is shown, in percent").fill("25")
+    slider = page.get_by_role("slider", name="How much of A is shown, in percent")
+    slider.fill("25")
+    page.get_by_role("radio", name="Side by side").check()
+    page.get_by_role("radio", name="Wipe").check()
+    expect(slider).to_have_value("25")
     page.keyboard.press("Escape")
     expect(page.get_by_role("link", name="Download")).to_be_visible()
 
 
+def test_a_key_deletes_the_picture_that_has_the_focus_whatever_comes_meanwhile(
+    page_url: str, open_page: Opener
+) -> None:
+    page = open_page(shared(page_url, **FOX))
+    pictures = page.get_by_role("group", name="Pictures").get_by_role("img")
+    for seed in (1, 2):
+        page.get_by_role("spinbutton", name="Seed").fill(str(seed))
+        draw(page)
+    page.get_by_role("spinbutton", name="Seed").fill("4")
+    oldest = history(page).nth(1)
+    oldest.focus()
+    page.keyboard.press("Control+Enter")
+    expect(history(page)).to_have_count(3)
+    expect(history(page).nth(2)).to_be_focused()
+    page.keyboard.press("Delete")
+    expect(history(page)).to_have_count(2)
+    expect(history(page).nth(1)).to_be_focused()
+    assert [picture.get_attribute("alt") for picture in pictures.all()] == ["a red fox, seed 4", "a red fox, seed 2"]
+    page.reload()
+    expect(pictures).to_have_count(2)
+    assert [picture.get_attribute("alt") for picture in pictures.all()] == ["a red fox, seed 4", "a red fox, seed 2"]
+
+
 @pytest.mark.parametrize("kind", ["webp", "jpg", "png"])
 def test_a_picture_that_is_dropped_brings_its_inputs_back(kind: str, page_url: str, open_page: Opener) -> None:
-    page = open_page(shared(page_url, **FOX, lora="zorp*0.5", output_format=kind))
+    page = open_page(shared(page_url, **FOX, seed=1, replicate_weights="zorp*0.5", output_format=kind))
     draw(page)
     file = saved(page)
     made = read_metadata(file)
@@ -103,7 +130,7 @@ def test_a_picture_that_is_dropped_brings_its_inputs_back(kind: str, page_url: s
 
 
 def test_the_history_is_there_after_a_reload_until_it_is_cleared(page_url: str, open_page: Opener) -> None:
-    page = open_page(shared(page_url, **FOX))
+    page = open_page(shared(page_url, **FOX, seed=1))
     draw(page)
     page.get_by_role("textbox", name="Prompt").fill("a blue fish")
     draw(page)
@@ -127,7 +154,7 @@ def test_the_history_is_there_after_a_reload_until_it_is_cleared(page_url: str, 
 
 
 def test_a_shared_address_has_the_inputs_and_no_file(page_url: str, open_page: Opener) -> None:
-    page = open_page(shared(page_url, **FOX, lora="zorp*0.5"))
+    page = open_page(shared(page_url, **FOX, replicate_weights="zorp*0.5"))
     draw(page)
     press(page, "Use as image")
     press(page, "Keep seed")

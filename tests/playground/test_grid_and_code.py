@@ -1,11 +1,18 @@
 """A grid of pictures, and programs that draw what the form says."""
 
+import base64
+import contextlib
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +36,16 @@ PROGRAMS = {
     "cURL": ["bash", "-euo", "pipefail", "draw.sh"],
     "JavaScript": ["node", "draw.mjs"],
 }
+
+# Inputs of another project.
+STRANGE = {
+    "prompt": {"type": "string", "x-order": 0},
+    "words": {"type": "array", "items": {"type": "string"}, "x-order": 1},
+    "options": {"type": "object", "x-order": 2},
+    "strict": {"type": "boolean", "default": False, "x-order": 3},
+    "api_key": {"type": "string", "format": "password", "x-cog-secret": True, "x-order": 4},
+}
+DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 
 
 def grid(page: Page, columns: str, rows: str) -> None:
@@ -87,6 +104,30 @@ def test_a_large_grid_is_meant_before_it_is_drawn(page_url: str, open_page: Open
     expect(page.get_by_text(re.compile(r"^\d+ of 38 drawn$"))).not_to_have_text("38 of 38 drawn")
 
 
+def test_a_grid_says_of_each_cell_what_it_was_drawn_from(page_url: str, open_page: Opener) -> None:
+    page = open_page(shared(page_url, **FOX, seed=1, replicate_weights="bold"))
+    show(page, "Grid")
+    columns, rows = (page.get_by_label(f"Input of the {side}") for side in ("columns", "rows"))
+    columns.select_option("LoRA")
+    page.get_by_label("Values of the columns").fill("zorp*0.5\nzorp*2")
+    expect(rows.get_by_role("option", name="Scale of bold")).to_have_count(0)
+    page.get_by_label("Values of the rows").fill("1")
+    press(page, "Draw grid")
+    expect(page.get_by_text("2 of 2 drawn", exact=True)).to_be_visible()
+    page.get_by_role("img", name="LoRA zorp*0.5, Seed 1").click()
+    assert json.loads(read_metadata(saved(page))["replicate_weights"]) == [{"path": "zorp", "scale": 0.5}]
+    show(page, "Grid")
+    columns.select_option("Scale of bold")
+    expect(rows.get_by_role("option", name="LoRA", exact=True)).to_have_count(0)
+
+
+def test_a_grid_has_a_largest_size(page_url: str, open_page: Opener) -> None:
+    page = open_page(shared(page_url, **FOX))
+    grid(page, "0:9:0.1", "1-5")
+    expect(page.get_by_text("A grid has at most 400 pictures; these would be 455.")).to_be_visible()
+    expect(page.get_by_role("button", name="Draw grid")).to_be_disabled()
+
+
 def test_values_that_cannot_be_are_said(page_url: str, open_page: Opener) -> None:
     page = open_page(shared(page_url, **FOX))
     grid(page, "2, 11", "1")
@@ -104,7 +145,7 @@ def test_each_program_draws_what_the_form_says(
     reader = tmp_path / "reader"
     reader.mkdir()
     (reader / "script").symlink_to(ROOT / "script")
-    page = open_page(shared(page_url, **FOX, seed=7, num_outputs=2, lora="zorp*0.5"))
+    page = open_page(shared(page_url, **FOX, seed=7, num_outputs=2, replicate_weights="zorp*0.5"))
     page.get_by_role("textbox", name="Prompt").fill(NASTY)
     image = written(quadrants(256, 256), tmp_path / "it's $HOME.png")
     page.get_by_label("Image: Choose a file").set_input_files(image)
@@ -131,3 +172,70 @@ def test_each_program_draws_what_the_form_says(
         assert files[0].read_bytes() == drawn
         for file in files:
             file.unlink()
+
+
+@contextlib.contextmanager
+def answering() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A server that answers with one picture, alone as other projects do; gives what it is asked."""
+    asked = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            body = json.dumps({"status": "succeeded", "output": f"data:image/png;base64,{DOT}"}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        serving = threading.Thread(target=server.serve_forever, args=[0.02])
+        serving.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            serving.join()
+
+
+def test_programs_for_another_project_run_as_they_stand(page_url: str, open_page: Opener, tmp_path: Path) -> None:
+    """With types that this one has none of, a secret that stays out of them, and one picture that is in no list."""
+    page = open_page(page_url)
+    with answering() as (address, asked):
+        about = {"server": "cog", "progress": None, "address": address, "tokens": False, "log": False}
+        document = {"components": {"schemas": {"Input": {"properties": STRANGE}}}}
+        page.route("**/about.json", lambda route: route.fulfill(json=about))
+        page.route("**/openapi.json", lambda route: route.fulfill(json=document))
+        page.reload()
+        page.get_by_role("textbox", name="Prompt").fill("a fox")
+        page.get_by_role("textbox", name="Words").fill('["it\'s $HOME", "ü"]')
+        page.get_by_role("textbox", name="Options").fill('{"deep": [true, null, 0.5]}')
+        page.get_by_role("checkbox", name="Strict").check()
+        page.get_by_label("Api key", exact=True).fill("0penly")
+        show(page, "Code")
+        for language in ("Python", "cURL", "JavaScript"):
+            command = PROGRAMS[language]
+            if not shutil.which(NEEDED.get(language, command[0])):
+                pytest.skip(f"{NEEDED[language]} is not installed; what stands before {language} was run")
+            show(page, language)
+            expect(page.get_by_text("It reads api_key from the variable API_KEY.")).to_be_visible()
+            (tmp_path / command[-1]).write_text(block(page, language))
+            variables = {**os.environ, "API_KEY": "s3cret"}
+            done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, f"{language}: {done.stdout}{done.stderr}"
+            file = tmp_path / "output.0.png"
+            assert file.read_bytes() == base64.b64decode(DOT)
+            file.unlink()
+        show(page, "script/predict")
+        expect(page.get_by_text("script/predict draws with the project that it is part of alone.")).to_be_visible()
+    inputs = {
+        "prompt": "a fox",
+        "words": ["it's $HOME", "ü"],
+        "options": {"deep": [True, None, 0.5]},
+        "strict": True,
+        "api_key": "s3cret",
+    }
+    assert asked == [{"input": inputs}] * 3

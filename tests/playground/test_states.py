@@ -21,7 +21,7 @@ import pytest
 
 pytest.importorskip("playwright", reason="Playwright is not installed; .ci/run installs it")
 
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 from harness.soak import worker_of
 from local_cog.server import LOOPBACK, CogServer, free_port, url
@@ -381,7 +381,7 @@ def test_who_comes_second_waits_and_is_drawn(
         press(page, "Draw")
         says(page, re.compile(r"^\s*Busy with another prediction; yours is next\.\s*$"))
         press(page, "Draw")
-        says(page, re.compile(r"^\s*Busy with another prediction; yours is next: 2 wait here\.\s*$"))
+        says(page, re.compile(r"^\s*Busy with another prediction; 2 of yours wait\.\s*$"))
         look(page, "busy-with-a-queue")
     says(page, re.compile(r"^1 picture drawn in [\d.]+ seconds\.$"))
     expect(history(page)).to_have_count(2)
@@ -423,9 +423,44 @@ def test_what_the_server_refuses_stands_beside_its_field(
         steps = page.get_by_role("spinbutton", name="Steps")
         expect(steps).to_be_focused()
         expect(steps).to_have_accessible_description(re.compile(r"30"))
+        says(page, re.compile(r"^Steps: .*\b30\b.*\.$"))
         look(page, "invalid")
         steps.fill("30")
         draw(page)
+
+
+@contextlib.contextmanager
+def held(page: Page) -> Iterator[Route]:
+    """Press Draw; meanwhile what the page asks for waits for its answer here."""
+    asked: list[Route] = []
+    page.route("**/predictions/*", lambda route: asked.append(route))
+    with page.expect_request("**/predictions/*"):
+        press(page, "Draw")
+    while not asked:
+        page.wait_for_timeout(10)
+    yield asked[0]
+    page.unroute("**/predictions/*")
+
+
+def test_what_was_refused_late_leaves_what_was_changed_since(page_server: Playground, open_page: Opener) -> None:
+    page = open_page(shared(address_of(page_server), prompt="a red fox", steps=40), expected=REFUSED)
+    prompt, steps = page.get_by_role("textbox", name="Prompt"), page.get_by_role("spinbutton", name="Steps")
+    with held(page) as asked:
+        steps.fill("20")
+        prompt.focus()
+        problems = [{"loc": ["body", "input", name], "msg": "No"} for name in ("prompt", "steps")]
+        asked.fulfill(status=422, json={"detail": problems})
+        says(page, "Prompt: No. Steps: No.")
+    expect(prompt).to_have_attribute("aria-invalid", "true")
+    expect(prompt).to_be_focused()
+    expect(steps).to_have_attribute("aria-invalid", "false")
+
+
+def test_an_address_in_place_of_a_picture_is_told(page_server: Playground, open_page: Opener) -> None:
+    page = open_page(shared(address_of(page_server), prompt="a red fox"))
+    with held(page) as asked:
+        asked.fulfill(json={"status": "succeeded", "output": ["https://pictures.example/1.webp"], "metrics": {}})
+        says(page, "The server answered with an address instead of a picture, which this page does not fetch.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -454,7 +489,9 @@ def test_a_setup_that_failed_says_why(failing: str, open_page: Opener, look: Loo
     page = open_page(failing, expected=REFUSED)
     sentence = "'…/no-model' is no folder; it must be one, or a Hugging Face repo as owner/repo."
     sees(page, "Setup failed", "The server could not be set up", sentence)
-    expect(page.get_by_role("region", name="Log of the setup")).to_contain_text(sentence)
+    log = page.get_by_role("region", name="Log of the setup").locator("pre")
+    # Cog loses what was printed just before, now and then.
+    expect(log).to_have_text(re.compile(rf"^(Settings: FLUX_DEV=…/no-model, .*\n)?{re.escape(sentence)}$"))
     look(page, "setup-failed")
 
 
@@ -483,8 +520,8 @@ def test_a_predictor_that_has_ended_is_told_and_what_is_drawn_next_waits(
         press(page, "Draw")
         expect(progress(page)).to_contain_text("Step 7 of 20")
         os.kill(worker_of(own_cog), signal.SIGKILL)
-        says(page, "Worker crashed.")
-        sentence = "The predictor's process has ended: its server must be started again."
+        sentence = "The predictor's process has ended; its server has to be started again."
+        says(page, sentence)
         sees(page, "Unhealthy", "The server cannot draw now", sentence, GOES_ON)
         press(page, "Draw")
         says(page, re.compile(r"^\s*Waiting until the server can draw\.\s*$"))
@@ -505,6 +542,10 @@ def test_a_server_that_has_gone_is_told_and_the_page_recovers_by_itself(
         expect(panel(page, "The server does not answer")).to_contain_text(re.compile(r"Next try in \d s|Trying"))
         says(page, f"{address} does not answer: it broke off the connection.")
         look(page, "gone")
+        for size in (NARROW, WIDE):
+            page.set_viewport_size(size)
+            page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
+            expect(panel(page, "The server does not answer").get_by_text(refused)).to_be_in_viewport(ratio=1)
         prompt = page.get_by_role("textbox", name="Prompt")
         prompt.fill("a red fox")
         with CogServer(project, log=tmp_path / "anew", port=own_cog.port):
@@ -561,6 +602,27 @@ def test_a_token_is_asked_for_and_a_wrong_one_is_told(cog: CogServer, open_page:
         sees(page, "Token wanted", "A token is wanted", hint)
 
 
+def test_a_token_that_is_refused_late_is_not_taken_for_the_one_that_is_used_now(
+    cog: CogServer, open_page: Opener
+) -> None:
+    gateway = Gateway(cog, token="the-old-one")
+    with behind(gateway) as address:
+        page = open_page(shared(address, prompt="a red fox"), expected=REFUSED)
+        page.get_by_label("Token", exact=True).fill(gateway.token)
+        press(page, "Use token")
+        sees_ready(page)
+        with held(page) as asked:
+            gateway.token = TOKEN
+            expect(pill(page)).to_have_text("Token wanted")
+            page.get_by_label("Token", exact=True).fill(TOKEN)
+            press(page, "Use token")
+            expect(pill(page)).to_have_text("Drawing")
+            asked.fulfill(status=401)
+            says(page, "The server does not take this token.")
+        sees_ready(page)
+        draw(page)
+
+
 def test_a_full_queue_is_told_with_when_it_is_asked_again(
     cog: CogServer, tmp_path: Path, open_page: Opener, look: Look
 ) -> None:
@@ -569,7 +631,7 @@ def test_a_full_queue_is_told_with_when_it_is_asked_again(
         page = open_page(shared(address, prompt="a red fox"), expected=REFUSED)
         with gateway.room:  # as long as somebody else's prediction is in it
             press(page, "Draw")
-            says(page, re.compile(r"^\s*The queue is full\. Try again later\.\s+Asked again in [1-3] s\.\s*$"))
+            says(page, re.compile(r"^\s*The queue is full\.\s+Asked again in [1-3] s\.\s*$"))
             look(page, "queue-full")
         says(page, re.compile(r"^1 picture drawn in [\d.]+ seconds\.$"))
 
@@ -580,7 +642,7 @@ def test_a_limit_is_told_with_when_it_is_asked_again(cog: CogServer, open_page: 
         page = open_page(shared(address, prompt="a red fox"), expected=REFUSED)
         draw(page)
         press(page, "Draw")
-        says(page, re.compile(r"^\s*Too many requests\.\s+Asked again in [1-3] s\.\s*$"))
+        says(page, re.compile(r"^\s*The server limits how often it is asked\.\s+Asked again in [1-3] s\.\s*$"))
         look(page, "limited")
         gateway.allowance = 1
         expect(history(page)).to_have_count(2)

@@ -1,0 +1,47 @@
+/**
+ * What Cog and a predictor say, as people read it: the reason alone, without the names of the layers it came through.
+ * Pure: no page, no state. Another server may say anything, so each value is taken for what it is.
+ */
+
+/** Why nothing can be drawn once the predictor's process is gone. */
+const PREDICTOR_ENDED = "The predictor's process has ended; its server has to be started again.";
+
+const NO_PROCESS = /^(Worker crashed|Failed to send request: )/;
+const SETUP = /^((worker (initialization|setup) failed( \(slot [\w-]+\))?|setup failed): )+(\w+Error: )?/i;
+// Lines about Cog's own work: with its name in front, or without, where the page's server has read Cog's own log.
+const COGS = /^(\[coglet|predict\(\) is deprecated; use run\(\) instead$|Setup failed$)/;
+
+/** A value where it is a text; else none. */
+export const textOf = (value) => (typeof value === "string" ? value : "");
+
+/** A sentence with its end. */
+export const finished = (sentence) => (/[.!?…]$/.test(sentence) ? sentence : `${sentence}.`);
+
+/** Why the setup failed, by the log of it; "" where that does not say. */
+export function setupFailure(log) {
+    const line = lines(log).findLast((line) => SETUP.test(line));
+    return line ? finished(line.replace(SETUP, "").trim()) : "";
+}
+
+/** Why the predictor is not well, by what the health check says of it. */
+export function healthFailure(fault) {
+    if (fault === "healthcheck timed out") return "The predictor does not answer the server.";
+    const nobodyAsked = !fault || fault.startsWith("Healthcheck error: ");
+    return nobodyAsked ? PREDICTOR_ENDED : fault.replace(/^Healthcheck failed: (\w+Error: )?/, "");
+}
+
+/** Why a prediction failed. */
+export function drawingFailure(error) {
+    const reason = error.replace(/^(Prediction failed: )*(\w+Error: )?/, "");
+    if (NO_PROCESS.test(reason)) return PREDICTOR_ENDED;
+    return finished(reason || "The server gave no reason");
+}
+
+/** What a predictor has printed: of a bar its last state, and nothing that Cog says of itself. */
+export function logLines(log) {
+    return lines(log)
+        .map((line) => line.replace(/^\[coglet::setup\] /, "").replace(SETUP, ""))
+        .filter((line) => line && !COGS.test(line));
+}
+
+const lines = (log) => log.split("\n").map((line) => line.split("\r").filter(Boolean).at(-1) ?? "");

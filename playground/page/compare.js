@@ -1,0 +1,188 @@
+/**
+ * Two pictures beside each other, or one over the other, and what differs between their inputs.
+ */
+
+import { afterRender } from "./browser.js";
+import { fieldOf, imageView, inputOf, loraText, nameOf, sizeStyle } from "./pictures.js";
+import { changed, selectedPicture, state } from "./store.js";
+import { html, nothing } from "./vendor/lit-html.js";
+
+const view = {
+    picking: false, // the next picture that is chosen is compared with the selected one
+    wiping: false, // the two are compared one over the other
+    divider: 50, // up to where the one is seen, in percent
+};
+
+/** The button that begins a comparison: of two pictures at once, of more after a choice. */
+export function compareButton() {
+    const begin = () => {
+        const picture = selectedPicture();
+        const others = state.pictures.filter((other) => other !== picture);
+        state.selected = picture.id;
+        if (others.length === 1) state.compare = others[0].id;
+        else view.picking = !view.picking;
+        changed();
+    };
+    return html`
+        <button
+            class="button gallery-compare"
+            type="button"
+            aria-pressed=${view.picking}
+            ?disabled=${state.pictures.length < 2}
+            @click=${begin}
+        >
+            Compare
+        </button>
+    `;
+}
+
+/** Whether the next picture that is chosen is to be compared. */
+export function isPicking() {
+    return view.picking;
+}
+
+/** End the choice with a picture. */
+export function pick({ id }) {
+    view.picking = false;
+    state.compare = id;
+    changed();
+}
+
+/** Escape leaves the choice, before it means anything else to the page. */
+export function leavePicking(event) {
+    if (event.key !== "Escape" || !view.picking) return;
+    event.stopPropagation();
+    view.picking = false;
+    changed();
+}
+
+/** Show one picture again, instead of two. */
+export function closeCompare() {
+    state.compare = null;
+    view.picking = false;
+    afterRender(() => document.querySelector(".gallery-compare")?.focus());
+}
+
+/**
+ * Both pictures, in the frame of the first one's shape.
+ *
+ * @param {Picture} first
+ * @param {Picture} second
+ */
+export function compareView(first, second) {
+    return html`
+        <div class="row gallery-bar">
+            <fieldset class="segmented">
+                <legend class="visually-hidden">How they are compared</legend>
+                ${modeView("Side by side", false)} ${modeView("Wipe", true)}
+            </fieldset>
+            <button class="button quiet" type="button" aria-label="Close comparison" @click=${closeCompare}>
+                Close
+            </button>
+        </div>
+        ${view.wiping ? wipeView(first, second) : pairView(first, second)} ${differencesView(first, second)}
+    `;
+}
+
+function modeView(title, wiping) {
+    const take = () => {
+        view.wiping = wiping;
+        changed();
+    };
+    const isChosen = view.wiping === wiping;
+    return html`<label><input type="radio" name="gallery-mode" .checked=${isChosen} @change=${take} />${title}</label>`;
+}
+
+function pairView(first, second) {
+    return html`
+        <div class="gallery-pair" .style=${sizeStyle(first)}>
+            ${[first, second].map(
+                (picture, index) => html`
+                    <figure>
+                        ${frameView(picture)}
+                        <figcaption class="hint">
+                            ${"AB"[index]}${picture.seed === null ? nothing : `, seed ${picture.seed}`}
+                        </figcaption>
+                    </figure>
+                `,
+            )}
+        </div>
+    `;
+}
+
+function wipeView(first, second) {
+    const slide = ({ target }) => {
+        view.divider = target.valueAsNumber;
+        changed();
+    };
+    return html`
+        <div class="gallery-wipe" .style="${sizeStyle(first)}; --gallery-divider: ${view.divider}%">
+            <div class="gallery-layers">${[first, second].map(frameView)}</div>
+            <div class="gallery-slide">
+                <span>A</span>
+                <input
+                    type="range"
+                    min="0"
+                    max="100"
+                    step="0.5"
+                    aria-label="How much of A is shown, in percent"
+                    .value=${String(view.divider)}
+                    @input=${slide}
+                />
+                <span>B</span>
+            </div>
+        </div>
+    `;
+}
+
+function frameView(picture) {
+    return imageView(picture, "gallery-frame", nameOf(picture));
+}
+
+function differencesView(first, second) {
+    const rows = differences(first, second);
+    if (rows.length === 0) return html`<p class="hint">Both were drawn from the same inputs.</p>`;
+    return html`
+        <table class="gallery-differences">
+            <caption class="visually-hidden">
+                What differs between their inputs
+            </caption>
+            <thead>
+                <tr>
+                    <th scope="col"><span class="visually-hidden">Input</span></th>
+                    <th scope="col">A</th>
+                    <th scope="col">B</th>
+                </tr>
+            </thead>
+            <tbody>
+                ${rows.map(
+                    ({ title, texts }) => html`
+                        <tr>
+                            <th scope="row">${title}</th>
+                            ${texts.map((text) => html`<td>${text}</td>`)}
+                        </tr>
+                    `,
+                )}
+            </tbody>
+        </table>
+    `;
+}
+
+/** @returns {{title: string, texts: [string, string]}[]} the inputs in which two pictures differ. */
+function differences(first, second) {
+    const both = [first, second];
+    const names = new Set(both.flatMap(({ recipe }) => Object.keys(recipe.inputs)));
+    const loras = both.map(({ recipe }) => recipe.loras.map(loraText).join(", ") || "none");
+    const rows = [...names].map((name) => ({
+        title: fieldOf(name)?.title ?? name,
+        texts: both.map((picture) => valueText(inputOf(picture, name))),
+    }));
+    return [...rows, { title: "LoRAs", texts: loras }].filter(({ texts: [one, other] }) => one !== other);
+}
+
+function valueText(value) {
+    if (value === undefined || value === null) return "none";
+    if (value instanceof Blob) return `${value.name ?? "a file"} (${value.size} bytes)`;
+    if (typeof value === "boolean") return value ? "yes" : "no";
+    return typeof value === "object" ? JSON.stringify(value) : String(value);
+}

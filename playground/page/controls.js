@@ -1,0 +1,296 @@
+/**
+ * The controls of fields, by type.
+ */
+
+import { describedBy, edit, headView, icon, isWrong, keepSeed, leave, typed, typedText, valueOf } from "./field.js";
+import { isBounded, isGiven, meaningOf } from "./schema.js";
+import { selectedPicture, state } from "./store.js";
+import { html, nothing } from "./vendor/lit-html.js";
+
+const MOST_SEGMENTS = 5;
+const MOST_SEGMENT_CHARACTERS = 24; // of all of them: they stand in one row
+const COLUMNS = 44; // characters in a line of a text field, about
+const RATIO = /^\d+:\d+$/;
+
+/** The control of a field that is no file, with its head. */
+export function controlView(field) {
+    const { name, type, secret } = field;
+    if (choices(field)) return choiceView(field);
+    if (type === "boolean") return headView(field, { end: switchView(field) });
+    if (type === "integer" || type === "number") return name === "seed" ? seedView(field) : rangeView(field);
+    return secret ? secretView(field) : textView(field);
+}
+
+/** What may be chosen; a switch could not say that a required one was switched off. */
+function choices({ enum: values, type, required }) {
+    return values ?? (type === "boolean" && required ? [true, false] : null);
+}
+
+// Texts
+
+function textView(field) {
+    const { name, default: usual } = field;
+    const text = textOf(valueOf(field) ?? usual ?? "");
+    const least = name === "prompt" ? 3 : 1;
+    return html`
+        ${headView(field)}
+        <textarea
+            id="field-${name}"
+            class="form-text"
+            rows=${Math.max(least, rowsOf(text))}
+            placeholder=${typeof usual === "object" && usual !== null ? textOf(usual) : nothing}
+            ?required=${field.required}
+            aria-invalid=${isWrong(name)}
+            aria-describedby=${describedBy(name)}
+            .value=${typedText(field, text)}
+            @input=${({ target }) => edit(field, meaningOf(field, target.value))}
+            @blur=${() => leave(field)}
+        ></textarea>
+    `;
+}
+
+function textOf(value) {
+    return typeof value === "object" ? JSON.stringify(value) : String(value);
+}
+
+/** Lines that a text takes; browsers that grow a field by its content need none of this. */
+function rowsOf(text) {
+    return text.split("\n").reduce((rows, line) => rows + Math.max(1, Math.ceil(line.length / COLUMNS)), 0);
+}
+
+function secretView(field) {
+    const { name } = field;
+    return html`
+        ${headView(field)}
+        <input
+            id="field-${name}"
+            type="password"
+            autocomplete="off"
+            ?required=${field.required}
+            aria-invalid=${isWrong(name)}
+            aria-describedby=${describedBy(name)}
+            .value=${typedText(field, valueOf(field) ?? "")}
+            @input=${({ target }) => edit(field, target.value)}
+            @blur=${() => leave(field)}
+        />
+    `;
+}
+
+// Numbers
+
+/** A number, with a slider where one can be aimed with. */
+function rangeView(field) {
+    const { name, minimum, default: usual } = field;
+    const value = valueOf(field);
+    const shown = Number.isFinite(value) ? value : (usual ?? minimum);
+    const slider = html`
+        <input
+            class="form-range"
+            type="range"
+            min=${minimum}
+            max=${field.maximum}
+            step=${field.step}
+            aria-labelledby="label-${name}"
+            .value=${String(shown)}
+            @input=${({ target }) => edit(field, Number(target.value))}
+        />
+    `;
+    return html`${headView(field, { end: numberView(field) })} ${isBounded(field) ? slider : nothing}`;
+}
+
+function numberView(field) {
+    const { name, default: usual } = field;
+    return numberInput(field, {
+        id: `field-${name}`,
+        placeholder: String(usual ?? (name === "seed" ? "random" : "none")),
+        required: field.required,
+        isWrong: isWrong(name),
+        describedBy: describedBy(name),
+        value: valueOf(field),
+        text: typedText(field, String(valueOf(field) ?? "")),
+        set: (value) => edit(field, value),
+        leave: () => leave(field),
+    });
+}
+
+/**
+ * What a number is typed into. To the browser it is a text: of what is no number, its own kind for numbers says
+ * nothing. The arrow keys are as there.
+ *
+ * @param {{type: string, minimum: number|null, maximum: number|null, step: number, default: *}} field
+ * @param {object} control
+ * @param {number|undefined} control.value
+ * @param {*} control.text what is bound to it, of the directive `typed`
+ * @param {function(number|undefined): void} control.set gets NaN for what is no number
+ */
+export function numberInput(field, control) {
+    const { id, placeholder = nothing, label = nothing, required = false, value, text, set } = control;
+    const onKey = (event) => {
+        const direction = { ArrowUp: 1, ArrowDown: -1 }[event.key];
+        if (direction === undefined) return;
+        event.preventDefault();
+        set(stepped(field, value, direction));
+    };
+    return html`
+        <input
+            id=${id}
+            class="form-number"
+            type="text"
+            role="spinbutton"
+            inputmode=${keyboardOf(field)}
+            placeholder=${placeholder}
+            aria-label=${label}
+            aria-valuenow=${Number.isFinite(value) ? value : nothing}
+            aria-valuemin=${field.minimum ?? nothing}
+            aria-valuemax=${field.maximum ?? nothing}
+            ?required=${required}
+            aria-invalid=${control.isWrong}
+            aria-describedby=${control.describedBy}
+            .value=${text}
+            @input=${({ target }) => set(meaningOf(field, target.value))}
+            @keydown=${onKey}
+            @blur=${control.leave}
+        />
+    `;
+}
+
+/** The keyboard of a phone; both of these have no minus. */
+function keyboardOf({ type, minimum }) {
+    if (minimum === null || minimum < 0) return nothing;
+    return type === "integer" ? "numeric" : "decimal";
+}
+
+/** The number one step up (1) or down (-1), within the bounds, without the trailing digits of binary fractions. */
+function stepped({ minimum, maximum, step, default: usual }, value, direction) {
+    const from = Number.isFinite(value) ? value : (usual ?? minimum ?? 0);
+    const sum = from + direction * step;
+    const next = Number.isInteger(sum) ? sum : Number(sum.toPrecision(12));
+    return Math.min(maximum ?? next, Math.max(minimum ?? next, next));
+}
+
+function seedView(field) {
+    const { seedLocked } = state;
+    const lock = () => keepSeed(seedLocked ? null : (selectedPicture() ?? { seed: null }));
+    return html`
+        ${headView(field)}
+        <div class="form-seed">
+            ${numberView(field)}
+            <button
+                class="icon-button"
+                type="button"
+                aria-label="Lock the seed"
+                title=${seedLocked ? "The seed stays; press to let it change" : "Keep the seed of the picture"}
+                aria-pressed=${seedLocked}
+                @click=${lock}
+            >
+                ${icon(seedLocked ? "locked" : "unlocked")}
+            </button>
+            <button
+                class="icon-button"
+                type="button"
+                aria-label="Random seed"
+                title=${seedLocked ? "Another seed, which then stays" : "A new seed each time"}
+                @click=${() => edit(field, undefined)}
+            >
+                ${icon("random")}
+            </button>
+        </div>
+    `;
+}
+
+// Choices
+
+function switchView(field) {
+    const { name } = field;
+    return html`
+        <input
+            id="field-${name}"
+            class="form-switch"
+            type="checkbox"
+            aria-invalid=${isWrong(name)}
+            aria-describedby=${describedBy(name)}
+            .checked=${(valueOf(field) ?? field.default) === true}
+            @change=${({ target }) => edit(field, target.checked)}
+        />
+    `;
+}
+
+function choiceView(field) {
+    const values = choices(field);
+    const texts = values.map(choiceText);
+    if (texts.filter((text) => RATIO.test(text)).length > 2) return framesView(field, values);
+    const isShort = values.length <= MOST_SEGMENTS && texts.join("").length <= MOST_SEGMENT_CHARACTERS;
+    return isShort ? segmentsView(field, values) : selectView(field, values);
+}
+
+function choiceText(value) {
+    return typeof value === "boolean" ? (value ? "Yes" : "No") : String(value);
+}
+
+function segmentsView(field, values) {
+    const labels = values.map((value) => html`<label>${radioView(field, value)}${choiceText(value)}</label>`);
+    return headView(field, { end: radiosView(field, "form-segments", labels), isLabel: false });
+}
+
+function framesView(field, values) {
+    const labels = values.map(
+        (value) => html`<label>${radioView(field, value)}${frameIcon(value)}<span>${value}</span></label>`,
+    );
+    return html`${headView(field, { isLabel: false })}${radiosView(field, "form-frames", labels)}`;
+}
+
+function radiosView({ name }, kind, labels) {
+    return html`
+        <div
+            class="segmented ${kind}"
+            role="radiogroup"
+            aria-labelledby="label-${name}"
+            aria-invalid=${isWrong(name)}
+            aria-describedby=${describedBy(name)}
+        >
+            ${labels}
+        </div>
+    `;
+}
+
+function radioView(field, value) {
+    return html`
+        <input
+            type="radio"
+            name="field-${field.name}"
+            .checked=${(valueOf(field) ?? field.default) === value}
+            @change=${() => edit(field, value)}
+        />
+    `;
+}
+
+/** The shape of a frame such as "16:9", as large as fits into a square; of any other name, one of dashes. */
+function frameIcon(text) {
+    const isRatio = RATIO.test(text);
+    const [width, height] = isRatio ? text.split(":").map(Number) : [1, 1];
+    const scale = 20 / Math.max(width, height);
+    const [x, y] = [12 - (width * scale) / 2, 12 - (height * scale) / 2];
+    return html`
+        <svg class="form-frame ${isRatio ? "" : "form-free"}" viewBox="0 0 24 24" aria-hidden="true">
+            <rect x=${x} y=${y} width=${width * scale} height=${height * scale} rx="1.5"></rect>
+        </svg>
+    `;
+}
+
+function selectView(field, values) {
+    const { name } = field;
+    const chosen = valueOf(field) ?? field.default;
+    const options = isGiven(field.default) ? values : [null, ...values];
+    const optionView = (value) => html`<option .selected=${chosen === value}>${choiceText(value ?? "–")}</option>`;
+    return html`
+        ${headView(field)}
+        <select
+            id="field-${name}"
+            aria-invalid=${isWrong(name)}
+            aria-describedby=${describedBy(name)}
+            @change=${({ target }) => edit(field, options[target.selectedIndex] ?? undefined)}
+        >
+            ${options.map(optionView)}
+        </select>
+    `;
+}

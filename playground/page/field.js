@@ -1,0 +1,231 @@
+/**
+ * What each field of the form has, whatever its control: a value, a head, and a sentence on what is wrong with it.
+ */
+
+import { afterRender, sizeText } from "./browser.js";
+import { differs, isGiven, isSame, isSent, meaningOf, own, problemOf } from "./schema.js";
+import { announce, changed, note, state } from "./store.js";
+import { directive, Directive } from "./vendor/directive.js";
+import { html, noChange, nothing, svg } from "./vendor/lit-html.js";
+
+// Files of one request together: a server takes bodies of 100 MiB, and base64 makes four bytes of three.
+const MOST_BYTES = 70_000_000;
+
+const explained = new Set(); // names of fields whose description is open
+
+// Its value
+
+/** The value of a field in the form; undefined where it has its default. */
+export function valueOf({ name }) {
+    return own(state.inputs, name);
+}
+
+/** Set a field, or give it back its default; what was said of its value before is over. */
+export function edit(field, value) {
+    const { name } = field;
+    if (name === "image" && value !== state.inputs.image && state.inputs.mask) {
+        delete state.inputs.mask;
+        announce("The mask was removed with the image that it belonged to.");
+    }
+    const kept = keptOf(field, value);
+    if (kept === undefined) delete state.inputs[name];
+    else state.inputs[name] = kept;
+    delete state.problems[name];
+    changed();
+}
+
+/** What the form keeps of a value: nothing where it is not sent. */
+function keptOf(field, value) {
+    return isSent(field, value) ? value : undefined;
+}
+
+/** What was typed is looked at when the field is left: before, a number is not yet whole. */
+export function leave(field) {
+    const value = valueOf(field);
+    // A required field is not wrong as long as others are filled in first.
+    const problem = isGiven(value) ? problemOf(field, value) : null;
+    if (problem) state.problems[field.name] = problem;
+    changed();
+}
+
+/** Draw from an image; why it cannot be, or that it will be, is told. */
+export function setImage(file) {
+    const field = soughtField("image", "an image to draw from");
+    if (field === undefined) return;
+    const problem = sizeProblem(file, valueOf(field));
+    if (problem !== null) return note(problem);
+    const { mask } = state.inputs;
+    edit(field, file);
+    const isMaskGone = mask && !state.inputs.mask;
+    note(`The picture is now the image to draw from${isMaskGone ? "; the mask of the old one is gone" : ""}.`);
+}
+
+/**
+ * Have the next pictures drawn from the seed of one; if that has none, from the seed of the form or of the next one.
+ *
+ * @param {{seed: number|null}|null} picture null: each gets a seed of its own again
+ */
+export function keepSeed(picture) {
+    const field = soughtField("seed", "a seed");
+    if (field === undefined) return;
+    const seed = picture === null ? undefined : (picture.seed ?? valueOf(field));
+    state.seedLocked = picture !== null;
+    edit(field, seed);
+    if (picture === null) announce("Each picture gets a seed of its own.");
+    else announce(seed === undefined ? "The next seed stays." : `The next pictures get the seed ${seed}.`);
+}
+
+/** The field of an input that not every server has; where it is missing, that is told. */
+function soughtField(name, what) {
+    const field = state.schema?.fields.find((candidate) => candidate.name === name);
+    if (state.schema === null) note("The server has not told its inputs yet.");
+    else if (field === undefined) note(`This server has no input for ${what}.`);
+    return field;
+}
+
+/**
+ * Why a file cannot go along with those of the form; null when it can.
+ *
+ * @param {File} file
+ * @param {*} replaced what is there in its place now
+ */
+export function sizeProblem(file, replaced = null) {
+    const others = [...Object.values(state.inputs), ...state.loras.map((lora) => lora.file)];
+    const sizes = others.filter((other) => other instanceof Blob && other !== replaced).map(({ size }) => size);
+    const sum = sizes.reduce((one, other) => one + other, file.size);
+    if (sum <= MOST_BYTES) return null;
+    return (
+        `With ${file.name} the files would have ${sizeText(sum)}, and a request carries ${sizeText(MOST_BYTES)}; ` +
+        "give the address where it lies, or, of a LoRA, its name in the server's library."
+    );
+}
+
+// What is typed into it
+
+/**
+ * For the value of a control that is typed into: what was typed stays as long as it means the value, as "1." means 1;
+ * else it gets the value's own text, the first argument. The second one says whether a text means the value.
+ */
+export const typed = directive(
+    class extends Directive {
+        render(text) {
+            return text;
+        }
+
+        update({ element }, [text, isMeantBy]) {
+            const stays = this.isFilled && isMeantBy(element.value);
+            this.isFilled = true;
+            // lit sets an object at each rendering, also where it has set the same text before.
+            return stays ? noChange : Object(text);
+        }
+    },
+);
+
+/** What is bound to the value of a field's control, so that it says what will be sent. */
+export function typedText(field, text) {
+    return typed(text, (shown) => isSame(keptOf(field, meaningOf(field, shown)), valueOf(field)));
+}
+
+// What is seen of it
+
+/** The line above a control, or with a small control at its end. */
+export function headView(field, { end = nothing, isLabel = true } = {}) {
+    const { name, label, required } = field;
+    const value = valueOf(field);
+    return html`
+        <div class="form-head">
+            ${isLabel
+                ? html`<label class="field-label" id="label-${name}" for="field-${name}">${label}</label>`
+                : html`<span class="field-label" id="label-${name}">${label}</span>`}
+            ${required ? html`<span class="hint form-required">required</span>` : nothing} ${explainView(field)}
+            <span class="form-space"></span>
+            ${differs(field, value) && !(value instanceof Blob) ? resetView(field) : nothing} ${end}
+        </div>
+    `;
+}
+
+function explainView({ name, label, description }) {
+    if (!description) return nothing;
+    const isOpen = explained.has(name);
+    const toggle = () => {
+        isOpen ? explained.delete(name) : explained.add(name);
+        changed();
+    };
+    return html`
+        <button
+            class="icon-button form-small"
+            type="button"
+            aria-label="About ${label}"
+            title=${description}
+            aria-expanded=${isOpen}
+            aria-controls=${isOpen ? `about-${name}` : nothing}
+            @click=${toggle}
+        >
+            ${icon("about")}
+        </button>
+    `;
+}
+
+function resetView(field) {
+    const reset = () => {
+        edit(field, undefined);
+        focusField(field); // the button goes
+    };
+    return html`
+        <button
+            class="icon-button form-small form-reset"
+            type="button"
+            aria-label="Reset ${field.label}"
+            title="Back to ${isGiven(field.default) ? field.default : "none"}"
+            @click=${reset}
+        >
+            ${icon("reset")}
+        </button>
+    `;
+}
+
+/** The description of a field, while it is open. */
+export function aboutView({ name, description }) {
+    if (!explained.has(name)) return nothing;
+    return html`<p class="hint form-about" id="about-${name}">${withCode(description)}</p>`;
+}
+
+/** A description with its `code` marked. */
+function withCode(text) {
+    return text.split("`").map((part, index) => (index % 2 ? html`<code>${part}</code>` : part));
+}
+
+/** What is wrong with an input, below its control. */
+export function problemView(name) {
+    return isWrong(name) ? html`<p class="problem" id="problem-${name}">${state.problems[name]}</p>` : nothing;
+}
+
+/** Whether something is wrong with an input. */
+export function isWrong(name) {
+    return Object.hasOwn(state.problems, name);
+}
+
+/** The ids of what tells more about a control. */
+export function describedBy(name) {
+    const ids = [explained.has(name) && `about-${name}`, isWrong(name) && `problem-${name}`].filter(Boolean);
+    return ids.length > 0 ? ids.join(" ") : nothing;
+}
+
+/** Focus the control of a field, once the page is rendered; of several, the first. */
+export function focusField({ name }) {
+    const controls = `:is(#field-${CSS.escape(name)}, [type="radio"], .form-drop .row :is(button, input))`;
+    afterRender(() => document.querySelector(`[data-name="${CSS.escape(name)}"] ${controls}`)?.focus());
+}
+
+const ICONS = {
+    about: svg`<circle cx="12" cy="12" r="9"></circle><path d="M12 11v5M12 8v.01"></path>`,
+    reset: svg`<path d="M4 5v5h5M4.5 10a8 8 0 1 1-.4 4"></path>`,
+    locked: svg`<rect x="5" y="11" width="14" height="9" rx="2"></rect><path d="M8 11V8a4 4 0 0 1 8 0v3"></path>`,
+    unlocked: svg`<rect x="5" y="11" width="14" height="9" rx="2"></rect><path d="M8 11V7a4 4 0 0 1 7.5-2"></path>`,
+    random: svg`<path d="M4 7h3c5 0 5 10 10 10h3M4 17h3q3 0 4-4M13 9q1-2 4-2h3M17 4l3 3-3 3m0 4 3 3-3 3"></path>`,
+};
+
+/** A drawing on a button. */
+export function icon(name) {
+    return html`<svg class="form-icon" viewBox="0 0 24 24" aria-hidden="true">${ICONS[name]}</svg>`;
+}

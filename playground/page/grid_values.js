@@ -1,0 +1,171 @@
+/**
+ * What may change along the sides of a grid, and the values that are typed for it. Pure: no page, no state.
+ */
+
+import { LARGEST_STRENGTH, LORAS, loraProblem, readLora, writeLora } from "./lora.js";
+import { isShown, meaningOf, problemOf, readNumber } from "./schema.js";
+
+/**
+ * @typedef {object} Axis what may change along a side
+ * @property {string} id as it is part of a file's name
+ * @property {string} label
+ * @property {{type: string, enum: Array|null}} field how its values are typed
+ * @property {string[]} changes the ids of all that it changes
+ * @property {string[]} restsOn the names of the inputs that decide whether it counts
+ * @property {function(*): string|null} problem the sentence on a value that cannot be
+ * @property {function(Recipe, *): Recipe} put the recipe with a value in it
+ * @property {function(*): string} show a value as people read it
+ */
+/** @typedef {{axis: Axis, values: Array, texts: string[]}} Side the texts are the values as they are shown */
+
+const MOST_VALUES = 100; // of an axis
+
+const NUMBER = String.raw`[+-]?(?:\d+(?:\.\d*)?|\.\d+)`;
+const RANGE = new RegExp(`^(${NUMBER})\\s*[-–:]\\s*(${NUMBER})(?:\\s*:\\s*(${NUMBER}))?$`); // 1-4, 0:1:0.25
+
+/**
+ * What may change beside what a recipe says: inputs that count, the LoRA, and the strength of each that is chosen.
+ *
+ * @param {Field[]} fields of the schema
+ * @param {Recipe} recipe
+ * @returns {Axis[]}
+ */
+export function axesOf(fields, { inputs, loras }) {
+    const scales = loras.map((_, index) => scaleAxis(loras, index));
+    return fields
+        .filter((field) => isAxis(field) && isShown(field, inputs))
+        .flatMap((field) => (field.name === LORAS ? [loraAxis(scales), ...scales] : inputAxis(field)));
+}
+
+/** Whether two axes can be the sides of one grid: neither replaces what the other changes, or decides if it counts. */
+export function areApart(one, other) {
+    const touches = (axis, ids) => axis.changes.some((id) => ids.includes(id));
+    return !touches(one, [...other.changes, ...other.restsOn]) && !touches(other, one.restsOn);
+}
+
+/**
+ * What each cell is drawn from.
+ *
+ * @param {Recipe} recipe what is the same in all of them
+ * @param {Side} x
+ * @param {Side} y
+ * @returns {Recipe[][]} a row for each value of y
+ */
+export function cellRecipes(recipe, x, y) {
+    return y.values.map((row) => x.values.map((column) => y.axis.put(x.axis.put(recipe, column), row)));
+}
+
+/**
+ * The values of an axis as they are typed: separated by commas, numbers in ranges such as 1-4 and 0:1:0.25 too, and
+ * words one per line.
+ *
+ * @param {string} text
+ * @param {Axis} axis
+ * @returns {{values: Array, problem: string|null}} the problem is the sentence on the first value that is wrong
+ */
+export function readValues(text, { field, problem }) {
+    const parts = isWords(field) ? text.split("\n") : text.split(",").map((part) => part.trim());
+    const items = parts.filter((part) => part.trim() !== "");
+    if (items.length === 0) return { values: [], problem: "At least one value is needed." };
+    const values = [];
+    for (const item of items) {
+        const more = itemValues(item, field);
+        if (values.length + more.length > MOST_VALUES) {
+            return { values: [], problem: `With ${item} there would be more than ${MOST_VALUES} values.` };
+        }
+        const wrong = more.map(problem).find((sentence) => sentence !== null);
+        if (wrong) return { values: [], problem: `“${item}” cannot be: ${wrong}` };
+        values.push(...more);
+    }
+    return { values, problem: null };
+}
+
+/** Whether values are any words, which may have commas in them. */
+export function isWords({ type, enum: choices }) {
+    return type === "string" && !choices;
+}
+
+function isAxis({ name, type, format, secret }) {
+    const isPlain = ["string", "boolean", "number", "integer"].includes(type) && format !== "uri";
+    return isPlain && !secret && name !== "num_outputs";
+}
+
+function inputAxis(field) {
+    const { name, label, rules } = field;
+    return {
+        id: name,
+        label,
+        field,
+        changes: [name],
+        restsOn: rules.map(({ of }) => of),
+        problem: (value) => problemOf({ ...field, required: true }, value),
+        put: ({ inputs, loras }, value) => ({ inputs: { ...inputs, [name]: value }, loras }),
+        show: String,
+    };
+}
+
+/** Which LoRA is the only one, and thereby the strengths of those that are chosen. */
+function loraAxis(scales) {
+    return {
+        id: LORAS,
+        label: "LoRA",
+        field: { type: "string", enum: null },
+        changes: [LORAS, ...scales.map(({ id }) => id)],
+        restsOn: [],
+        problem: (text) => loraProblem(readLora(text)),
+        put: ({ inputs }, text) => ({ inputs, loras: [readLora(text)] }),
+        show: (text) => shownLora(readLora(text)),
+    };
+}
+
+function scaleAxis(loras, index) {
+    const names = loras.map(({ path, file }) => (file ? path : shownPath(path)));
+    const name = names[index];
+    const isTwice = names.filter((other) => other === name).length > 1;
+    const id = `scale_${index + 1}_${name}`;
+    const withScale = (scale) => (lora, place) => (place === index ? { ...lora, scale } : lora);
+    return {
+        id,
+        label: `Scale of ${name}${isTwice ? ` (LoRA ${index + 1})` : ""}`,
+        field: { type: "number", enum: null },
+        changes: [id],
+        restsOn: [],
+        problem: (scale) => {
+            return Math.abs(scale) <= LARGEST_STRENGTH
+                ? null
+                : `Scale of ${name} must be a number from ${-LARGEST_STRENGTH} to ${LARGEST_STRENGTH}.`;
+        },
+        put: (recipe, scale) => ({ inputs: recipe.inputs, loras: recipe.loras.map(withScale(scale)) }),
+        show: String,
+    };
+}
+
+function shownLora(lora) {
+    return writeLora({ ...lora, path: shownPath(lora.path) });
+}
+
+/** A reference as it may be shown: of an address, neither who asks nor what it is asked with. */
+function shownPath(path) {
+    return path.replace(/[?#].*/, "").replace(/^https?:\/\/([^/]*@)?/i, "");
+}
+
+/** The values that one item means; itself, or NaN, where it means none. */
+function itemValues(item, field) {
+    if (field.enum) return [field.enum.find((choice) => String(choice) === item) ?? item];
+    if (field.type === "boolean") return [meaningOf(field, item.toLowerCase())];
+    if (isWords(field)) return [item];
+    const [, first, last, step = "1"] = RANGE.exec(item) ?? [];
+    return first === undefined ? [readNumber(item)] : rangeValues(first, Number(last), step);
+}
+
+/** From the first number towards the last, in the decimals that were typed; where there are too many, one too many. */
+function rangeValues(first, last, step) {
+    const start = Number(first);
+    const width = Math.abs(Number(step));
+    const count = Math.floor(Math.abs(last - start) / width + 1e-9) + 1;
+    if (!Number.isFinite(count)) return [NaN];
+    const decimals = Math.max(...[first, step].map((text) => text.split(".")[1]?.length ?? 0));
+    return Array.from({ length: Math.min(count, MOST_VALUES + 1) }, (_, index) => {
+        return Number((start + Math.sign(last - start) * index * width).toFixed(decimals));
+    });
+}

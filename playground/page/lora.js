@@ -1,0 +1,81 @@
+/**
+ * What a LoRA of the list may be, how it is written as text, and which references stay private. Pure.
+ *
+ * The bounds are the server's, so that it refuses nothing that is taken here.
+ */
+
+import { readNumber } from "./schema.js";
+
+/** The input that carries the list. */
+export const LORAS = "replicate_weights";
+/** The most LoRAs of one picture. */
+export const MOST_LORAS = 8;
+/** The largest strength, in either direction. */
+export const LARGEST_STRENGTH = 10;
+
+const LONGEST_REFERENCE = 8192; // characters
+const LONGEST_SHOWN = 80; // characters of a reference within a sentence
+const FILE = /\.(safetensors|tar|tar\.gz|tgz|zip)$/i;
+// What nobody should pass on: a data URI, and an address with a login, a query or a fragment, encoded ones included.
+// Each is how it begins within a word, and what stands behind that: one pattern for both would be looked for from every
+// beginning to the end of the word, which a stranger can make as long as an hour.
+const PRIVATE = [
+    [/\bdata:/i, /,/],
+    [/https?:|\/\/|\.[a-z]{2,}(:\d+)?\//i, /[?#@]|%(25)*(3f|23|40)/i],
+    [/@/, /@[\w.-]+\.[a-z]{2,}(:\d+)?\//i], // token@example.com/file
+    [/:/, /@[\w-]+\.[a-z]/i], // user:password@example.com
+];
+
+/**
+ * The LoRA of a text `path*scale`; without a factor the strength is 1.
+ *
+ * @param {string} text such as "zorp*0.8"
+ * @returns {Lora}
+ */
+export function readLora(text) {
+    const star = text.lastIndexOf("*");
+    const scale = star === -1 ? NaN : readNumber(text.slice(star + 1));
+    if (Number.isNaN(scale)) return { path: text.trim(), scale: 1, file: null };
+    return { path: text.slice(0, star).trim(), scale, file: null };
+}
+
+/**
+ * The text of which `readLora` makes the same LoRA, if it is no file.
+ *
+ * @param {Lora} lora
+ * @returns {string} such as "zorp*0.8", or "zorp" at strength 1
+ */
+export function writeLora({ path, scale }) {
+    return scale === 1 && readLora(path).path === path ? path : `${path}*${scale}`;
+}
+
+/**
+ * What is wrong with a LoRA, as one sentence; null when nothing is.
+ *
+ * @param {{path: *, scale: *}} lora of which nothing is known yet
+ */
+export function loraProblem({ path, scale }) {
+    if (typeof path !== "string" || path.trim() === "") return "A LoRA must be named.";
+    if (/^\s*data:/i.test(path)) return "A data: URI is not taken here; choose or drop the file itself.";
+    if (path.length > LONGEST_REFERENCE) {
+        return `A name or an address has at most ${LONGEST_REFERENCE} characters; this one has ${path.length}.`;
+    }
+    if (Number.isFinite(scale) && Math.abs(scale) <= LARGEST_STRENGTH) return null;
+    const name = path.slice(0, LONGEST_SHOWN);
+    return `The strength of ${name} must be a number from ${-LARGEST_STRENGTH} to ${LARGEST_STRENGTH}.`;
+}
+
+/** Whether a file may be one of a LoRA, by its name. */
+export function isLoraFile({ name }) {
+    return FILE.test(name);
+}
+
+/** Whether a text has something in it that may be neither shared nor remembered, such as a login. */
+export function isPrivate(text) {
+    return text.split(/\s+/).some((word) =>
+        PRIVATE.some(([beginning, rest]) => {
+            const at = word.search(beginning);
+            return at !== -1 && rest.test(word.slice(at));
+        }),
+    );
+}

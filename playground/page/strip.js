@@ -1,0 +1,159 @@
+/**
+ * All pictures in a strip, from which one is chosen or deleted.
+ */
+
+import { afterRender, urlOf } from "./browser.js";
+import { isPicking, leavePicking, pick } from "./compare.js";
+import { clear, forget, MOST } from "./history.js";
+import { nameOf, promptOf } from "./pictures.js";
+import { announce, changed, selectedPicture, state } from "./store.js";
+import { html, nothing } from "./vendor/lit-html.js";
+import { repeat } from "./vendor/repeat.js";
+
+const NONE = ".gallery-empty"; // what the stage shows where there is no picture
+
+let confirming = false; // whether all of them are meant
+
+/** All pictures, the newest first. */
+export function stripView() {
+    if (state.pictures.length === 0) return nothing;
+    return html`
+        <section class="gallery-history" aria-label="History" @keydown=${onEscape}>
+            <div class="row gallery-bar">
+                <h2>History</h2>
+                <span class="quiet">${state.pictures.length} of ${MOST}</span>
+                ${confirming ? confirmView() : clearView()}
+            </div>
+            <div class="gallery-strip" role="group" aria-label="Pictures" @keydown=${onStripKey}>
+                ${repeat(state.pictures, ({ id }) => id, thumbView)}
+            </div>
+        </section>
+    `;
+}
+
+/**
+ * Delete a picture, where it is kept and then here. Where it was selected, the one after it is from then on.
+ *
+ * @param {Picture} picture
+ */
+export async function removePicture(picture) {
+    await forget(picture.id);
+    const place = state.pictures.indexOf(picture);
+    if (place === -1) return; // asked twice
+    if (picture === selectedPicture()) state.selected = neighbour(place)?.id ?? null;
+    takeAway([picture]);
+    announce("The picture is deleted.");
+    if (state.pictures.length === 0) focus(NONE);
+}
+
+/** The picture after the one at a place, or of the last one the one before it. */
+function neighbour(place) {
+    return state.pictures[place + 1] ?? state.pictures[place - 1];
+}
+
+/** Take pictures from the page; none of them is compared any longer. */
+function takeAway(gone) {
+    state.pictures = state.pictures.filter((picture) => !gone.includes(picture));
+    const others = state.pictures.filter((picture) => picture !== selectedPicture());
+    if (!others.some(({ id }) => id === state.compare)) state.compare = null;
+}
+
+function thumbView(picture) {
+    const isSelected = picture === selectedPicture();
+    return html`
+        <button
+            class="gallery-thumb"
+            type="button"
+            data-id=${picture.id}
+            title=${promptOf(picture)}
+            tabindex=${isSelected ? 0 : -1}
+            aria-current=${isSelected ? "true" : nothing}
+            @click=${() => choose(picture)}
+        >
+            <img loading="lazy" src=${urlOf(picture.blob)} alt=${nameOf(picture)} />
+        </button>
+    `;
+}
+
+/** Show a picture, or compare it where that was asked for. */
+function choose(picture) {
+    if (isPicking()) pick(picture);
+    else state.selected = picture.id;
+    if (state.compare === state.selected) state.compare = null;
+    state.tab = "picture";
+    changed();
+}
+
+/** Arrows, Home and End go along the strip, and show what they come to; Delete deletes. */
+function onStripKey(event) {
+    const place = state.pictures.findIndex(({ id }) => id === event.target.dataset.id);
+    const last = state.pictures.length - 1;
+    const next = { ArrowLeft: place - 1, ArrowRight: place + 1, Home: 0, End: last }[event.key];
+    if (event.key === "Delete") {
+        event.preventDefault();
+        if (!event.repeat) removeFocused(place); // one picture, however long the key is held
+    } else if (next !== undefined) {
+        event.preventDefault();
+        const picture = state.pictures[Math.max(0, Math.min(next, last))];
+        if (!isPicking()) choose(picture);
+        focusThumb(picture);
+    }
+}
+
+async function removeFocused(place) {
+    const next = neighbour(place);
+    await removePicture(state.pictures[place]);
+    if (next) focusThumb(next);
+}
+
+function focusThumb({ id }) {
+    focus(`.gallery-thumb[data-id="${CSS.escape(id)}"]`);
+}
+
+function focus(selector) {
+    afterRender(() => document.querySelector(selector)?.focus());
+}
+
+function clearView() {
+    const ask = () => {
+        confirming = true;
+        focus(".gallery-keep");
+    };
+    return html`<button class="button quiet gallery-clear" type="button" @click=${ask}>Clear history</button>`;
+}
+
+function confirmView() {
+    const count = state.pictures.length;
+    return html`
+        <span class="row" role="group" aria-label="Clear history">
+            <span>${count === 1 ? "Delete this picture?" : `Delete all ${count} pictures?`}</span>
+            <button class="button" type="button" @click=${removeAll}>Delete all</button>
+            <button class="button quiet gallery-keep" type="button" @click=${keepAll}>Keep them</button>
+        </span>
+    `;
+}
+
+function keepAll() {
+    confirming = false;
+    focus(".gallery-clear");
+}
+
+/** Escape leaves what was begun here, before it means anything else to the page. */
+function onEscape(event) {
+    if (event.key === "Escape" && confirming) {
+        event.stopPropagation();
+        keepAll();
+    } else {
+        leavePicking(event);
+    }
+}
+
+/** Delete the pictures that are here now, where they are kept and then here; what is drawn meanwhile stays. */
+async function removeAll() {
+    const asked = [...state.pictures];
+    confirming = false;
+    await clear();
+    takeAway(asked);
+    announce("The history is empty.");
+    focus(state.pictures.length > 0 ? ".gallery-clear" : NONE);
+}
