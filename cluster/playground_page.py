@@ -65,5 +65,8 @@ class PlaygroundPage:
 
     async def _tell_loras(self, _: Request) -> Response:
         """The library's names, as this front sees the folder."""
-        names = await asyncio.to_thread(library.names_beside, await self.health())
+        try:
+            names = await asyncio.to_thread(library.names_beside, await self.health())
+        except ValueError as error:  # a variable is wrong
+            return JSONResponse({"detail": str(error)}, 500, headers=HEADERS)
         return JSONResponse(names, headers=HEADERS)

@@ -215,8 +215,8 @@ class Steps:
             vars(transformer).pop("forward", None)
 
     def give_back(self, error: Exception) -> None:
-        """Stop, if what a request ended with says that the GPU's memory was short; a host's is told by other errors."""
-        if isinstance(error, RuntimeError) and faults.out_of_memory(error):
+        """Stop, if what a request ended with says that the GPU's memory was short, and not the host's."""
+        if _gpu_is_full(error):
             self.stop("memory was short")
 
     def _forward(self, transformer: FluxTransformer2DModel, *inputs: Tensor, **options: object) -> object:
@@ -261,11 +261,16 @@ class Steps:
     def _fail(self, kind: Hashable, error: Exception) -> None:
         """Let this kind be called as it was once more, which loads what may have lacked; or record no more at all."""
         self._failures += 1
-        if self._failures == FAILURES or faults.out_of_memory(error):
+        if self._failures == FAILURES or _gpu_is_full(error):
             self.stop(f"a CUDA graph of one failed: {_first_line(error)}")
         else:
             print(f"A CUDA graph of a step failed, and will be tried again: {_first_line(error)}.")
             self._called.discard(kind)
+
+
+def _gpu_is_full(error: Exception) -> bool:
+    """Whether an error says that the GPU had no memory left; torch has the same type for a host that has none."""
+    return isinstance(error, RuntimeError) and "CUDA" in str(error) and faults.out_of_memory(error)
 
 
 def _first_line(error: Exception) -> str:

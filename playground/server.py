@@ -71,11 +71,11 @@ class Playground(socketserver.ThreadingTCPServer):
         super().__init__((LOOPBACK, port), Handler)
         self.target, self.events, self.secret = target, Events(), secrets.token_urlsafe(32)
         self.port = self.socket.getsockname()[1]
-        self._room = threading.Semaphore(MOST_CONNECTIONS)
+        self.room = threading.Semaphore(MOST_CONNECTIONS)
 
     def process_request(self, request: socket.socket, client_address: tuple[str, int]) -> None:
         """Answer in a thread, unless there are too many."""
-        if self._room.acquire(blocking=False):
+        if self.room.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
             super().shutdown_request(request)
@@ -83,7 +83,7 @@ class Playground(socketserver.ThreadingTCPServer):
     def shutdown_request(self, request: socket.socket) -> None:
         """The end of a connection."""
         super().shutdown_request(request)
-        self._room.release()
+        self.room.release()
 
     def handle_error(self, request: socket.socket, client_address: tuple[str, int]) -> None:
         """Print what nobody foresaw; that a client has gone is no error."""

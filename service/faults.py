@@ -13,9 +13,11 @@ from service.lines import printable
 # To a writer, a quota and a limit on file sizes mean the same as a full disk.
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # torch and Pillow raise no type of their own when the host's memory is full, and torch's for a full GPU is a
-# RuntimeError. Pillow reports a configuration error when zlib cannot allocate what it starts with.
+# RuntimeError; of cuBLAS it tells the code alone. Pillow reports a configuration error when zlib cannot allocate what
+# it starts with.
 FULL = re.compile(
-    r"out of memory|(can't|cannot) allocate memory|not enough memory|std::bad_alloc|new thread|codec configuration",
+    r"out of memory|(can't|cannot) allocate memory|not enough memory|std::bad_alloc|new thread|codec configuration"
+    r"|CUBLAS_STATUS_ALLOC_FAILED",
     re.IGNORECASE,
 )
 

@@ -14,6 +14,8 @@ from settings import ROOT
 WINGS = ("engine", "lora", "pixels", "sources", "service", "local_cog", "cluster", "playground", "tools")
 FURTHER = ("mini", "tests", "bench", "harness")
 PAGE = ROOT / "playground" / "page"
+# Imports and comments of a module of the page.
+NOT_CODE = re.compile(r'^import \{[^}]*\} from "[^"]*";|/\*.*?\*/|(?<!:)//[^\n]*', re.MULTILINE | re.DOTALL)
 # Cog reads the inputs from the signature of `predict`, each with its description.
 CONTRACT = ("predict.py", "predict")
 
@@ -96,15 +98,26 @@ def test_every_part_fits_its_room() -> None:
     assert too_large == []
 
 
+def imported(text: str) -> list[tuple[str, str, str]]:
+    """What a module of the page imports: from where, the name there, and its name here."""
+    return [
+        (module, original, own or original)
+        for names, module in re.findall(r'^import \{([^}]*)\} from "\./([^"]+)"', text, re.MULTILINE)
+        for original, own in re.findall(r"([\w$]+)(?: as ([\w$]+))?", names)
+    ]
+
+
 def test_the_page_keeps_to_its_rooms_too() -> None:
-    """No function or module of the page is too long, and what one exports another imports."""
+    """No function or module of the page is too long; what one exports another imports, and what it imports it uses."""
     modules = {file.name: file.read_text() for file in PAGE.glob("*.js")}
-    imports = re.findall(r"^import \{([^}]*)\}", "\n".join(modules.values()), re.MULTILINE)
-    used = {name.split(" as ")[0].strip() for names in imports for name in names.split(",")}
+    imports = {name: imported(text) for name, text in modules.items()}
+    used = {(module, original) for its in imports.values() for module, original, _ in its}
     faults = [f"{name} has {size} lines" for name, text in modules.items() if (size := text.count("\n")) > 450]
     for name, text in modules.items():
         exports = re.findall(r"^export (?:async )?(?:function|const|class) (\w+)", text, re.MULTILINE)
-        faults += [f"{name}: nobody imports {export}" for export in exports if export not in used]
+        faults += [f"{name}: nobody imports {export}" for export in exports if (name, export) not in used]
+        words = re.findall(r"[\w$]+", re.sub(NOT_CODE, "", text))
+        faults += [f"{name} does not use {own} of {module}" for module, _, own in imports[name] if own not in words]
         functions = re.finditer(r"^(?:export )?(?:async )?function (\w+).*?^\}$", text, re.MULTILINE | re.DOTALL)
         faults += [f"{name}: {it[1]} has {size} lines" for it in functions if (size := it[0].count("\n") + 1) > 60]
     assert faults == []

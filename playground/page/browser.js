@@ -78,6 +78,11 @@ export function afterRender(work) {
     queueMicrotask(work);
 }
 
+/** Have the page rendered anew, and give the focus to the first element of a selector, if there is one then. */
+export function focusOn(selector) {
+    afterRender(() => document.querySelector(selector)?.focus());
+}
+
 /**
  * A list of tabs, with the keys that such lists have. The panel beneath is the caller's: its id is `<id>-panel`, and
  * `<id>-tab-<chosen>` is what labels it.
@@ -132,6 +137,11 @@ export function dropTarget(className, take) {
         take(event.dataTransfer);
     };
     return { dragover, dragleave, drop };
+}
+
+/** Whether a file is a picture, by its type. */
+export function isPicture({ type }) {
+    return type.startsWith("image/");
 }
 
 /** A number of bytes as people read it: "26 kB", "1.2 MB". */

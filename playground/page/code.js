@@ -3,11 +3,12 @@
  */
 
 import { copyText, download, tabsView } from "./browser.js";
-import { encode, shortened, snapshot } from "./recipe.js";
-import { withoutSecrets } from "./schema.js";
+import { snapshot } from "./recipe.js";
+import { own, problemsOf, withoutSecrets } from "./schema.js";
 import { snippets } from "./snippets.js";
 import { announce, changed, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
+import { encode, shortened } from "./wire.js";
 
 const TITLES = { curl: "cURL", python: "Python", javascript: "JavaScript", predict: "script/predict" };
 const HINTS = {
@@ -29,7 +30,7 @@ export function jsonView() {
     return html`
         <div class="stack">
             <p class="hint">Files are cut here, and sent whole${secrets ? "; secrets are sent, and not shown" : ""}.</p>
-            ${blockView("Request", requestText())}
+            ${wrongView() ?? blockView("Request", requestText())}
             ${answer
                 ? blockView("Last answer", JSON.stringify(shortened(answer), null, 2))
                 : html`<p class="quiet">There is no answer yet.</p>`}
@@ -49,10 +50,18 @@ export function codeView() {
         <div class="stack">
             ${tabsView({ label: "Language", id: "code", tabs: TITLES, chosen: language, choose })}
             <div class="stack" role="tabpanel" id="code-panel" aria-labelledby="code-tab-${language}">
-                ${made[language] === null ? html`<p>${made.unsaid}</p>` : programView(made)}
+                ${wrongView() ?? (made[language] === null ? html`<p>${made.unsaid}</p>` : programView(made))}
             </div>
         </div>
     `;
+}
+
+/** What is wrong in the form, which no request says then; null where nothing is. What is missing is seen as it is. */
+function wrongView() {
+    const { inputs } = state;
+    const problems = Object.entries(problemsOf(inputs, state.schema.fields));
+    const wrong = problems.filter(([name]) => own(inputs, name) !== undefined);
+    return wrong.length > 0 ? wrong.map(([, sentence]) => html`<p class="problem">${sentence}</p>`) : null;
 }
 
 function programView({ files, variables, ...made }) {
@@ -82,7 +91,7 @@ function filesView(files) {
 /** The request as JSON; encoding takes a moment, after which the page is rendered anew. */
 function requestText() {
     const [recipe, { fields }] = [snapshot(), state.schema];
-    if (!encoding && !(request && request.fields === fields && isSame(request.recipe, recipe))) {
+    if (!encoding && !(request && request.fields === fields && sameRecipe(request.recipe, recipe))) {
         encoding = true;
         encode({ ...recipe, inputs: withoutSecrets(recipe.inputs, fields) }, fields)
             .then((input) => JSON.stringify({ input: shortened(input) }, null, 2))
@@ -97,13 +106,13 @@ function requestText() {
 }
 
 /** Whether two recipes say the same, with the same files. */
-function isSame(one, other) {
+function sameRecipe(one, other) {
     const flat = ({ inputs, loras }) => [
         ...Object.entries(inputs).flat(),
         ...loras.flatMap(({ path, scale, file }) => [path, scale, file]),
     ];
     const [values, others] = [flat(one), flat(other)];
-    return values.length === others.length && values.every((value, index) => value === others[index]);
+    return values.length === others.length && values.every((value, index) => Object.is(value, others[index]));
 }
 
 /** A text with a button that copies it, under a heading. */

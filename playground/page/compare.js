@@ -2,8 +2,9 @@
  * Two pictures beside each other, or one over the other, and what differs between their inputs.
  */
 
-import { afterRender } from "./browser.js";
+import { focusOn } from "./browser.js";
 import { fieldOf, imageView, inputOf, loraText, nameOf, sizeStyle } from "./pictures.js";
+import { jsonText } from "./schema.js";
 import { changed, selectedPicture, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 
@@ -36,31 +37,40 @@ export function compareButton() {
     `;
 }
 
+/** @returns {Picture|undefined} the one beside the selected picture. */
+export function comparedPicture() {
+    return state.pictures.find(({ id }) => id === state.compare);
+}
+
 /** Whether the next picture that is chosen is to be compared. */
 export function isPicking() {
     return view.picking;
 }
 
+/** End the choice without a picture. */
+export function stopPicking() {
+    view.picking = false;
+    changed();
+}
+
 /** End the choice with a picture. */
 export function pick({ id }) {
-    view.picking = false;
     state.compare = id;
-    changed();
+    stopPicking();
 }
 
 /** Escape leaves the choice, before it means anything else to the page. */
 export function leavePicking(event) {
     if (event.key !== "Escape" || !view.picking) return;
     event.stopPropagation();
-    view.picking = false;
-    changed();
+    stopPicking();
 }
 
 /** Show one picture again, instead of two. */
 export function closeCompare() {
     state.compare = null;
-    view.picking = false;
-    afterRender(() => document.querySelector(".gallery-compare")?.focus());
+    stopPicking();
+    focusOn(".gallery-compare");
 }
 
 /**
@@ -156,9 +166,9 @@ function differencesView(first, second) {
             </thead>
             <tbody>
                 ${rows.map(
-                    ({ title, texts }) => html`
+                    ({ label, texts }) => html`
                         <tr>
-                            <th scope="row">${title}</th>
+                            <th scope="row">${label}</th>
                             ${texts.map((text) => html`<td>${text}</td>`)}
                         </tr>
                     `,
@@ -168,21 +178,21 @@ function differencesView(first, second) {
     `;
 }
 
-/** @returns {{title: string, texts: [string, string]}[]} the inputs in which two pictures differ. */
+/** @returns {{label: string, texts: [string, string]}[]} the inputs in which two pictures differ. */
 function differences(first, second) {
     const both = [first, second];
     const names = new Set(both.flatMap(({ recipe }) => Object.keys(recipe.inputs)));
     const loras = both.map(({ recipe }) => recipe.loras.map(loraText).join(", ") || "none");
     const rows = [...names].map((name) => ({
-        title: fieldOf(name)?.title ?? name,
+        label: fieldOf(name)?.label ?? name,
         texts: both.map((picture) => valueText(inputOf(picture, name))),
     }));
-    return [...rows, { title: "LoRAs", texts: loras }].filter(({ texts: [one, other] }) => one !== other);
+    return [...rows, { label: "LoRAs", texts: loras }].filter(({ texts: [one, other] }) => one !== other);
 }
 
 function valueText(value) {
     if (value === undefined || value === null) return "none";
     if (value instanceof Blob) return `${value.name ?? "a file"} (${value.size} bytes)`;
     if (typeof value === "boolean") return value ? "yes" : "no";
-    return typeof value === "object" ? JSON.stringify(value) : String(value);
+    return jsonText(value);
 }

@@ -7,7 +7,7 @@
 import { about, health, loras, openapi, setToken, setupLog, token, unauthorised } from "./api.js";
 import { healthFailure, setupFailure, textOf } from "./cog.js";
 import { readSchema } from "./schema.js";
-import { changed, now, state } from "./store.js";
+import { changed, note, now, state } from "./store.js";
 
 const CALM_MS = 3000; // between checks while all is well, or nobody answers
 const ALERT_MS = 1000; // while that may change soon; also how often a countdown ticks
@@ -21,6 +21,11 @@ let silentSince = null; // when the first check began that was not answered; nul
 let busyLooks = 0; // how often in a row somebody else had the slot
 let learnt = null; // the token with which schema and library were read; null before that
 let refused = null; // the token that was refused
+
+/** Whether a drawing may be asked for now. */
+export function canDraw() {
+    return ["ready", "busy"].includes(state.connection.kind);
+}
 
 /** Check from now on. */
 export function watch() {
@@ -96,8 +101,14 @@ async function check() {
         if (brief) return;
         learnt = refused = null; // another server may come back
         const until = now() + (error.seconds ?? CALM_MS / 1000) * 1000;
-        show({ kind: navigator.onLine ? "gone" : "offline", sentence: error.message, since: silentSince, until });
+        show({ kind: kindOf(error), sentence: error.message, since: silentSince, until });
     }
+}
+
+/** What a check that failed means: a server that refuses is there all the same. */
+function kindOf(error) {
+    if (error.kind !== "gone") return "unhealthy";
+    return navigator.onLine ? "gone" : "offline";
 }
 
 /** What a server's health means for the page. */
@@ -135,15 +146,26 @@ async function judge({ status, setup, user_healthcheck_error: fault }) {
 /** Read what can be asked for; false where the document is none of a Cog server. */
 async function learn() {
     const asked = token();
-    const [document, names] = await Promise.all([openapi(), loras()]);
+    const [said, names] = await Promise.all([openapi(), libraryNames()]);
     try {
-        state.schema = readSchema(document);
+        state.schema = readSchema(said);
     } catch {
         return false;
     }
     state.library = names;
     learnt = asked;
     return true;
+}
+
+/** The names of the library's LoRAs; where they cannot be had, all else can be asked for. */
+async function libraryNames() {
+    try {
+        return await loras();
+    } catch (error) {
+        if (error.kind === "unauthorised") throw error;
+        note(error.message);
+        return [];
+    }
 }
 
 /** What the predictor has printed, where the page is beside the server that it belongs to. */

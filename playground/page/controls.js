@@ -2,8 +2,8 @@
  * The controls of fields, by type.
  */
 
-import { describedBy, edit, headView, icon, isWrong, keepSeed, leave, typed, typedText, valueOf } from "./field.js";
-import { isBounded, isGiven, meaningOf } from "./schema.js";
+import { describedBy, edit, headView, icon, isWrong, keepSeed, leave, typedText, valueOf } from "./field.js";
+import { isBounded, isGiven, jsonText, meaningOf } from "./schema.js";
 import { selectedPicture, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 
@@ -30,7 +30,7 @@ function choices({ enum: values, type, required }) {
 
 function textView(field) {
     const { name, default: usual } = field;
-    const text = textOf(valueOf(field) ?? usual ?? "");
+    const text = jsonText(valueOf(field) ?? usual ?? "");
     const least = name === "prompt" ? 3 : 1;
     return html`
         ${headView(field)}
@@ -38,7 +38,7 @@ function textView(field) {
             id="field-${name}"
             class="form-text"
             rows=${Math.max(least, rowsOf(text))}
-            placeholder=${typeof usual === "object" && usual !== null ? textOf(usual) : nothing}
+            placeholder=${typeof usual === "object" && usual !== null ? jsonText(usual) : nothing}
             ?required=${field.required}
             aria-invalid=${isWrong(name)}
             aria-describedby=${describedBy(name)}
@@ -47,10 +47,6 @@ function textView(field) {
             @blur=${() => leave(field)}
         ></textarea>
     `;
-}
-
-function textOf(value) {
-    return typeof value === "object" ? JSON.stringify(value) : String(value);
 }
 
 /** Lines that a text takes; browsers that grow a field by its content need none of this. */

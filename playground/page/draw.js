@@ -3,6 +3,7 @@
  */
 
 import { afterRender } from "./browser.js";
+import { comparedPicture, isPicking } from "./compare.js";
 import { focusProblem } from "./form.js";
 import { keep } from "./history.js";
 import { enqueue, outcome } from "./jobs.js";
@@ -24,10 +25,10 @@ export async function draw(recipe) {
     if (job.status === "failed") refuse(job);
 }
 
-/** Its pictures come first, and the first of them into the stage. */
+/** Its pictures come first, and the first of them into the stage, unless one that is there is being compared. */
 function present(job) {
     state.pictures = [...job.pictures, ...state.pictures];
-    state.selected = job.pictures[0].id;
+    if (!comparedPicture() && !isPicking()) state.selected = job.pictures[0].id;
     const { seed } = job.pictures[0].metrics;
     if (state.seedLocked && state.inputs.seed === undefined && seed !== null) state.inputs = { ...state.inputs, seed };
     keep(job.pictures);

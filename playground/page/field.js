@@ -2,8 +2,8 @@
  * What each field of the form has, whatever its control: a value, a head, and a sentence on what is wrong with it.
  */
 
-import { afterRender, sizeText } from "./browser.js";
-import { differs, isGiven, isSame, isSent, meaningOf, own, problemOf } from "./schema.js";
+import { focusOn, sizeText } from "./browser.js";
+import { differs, fieldNamed, isGiven, isSame, isSent, meaningOf, own, problemOf } from "./schema.js";
 import { announce, changed, note, state } from "./store.js";
 import { directive, Directive } from "./vendor/directive.js";
 import { html, noChange, nothing, svg } from "./vendor/lit-html.js";
@@ -77,10 +77,8 @@ export function keepSeed(picture) {
 
 /** The field of an input that not every server has; where it is missing, that is told. */
 function soughtField(name, what) {
-    const field = state.schema?.fields.find((candidate) => candidate.name === name);
-    if (state.schema === null) note("The server has not told its inputs yet.");
-    else if (field === undefined) note(`This server has no input for ${what}.`);
-    return field;
+    if (state.schema === null) return note("The server has not told its inputs yet.");
+    return fieldNamed(state.schema.fields, name) ?? note(`This server has no input for ${what}.`);
 }
 
 /**
@@ -214,7 +212,7 @@ export function describedBy(name) {
 /** Focus the control of a field, once the page is rendered; of several, the first. */
 export function focusField({ name }) {
     const controls = `:is(#field-${CSS.escape(name)}, [type="radio"], .form-drop .row :is(button, input))`;
-    afterRender(() => document.querySelector(`[data-name="${CSS.escape(name)}"] ${controls}`)?.focus());
+    focusOn(`[data-name="${CSS.escape(name)}"] ${controls}`);
 }
 
 const ICONS = {

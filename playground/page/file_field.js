@@ -2,12 +2,12 @@
  * The control of a field for a file: chosen, dropped, pasted, painted, or an address.
  */
 
-import { dropTarget, sizeText, urlOf } from "./browser.js";
+import { dropTarget, isPicture, sizeText, urlOf } from "./browser.js";
 import { describedBy, edit, focusField, headView, isWrong, leave, sizeProblem, typedText, valueOf } from "./field.js";
 import { isLoraFile } from "./lora.js";
 import { addLora } from "./loras.js";
 import { paintMask } from "./mask.js";
-import { isShown, meaningOf } from "./schema.js";
+import { fieldNamed, isShown, meaningOf } from "./schema.js";
 import { changed, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 
@@ -34,17 +34,16 @@ export function fileView(field) {
     `;
 }
 
-/** Take a file that is pasted anywhere on the page; text goes where it is pasted. */
-export function pasteFile(event) {
-    const file = event.clipboardData?.files[0];
-    if (!file || !state.schema || document.querySelector("dialog[open]")) return;
-    // A cell of a spreadsheet brings a picture of itself along with its text.
-    if (event.clipboardData.types.includes("text/plain") && event.target.closest?.("textarea, input")) return;
-    event.preventDefault();
+/**
+ * Take a file that was pasted: one of a LoRA into the list, another one into a field for files.
+ *
+ * @param {File} file
+ * @param {string|undefined} name of the field that it was pasted into
+ */
+export function takePasted(file, name) {
     if (isLoraFile(file)) return void addLora(file);
     const shown = state.schema.fields.filter((field) => field.format === "uri" && isShown(field, state.inputs));
-    const own = event.target.closest?.("[data-name]")?.dataset.name;
-    const field = shown.find(({ name }) => name === own) ?? shown[0];
+    const field = fieldNamed(shown, name) ?? shown[0];
     if (field) take(field, file);
 }
 
@@ -55,7 +54,7 @@ function chosenView(field, file) {
     };
     const picture = html`<img class="thumb form-thumb" src=${urlOf(file)} alt="${field.label}: ${file.name}" />`;
     return html`
-        ${file.type.startsWith("image/") ? picture : nothing}
+        ${isPicture(file) ? picture : nothing}
         <div class="form-chosen">
             <div class="form-head">
                 <p class="form-name">${file.name} <span class="quiet">${sizeText(file.size)}</span></p>

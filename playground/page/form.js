@@ -5,10 +5,10 @@
 import { afterRender } from "./browser.js";
 import { controlView } from "./controls.js";
 import { aboutView, problemView, valueOf } from "./field.js";
-import { fileView, pasteFile } from "./file_field.js";
+import { fileView } from "./file_field.js";
 import { LORAS } from "./lora.js";
 import { addTyped, clearTyped, lorasAreRight, lorasView, wordsView } from "./loras.js";
-import { differs, idleSentence, isShown, problemsOf } from "./schema.js";
+import { differs, fieldNamed, idleSentence, isShown, problemsOf } from "./schema.js";
 import { announce, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 import { repeat } from "./vendor/repeat.js";
@@ -77,8 +77,7 @@ function groupView(group, isAlone) {
 
 /** The list stands for one input; the second input of this kind is out of the way, for those who know it. */
 function loraFields(fields) {
-    const list = fields.find(({ name }) => name === LORAS);
-    if (list === undefined) return fieldViews(fields);
+    if (!fieldNamed(fields, LORAS)) return fieldViews(fields);
     const isSet = (field) => differs(field, valueOf(field));
     const scale = fields.filter((field) => field.name === "lora_scale" && (state.loras.length > 0 || isSet(field)));
     const extra = fields.filter(({ name }) => name !== LORAS && name !== "lora_scale");
@@ -109,5 +108,3 @@ function fieldView(field) {
         </div>
     `;
 }
-
-document.addEventListener("paste", pasteFile);

@@ -2,15 +2,15 @@
  * The stage: the selected picture as large as there is room, what can be done with it, and pictures from elsewhere.
  */
 
-import { afterRender, copyText, dropTarget, sizeText, urlOf } from "./browser.js";
-import { compareButton, compareView, isPicking, leavePicking } from "./compare.js";
+import { copyText, dropTarget, isPicture, sizeText, urlOf } from "./browser.js";
+import { compareButton, comparedPicture, compareView, isPicking, leavePicking } from "./compare.js";
 import { draw } from "./draw.js";
 import { keepSeed, setImage } from "./field.js";
 import { hasEnded } from "./jobs.js";
 import { readMetadata, recipeOf } from "./metadata.js";
 import { fieldOf, imageView, inputOf, loraText, promptOf, sizeOf, sizeStyle } from "./pictures.js";
-import { restore } from "./recipe.js";
-import { announce, changed, note, selectedPicture, state } from "./store.js";
+import { restore, snapshot } from "./recipe.js";
+import { announce, note, selectedPicture, state } from "./store.js";
 import { removePicture } from "./strip.js";
 import { html, nothing } from "./vendor/lit-html.js";
 
@@ -24,7 +24,7 @@ let copied = null; // the id of the picture whose seed was copied last
 /** The selected picture, or two to compare, or what to do where there is none. Takes pictures dropped on it. */
 export function stageView() {
     const picture = selectedPicture();
-    const other = state.pictures.find(({ id }) => id === state.compare);
+    const other = comparedPicture();
     const shown = other === undefined ? pictureView : compareView;
     return html`
         <div
@@ -37,21 +37,6 @@ export function stageView() {
             ${picture === null ? emptyView() : shown(picture, other)}
         </div>
     `;
-}
-
-/**
- * Take a picture from the clipboard, before the form does, unless it is pasted into the form. Text that comes with it
- * (a cell of a spreadsheet brings both) is what was meant.
- *
- * @param {ClipboardEvent} event of the document, as it is captured
- */
-export function paste(event) {
-    const { files, types } = event.clipboardData;
-    const isPicture = [...files].some(({ type }) => type.startsWith("image/")) && !types.includes("text/plain");
-    if (!isPicture || event.target.closest?.("form") || document.querySelector("dialog[open]")) return;
-    event.preventDefault();
-    event.stopPropagation();
-    receive([...files]);
 }
 
 function pictureView(picture) {
@@ -135,7 +120,7 @@ async function copySeed(id, seed) {
 
 function drawAgain(recipe) {
     restore(recipe);
-    draw(recipe);
+    draw(snapshot()); // with the secrets of the form
 }
 
 function useInputs(recipe) {
@@ -179,9 +164,14 @@ function takeDropped(carried) {
     if (carried.files.length > 0) receive([...carried.files]);
 }
 
-/** A picture that says what it was drawn from brings its inputs back; another one is the image to draw from. */
-async function receive(files) {
-    const file = files.find(({ type }) => type.startsWith("image/"));
+/**
+ * Take the first picture of some files: one that says what it was drawn from brings its inputs back; another one is the
+ * image to draw from.
+ *
+ * @param {File[]} files at least one
+ */
+export async function receive(files) {
+    const file = files.find(isPicture);
     if (file === undefined) return note(`${files[0].name} is not a picture.`);
     const made = state.schema && (await readMetadata(file));
     if (!made) return setImage(file);

@@ -2,15 +2,17 @@
  * A grid: one picture for each pair of values of two inputs, all else being equal.
  */
 
-import { afterRender, download, urlOf } from "./browser.js";
+import { download, focusOn, urlOf } from "./browser.js";
+import { stopPicking } from "./compare.js";
+import { canDraw } from "./connection.js";
 import { gridPicture } from "./grid_picture.js";
 import { areApart, axesOf, cellRecipes, isWords, readValues } from "./grid_values.js";
 import { keep } from "./history.js";
 import { cancelJobs, enqueue, hasEnded } from "./jobs.js";
 import { LORAS, loraProblem } from "./lora.js";
-import { addTyped } from "./loras.js";
+import { addTyped, rememberLoras } from "./loras.js";
 import { snapshot } from "./recipe.js";
-import { own, problemsOf } from "./schema.js";
+import { fieldNamed, own, problemsOf } from "./schema.js";
 import { announce, changed, note, selectedPicture, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 
@@ -80,7 +82,7 @@ function countCells({ x, y }) {
 }
 
 function canStart(sides) {
-    return !isRunning() && ["ready", "busy"].includes(state.connection.kind) && gridProblem(sides) === null;
+    return !isRunning() && canDraw() && gridProblem(sides) === null;
 }
 
 /** Why the cells cannot be drawn as the form is now; null when they can. */
@@ -120,15 +122,16 @@ function submit(event) {
 
 function ask() {
     grid.asking = true;
-    focus(".grid-start");
+    focusOn(".grid-start");
 }
 
 /** Have every cell drawn, row by row. */
 function start({ x, y }) {
     const recipe = snapshot();
-    recipe.inputs.num_outputs = 1;
+    const { fields } = state.schema;
+    if (fieldNamed(fields, "num_outputs")) recipe.inputs.num_outputs = 1;
     const changing = [x.axis.id, y.axis.id];
-    const fixed = (name) => state.schema.fields.find((field) => field.name === name && !changing.includes(name));
+    const fixed = (name) => (changing.includes(name) ? undefined : fieldNamed(fields, name));
     const seed = fixed("seed");
     // Cells can be compared where only what the axes say differs; for a seed below 0 the server would draw one.
     if (seed && !(recipe.inputs.seed >= 0)) recipe.inputs.seed = anySeed(seed);
@@ -136,8 +139,11 @@ function start({ x, y }) {
     const title = [fixed("prompt") && recipe.inputs.prompt, seed && `Seed ${recipe.inputs.seed}`];
     const run = { x, y, title: title.filter(Boolean).join(" · "), rows };
     Object.assign(grid, { run, asking: false });
-    Promise.all(rows.flat().map((job) => job.done)).then(() => announce(`The grid has ended: ${counted(run)}.`));
-    focus(".grid-cancel");
+    Promise.all(rows.flat().map((job) => job.done)).then((jobs) => {
+        jobs.filter(({ status }) => status === "succeeded").forEach(rememberLoras);
+        announce(`The grid has ended: ${drawnOf(run)}.`);
+    });
+    focusOn(".grid-cancel");
 }
 
 function anySeed({ maximum }) {
@@ -146,7 +152,7 @@ function anySeed({ maximum }) {
 
 function cancelGrid() {
     cancelJobs(grid.run.rows.flat());
-    focus(".grid-start"); // the button goes
+    focusOn(".grid-start"); // the button goes
 }
 
 /** Show the picture of a cell in the stage, among the others. */
@@ -156,7 +162,7 @@ function openCell(picture) {
         keep([picture]);
     }
     Object.assign(state, { selected: picture.id, compare: null, tab: "picture" });
-    changed();
+    stopPicking();
 }
 
 async function exportPng({ x, y, title, rows }) {
@@ -170,10 +176,6 @@ async function exportPng({ x, y, title, rows }) {
     }
     if (blob === null) return note("This browser has no room for a picture of this grid.");
     download(blob, `grid-${x.axis.id}-${y.axis.id}`.replace(/[^\w.-]+/g, "-") + ".png");
-}
-
-function focus(selector) {
-    afterRender(() => document.querySelector(selector)?.focus());
 }
 
 // The views
@@ -257,7 +259,7 @@ function askView(sides) {
     const count = countCells(sides);
     const keepFromDrawing = () => {
         grid.asking = false;
-        focus(".grid-start");
+        focusOn(".grid-start");
     };
     return html`
         <div class="row grid-ask" role="group" aria-label="Many pictures">
@@ -285,7 +287,7 @@ function runView(run) {
         <section class="stack" aria-label="Grid">
             <div class="row grid-bar">
                 <h2>${run.title}</h2>
-                <span class="quiet">${counted(run)}</span>
+                <span class="quiet">${drawnOf(run)}</span>
                 ${isRunning() ? cancel : nothing}
                 <button class="button" type="button" ?disabled=${!drawn} @click=${() => exportPng(run)}>
                     Export PNG
@@ -298,7 +300,7 @@ function runView(run) {
 }
 
 /** How far a grid is, in words. */
-function counted({ rows }) {
+function drawnOf({ rows }) {
     const jobs = rows.flat();
     return `${jobs.filter(({ pictures }) => pictures.length > 0).length} of ${jobs.length} drawn`;
 }
@@ -321,7 +323,7 @@ function tableView({ x, y, rows }) {
                     (row, number) => html`
                         <tr>
                             <th scope="row">${y.texts[number]}</th>
-                            ${row.map((job, column) => cellView(job, `${textOf(x, column)}, ${textOf(y, number)}`))}
+                            ${row.map((job, column) => cellView(job, `${cellText(x, column)}, ${cellText(y, number)}`))}
                         </tr>
                     `,
                 )}
@@ -330,7 +332,7 @@ function tableView({ x, y, rows }) {
     `;
 }
 
-function textOf({ axis, texts }, index) {
+function cellText({ axis, texts }, index) {
     return `${axis.label} ${texts[index]}`;
 }
 

@@ -6,9 +6,9 @@
 import { cancel, draw, pause } from "./api.js";
 import { drawingFailure, textOf } from "./cog.js";
 import { checkNow, refuseToken } from "./connection.js";
-import { encode, fromDataUri, shortened } from "./recipe.js";
-import { withoutSecrets } from "./schema.js";
+import { fieldNamed, withoutSecrets } from "./schema.js";
 import { changed, now, state } from "./store.js";
+import { encode, fromDataUri, shortened } from "./wire.js";
 
 const AT_ONCE_AT_A_FRONT = 4;
 const KEPT = 100; // jobs that have ended
@@ -67,6 +67,11 @@ export function cancelJobs(jobs) {
     advance();
 }
 
+/** Cancel whatever has not ended. */
+export function cancelAll() {
+    cancelJobs(state.jobs);
+}
+
 /** @returns {Job|undefined} the one that is drawn, else the one that is asked for again. */
 export function current() {
     return state.jobs.find((job) => job.status === "drawing") ?? state.jobs.find(isAsked);
@@ -83,11 +88,6 @@ export function outcome({ pictures, dropped, startedAt, endedAt }) {
     const drawn = `${count} drawn in ${((endedAt - startedAt) / 1000).toFixed(1)} seconds.`;
     return dropped > 0 ? `${drawn} The safety check kept ${dropped} of ${dropped + pictures.length} back.` : drawn;
 }
-
-// A page that is closed has no use for what it drew; one that the browser holds for the way back has.
-window.addEventListener("pagehide", ({ persisted }) => {
-    if (!persisted) cancelJobs(state.jobs);
-});
 
 const isAsked = (job) => job.status === "drawing" || job.status === "waiting";
 
@@ -239,8 +239,10 @@ function picturesOf(job, items, metrics) {
 
 /** The recipe of one picture out of several, to be kept with it. */
 function alone({ inputs, loras }, seed) {
-    const kept = withoutSecrets(inputs, state.schema.fields);
-    return { inputs: { ...kept, ...(seed === null ? {} : { seed, num_outputs: 1 }) }, loras };
+    const { fields } = state.schema;
+    const its = Object.entries(seed === null ? {} : { seed, num_outputs: 1 });
+    const known = Object.fromEntries(its.filter(([name]) => fieldNamed(fields, name)));
+    return { inputs: { ...withoutSecrets(inputs, fields), ...known }, loras };
 }
 
 /** Why there is no answer. */
@@ -253,7 +255,7 @@ function fail(job, error) {
 
 /** What the server says of inputs, in one text. */
 function byLabel(problems) {
-    const labelOf = (name) => state.schema.fields.find((field) => field.name === name)?.label ?? name;
+    const labelOf = (name) => fieldNamed(state.schema.fields, name)?.label ?? name;
     return Object.entries(problems)
         .map(([name, sentence]) => `${labelOf(name)}: ${sentence}`)
         .join(" ");

@@ -10,15 +10,16 @@ import { readNumber } from "./schema.js";
 export const LORAS = "replicate_weights";
 /** The most LoRAs of one picture. */
 export const MOST_LORAS = 8;
+/** How the names of files of LoRAs end. */
+export const SUFFIXES = [".safetensors", ".tar", ".tar.gz", ".tgz", ".zip"];
 /** The largest strength, in either direction. */
 export const LARGEST_STRENGTH = 10;
 
 const LONGEST_REFERENCE = 8192; // characters
 const LONGEST_SHOWN = 80; // characters of a reference within a sentence
-const FILE = /\.(safetensors|tar|tar\.gz|tgz|zip)$/i;
 // What nobody should pass on: a data URI, and an address with a login, a query or a fragment, encoded ones included.
-// Each is how it begins within a word, and what stands behind that: one pattern for both would be looked for from every
-// beginning to the end of the word, which a stranger can make as long as an hour.
+// Each is how it begins within a word, and what stands behind that: one pattern for both would be tried from every
+// beginning to the word's end, and a stranger's long word would take an hour.
 const PRIVATE = [
     [/\bdata:/i, /,/],
     [/https?:|\/\/|\.[a-z]{2,}(:\d+)?\//i, /[?#@]|%(25)*(3f|23|40)/i],
@@ -67,7 +68,7 @@ export function loraProblem({ path, scale }) {
 
 /** Whether a file may be one of a LoRA, by its name. */
 export function isLoraFile({ name }) {
-    return FILE.test(name);
+    return SUFFIXES.some((suffix) => name.toLowerCase().endsWith(suffix));
 }
 
 /** Whether a text has something in it that may be neither shared nor remembered, such as a login. */

@@ -2,10 +2,10 @@
  * The list of chosen LoRAs: adding, strengths, and what is remembered of those that were drawn with.
  */
 
-import { afterRender, dropTarget, sizeText } from "./browser.js";
+import { dropTarget, focusOn, sizeText } from "./browser.js";
 import { numberInput } from "./controls.js";
 import { edit, isWrong, problemView, sizeProblem, typed, valueOf } from "./field.js";
-import { isLoraFile, isPrivate, LARGEST_STRENGTH, loraProblem, LORAS, MOST_LORAS, readLora } from "./lora.js";
+import { isLoraFile, isPrivate, LARGEST_STRENGTH, loraProblem, LORAS, MOST_LORAS, readLora, SUFFIXES } from "./lora.js";
 import { meaningOf } from "./schema.js";
 import { changed, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
@@ -14,6 +14,9 @@ import { repeat } from "./vendor/repeat.js";
 const STRENGTH = { type: "number", minimum: -LARGEST_STRENGTH, maximum: LARGEST_STRENGTH, step: 0.05, default: 1 };
 const [LEAST_AIMED_AT, MOST_AIMED_AT] = [-1, 2]; // strengths of the slider; larger ones are typed
 const CHIPS = 12; // names that are shown before anything is typed
+const ENDINGS = `${SUFFIXES.slice(0, -1).join(", ")} or ${SUFFIXES.at(-1)}`;
+// Of ".tar.gz", browsers know the end alone.
+const ACCEPTED = SUFFIXES.map((suffix) => suffix.slice(suffix.lastIndexOf("."))).join();
 const EXAMPLE = 'a list such as [{"path": "owner/name", "scale": 0.8}]';
 
 const KEY = "flux-sprites.loras";
@@ -158,11 +161,7 @@ function loraView(lora, index) {
 function remove(lora) {
     state.loras = state.loras.filter((other) => other !== lora);
     delete state.problems[LORAS];
-    afterRender(focusAdding);
-}
-
-function focusAdding() {
-    document.getElementById(`field-${LORAS}`)?.focus();
+    focusOn(`#field-${LORAS}`);
 }
 
 // One more
@@ -214,7 +213,7 @@ function nameView() {
 /** The button goes with the text, so the focus goes back to the field. */
 function press() {
     addTyped();
-    focusAdding();
+    focusOn(`#field-${LORAS}`);
 }
 
 function filesView() {
@@ -229,7 +228,7 @@ function filesView() {
                 type="file"
                 id="loras-file"
                 multiple
-                accept=".safetensors,.tar,.gz,.tgz,.zip"
+                accept=${ACCEPTED}
                 aria-label="Files of LoRAs"
                 @change=${choose}
             />
@@ -276,7 +275,7 @@ function addFiles(files) {
 
 function fromFile(file) {
     if (!isLoraFile(file)) {
-        throw new Error(`${file.name} is no file of a LoRA; it must end in .safetensors, .tar, .tar.gz, .tgz or .zip.`);
+        throw new Error(`${file.name} is no file of a LoRA; it must end in ${ENDINGS}.`);
     }
     const problem = sizeProblem(file);
     if (problem) throw new Error(problem);
@@ -314,18 +313,27 @@ function checked(lora) {
 // What is remembered
 
 /**
- * Learn from a job that was drawn: its LoRAs can be chosen again by a click, and their trigger words are known.
+ * Learn from a job that succeeded: its LoRAs can be chosen again by a click, and their trigger words are known.
  *
  * @param {Job} job
  */
-export function rememberLoras({ status, recipe, answer }) {
-    if (status !== "succeeded") return;
+export function rememberLoras({ recipe, answer }) {
     // The answer tells of them in the list's order, by names that may be spelled otherwise than what was asked for.
     const told = answer?.metrics?.loras ?? [];
     recipe.loras.forEach(({ path }, index) => learned.set(path, wordsOf(told[index])));
     const paths = recipe.loras.filter(({ path, file }) => !file && !isPrivate(path)).map(({ path }) => path);
     const newest = [...new Set([...paths, ...recent.map(({ path }) => path)])].slice(0, MOST_RECENT);
-    recent = newest.map((path) => ({ path, words: triggerWords(path) }));
+    setRecent(newest.map((path) => ({ path, words: triggerWords(path) })));
+}
+
+/** Forget all that was learnt from jobs. */
+export function forgetLoras() {
+    learned.clear();
+    setRecent([]);
+}
+
+function setRecent(known) {
+    recent = known;
     try {
         localStorage.setItem(KEY, JSON.stringify(recent));
     } catch {

@@ -2,16 +2,17 @@
  * The page: its layout, its keys, and what is done with a shared address.
  */
 
-import { COMMAND, copyText, tabsView } from "./browser.js";
+import { COMMAND, copyText, isPicture, tabsView } from "./browser.js";
 import { codeView, jsonView } from "./code.js";
-import { closeCompare } from "./compare.js";
+import { closeCompare, comparedPicture } from "./compare.js";
 import { watch } from "./connection.js";
 import { draw } from "./draw.js";
+import { takePasted } from "./file_field.js";
 import { checkForm, formView, reset } from "./form.js";
-import { paste, stageView } from "./gallery.js";
+import { receive, stageView } from "./gallery.js";
 import { gridView } from "./grid.js";
 import { load } from "./history.js";
-import { cancelJobs, current } from "./jobs.js";
+import { cancelAll, cancelJobs, current } from "./jobs.js";
 import { restore, snapshot } from "./recipe.js";
 import { fromFragment, toFragment, unshared } from "./share.js";
 import { connectionView, logView, progressView, statePanel } from "./status.js";
@@ -134,9 +135,21 @@ function onKey(event) {
         if (command || (event.repeat && !event.target.closest("textarea"))) event.preventDefault();
         if (command && !event.repeat) drawForm();
     } else if (event.key === "Escape" && !event.repeat && !document.querySelector("dialog[open]")) {
-        if (state.compare !== null) closeCompare();
+        if (comparedPicture()) closeCompare();
         else if (current()) cancelJobs([current()]);
     }
+}
+
+/** Files that are pasted go to the form, but a picture that is pasted elsewhere goes to the stage. */
+function onPaste(event) {
+    const { files, types } = event.clipboardData;
+    const within = (selector) => event.target.closest?.(selector);
+    // A cell of a spreadsheet brings a picture of itself along with its text.
+    const isText = types.includes("text/plain") && within(TYPED);
+    if (files.length === 0 || isText || !state.schema || document.querySelector("dialog[open]")) return;
+    event.preventDefault();
+    if ([...files].some(isPicture) && !within("#form")) receive([...files]);
+    else takePasted(files[0], within("[data-name]")?.dataset.name);
 }
 
 onChange(() => {
@@ -144,7 +157,7 @@ onChange(() => {
     render(pageView(), document.getElementById("page"));
 });
 document.addEventListener("keydown", onKey);
-document.addEventListener("paste", paste, true); // before the form, which takes files that are pasted anywhere else
+document.addEventListener("paste", onPaste);
 document.addEventListener("submit", (event) => {
     event.preventDefault();
     if (event.target.id === "form") drawForm();
@@ -152,6 +165,10 @@ document.addEventListener("submit", (event) => {
 window.addEventListener("hashchange", () => {
     shared = location.hash;
     changed();
+});
+// A page that is closed has no use for what it drew; one that the browser holds for the way back has.
+window.addEventListener("pagehide", ({ persisted }) => {
+    if (!persisted) cancelAll();
 });
 // A file that misses its place must not replace the page; text may be dropped where it can be typed.
 for (const kind of ["dragover", "drop"]) {

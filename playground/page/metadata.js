@@ -6,7 +6,7 @@
  */
 
 import { loraProblem, LORAS, MOST_LORAS } from "./lora.js";
-import { accepts, isGiven } from "./schema.js";
+import { accepts, fieldNamed, isGiven } from "./schema.js";
 
 const LARGEST_FILE = 64 * 2 ** 20; // bytes
 const LONGEST_TEXT = 2 ** 20; // bytes, as large as Pillow reads them
@@ -43,7 +43,7 @@ export async function readMetadata(blob) {
 export function recipeOf(made, fields) {
     const said = DRAWN_BY.filter((name) => isGiven(made[name]));
     const isTaken = (name) => fields.some((field) => field.name === name && accepts(field, made[name]));
-    const hasList = fields.some(({ name }) => name === LORAS);
+    const hasList = fieldNamed(fields, LORAS) !== undefined;
     const wrong = [...said.filter((name) => !isTaken(name)), ...(isGiven(made[LORAS]) && !hasList ? [LORAS] : [])];
     const { loras, notes } = lorasOf(hasList ? made[LORAS] : null);
     if (said.includes("prompt_strength")) {

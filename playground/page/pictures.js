@@ -3,7 +3,7 @@
  */
 
 import { urlOf } from "./browser.js";
-import { own } from "./schema.js";
+import { fieldNamed, own } from "./schema.js";
 import { changed, state } from "./store.js";
 import { html } from "./vendor/lit-html.js";
 
@@ -11,7 +11,7 @@ const sizes = new WeakMap(); // {width, height} in pixels, by Blob, once it was 
 
 /** @returns {Field|undefined} an input of the server, by its name */
 export function fieldOf(name) {
-    return state.schema?.fields.find((field) => field.name === name);
+    return fieldNamed(state.schema?.fields ?? [], name);
 }
 
 /** What an input of a picture was: a recipe has only what differs from the defaults. */

@@ -8,7 +8,6 @@
 /**
  * @typedef {object} Field one input
  * @property {string} name as it is sent
- * @property {string} title as the document has it
  * @property {string} label as people read it
  * @property {string} description in the document's words, which may have `code` in them
  * @property {"string"|"integer"|"number"|"boolean"|"array"|"object"} type
@@ -106,6 +105,11 @@ function ruleHolds({ of, fallback, holds }, inputs) {
     return holds(inputs[of] ?? fallback);
 }
 
+/** @returns {Field|undefined} of several, the one of an input. */
+export function fieldNamed(fields, name) {
+    return fields.find((field) => field.name === name);
+}
+
 /** What an object has under a name itself; names such as "constructor" come with every object. */
 export function own(object, name) {
     return Object.hasOwn(object, name) ? object[name] : undefined;
@@ -134,10 +138,14 @@ export function isGiven(value) {
     return value !== undefined && value !== null && value !== "";
 }
 
+/** Whether the value of an input must be neither seen nor kept. */
+export function isSecret(name, fields) {
+    return fieldNamed(fields, name)?.secret === true;
+}
+
 /** The inputs without those whose values must not be kept. */
 export function withoutSecrets(inputs, fields) {
-    const secrets = new Set(fields.filter(({ secret }) => secret).map(({ name }) => name));
-    return Object.fromEntries(Object.entries(inputs).filter(([name]) => !secrets.has(name)));
+    return Object.fromEntries(Object.entries(inputs).filter(([name]) => !isSecret(name, fields)));
 }
 
 /** Whether a field is a number with both bounds, few enough values apart for a slider. */
@@ -166,6 +174,11 @@ export function meaningOf({ type, format }, text) {
     if (type === "integer" || type === "number") return readNumber(text);
     if (type === "boolean") return ["true", "false"].includes(bare) ? bare === "true" : text;
     return format === "uri" ? bare : readJson(text);
+}
+
+/** The text that means a value, of which lists and objects are written in JSON. */
+export function jsonText(value) {
+    return typeof value === "object" ? JSON.stringify(value) : String(value);
 }
 
 function readJson(text) {
@@ -256,7 +269,6 @@ function resolve(property, schemas) {
 function readField(name, { description }, property, required) {
     const field = {
         name,
-        title: String(property.title ?? name),
         label: labelOf(name),
         description: String(description ?? ""),
         type: [property.type].flat().find((type) => type !== "null") ?? "string", // or null, says a newer OpenAPI
@@ -300,7 +312,7 @@ function addRules(field, byName) {
 
 function grouped(fields) {
     const named = GROUPS.map(({ name, title, inputs }) => {
-        const found = inputs.map((input) => fields.find((field) => field.name === input));
+        const found = inputs.map((input) => fieldNamed(fields, input));
         return { name, title, fields: found.filter((field) => field !== undefined) };
     });
     const placed = new Set(GROUPS.flatMap(({ inputs }) => inputs));

@@ -7,7 +7,7 @@
  */
 
 import { isPrivate, loraProblem, LORAS, MOST_LORAS, readLora, writeLora } from "./lora.js";
-import { accepts, isGiven, meaningOf } from "./schema.js";
+import { accepts, fieldNamed, isGiven, meaningOf } from "./schema.js";
 
 const UNSHARED = new Set(["disable_safety_checker", LORAS]); // the latter is the list's
 
@@ -48,19 +48,18 @@ export function unshared({ inputs, loras }, fields) {
 export function fromFragment(hash, fields) {
     const pairs = [...new URLSearchParams(hash.replace(/^#/, ""))];
     const known = pairs.flatMap(([name, text]) => {
-        const field = fields.find((candidate) => candidate.name === name);
+        const field = fieldNamed(fields, name);
         return field ? [[name, meaningOf(field, text)]] : [];
     });
     const inputs = Object.fromEntries(known.filter(([name, value]) => isShared(name, value, fields)));
-    const hasList = fields.some(({ name }) => name === LORAS);
-    const texts = pairs.filter(([name]) => hasList && name === LORAS).map(([, text]) => text);
+    const texts = pairs.filter(([name]) => name === LORAS && fieldNamed(fields, LORAS)).map(([, text]) => text);
     const loras = texts.map(readLora).filter(isSharedLora).slice(0, MOST_LORAS);
     return Object.keys(inputs).length + loras.length > 0 ? { inputs, loras } : null;
 }
 
 /** Whether an input is one that is shared: lists and objects, which may have anything in them, are not. */
 function isShared(name, value, fields) {
-    const field = fields.find((candidate) => candidate.name === name);
+    const field = fieldNamed(fields, name);
     const isPlain = ["string", "number", "boolean"].includes(typeof value);
     const isOpen = field && !field.secret && !UNSHARED.has(name) && accepts(field, value);
     return isOpen && isPlain && !isPrivate(String(value));

@@ -3,7 +3,8 @@
  */
 
 import { LORAS } from "./lora.js";
-import { sent } from "./recipe.js";
+import { fieldNamed, isSecret, jsonText } from "./schema.js";
+import { sent } from "./wire.js";
 
 /**
  * @typedef {object} Asked what every program says
@@ -49,9 +50,8 @@ export function snippets(recipe, about, { fields, ours }) {
 /** @returns {Asked} */
 function whatIsAsked(recipe, { address, tokens }, fields) {
     const inputs = sent(recipe.inputs, fields);
-    const isSecret = (name) => fields.some((field) => field.name === name && field.secret);
-    const secrets = inputs.map(([name]) => name).filter(isSecret);
-    const loras = fields.some(({ name }) => name === LORAS) ? recipe.loras : [];
+    const secrets = inputs.map(([name]) => name).filter((name) => isSecret(name, fields));
+    const loras = fieldNamed(fields, LORAS) ? recipe.loras : [];
     return {
         url: `${address.replace(/\/$/, "")}/predictions`,
         tokens,
@@ -246,12 +246,12 @@ function predict({ inputs, loras, names }, fields) {
 /** The text for each input, in which @ names a file; null where LoRAs that are files have no place or strength. */
 function predictOptions({ inputs, loras, names }, fields) {
     const at = (file) => `@${names.get(file)}`;
-    const text = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));
-    const said = new Map(inputs.map(([name, value]) => [name, value instanceof Blob ? at(value) : text(value)]));
+    const text = (value) => (value instanceof Blob ? at(value) : jsonText(value));
+    const said = new Map(inputs.map(([name, value]) => [name, text(value)]));
     const files = loras.filter(({ file }) => file);
     const named = loras.filter(({ file }) => !file);
     const factor = Number(said.get("lora_scale") ?? 1);
-    const { minimum, maximum } = fields.find(({ name }) => name === "lora_scale") ?? {};
+    const { minimum, maximum } = fieldNamed(fields, "lora_scale") ?? {};
     if (named.length > 0) said.set(LORAS, sumOf(named));
     for (const { scale, file } of files) {
         const [input, strength] = said.has(LORAS)

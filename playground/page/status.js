@@ -4,8 +4,8 @@
 
 import { token } from "./api.js";
 import { logLines } from "./cog.js";
-import { checkNow, useToken } from "./connection.js";
-import { cancelJobs, current, outcome } from "./jobs.js";
+import { canDraw, checkNow, useToken } from "./connection.js";
+import { cancelAll, cancelJobs, current, outcome } from "./jobs.js";
 import { now, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 
@@ -73,7 +73,7 @@ function adviceView({ kind, sentence, log, since, until }) {
                 ${logBox("Log of the setup", log)}`;
         case "unhealthy":
             return html`<p class="problem">${sentence}</p>
-                <p class="quiet">The page goes on as soon as it can again.</p>`;
+                ${until === null ? goesOn : nextTry(until)}`;
         case "unauthorised":
             return tokenForm(sentence);
     }
@@ -96,6 +96,8 @@ export function logView() {
     const box = logBox("Log", (current() ?? state.jobs.at(-1))?.log);
     return box === nothing ? html`<p class="quiet">Nothing has been said yet.</p>` : box;
 }
+
+const goesOn = html`<p class="quiet">The page goes on as soon as it can again.</p>`;
 
 function nextTry(until) {
     const seconds = secondsUntil(until);
@@ -164,8 +166,6 @@ function running(job) {
     `;
 }
 
-const cancelAll = () => cancelJobs(state.jobs);
-
 function drawing({ at, of, startedAt }) {
     const waits = counted("waiting", "queued");
     const others = waits === 1 ? "1 waits here" : `${waits} wait here`;
@@ -190,8 +190,6 @@ function waiting({ error, until }) {
     const again = `Asked again in ${Math.max(1, secondsUntil(until))} s${others}`;
     return html`${error} <span class="quiet status-digits">${again}</span>`;
 }
-
-const canDraw = () => ["ready", "busy"].includes(state.connection.kind);
 
 /** How many jobs have any of these states. */
 const counted = (...statuses) => state.jobs.filter(({ status }) => statuses.includes(status)).length;

@@ -2,9 +2,10 @@
  * All pictures in a strip, from which one is chosen or deleted.
  */
 
-import { afterRender, urlOf } from "./browser.js";
-import { isPicking, leavePicking, pick } from "./compare.js";
+import { focusOn, urlOf } from "./browser.js";
+import { isPicking, leavePicking, pick, stopPicking } from "./compare.js";
 import { clear, forget, MOST } from "./history.js";
+import { forgetLoras } from "./loras.js";
 import { nameOf, promptOf } from "./pictures.js";
 import { announce, changed, selectedPicture, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
@@ -43,7 +44,7 @@ export async function removePicture(picture) {
     if (picture === selectedPicture()) state.selected = neighbour(place)?.id ?? null;
     takeAway([picture]);
     announce("The picture is deleted.");
-    if (state.pictures.length === 0) focus(NONE);
+    if (state.pictures.length === 0) focusOn(NONE);
 }
 
 /** The picture after the one at a place, or of the last one the one before it. */
@@ -51,11 +52,12 @@ function neighbour(place) {
     return state.pictures[place + 1] ?? state.pictures[place - 1];
 }
 
-/** Take pictures from the page; none of them is compared any longer. */
+/** Take pictures from the page; none of them is compared any longer, nor is one that is left alone. */
 function takeAway(gone) {
     state.pictures = state.pictures.filter((picture) => !gone.includes(picture));
     const others = state.pictures.filter((picture) => picture !== selectedPicture());
     if (!others.some(({ id }) => id === state.compare)) state.compare = null;
+    if (others.length === 0) stopPicking();
 }
 
 function thumbView(picture) {
@@ -107,26 +109,23 @@ async function removeFocused(place) {
 }
 
 function focusThumb({ id }) {
-    focus(`.gallery-thumb[data-id="${CSS.escape(id)}"]`);
-}
-
-function focus(selector) {
-    afterRender(() => document.querySelector(selector)?.focus());
+    focusOn(`.gallery-thumb[data-id="${CSS.escape(id)}"]`);
 }
 
 function clearView() {
     const ask = () => {
         confirming = true;
-        focus(".gallery-keep");
+        focusOn(".gallery-keep");
     };
     return html`<button class="button quiet gallery-clear" type="button" @click=${ask}>Clear history</button>`;
 }
 
 function confirmView() {
     const count = state.pictures.length;
+    const pictures = count === 1 ? "Delete this picture" : `Delete all ${count} pictures`;
     return html`
         <span class="row" role="group" aria-label="Clear history">
-            <span>${count === 1 ? "Delete this picture?" : `Delete all ${count} pictures?`}</span>
+            <span>${pictures}, and forget which LoRAs were used?</span>
             <button class="button" type="button" @click=${removeAll}>Delete all</button>
             <button class="button quiet gallery-keep" type="button" @click=${keepAll}>Keep them</button>
         </span>
@@ -135,7 +134,7 @@ function confirmView() {
 
 function keepAll() {
     confirming = false;
-    focus(".gallery-clear");
+    focusOn(".gallery-clear");
 }
 
 /** Escape leaves what was begun here, before it means anything else to the page. */
@@ -148,12 +147,16 @@ function onEscape(event) {
     }
 }
 
-/** Delete the pictures that are here now, where they are kept and then here; what is drawn meanwhile stays. */
+/**
+ * Delete the pictures that are here now, where they are kept and then here, and what is known of their LoRAs; what is
+ * drawn meanwhile stays.
+ */
 async function removeAll() {
     const asked = [...state.pictures];
     confirming = false;
+    forgetLoras();
     await clear();
     takeAway(asked);
     announce("The history is empty.");
-    focus(state.pictures.length > 0 ? ".gallery-clear" : NONE);
+    focusOn(state.pictures.length > 0 ? ".gallery-clear" : NONE);
 }

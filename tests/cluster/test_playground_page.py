@@ -1,13 +1,17 @@
 """The playground behind a front, and the front behind the playground's own server."""
 
 import json
+from typing import Any
 
 import pytest
 
 pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
 from cluster.api_common import OPEN_PATHS
-from cluster.playground_page import FILES
+from cluster.playground_page import FILES, PlaygroundPage
 from harness.cluster import ENDS, Cluster, Server
 from playground.server import HEADERS, page_files
 from tests.cluster.small_cluster import TOKEN
@@ -37,6 +41,17 @@ def test_the_page_learns_what_is_behind_it_and_the_library_with_a_token(cluster:
     assert Server(cluster.port).request("GET", "/playground/loras.json")[0] == 401
     status, headers, text = cluster.request("GET", "/playground/loras.json")
     assert (status, headers["content-type"], text) == (200, "application/json", "[]")
+
+
+def test_a_variable_that_is_wrong_is_told_in_place_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def health() -> dict[str, Any]:
+        return {"status": "READY"}
+
+    monkeypatch.setenv("LORA_MAX_GB", "many")
+    page = TestClient(Starlette(routes=PlaygroundPage(tokens=False, health=health).routes()))
+    answer = page.get("/playground/loras.json")
+    assert (answer.status_code, answer.headers["content-type"]) == (500, "application/json")
+    assert answer.json()["detail"].startswith("LORA_MAX_GB is 'many'; ")
 
 
 @pytest.mark.parametrize("path", ["loras.json", "missing.js", "index.html/", "..", "../docs", ".hidden", "main.js\n"])

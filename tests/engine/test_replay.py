@@ -32,6 +32,11 @@ from tests.support import lora_files
 from tests.support.models import POOLED, TEXT, transformer, write_models
 
 CPU = torch.device("cpu")
+# What torch raises where the host's memory is full, and not the GPU's.
+HOST_IS_FULL = [
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("can't start new thread"),
+]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
 
 
@@ -272,14 +277,17 @@ def test_where_recording_fails_steps_run_as_they_were(capsys: pytest.CaptureFixt
     assert last == f"From now on steps are launched kernel by kernel, since a CUDA graph of one failed: {why}."
 
 
+@pytest.mark.parametrize("error", [RuntimeError("recompiled"), *HOST_IS_FULL])
 @torch.no_grad()
-def test_a_recording_that_failed_once_is_made_after_one_more_call(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recording_that_failed_once_is_made_after_one_more_call(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
     module, recorder, fails = transformer(), Recorder(), [True]
 
     def fail_once(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         if fails:
             fails.clear()
-            raise RuntimeError("recompiled")
+            raise error
         return recorder(work)
 
     Steps([module], MOST).start(pool(fail_once))
@@ -291,12 +299,20 @@ def test_a_recording_that_failed_once_is_made_after_one_more_call(capsys: pytest
     assert capsys.readouterr().out.count("will be tried again") == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 @torch.no_grad()
-def test_too_little_memory_to_record_ends_it_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_little_memory_to_record_ends_it_at_once(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     module = transformer()
 
     def fail(_: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        raise error
 
     Steps([module], MOST).start(pool(fail))
     for _ in range(2):
@@ -343,7 +359,8 @@ def test_the_latest_graphs_are_kept_and_all_given_up_at_once(capsys: pytest.Capt
     for _ in range(2):
         assert torch.equal(module(**inputs(5, 2))[0], plain(module, inputs(5, 2)))
     assert recorder.replays[2] == 3
-    for error in (ValueError("nothing of the kind"), MemoryError(), OSError(errno.ENOMEM, "of the host")):
+    of_the_host = (MemoryError(), OSError(errno.ENOMEM, "of the host"), *HOST_IS_FULL)
+    for error in (ValueError("nothing of the kind"), *of_the_host):
         steps.give_back(error)
     assert any(output() is not None for output in recorder.outputs)
     steps.give_back(torch.OutOfMemoryError("CUDA out of memory."))

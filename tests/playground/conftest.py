@@ -1,20 +1,15 @@
-import contextlib
+import json
 import os
-import re
 import shutil
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from local_cog.server import free_port
-from settings import ROOT
 from tests.support.browser import Opener, chromium, needed_browser, opening
-from tests.support.waiting import wait_until
+from tests.support.playground import playground
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -47,31 +42,17 @@ def page_url(environment: Mapping[str, str], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
-def axe() -> str:
-    """The script of axe-core, which finds what keeps people from using a page."""
-    if not shutil.which("npm"):
-        pytest.skip("npm is not installed")
+def axe() -> str | None:
+    """The script of axe-core, which finds what keeps people from using a page; None where npm cannot install it."""
     here = Path(__file__).parent
-    # Without a network it gives up in seconds, not in minutes.
-    install = ["npm", "ci", "--no-audit", "--no-fund", "--fetch-retries=0", "--fetch-timeout=20000"]
-    done = subprocess.run(install, cwd=here, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"npm could not install axe-core: {done.stderr[-200:]}")
-    return (here / "node_modules" / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
-
-
-@contextlib.contextmanager
-def playground(*options: str, log: Path, environment: Mapping[str, str]) -> Iterator[str]:
-    """`script/playground`, from when its page answers; gives the page's address."""
-    command = [sys.executable, "-m", "playground.server", "--port", str(free_port()), *options]
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file
-        )
-    try:
-        wait_until(lambda: "Ready: http" in log.read_text(errors="replace") or process.poll() is not None, 60)
-        assert process.poll() is None, log.read_text(errors="replace")
-        yield re.search(r"Ready: (\S+)", log.read_text(errors="replace"))[1]
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+    script = here / "node_modules" / "axe-core" / "axe.min.js"
+    locked = json.loads((here / "package-lock.json").read_text(encoding="utf-8"))["packages"]["node_modules/axe-core"]
+    # npm deletes what is there before it asks for more.
+    if not (script.is_file() and f"axe v{locked['version']}\n" in script.read_text(encoding="utf-8")[:100]):
+        if not shutil.which("npm"):
+            return None
+        # Without a network it gives up in seconds, not in minutes.
+        install = ["npm", "ci", "--no-audit", "--no-fund", "--fetch-retries=0", "--fetch-timeout=20000"]
+        if subprocess.run(install, cwd=here, capture_output=True, check=False).returncode:
+            return None
+    return script.read_text(encoding="utf-8")

@@ -10,12 +10,10 @@ pytest.importorskip("playwright", reason="Playwright is not installed; .ci/run i
 from playwright.sync_api import Locator, Page, expect
 
 from tests.support.browser import Opener
-from tests.support.page import FOX, draw, history, press, shared, show
+from tests.support.page import FOX, draw, history, press, serious_faults, shared, show
 from tests.support.pictures import quadrants, written
 
 WIDTHS = (360, 390, 768, 1440)
-# What lies behind a dialog is not to be read as long as that is open.
-RUN_AXE = "axe.run(document.querySelector('dialog[open]') ?? document, { resultTypes: ['violations'] })"
 TABS = ("Grid", "Log", "JSON", "Code", "Picture")
 
 
@@ -34,6 +32,7 @@ def states(page: Page, image: Path) -> Iterator[str]:
     yield "problem"
     page.get_by_role("spinbutton", name="Width").fill("256")
     draw(page)
+    page.get_by_role("spinbutton", name="Seed").fill("2")
     draw(page)
     for tab in TABS:
         show(page, tab)
@@ -75,20 +74,16 @@ def test_nothing_is_wider_than_the_screen(page_url: str, open_page: Opener, pict
 
 
 def test_axe_finds_nothing_that_keeps_people_out(
-    page_url: str, open_page: Opener, picture_file: Path, axe: str
+    page_url: str, open_page: Opener, picture_file: Path, axe: str | None
 ) -> None:
+    if axe is None:
+        pytest.skip("axe-core is not there, and npm could not install it")
     page = open_page(shared(page_url, **FOX), reduced_motion="reduce")
-    page.evaluate(axe)
     found = []
     for state in states(page, picture_file):
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
-            told = page.evaluate(RUN_AXE)["violations"]
-            found += [
-                f"{state}, {scheme}: {it['id']} of {it['nodes'][0]['target']}: {it['nodes'][0]['failureSummary']}"
-                for it in told
-                if it["impact"] in ("serious", "critical")
-            ]
+            found += [f"{state}, {scheme}: {fault}" for fault in serious_faults(page, axe)]
     assert found == [], "\n".join(found)
 
 

@@ -25,7 +25,21 @@ from playwright.sync_api import Locator, Page, expect
 from images import read_metadata
 from settings import ROOT
 from tests.support.browser import Opener
-from tests.support.page import FOX, STROKE, block, draw, drop, history, paint, picture, press, saved, shared, show
+from tests.support.page import (
+    FOX,
+    STROKE,
+    block,
+    draw,
+    drop,
+    history,
+    paint,
+    picture,
+    press,
+    request_of,
+    saved,
+    shared,
+    show,
+)
 from tests.support.pictures import quadrants, written
 
 NASTY = "a 'red' \"fox\" $HOME `id` $(id) \\n ! % {x} #1 ’ü🦊 <b>\n  JSON\nat night; \\"
@@ -105,7 +119,7 @@ def test_a_large_grid_is_meant_before_it_is_drawn(page_url: str, open_page: Open
 
 
 def test_a_grid_says_of_each_cell_what_it_was_drawn_from(page_url: str, open_page: Opener) -> None:
-    page = open_page(shared(page_url, **FOX, seed=1, replicate_weights="bold"))
+    page = open_page(shared(page_url, **FOX, replicate_weights="bold"))
     show(page, "Grid")
     columns, rows = (page.get_by_label(f"Input of the {side}") for side in ("columns", "rows"))
     columns.select_option("LoRA")
@@ -138,6 +152,22 @@ def test_values_that_cannot_be_are_said(page_url: str, open_page: Opener) -> Non
     expect(values).to_have_accessible_description(sentence)
 
 
+def test_where_a_value_is_wrong_that_is_said_in_place_of_a_request(page_url: str, open_page: Opener) -> None:
+    page = open_page(shared(page_url, **FOX))
+    guidance = page.get_by_role("spinbutton", name="Guidance scale")
+    guidance.press_sequentially("1e")
+    shown = page.get_by_role("tabpanel", name=re.compile("^(JSON|Code)$"))
+    for tab, title in (("JSON", "Request"), ("Code", "cURL")):
+        show(page, tab)
+        expect(shown.get_by_text("Guidance scale must be a number from 0 to 10.", exact=True)).to_be_visible()
+        expect(page.get_by_role("region", name=title, exact=True)).to_have_count(0)
+    show(page, "JSON")  # a page that is rendered without end cannot be left
+    guidance.fill("1")
+    assert request_of(page) == {**FOX, "guidance_scale": 1}
+    show(page, "Code")
+    assert '"guidance_scale": 1' in block(page, "cURL")
+
+
 def test_each_program_draws_what_the_form_says(
     page_url: str, open_page: Opener, environment: Mapping[str, str], tmp_path: Path
 ) -> None:
@@ -145,7 +175,7 @@ def test_each_program_draws_what_the_form_says(
     reader = tmp_path / "reader"
     reader.mkdir()
     (reader / "script").symlink_to(ROOT / "script")
-    page = open_page(shared(page_url, **FOX, seed=7, num_outputs=2, replicate_weights="zorp*0.5"))
+    page = open_page(shared(page_url, **FOX | {"seed": 7}, num_outputs=2, replicate_weights="zorp*0.5"))
     page.get_by_role("textbox", name="Prompt").fill(NASTY)
     image = written(quadrants(256, 256), tmp_path / "it's $HOME.png")
     page.get_by_label("Image: Choose a file").set_input_files(image)

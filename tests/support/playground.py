@@ -1,17 +1,28 @@
-"""The page's server in this process."""
+"""The page's server, in this process or in one of its own, and where it is."""
 
+import re
+import signal
+import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
+import pytest
+
+from local_cog.server import LOOPBACK, free_port, url
+from playground import server as pages
 from playground.server import Playground
 from playground.target import Target
+from settings import ROOT
 from tests.support.waiting import wait_until
 
 
 @contextmanager
 def served(target: str) -> Iterator[Playground]:
-    """The page's server before a target; in the end no thread of it is left."""
+    """The page's server before a target; in the end it has given up every connection, and the thread of each."""
     with Playground(0, Target(target)) as server:
         serving = threading.Thread(target=server.serve_forever, args=[0.02])
         serving.start()
@@ -20,4 +31,36 @@ def served(target: str) -> Iterator[Playground]:
         finally:
             server.shutdown()
             serving.join()
-            wait_until(lambda: not any("process_request" in it.name for it in threading.enumerate()))
+            assert all(server.room.acquire(timeout=30) for _ in range(pages.MOST_CONNECTIONS))
+
+
+def address_of(server: Playground) -> str:
+    """Where the page is."""
+    return f"{url(LOOPBACK, server.port)}/playground/"
+
+
+@contextmanager
+def playground(*options: str, log: Path, environment: Mapping[str, str]) -> Iterator[str]:
+    """`script/playground`, from when its page answers; gives the page's address."""
+    command = [sys.executable, "-m", "playground.server", "--port", str(free_port()), *options]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+        )
+    try:
+        wait_until(lambda: "Ready: http" in log.read_text(errors="replace") or process.poll() is not None, 60)
+        assert process.poll() is None, log.read_text(errors="replace")
+        yield re.search(r"Ready: (\S+)", log.read_text(errors="replace"))[1]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def own_address() -> str:
+    """An address of this machine beside loopback's; where it has none, the test is skipped."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        try:
+            asking.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            pytest.skip("this machine has no address but loopback's")
+        return asking.getsockname()[0]
