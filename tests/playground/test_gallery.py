@@ -83,6 +83,10 @@ def test_two_pictures_are_compared_with_what_differs(page_url: str, open_page: O
     table = page.get_by_role("table", name="What differs between their inputs")
     expect(table.get_by_role("rowheader")).to_have_text(["Seed", "Guidance scale"])
     expect(table.get_by_role("cell")).to_have_text(["2", "1", "2", "3"])
+    page.get_by_role("spinbutton", name="Seed").fill("4")
+    draw(page)  # what comes meanwhile takes nobody's place
+    expect(history(page)).to_have_count(3)
+    expect(table.get_by_role("cell")).to_have_text(["2", "1", "2", "3"])
     page.get_by_role("radio", name="Wipe").check()
     slider = page.get_by_role("slider", name="How much of A is shown, in percent")
     slider.fill("25")
