@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from local_cog.server import CogServer
 from tests.support.browser import Opener, chromium, needed_browser, opening
 from tests.support.playground import playground
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -25,6 +27,21 @@ def browser() -> Iterator["Browser"]:
 def open_page(browser: "Browser") -> Iterator[Opener]:
     with opening(browser) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def running_cog(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
+    """A Cog server over the module's own small project."""
+    with CogServer(project, log=tmp_path_factory.mktemp("cog") / "log") as running:
+        running.wait_until_ready()
+        yield running
+
+
+@pytest.fixture
+def cog(running_cog: CogServer) -> CogServer:
+    """The same, when it has nothing to do."""
+    wait_until(lambda: running_cog.health()["status"] == "READY")
+    return running_cog
 
 
 @pytest.fixture(scope="session")

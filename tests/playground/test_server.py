@@ -65,20 +65,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def running_cog(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
-    with CogServer(project, log=tmp_path_factory.mktemp("cog") / "log") as running:
-        running.wait_until_ready()
-        yield running
-
-
-@pytest.fixture
-def cog(running_cog: CogServer) -> CogServer:
-    """A Cog server that has nothing to do."""
-    wait_until(lambda: running_cog.health()["status"] == "READY")
-    return running_cog
-
-
 @pytest.fixture
 def page(cog: CogServer) -> Iterator[int]:
     """The port of the page's server before a Cog server."""

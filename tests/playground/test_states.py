@@ -99,20 +99,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def shared_cog(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
-    with CogServer(project, log=tmp_path_factory.mktemp("cog") / "log") as running:
-        running.wait_until_ready()
-        yield running
-
-
-@pytest.fixture
-def cog(shared_cog: CogServer) -> CogServer:
-    """A Cog server that has nothing to do."""
-    wait_until(lambda: shared_cog.health()["status"] == "READY")
-    return shared_cog
-
-
 @pytest.fixture
 def page_server(cog: CogServer) -> Iterator[Playground]:
     with before(cog) as server:
