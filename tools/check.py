@@ -11,17 +11,13 @@ import hashlib
 import os
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-# Read when the libraries are imported: what they say while loading tells an operator nothing; their errors are raised.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the library is imported
 
 import numpy as np
 import torch
@@ -49,7 +45,8 @@ from safety import SafetyChecker, Verdict
 from service import faults
 from service.machine import drawing_device
 from service.measure import PeakMemory, Stopwatch
-from settings import ROOT, Models, Settings
+from settings import Models, Settings
+from tools import command
 from weights import WeightsCache, fetch, outlines
 
 PROMPT = "a red fox"
@@ -103,8 +100,8 @@ class Row:
         return f"{self.name:<24}{verdict:<9}{self.measured}" + (f" [{self.bound}]" if self.bound else "")
 
 
-class NoReferenceError(ValueError):
-    """There is nothing to compare with: what the product does may be right or wrong."""
+class NoReferenceError(Exception):
+    """Nothing to compare with, so that the product may be right or wrong: why, as a part of a sentence."""
 
 
 @dataclass(frozen=True)
@@ -116,34 +113,32 @@ class Reference:
     trouble: str = ""
 
     def known(self) -> Tensor:
-        """The latents.
-
-        Raises:
-            NoReferenceError: a sentence, where there are none.
-        """
+        """The latents; a NoReferenceError is raised where there are none."""
         if self.latents is None:
             raise NoReferenceError(self.trouble)
         return self.latents
 
 
 def check(settings: Settings, device: torch.device, lora: str | None) -> list[Row]:
-    """Compare everything.
-
-    Args:
-        settings: the predictor's.
-        device: where both compute.
-        lora: a reference or a path; a LoRA is made up unless given.
+    """Compare everything, with a LoRA by its reference or path; one is made up where there is none.
 
     Raises:
         ValueError: a sentence about a LoRA or models that cannot be had or loaded at all.
     """
     placement = Flux.plan(outlines(settings), device) if device.type == "cuda" else None
     models = fetch(settings)
-    with tempfile.TemporaryDirectory() as scratch, _opened(lora, models, settings, Path(scratch)) as file:
-        references = draw_references(models, device, requests(Path(scratch)), file)
-        memory = PeakMemory(device)
-        flux = Flux.load(replace(settings, models=models), device, placement)
-        return Comparison(flux, models, references, file, memory).rows()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        opened = (
+            WeightsCache(settings).open_local(lora)
+            if lora
+            else nullcontext(make_lora(folder / "made_up.safetensors", Path(models.dev) / "transformer"))
+        )
+        with opened as file:
+            references = draw_references(models, device, requests(folder), file)
+            memory = PeakMemory(device)
+            flux = Flux.load(replace(settings, models=models), device, placement)
+            return Comparison(flux, models, references, file, memory).rows()
 
 
 def requests(folder: Path) -> dict[str, Request]:
@@ -178,13 +173,7 @@ def draw_references(
 
 
 class PlainDiffusers:
-    """diffusers' own pipelines, of one model at a time.
-
-    Args:
-        models: folders.
-        device: where they compute.
-        lora: what a request with a LoRA means.
-    """
+    """diffusers' own pipelines, of one model at a time; requests with a LoRA mean the one given here."""
 
     def __init__(self, models: Models, device: torch.device, lora: LoraFile) -> None:
         self._models, self._device, self._lora = models, device, lora
@@ -195,10 +184,12 @@ class PlainDiffusers:
         print(f"Plain diffusers draws the reference of {name}.", flush=True)
         try:
             return self._draw_with_lora(request) if request.loras else Reference(request, self._draw(request))
+        except NoReferenceError as error:
+            trouble = str(error)
         except Exception as error:
             full = "its memory is full, and diffusers needs a whole model on the device"
-            reason = full if faults.out_of_memory(error) else f"diffusers failed with {_words(error)}"
-            return Reference(request, None, f"There is no reference: {reason}.")
+            trouble = full if faults.out_of_memory(error) else f"diffusers failed with {_words(error)}"
+        return Reference(request, None, trouble)
 
     def free(self) -> None:
         """Give the device's memory back."""
@@ -210,7 +201,7 @@ class PlainDiffusers:
     def _draw_with_lora(self, request: Request) -> Reference:
         """Draw at the first scale at which the LoRA has its effect; the request of the reference names that scale."""
         if self._lora.config:
-            return Reference(request, None, "There is no reference: diffusers reads no adapter_config.json.")
+            raise NoReferenceError("diffusers reads no adapter_config.json")
         plain = self._draw(request)
         pipeline = self._pipeline(request.model)
         pipeline.load_lora_weights(self._lora.path, adapter_name="lora")
@@ -219,12 +210,12 @@ class PlainDiffusers:
                 pipeline.set_adapters("lora", scale)
                 latents = self._draw(request)
                 if not latents.isfinite().all():
-                    return Reference(request, None, "There is no reference: with this LoRA diffusers draws no numbers.")
+                    raise NoReferenceError("with this LoRA diffusers draws no numbers")
                 if (latents - plain).norm() >= EFFECT * plain.norm():
                     return Reference(replace(request, loras=(replace(request.loras[0], scale=scale),)), latents)
         finally:
             pipeline.unload_lora_weights()
-        return Reference(request, None, f"There is no reference: even at {scale:.3g} this LoRA changes too little.")
+        raise NoReferenceError(f"even at {scale:.3g} this LoRA changes too little")
 
     @torch.no_grad()
     def _draw(self, request: Request) -> Tensor:
@@ -270,15 +261,7 @@ class PlainDiffusers:
 
 
 class Comparison:
-    """The product against the references.
-
-    Args:
-        flux: loaded, and nothing drawn yet.
-        models: folders, for the safety models.
-        references: by row.
-        lora: of the reference "LoRA".
-        memory: watches since before `flux` was loaded.
-    """
+    """The product against the references: `flux` has drawn nothing yet, `memory` watches since before it was loaded."""
 
     def __init__(
         self, flux: Flux, models: Models, references: Mapping[str, Reference], lora: LoraFile, memory: PeakMemory
@@ -290,7 +273,7 @@ class Comparison:
     def rows(self) -> list[Row]:
         """Every comparison, in an order in which a LoRA's traces would be seen."""
         comparisons: dict[str, Callable[[str], Row]] = {
-            "dev": self._dev,
+            "dev": lambda name: self._against_reference(name, *self._first),
             "dev, decoded": self._decoded,
             "schnell": self._latents,
             "image": self._latents,
@@ -315,9 +298,6 @@ class Comparison:
     def _first(self) -> tuple[Tensor, bool]:
         """dev, drawn when it is first asked for: before any LoRA."""
         return self._draw(self._references["dev"].request)
-
-    def _dev(self, name: str) -> Row:
-        return self._against_reference(name, *self._first)
 
     @torch.no_grad()
     def _decoded(self, name: str) -> Row:
@@ -347,9 +327,7 @@ class Comparison:
         wanted, plain = self._references["LoRA"], self._references["dev"].known()
         reference, choice = wanted.known(), wanted.request.loras[0]
         if choice.scale != 1 and "DoRA" in self._flux.lora_cache.read(self._lora).report.kinds:
-            raise NoReferenceError(
-                "There is no reference: at 1 this DoRA changes too little, and PEFT means other scales otherwise."
-            )
+            raise NoReferenceError("at 1 this DoRA changes too little, and PEFT means other scales otherwise")
         asked = replace(choice, scale=choice.scale / FP8_LORA_FACTOR if fp8 else choice.scale)
         latents, runs_fp8 = self._draw(replace(wanted.request, loras=(asked,), go_fast=fp8))
         if runs_fp8 != fp8:
@@ -433,7 +411,7 @@ def _row(name: str, compare: Callable[[str], Row]) -> Row:
     try:
         return compare(name)
     except NoReferenceError as error:
-        return Row(name, False, str(error), known=False)
+        return Row(name, False, f"There is no reference: {error}.", known=False)
     except ValueError as error:  # a sentence
         return Row(name, False, str(error))
     except Exception as error:
@@ -455,16 +433,6 @@ def _dtype(folder: Path) -> torch.dtype:
     """In which a model's weights are stored."""
     with safe_open(min(folder.glob("*.safetensors")), framework="pt") as tensors:
         return tensors.get_tensor(next(iter(tensors.keys()))).dtype
-
-
-@contextmanager
-def _opened(reference: str | None, models: Models, settings: Settings, folder: Path) -> Iterator[LoraFile]:
-    """The LoRA as a file: fetched by its reference, or made up."""
-    if reference is None:
-        yield make_lora(folder / "made_up.safetensors", Path(models.dev) / "transformer")
-        return
-    with WeightsCache(settings).open_local(reference) as file:
-        yield file
 
 
 def make_lora(path: Path, transformer: Path) -> LoraFile:
@@ -491,9 +459,7 @@ def main() -> None:
         prog="script/check", description="Compare the product with plain diffusers and PEFT on this machine's weights."
     )
     parser.add_argument(
-        "lora",
-        nargs="?",
-        help="a reference or a path of one that diffusers reads; a LoRA is made up unless given",
+        "lora", nargs="?", help="a reference or a path of one that diffusers reads; a LoRA is made up unless given"
     )
     lora = parser.parse_args().lora
     if lora == "":
@@ -501,20 +467,16 @@ def main() -> None:
     with suppress(OSError):  # too long for a path: a data URI
         if lora is not None and Path(lora).exists():
             lora = str(Path(lora).absolute())
-    os.chdir(ROOT)  # where the predictor runs, and relative paths of the environment begin
     disable_progress_bar()  # of loading
-    warnings.simplefilter("ignore")  # of libraries, with paths of this machine
-    try:
+    with command():
         device = drawing_device()
-        rows = check(Settings.from_environment(cuda=device.type == "cuda"), device, lora)
-    except KeyboardInterrupt:
-        print("Cancelled.", file=sys.stderr, flush=True)
-        os._exit(1)  # Python would wait for the threads of a download, and they for the ends of their files
-    except ValueError as error:
-        sys.exit(str(error))
-    except Exception as error:
-        print(faults.places(error))
-        sys.exit(f"The check failed with {_words(error)}; the lines above say where.")
+        try:
+            rows = check(Settings.from_environment(cuda=device.type == "cuda"), device, lora)
+        except ValueError:  # a sentence
+            raise
+        except Exception as error:
+            print(faults.places(error))
+            sys.exit(f"The check failed with {_words(error)}; the lines above say where.")
     wrong = sum(row.right is False for row in rows)
     print("", *rows, f"{wrong} of {len(rows)} rows are wrong or unknown.", sep="\n")
     sys.exit(int(wrong > 0))

@@ -7,19 +7,12 @@ change is measured beside them. This module knows reports; `lora.measures` knows
 
 import argparse
 import json
-import math
-import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-
-# Read when the libraries are imported: what they say while loading tells an operator nothing; their errors are raised.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import torch
 from safetensors import safe_open
@@ -32,8 +25,10 @@ from lora.measures import Size, cosine, measure
 from lora_loader import Lora, read_lora
 from request import LoraChoice, LoraFile
 from service.machine import drawing_device
-from settings import OFFICIAL, ROOT, Settings
+from service.strict_json import storable
+from settings import OFFICIAL, Settings
 from sources.shown import brief, gigabytes, noted, redact
+from tools import command
 from weights import WeightsCache, on_disk, outlines, read_choices
 
 MODELS = ("transformer", "text_encoder")
@@ -48,7 +43,7 @@ class Checked:
     nbytes: int
     named_base: tuple[str, str] | None  # the base model that it says it is made for, and where it says so
     lora: Lora
-    sizes: Mapping[str, Size] = field(default_factory=dict)  # of its changes, by model
+    sizes: dict[str, Size] = field(default_factory=dict)  # of its changes, by model
 
     def lines(self) -> list[str]:
         """The report for people; the first line is its title."""
@@ -75,10 +70,10 @@ class Checked:
             **self.lora.report.metric(),
             "change": {
                 model: {
-                    "norm": _finite(size.delta),
-                    "base_norm": _finite(size.base),
-                    "ratio": _finite(size.ratio),
-                    "most": {"parameter": size.most[0], "ratio": _finite(size.most[1])} if size.most else None,
+                    "norm": size.delta,
+                    "base_norm": size.base,
+                    "ratio": size.ratio,
+                    "most": {"parameter": size.most[0], "ratio": size.most[1]} if size.most else None,
                     "left_out": size.left_out,
                 }
                 for model, size in self.sizes.items()
@@ -125,10 +120,13 @@ class Checks:
         return "\n".join("\n  ".join(lines) for lines in parts)
 
     def _overlap_lines(self) -> list[str]:
-        pairs = {f"{self._name(a)}, {self._name(b)}": value for (a, b), value in self.overlaps.items()}
+        pairs = [f"{self._name(a)}, {self._name(b)}" for a, b in self.overlaps]
+        none = "one of them changes nothing, or is too large for numbers"
+        # + 0.0 makes 0 of -0.
+        cosines = [none if value is None else f"{round(value, 3) + 0.0:6.3f}" for value in self.overlaps.values()]
         width = max(map(len, pairs))
         return [
-            *(f"{pair:<{width}}  {_cosine(value)}" for pair, value in pairs.items()),
+            *(f"{pair:<{width}}  {cosine}" for pair, cosine in zip(pairs, cosines, strict=True)),
             "(the cosine of their changes: 1 is the same direction, 0 nothing in common, -1 the opposite direction)",
         ]
 
@@ -139,12 +137,10 @@ class Checks:
         return file.name if all(it.sha256 == file.sha256 for it in others) else f"{file.name} ({file.sha256[:8]})"
 
     def document(self) -> dict[str, object]:
-        """The same for a machine."""
-        return {
-            "loras": [it.document() for it in self.loras],
-            "overlaps": [{"loras": pair, "cosine": value} for pair, value in self.overlaps.items()],
-            "no_base": self.no_base or None,
-        }
+        """The same for a machine; null stands for numbers beyond float32, which JSON cannot say."""
+        overlaps = [{"loras": pair, "cosine": value} for pair, value in self.overlaps.items()]
+        loras = [it.document() for it in self.loras]
+        return storable({"loras": loras, "overlaps": overlaps, "no_base": self.no_base or None})
 
 
 def _size_line(model: str, size: Size) -> str:
@@ -161,17 +157,6 @@ def _size_line(model: str, size: Size) -> str:
 
 def _percent(ratio: float) -> str:
     return f"{100 * ratio:.1f} %" if 0.1 <= ratio < 1000 else f"{100 * ratio:.2g} %"
-
-
-def _finite(number: float | None) -> float | None:
-    """A number as JSON can say it: what is too large for float32 it cannot."""
-    return number if number is not None and math.isfinite(number) else None
-
-
-def _cosine(value: float | None) -> str:
-    return (
-        "one of them changes nothing, or is too large for numbers" if value is None else f"{round(value, 3) + 0.0:6.3f}"
-    )  # no -0.000
 
 
 def check(references: Sequence[str], here: Path, settings: Settings) -> Checks:
@@ -197,7 +182,7 @@ def check(references: Sequence[str], here: Path, settings: Settings) -> Checks:
         products += own
         for place, size in zip(places, sizes, strict=True):
             if size is not None:
-                loras[place] = replace(loras[place], sizes={**loras[place].sizes, model: size})
+                loras[place].sizes[model] = size
     pairs = combinations(range(len(places)), 2)
     return Checks(loras, {(places[a], places[b]): cosine(products, a, b) for a, b in pairs}, no_base)
 
@@ -266,15 +251,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a report")
     options = parser.parse_intermixed_args()
     here = Path.cwd()
-    os.chdir(ROOT)  # where the predictor runs, and relative paths of the environment begin
-    warnings.simplefilter("ignore")  # of libraries, with paths of this machine
-    try:
-        with redirect_stdout(sys.stderr):  # what fetching says is no part of the report
-            checks = check(options.references, here, Settings.from_environment(cuda=drawing_device().type == "cuda"))
-    except KeyboardInterrupt:
-        sys.exit("Cancelled.")
-    except ValueError as error:
-        sys.exit(str(error))
+    with command(), redirect_stdout(sys.stderr):  # what fetching says is no part of the report
+        checks = check(options.references, here, Settings.from_environment(cuda=drawing_device().type == "cuda"))
     print(json.dumps(checks.document(), ensure_ascii=False, indent=2) if options.json else checks.report())
     sys.exit(checks.failed)
 
