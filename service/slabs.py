@@ -8,9 +8,8 @@ bytes, blocks and devices; it knows neither files nor what the tensors are.
 import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,38 +25,9 @@ ALIGNMENT = 256
 Key = TypeVar("Key", bound=Hashable)
 
 
-@dataclass
-class _Slab(Generic[Key]):
-    """Tensors by their place in the order that they were given in, which they keep in the slab."""
-
-    sizes: dict[int, tuple[Key, int]] = field(default_factory=dict)
-    aligned: int = 0  # bytes, were the last one padded as all others are
-    last: tuple[int, int] = (-1, 0)  # which one comes last, and its padding
-
-    def fits(self, place: int, size: int) -> bool:
-        _, padding = max(self.last, (place, _aligned(size) - size))
-        return self.aligned + _aligned(size) - padding <= SLAB
-
-    def add(self, place: int, key: Key, size: int) -> None:
-        self.sizes[place] = key, size
-        self.aligned += _aligned(size)
-        self.last = max(self.last, (place, _aligned(size) - size))
-
-    @property
-    def nbytes(self) -> int:
-        return self.aligned - self.last[1]
-
-    @property
-    def offsets(self) -> dict[Key, int]:
-        offsets, end = {}, 0
-        for _, (key, size) in sorted(self.sizes.items()):
-            offsets[key], end = end, end + _aligned(size)
-        return offsets
-
-
 def pinned_bytes(sizes: Iterable[int]) -> int:
     """What tensors of so many bytes each take of pinned memory when they are packed."""
-    return sum(_rounded(slab.nbytes) for slab in _lay_out(dict(enumerate(sizes))))
+    return sum(_rounded(_end(slab)) for slab in _lay_out(dict(enumerate(sizes))))
 
 
 def block(nbytes: int) -> Tensor:
@@ -88,32 +58,45 @@ def packing(
         dtype: what they become on the way; None leaves each its own.
         allocate: see `pack`.
     """
+
+    def fill(slab: Mapping[Key, range]) -> dict[Key, Tensor]:
+        memory = allocate(_end(slab))
+        packed = {}
+        for key, place in slab.items():
+            check_cancelled()
+            tensor = tensors[key]
+            packed[key] = memory[place.start : place.stop].view(dtype or tensor.dtype).view(tensor.shape).copy_(tensor)
+        return packed
+
     sizes = {key: tensor.numel() * (dtype or tensor.dtype).itemsize for key, tensor in tensors.items()}
-    return [partial(_fill, slab, tensors, dtype, allocate) for slab in _lay_out(sizes)]
+    return [partial(fill, slab) for slab in _lay_out(sizes)]
 
 
-def _lay_out(sizes: Mapping[Key, int]) -> list[_Slab[Key]]:
-    """First fit decreasing: the largest first, each into the first slab with room; above SLAB each has its own."""
-    slabs: list[_Slab[Key]] = []
-    for place, (key, size) in sorted(enumerate(sizes.items()), key=lambda it: it[1][1], reverse=True):
-        slab = next((slab for slab in slabs if slab.fits(place, size)), None)
-        if slab is None:
-            slabs.append(slab := _Slab())
-        slab.add(place, key, size)
+def _lay_out(sizes: Mapping[Key, int]) -> list[dict[Key, range]]:
+    """The bytes of each tensor in its slab: first fit decreasing; one larger than SLAB has a slab of its own.
+
+    The largest tensor goes first, each into the first slab with room; in a slab they keep the order of `sizes`.
+    """
+    chosen: dict[Key, int] = {}  # slabs by number
+    room: list[int] = []  # bytes left in each
+    for key in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        size = _aligned(sizes[key])
+        number = next((number for number, left in enumerate(room) if size <= left), len(room))
+        if number == len(room):
+            room.append(SLAB)
+        room[number] -= size
+        chosen[key] = number
+    slabs: list[dict[Key, range]] = [{} for _ in room]
+    for key, size in sizes.items():
+        slab = slabs[chosen[key]]
+        start = _aligned(_end(slab))
+        slab[key] = range(start, start + size)
     return slabs
 
 
-def _fill(
-    slab: _Slab[Key], tensors: Mapping[Key, Tensor], dtype: torch.dtype | None, allocate: Callable[[int], Tensor]
-) -> dict[Key, Tensor]:
-    memory = allocate(slab.nbytes)
-    packed = {}
-    for key, offset in slab.offsets.items():
-        check_cancelled()
-        kind = dtype or tensors[key].dtype
-        place = memory[offset : offset + tensors[key].numel() * kind.itemsize]
-        packed[key] = place.view(kind).view(tensors[key].shape).copy_(tensors[key])
-    return packed
+def _end(slab: Mapping[Key, range]) -> int:
+    """Bytes of a slab: where its last tensor ends."""
+    return next(reversed(slab.values())).stop if slab else 0
 
 
 def taken(tensors: Iterable[Tensor]) -> int:
