@@ -56,11 +56,7 @@ class Predictor(BasePredictor):
     """FLUX.1 with LoRAs that change from one request to the next."""
 
     def setup(self, weights: Optional[str] = None) -> None:
-        """Load the models.
-
-        Args:
-            weights: `COG_WEIGHTS`, the main LoRAs of requests that name none: a path, or what that input takes.
-        """
+        """Load the models; `weights` is COG_WEIGHTS, a path or a reference: the default main LoRA."""
         self.device_thread = DeviceThread()
         self.device_thread.run(self._load, weights)
         self.device_thread.watch(self.settings.prediction_seconds)
@@ -71,7 +67,7 @@ class Predictor(BasePredictor):
         print(settings)
         stopwatch = Stopwatch(device)
         with stopwatch("fetch"):
-            # Before tens of gigabytes are fetched for a GPU that is too small for them.
+            # Before tens of gigabytes are fetched for a GPU that is too small.
             placement = Flux.plan(outlines(settings), device) if device.type == "cuda" else None
             models = fetch(settings)
         print(f"Models fetched in {stopwatch.seconds['fetch']:.1f} s.")
@@ -181,14 +177,7 @@ class Predictor(BasePredictor):
             le=3,
         ),
     ) -> list[Path]:
-        """Draw pictures; the inputs are described above, each beside its parameter.
-
-        Returns:
-            One file for each picture, in order of their seeds.
-
-        Raises:
-            ValueError: a sentence for the person who sent the request.
-        """
+        """One file for each picture, in order of their seeds; errors are sentences for the sender of the request."""
         inputs = dict(locals())  # by their names, most of which are also fields of Request
         with self.occupancy.shown():
             folder = self.leftovers.place()

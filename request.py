@@ -26,17 +26,13 @@ def exact(number: float | Fraction) -> Fraction:
 
 
 def named_blocks(key: str) -> tuple[str, range]:
-    """The kind of blocks that a key such as "double_blocks.0-6" names, and their numbers; without any, all of them.
-
-    Raises:
-        ValueError: the end of a sentence that names this key.
-    """
+    """The kind of blocks that a key such as "double_blocks.0-6" names, and their numbers; without any, all of them."""
     if found := BLOCKS.fullmatch(key):
         kind, first, last = found.groups()
         numbers = range(10**3) if first is None else range(int(first), int(last or first) + 1)
         if numbers:
             return kind, numbers
-    raise ValueError(
+    raise ValueError(  # the end of a sentence that names the key
         "it must be double_blocks or single_blocks, alone or with numbers from the lower to the higher, such as "
         "double_blocks.3 or double_blocks.0-6."
     )
@@ -86,12 +82,9 @@ class LoraFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A validated prediction. The fields are the model page's inputs, with its defaults.
+    """A validated prediction: the model page's inputs, with its defaults. Errors are sentences with the value.
 
     Numbers get the types declared here: JSON has one kind of number, so Cog passes 4.0 for 4 and 3 for 3.0.
-
-    Raises:
-        ValueError: a sentence with the offending value.
     """
 
     prompt: str

@@ -64,11 +64,7 @@ class SafetyChecker:
         classifier_processor: ViTImageProcessorPil,
         batch: int | None = None,
     ) -> None:
-        """Take both models, each with its image processor; `batch` replaces the device's batch size.
-
-        Raises:
-            ValueError: the classifier has no label "nsfw".
-        """
+        """Take both models, each with its image processor; `batch` replaces the device's batch size."""
         self._checker, self._checker_processor = checker, checker_processor
         self._classifier, self._classifier_processor = classifier, classifier_processor
         self._batch = batch or BATCH[checker.device.type]

@@ -83,10 +83,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, *, cuda: bool, environ: Mapping[str, str] = os.environ) -> "Settings":
-        """Read the variables; an empty one counts as unset.
-
-        Args:
-            cuda: whether this machine has a CUDA device; chooses between the official models and the miniature.
+        """The settings that the variables say, of which empty ones count as unset; `cuda` chooses the default models.
 
         Raises:
             ValueError: a sentence that names the variable, its value and what would be right.
@@ -221,11 +218,7 @@ def names_host(url: str) -> bool:
 
 
 def prediction_seconds(*, cuda: bool, environ: Mapping[str, str] = os.environ) -> float | None:
-    """PREDICTION_SECONDS: 600 on a CUDA machine unless given; None where it is 0, and on a CPU unless given.
-
-    Raises:
-        ValueError: a sentence, where it is no number of seconds.
-    """
+    """PREDICTION_SECONDS: 600 on a CUDA machine unless given; None where it is 0, and on a CPU unless given."""
     value = environ.get("PREDICTION_SECONDS", "").strip() or ("600" if cuda else "0")
     seconds = number(value)
     if math.isnan(seconds):
@@ -236,11 +229,7 @@ def prediction_seconds(*, cuda: bool, environ: Mapping[str, str] = os.environ) -
 
 
 def switch(name: str, environ: Mapping[str, str]) -> bool | None:
-    """Whether a variable is 1; None where it is unset or empty.
-
-    Raises:
-        ValueError: a sentence, where it is neither 0 nor 1.
-    """
+    """Whether a variable is 1 rather than 0; None where it is unset or empty."""
     value = environ.get(name, "").strip()
     if value not in ("", "0", "1"):
         raise ValueError(f"{name} is {value!r}; it must be 0 or 1.")

@@ -18,10 +18,9 @@ from settings import OFFICIAL, Settings, number
 from tools import command
 from weights import outlines
 
-# Bytes for each GB of a card's or a machine's name: that is a GiB, of which up to a sixteenth is gone before any
-# program runs. Error correction takes a sixteenth of a card's GDDR memory (L4 and L40S: 23,034 and 46,068 MiB; without
-# it an RTX 4090 has 24,564, and with HBM an A100, H100 and H200 have 81,920, 81,559 and 143,771); firmware and kernel
-# take less of a host's.
+# Usable bytes for each GB that a card or a machine is sold with: a GiB, less up to a sixteenth. Error correction takes
+# that of a card's GDDR memory (L4 and L40S: 23,034 and 46,068 MiB; without it an RTX 4090 has 24,564; HBM does not lose
+# any: A100, H100 and H200 have 81,920, 81,559 and 143,771); firmware and kernel take less of a host's.
 SOLD_GB = 2**30 * 15 // 16
 # What CUDA takes of the GPU before the first tensor.
 CONTEXT = int(0.5 * GB)
@@ -48,11 +47,7 @@ class Machine:
     fp8: bool  # whether the GPU multiplies fp8
 
     def plan(self, sizes: Sizes) -> Placement:
-        """Where the weights lie on it.
-
-        Raises:
-            ValueError: a sentence, where they have no room.
-        """
+        """Where the weights lie on it; a ValueError, which is a sentence, where they have no room."""
         return plan(sizes, self.gpu, self.host, fp8=self.fp8)
 
 
@@ -73,11 +68,7 @@ def table(sizes: Sizes) -> str:
 
 
 def named_outlines(settings: Settings) -> dict[str, Outline]:
-    """The outlines of the models that the settings name, of which the official ones are known without asking.
-
-    Raises:
-        ValueError: a sentence about a model that cannot be had.
-    """
+    """The outlines of the models that the settings name; those of the official ones are known without a network."""
     known = official()
     asked = {name for name in known if getattr(settings.models, name) != getattr(OFFICIAL, name)}
     return known | (outlines(settings, asked) if asked else {})
