@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -42,7 +42,13 @@ OFFICIAL = Models(
     safety_checker="CompVis/stable-diffusion-safety-checker",
     nsfw_classifier="Falconsai/nsfw_image_detection",
 )
-MINIATURE = Models(**{part: str(ROOT / "mini" / part) for part in asdict(OFFICIAL)})
+MODEL_VARIABLES = {
+    "dev": "FLUX_DEV",
+    "schnell": "FLUX_SCHNELL",
+    "safety_checker": "SAFETY_CHECKER",
+    "nsfw_classifier": "NSFW_CLASSIFIER",
+}
+MINIATURE = Models(**{part: str(ROOT / "mini" / part) for part in MODEL_VARIABLES})
 
 
 @dataclass(frozen=True)
@@ -107,15 +113,10 @@ class Settings:
                 raise ValueError(f"{name} is no address of a host; it must begin with https:// or http://.")
             return url
 
-        dev = text("FLUX_DEV", default.dev)
-        loras_dir = text("LORAS_DIR", str(ROOT / "mini" / "loras") if dev == MINIATURE.dev else None)
+        models = Models(**{part: text(name, getattr(default, part)) for part, name in MODEL_VARIABLES.items()})
+        loras_dir = text("LORAS_DIR", str(ROOT / "mini" / "loras") if models.dev == MINIATURE.dev else None)
         return cls(
-            models=Models(
-                dev=dev,
-                schnell=text("FLUX_SCHNELL", default.schnell),
-                safety_checker=text("SAFETY_CHECKER", default.safety_checker),
-                nsfw_classifier=text("NSFW_CLASSIFIER", default.nsfw_classifier),
-            ),
+            models=models,
             loras_dir=Path(loras_dir) if loras_dir else None,
             cache_dir=Path(text("WEIGHTS_CACHE", str(cls.cache_dir))),
             cache_bytes=size("WEIGHTS_CACHE_GB", cls.cache_bytes),
@@ -150,10 +151,7 @@ class Settings:
     def _variables(self) -> dict[str, str]:
         """The variables that would give the same settings, without NO_PROXY, which Cog's server always has."""
         return {
-            "FLUX_DEV": _place(self.models.dev),
-            "FLUX_SCHNELL": _place(self.models.schnell),
-            "SAFETY_CHECKER": _place(self.models.safety_checker),
-            "NSFW_CLASSIFIER": _place(self.models.nsfw_classifier),
+            **{name: _place(getattr(self.models, part)) for part, name in MODEL_VARIABLES.items()},
             "LORAS_DIR": _place(self.loras_dir or ""),
             "WEIGHTS_CACHE": _place(self.cache_dir),
             "WEIGHTS_CACHE_GB": f"{self.cache_bytes / GIB:.6g}",
