@@ -38,14 +38,11 @@ SIZES: dict[str, Size] = {
 GRID = 16
 LONGEST_SIDE = 1440
 
-# How hard libwebp looks for a smaller file: the fastest method whose files are at most a tenth larger than those of 4,
-# its own choice, at qualities up to 97. Method 2 takes a third to a half of the time; at 100 files grow by a quarter to
-# two thirds.
+# How hard libwebp looks for a smaller file, 0 to 6; its default is 4. Method 2 takes a third to a half of the time, and
+# its files are at most a tenth larger at qualities up to 97, a quarter to two thirds at 100.
 WEBP_METHOD = 2
-
-# What files say that they come from.
 SOFTWARE = f"flux-sprites {VERSION}"
-# A JPEG segment holds 65,533 bytes; this leaves room for the EXIF headers around that and one text.
+# A JPEG segment holds 65,533 bytes; this leaves room for EXIF's headers and SOFTWARE.
 JPEG_TEXT_BYTES = 65_000
 
 
@@ -53,9 +50,8 @@ def text_to_image_size(aspect_ratio: str, megapixels: str, width: int | None, he
     """The size of a picture that is drawn from text alone.
 
     Args:
-        aspect_ratio: a key of `SIZES`, or "custom", which takes `width` and `height`, each to the nearest multiple
-            of 16, and ignores `megapixels`.
-        megapixels: "1", or "0.25" for half of each side.
+        aspect_ratio: a key of `SIZES`, or "custom" for `width` and `height`, rounded to the nearest multiples of 16.
+        megapixels: "1", or "0.25" for half of each side; ignored with "custom".
     """
     if aspect_ratio == "custom":
         if width is None or height is None:
@@ -73,10 +69,7 @@ def text_to_image_size(aspect_ratio: str, megapixels: str, width: int | None, he
 
 
 def read_image(path: Path) -> Image.Image:
-    """The first frame of a picture, upright, as sRGB on white, without the file's own metadata.
-
-    Its `info` has one entry, "orientation": the EXIF number by which the stored pixels were turned to stand upright.
-    """
+    """The first frame of a picture, upright, as sRGB on white; its `info` has its EXIF "orientation" alone."""
     with decoded(path, "image") as picture:
         flat = flatten(to_srgb(picture, "image"), "white")
         # Left in, Pillow would copy the photo's comment or colour profile into the files that are drawn from it.
@@ -85,7 +78,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def fit(image: Image.Image) -> Image.Image:
-    """The picture at the size that is drawn: its own to the pixel, unless a side is longer than 1440."""
+    """The picture at the size that is drawn: its own, unless a side is longer than 1440."""
     longest = max(image.size)
     if longest <= LONGEST_SIDE:
         return image
@@ -95,15 +88,10 @@ def fit(image: Image.Image) -> Image.Image:
 
 
 def read_mask(path: Path, image: Image.Image, size: Size) -> Image.Image:
-    """How much of each pixel is drawn, as L from 0 (the picture is kept, to the bit) to 255, at `size`.
+    """How much of each pixel is drawn, as L from 0 (kept to the bit) to 255, at `size`, to which the image is fitted.
 
-    White is drawn, black is kept, and greys blend. Transparency is laid on black: where a mask says nothing, the
-    picture is kept. Its numbers count, whatever a colour profile would make of them.
-
-    Args:
-        path: of the mask.
-        image: what it belongs to, as `read_image` gives it.
-        size: what that is fitted to.
+    White is drawn, black is kept, greys blend; transparent parts count as black. Colour profiles are ignored. `image`
+    is what the mask belongs to, as `read_image` returns it.
     """
     with decoded(path, "mask") as picture:
         grey, lossy = flatten(picture, "black").convert("L"), picture.format in LOSSY
@@ -125,20 +113,16 @@ def read_mask(path: Path, image: Image.Image, size: Size) -> Image.Image:
 
 
 def cells(drawn: Image.Image, side: int) -> Image.Image:
-    """A mask as latents need it: white in each square of so many pixels of which anything is drawn.
+    """A mask for latents: white in each square of `side` pixels of which any part is drawn, else black.
 
-    The pipeline takes one pixel of each square for all; a line that is thinner would become dashes.
-
-    Args:
-        drawn: as `read_mask` gives it, in whole squares.
-        side: of a square, in pixels.
+    The pipeline looks at one pixel of each square: a thinner line would become dashes. `drawn` has whole squares.
     """
     touched = cover(np.asarray(drawn) > 0, (drawn.width // side, drawn.height // side))  # [H/side, W/side]
     return Image.fromarray(touched.astype(np.uint8) * 255).resize(drawn.size, Image.Resampling.NEAREST)
 
 
 def extend(image: Image.Image, size: Size) -> Image.Image:
-    """The picture at a size no smaller than its own, its right and bottom edges repeated."""
+    """The picture at a size no smaller than its own, with its right and bottom edges repeated."""
     (width, height), (wide, high) = image.size, size
     pixels = np.asarray(image)  # [H, W] or [H, W, C]
     margins = [(0, high - height), (0, wide - width)] + [(0, 0)] * (pixels.ndim - 2)
@@ -146,20 +130,19 @@ def extend(image: Image.Image, size: Size) -> Image.Image:
 
 
 def paste_back(drawn: Image.Image, original: Image.Image, mask: Image.Image) -> Image.Image:
-    """`drawn` over `original` as far as the mask says, which is what `read_mask` gives; all three have one size."""
+    """`drawn` over `original`, blended by a mask of `read_mask`; all three have one size."""
     return Image.composite(drawn, original, mask)
 
 
 def save(image: Image.Image, path: Path, format: Format, quality: int, metadata: Mapping[str, Any]) -> None:
-    """Write a picture with what made it: this version, as PNG text "Software" or EXIF Software, and its metadata.
+    """Write a picture with what made it: this version as PNG text "Software" or EXIF Software, and its metadata.
 
     Args:
         quality: 0 (smallest) to 100 (best) for webp and jpg; png has no loss and ignores it.
-        metadata: anything that JSON can say. It is written as PNG text "Description" or EXIF ImageDescription, in
-            UTF-8. A JPEG has room for 64 KiB: there the longest text is cut, and "cut" gives the name of its field.
+        metadata: written as JSON, in UTF-8, as PNG text "Description" or EXIF ImageDescription. A JPEG has room for
+            64 KiB: there the longest text is cut, and "cut" gives the name of its field.
     """
-    # Written when it is whole: an encoder that writes by itself does not say why it could not.
-    encoded = io.BytesIO()
+    encoded = io.BytesIO()  # written to the file afterwards: an encoder would not tell why it could not write
     match format:
         case "png":
             text = PngImagePlugin.PngInfo()
@@ -178,19 +161,15 @@ def save(image: Image.Image, path: Path, format: Format, quality: int, metadata:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `save` wrote beside the pixels.
-
-    Raises:
-        ValueError: the file says nothing of that kind.
-    """
+    """The metadata that `save` wrote; a ValueError where there is none."""
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
             if isinstance(image, PngImagePlugin.PngImageFile):
                 text = image.text["Description"]
-            else:  # Pillow takes EXIF text for Latin-1, which keeps every byte
+            else:  # Pillow reads EXIF text as Latin-1, which keeps every byte
                 text = image.getexif()[ExifTags.Base.ImageDescription].encode("latin-1")
         made = json.loads(text)
-    except Exception:  # hostile bytes bring out anything from a decoder, and from JSON
+    except Exception:  # hostile bytes make decoders, and JSON's, raise anything
         made = None
     if not isinstance(made, dict):
         raise ValueError("This file does not say how it was made.")
@@ -207,18 +186,14 @@ def _by(size: Size) -> str:
 
 
 def _laid_on(mask: Image.Image, image: Image.Image) -> Image.Image:
-    """The mask as it lies on a picture, whose aspect it has, or that of the picture's stored pixels.
-
-    Raises:
-        ValueError: it has another one.
-    """
-    # Either may be the one whose sides were rounded, or cut, by a pixel.
+    """The mask, turned like its picture where it has the size of the stored pixels; other aspects are a ValueError."""
+    # The sides of either may have been rounded, or cut, by a pixel.
     (width, height), (wide, high) = mask.size, image.size
     if abs(width * high - height * wide) <= max(*mask.size, *image.size):
         return mask
     orientation = image.info["orientation"]
     if orientation >= 5 and mask.size == image.size[::-1]:
-        if (turned := mask.info["orientation"]) >= 5:  # some programs turn the pixels, and keep what says to turn them
+        if (turned := mask.info["orientation"]) >= 5:  # some programs turn the pixels, and keep the EXIF number
             print("mask has the size of the image only without its own EXIF rotation, which is ignored.")
             return turn(mask, {6: 8, 8: 6}.get(turned, turned))
         print("mask has the size of the image before its EXIF rotation; it is turned like the image.")
@@ -230,7 +205,7 @@ def _laid_on(mask: Image.Image, image: Image.Image) -> Image.Image:
 
 
 def _why_nothing(picture: Image.Image) -> str:
-    """The likely reason why a mask is black all over, as the end of a sentence."""
+    """The likely reason why a mask is all black, as the end of a sentence."""
     colours, white = plain(picture), 255
     alpha = colours.getchannel("A").getextrema() if colours.mode in ("LA", "RGBA") else (255, 255)
     brightest = max(high for _, high in colours.convert("RGB").getextrema())
@@ -256,7 +231,7 @@ def _why_nothing(picture: Image.Image) -> str:
 
 def _json(metadata: Mapping[str, Any], limit: int | None = None) -> bytes:
     """UTF-8 JSON of at most `limit` bytes: while it is longer, the longest text is cut."""
-    # A lone surrogate has no UTF-8; as a backslash escape it is what JSON would write.
+    # UTF-8 has no lone surrogates; their backslash escapes are what JSON would write.
     text = json.dumps(dict(metadata), ensure_ascii=False).encode(errors="backslashreplace")
     if limit is None or len(text) <= limit:
         return text

@@ -14,10 +14,10 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain, repeat
 from threading import Barrier
-from typing import Optional
+from typing import Any, Optional
 
 # Read when the libraries are imported: what they say while loading tells an operator nothing; their errors are raised.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -42,11 +42,11 @@ from sources.shown import redact_text
 from sources.vocabulary import Vocabulary
 from weights import Picture, WeightsCache, fetch, fetch_pictures, outlines, parse_picture
 
-# Cog 0.23.1 would fetch `image` and `mask` before `predict`: from any address, and for as long as a host likes. So it is
-# to hand on what was sent, and they are fetched as LoRAs are.
+# Cog 0.23.1 would fetch `image` and `mask` before `predict`, from any address and for as long as the host likes. This
+# makes it pass on what was sent, which is then fetched as LoRAs are.
 Path.validate = staticmethod(lambda value: value)
 
-# The logs of a prediction go to whoever asked for it: no warning shows where this machine keeps what warns.
+# Clients see the logs of their predictions: warnings are shown without the paths of this machine.
 warnings.formatwarning = lambda message, category, *_, **__: f"{category.__name__}: {message}\n"
 # The most pictures that one request may have.
 OUTPUTS = 4
@@ -56,11 +56,7 @@ class Predictor(BasePredictor):
     """FLUX.1 with LoRAs that change from one request to the next."""
 
     def setup(self, weights: Optional[str] = None) -> None:
-        """Load the models.
-
-        Args:
-            weights: `COG_WEIGHTS`, the main LoRAs of requests that name none: a path, or what that input takes.
-        """
+        """Load the models; `weights` is COG_WEIGHTS, a path or a reference: the default main LoRA."""
         self.device_thread = DeviceThread()
         self.device_thread.run(self._load, weights)
         self.device_thread.watch(self.settings.prediction_seconds)
@@ -71,7 +67,7 @@ class Predictor(BasePredictor):
         print(settings)
         stopwatch = Stopwatch(device)
         with stopwatch("fetch"):
-            # A machine that is too small is refused before tens of gigabytes come; on a CPU there is nothing to plan.
+            # Before tens of gigabytes are fetched for a GPU that is too small.
             placement = Flux.plan(outlines(settings), device) if device.type == "cuda" else None
             models = fetch(settings)
         print(f"Models fetched in {stopwatch.seconds['fetch']:.1f} s.")
@@ -80,12 +76,13 @@ class Predictor(BasePredictor):
         self.vocabulary = Vocabulary.read(Path(models.dev), cuda=device.type == "cuda")
         self.cache, self.leftovers, self.occupancy = WeightsCache(settings), Leftovers(), Occupancy()
         self.default_lora = weights
-        # Encoders release Python's lock. Start all threads now: one that failed to later would be waited for for ever.
+        # Encoders release Python's lock. Start all threads now: if one failed to start during a request, that would wait
+        # for it for ever.
         self.encoders = ThreadPoolExecutor(OUTPUTS)
         list(self.encoders.map(Barrier(OUTPUTS).wait, repeat(None, OUTPUTS)))
-        for choice in _choices(self.cache, None, 1, self.default_lora):
+        for choice in self.cache.choices(weights, 1, own=True) if weights else ():
             with self.cache.open_choice(choice) as file:
-                self.flux.lora_cache.read(file)  # said now rather than to the first request, should it be unusable
+                self.flux.lora_cache.read(file)  # a LoRA that cannot be used fails here, and not in the first request
 
     def predict(
         self,
@@ -180,44 +177,20 @@ class Predictor(BasePredictor):
             le=3,
         ),
     ) -> list[Path]:
-        """Draw pictures; the inputs are described above, each beside its parameter.
-
-        Returns:
-            One file for each picture, in order of their seeds.
-
-        Raises:
-            ValueError: a sentence for the person who sent the request.
-        """
+        """One file for each picture, in order of their seeds; errors are sentences for the sender of the request."""
+        inputs = dict(locals())  # by their names, most of which are also fields of Request
         with self.occupancy.shown():
             folder = self.leftovers.place()
-            sent = {name: parse_picture(name, text) for name, text in (("image", image), ("mask", mask)) if text}
-            main = _choices(self.cache, replicate_weights, lora_scale, self.default_lora)
-            extra = _choices(self.cache, extra_lora, extra_lora_scale)
-            request = Request(
-                prompt=prompt,
-                aspect_ratio=aspect_ratio,
-                height=height,
-                width=width,
-                prompt_strength=prompt_strength,
-                model=model,
-                num_outputs=num_outputs,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                seed=seed,
-                output_format=output_format,
-                output_quality=output_quality,
-                disable_safety_checker=disable_safety_checker,
-                go_fast=go_fast,
-                megapixels=megapixels,
-                loras=(*main, *extra),
-                **{name: folder / name for name in sent},
-            )
-            unused = [*request.without_effect, *_unused_scales(main, lora_scale, extra, extra_lora_scale)]
-            print(f"Using seed: {request.seed}", *unused, sep="\n")
+            sent = {name: parse_picture(name, inputs[name]) for name in ("image", "mask") if inputs[name]}
+            files = {name: folder / name if name in sent else None for name in ("image", "mask")}
+            loras, unused = self._choose_loras(inputs)
+            same = {field.name: inputs[field.name] for field in fields(Request) if field.name in inputs}
+            request = Request(**same | files, loras=loras)
+            print(f"Using seed: {request.seed}", *request.without_effect, *unused, sep="\n")
             return self.device_thread.run(self._attempt, request, sent, folder)
 
     def healthcheck(self) -> bool:
-        """Cog asks this at each `GET /health-check`, and waits five seconds.
+        """Cog calls this at each `GET /health-check`, and waits five seconds.
 
         Raises:
             RuntimeError: a sentence; Cog then answers UNHEALTHY with it.
@@ -225,8 +198,22 @@ class Predictor(BasePredictor):
         self.device_thread.run_if_idle(self.flux.check)
         return True
 
+    def _choose_loras(self, inputs: dict[str, Any]) -> tuple[tuple[LoraChoice, ...], list[str]]:
+        """The LoRAs that the inputs name, and a sentence for each scale that is not at its default and has no LoRA."""
+        loras, unused = [], []
+        for name, scale_name, default in (
+            ("replicate_weights", "lora_scale", self.default_lora),
+            ("extra_lora", "extra_lora_scale", None),
+        ):
+            text, scale = inputs[name] or default, inputs[scale_name]
+            named = self.cache.choices(text, scale, own=not inputs[name]) if text else []
+            if not named and scale != 1:
+                unused.append(no_effect(scale_name, scale, f"{name} names no LoRA"))
+            loras += named
+        return tuple(loras), unused
+
     def _attempt(self, request: Request, sent: dict[str, Picture], folder: Path) -> list[Path]:
-        """Fetch and draw on the device's thread; what nobody foresaw becomes a sentence, and its memory is free again."""
+        """Fetch and draw, on the device's thread; an unexpected error becomes a sentence, and its memory is freed."""
         stopwatch, memory = Stopwatch(self.flux.device), PeakMemory(self.flux.device)
         try:
             if sent:
@@ -242,7 +229,7 @@ class Predictor(BasePredictor):
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             self._record(stopwatch, memory)
-        torch.cuda.empty_cache()  # only here: the frames that failed are gone, and what they held with them
+        torch.cuda.empty_cache()  # only here, where the frames that failed are gone with all that they held
         raise RuntimeError(failure)
 
     def _draw(self, request: Request, stopwatch: Stopwatch) -> list[Path]:
@@ -255,7 +242,7 @@ class Predictor(BasePredictor):
             return self._write(request, drawing, kept)
 
     def _open(self, request: Request) -> Iterator[LoraFile]:
-        """The file of each LoRA, fetched when it is asked for, and not evicted until the next one is."""
+        """The file of each LoRA, fetched when it is asked for, and kept from eviction until the next one is."""
         until = time.monotonic() + (self.settings.prediction_seconds or math.inf)  # for hosts, not the device
         for choice in request.loras:
             with ExitStack() as stack:
@@ -264,7 +251,7 @@ class Predictor(BasePredictor):
                 yield file
 
     def _report(self, request: Request, drawing: Drawing) -> None:
-        """Say how the pictures were drawn, in the log and in the metrics."""
+        """Record in the log and in the metrics how the pictures were drawn."""
         _tell_what_differs(request, drawing, self.vocabulary)
         self.record_metric("seed", request.seed)
         self.record_metric("seeds", list(request.seeds))
@@ -272,7 +259,7 @@ class Predictor(BasePredictor):
         self.record_metric("loras", [applied.metric() for applied in drawing.loras])
 
     def _keep(self, request: Request, drawing: Drawing) -> list[int]:
-        """The indices of the pictures that may be shown."""
+        """The indices of the pictures that passed the safety check."""
         if request.disable_safety_checker:
             return list(range(request.num_outputs))
         verdicts = self.safety.check(drawing.images)
@@ -286,17 +273,18 @@ class Predictor(BasePredictor):
         return [index for index in range(request.num_outputs) if index not in dropped]
 
     def _write(self, request: Request, drawing: Drawing, kept: list[int]) -> list[Path]:
-        def write(folder: Path, number: int, index: int) -> Path:
-            file = Path(folder / f"output.{number}.{request.output_format}")
-            metadata = _metadata(request, drawing, request.seeds[index])
-            images.save(drawing.images[index], file, request.output_format, request.output_quality, metadata)
-            return file
-
         with self.leftovers.folder() as folder:
-            return list(self.encoders.map(write, repeat(folder), range(len(kept)), kept))
+
+            def write(number: int, index: int) -> Path:
+                file = Path(folder / f"output.{number}.{request.output_format}")
+                metadata = _metadata(request, drawing, request.seeds[index])
+                images.save(drawing.images[index], file, request.output_format, request.output_quality, metadata)
+                return file
+
+            return list(self.encoders.map(write, range(len(kept)), kept))
 
     def _record(self, stopwatch: Stopwatch, memory: PeakMemory) -> None:
-        """What each phase took, in the log and in the metrics, also of a prediction that failed."""
+        """Record what each phase took, in the log and in the metrics, also of a prediction that failed."""
         for phase, seconds in stopwatch.seconds.items():
             print(f"{phase}: {seconds:.2f} s")
             self.record_metric(f"timing.{phase}", round(seconds, 4))
@@ -304,30 +292,10 @@ class Predictor(BasePredictor):
             self.record_metric(f"peak_bytes.{place}", size)
 
 
-def _choices(cache: WeightsCache, text: Optional[str], scale: float, default: Optional[str] = None) -> list[LoraChoice]:
-    """The LoRAs that an input names; the operator's where it names none."""
-    if text:
-        return cache.choices(text, scale)
-    return cache.choices(default, scale, own=True) if default else []
-
-
-def _unused_scales(main: list[LoraChoice], main_scale: float, extra: list[LoraChoice], extra_scale: float) -> list[str]:
-    """A sentence for each scale that is not at its default and has no LoRA."""
-    scales = (
-        ("lora_scale", main_scale, main, "replicate_weights"),
-        ("extra_lora_scale", extra_scale, extra, "extra_lora"),
-    )
-    return [
-        no_effect(name, scale, f"{needed} names no LoRA")
-        for name, scale, choices, needed in scales
-        if not choices and scale != 1
-    ]
-
-
 def _tell_what_differs(request: Request, drawing: Drawing, vocabulary: Vocabulary) -> None:
-    """Say in the log what was drawn otherwise than it was asked for."""
+    """Log what was drawn otherwise than the request says."""
     if request.prompt_strength == 0 and request.image is not None:
-        return  # nothing was
+        return  # nothing was drawn
     if request.go_fast and not drawing.fp8:
         reason = "this device has no fp8 products" if request.fp8 else "aspect_ratio is custom"
         print(f"go_fast: drawn in {drawing.dtype}, since {reason}.")
@@ -339,20 +307,14 @@ def _tell_what_differs(request: Request, drawing: Drawing, vocabulary: Vocabular
 
 def _metadata(request: Request, drawing: Drawing, seed: int) -> dict[str, object]:
     """The inputs that draw one picture again, by the names that the contract has for them."""
-    inputs: dict[str, object] = {
-        "prompt": request.prompt,
-        "model": request.model,
-        "seed": seed,
-        "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": request.guidance_scale,
-        "go_fast": drawing.fp8,
-    }
+    names = ["prompt", "model", "seed", "num_inference_steps", "guidance_scale", "go_fast"]
     if request.image is not None:
-        inputs |= {"prompt_strength": request.prompt_strength}
+        names += ["prompt_strength"]
     elif request.aspect_ratio == "custom":
-        inputs |= {"aspect_ratio": "custom", "width": request.width, "height": request.height}
+        names += ["aspect_ratio", "width", "height"]
     else:
-        inputs |= {"aspect_ratio": request.aspect_ratio, "megapixels": request.megapixels}
-    # Of none too: where it is drawn again, the operator may have one for requests that name none.
+        names += ["aspect_ratio", "megapixels"]
+    # Also where there are none: the operator of the server that draws it again may have a default LoRA.
     loras = json.dumps([applied.entry() for applied in drawing.loras], ensure_ascii=False)
-    return inputs | {"replicate_weights": loras}
+    drawn = {"seed": seed, "go_fast": drawing.fp8, "replicate_weights": loras}
+    return {name: getattr(request, name) for name in names} | drawn

@@ -1,4 +1,4 @@
-"""One validated prediction. Knows what may be asked for and says in one sentence what may not; no torch."""
+"""One validated prediction, and the LoRAs that it names. What is not allowed is refused in one sentence; no torch."""
 
 import re
 import secrets
@@ -10,9 +10,9 @@ from pathlib import Path
 
 # torch takes larger seeds, but clients and databases keep them as signed 64-bit integers.
 LARGEST_SEED = 2**63 - 1
-# Twenty times what the text encoders read of a prompt, and as much as they are given within a second.
+# Twenty times what the text encoders read of a prompt; tokenizing it takes up to a second.
 LONGEST_PROMPT = 50_000
-# What a seed that nobody chose is drawn below: short enough to be copied by hand.
+# Seeds that the request does not give are drawn below this: short enough to be copied by hand.
 DRAWN_SEEDS = 2**32
 # LoRAs of one request, in both inputs together.
 MOST_LORAS = 8
@@ -21,22 +21,18 @@ BLOCKS = re.compile(r"(double_blocks|single_blocks)(?:\.([0-9]{1,3})(?:-([0-9]{1
 
 
 def exact(number: float | Fraction) -> Fraction:
-    """The decimal that a number is written as: 0.1 is a tenth, which no float is."""
+    """The decimal that a number is written as: exactly a tenth for 0.1, which no float is."""
     return Fraction(str(number))
 
 
 def named_blocks(key: str) -> tuple[str, range]:
-    """The kind of blocks that a key such as "double_blocks.0-6" names, and their numbers: of a kind alone, any.
-
-    Raises:
-        ValueError: the end of a sentence that names this key.
-    """
+    """The kind of blocks that a key such as "double_blocks.0-6" names, and their numbers; without any, all of them."""
     if found := BLOCKS.fullmatch(key):
         kind, first, last = found.groups()
         numbers = range(10**3) if first is None else range(int(first), int(last or first) + 1)
         if numbers:
             return kind, numbers
-    raise ValueError(
+    raise ValueError(  # the end of a sentence that names the key
         "it must be double_blocks or single_blocks, alone or with numbers from the lower to the higher, such as "
         "double_blocks.3 or double_blocks.0-6."
     )
@@ -44,27 +40,24 @@ def named_blocks(key: str) -> tuple[str, range]:
 
 @dataclass(frozen=True)
 class LoraChoice:
-    """A LoRA by reference, with its strength.
-
-    The reference of a request is a stranger's; `trusted` marks the operator's own (COG_WEIGHTS), which may be a path.
-    """
+    """A LoRA by reference, with its strength."""
 
     reference: str
     scale: float = 1.0
-    trusted: bool = False
-    clip: float | None = None  # the text encoder's strength, where that is another one
-    # What the strength is multiplied by in some of the transformer's blocks, see `named_blocks`. Where several keys
-    # name a block, the one that names the fewest blocks counts; of those that name as many, the last.
+    trusted: bool = False  # the operator's own (COG_WEIGHTS), which may be a path
+    clip: float | None = None  # the text encoder's strength, where it differs
+    # Factors of the strength in some of the transformer's blocks, see `named_blocks`. Where several keys name a block,
+    # the one that names the fewest blocks counts; of equal ones, the last.
     blocks: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """JSON's 1 is a scale too."""
+        """Make a float of an integer scale, as JSON may have it."""
         object.__setattr__(self, "scale", float(self.scale))
 
     def entry(self, path: str) -> dict[str, object]:
-        """The object that stands for it in JSON, under a name that may be shown.
+        """The object for it in JSON; `path` is a name that may be shown.
 
-        The operator's own path is not shown, and what its end is called may name another LoRA in a request.
+        The operator's own LoRA is marked: in a request, the last part of its path may name another one.
         """
         path = f"COG_WEIGHTS:{path}" if self.trusted else path
         more = {"clip": self.clip, "blocks": dict(self.blocks)}
@@ -73,28 +66,25 @@ class LoraChoice:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA on the disk, fetched and checked; whoever hands it on keeps it there while it is read."""
+    """A LoRA on the disk, fetched and checked; the caller keeps it there while it is read."""
 
     path: Path  # a complete .safetensors file
     sha256: str  # of its content, in hex
-    name: str  # what it was called, as it may be shown
-    trigger_words: tuple[str, ...] = ()  # what wakes it in a prompt, where its source says so
-    config: str = ""  # text of the adapter_config.json that PEFT had saved beside it
+    name: str  # as it may be shown
+    trigger_words: tuple[str, ...] = ()  # for prompts, where its source states them
+    config: str = ""  # text of the adapter_config.json that PEFT saved beside it
 
     @property
     def content(self) -> str:
-        """What identifies the LoRA: the same weights under another config are another one."""
+        """The LoRA's identity, in hex: the same weights under another config are another LoRA."""
         return sha256(f"{self.sha256} {self.config}".encode()).hexdigest() if self.config else self.sha256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prediction whose every field is right. The fields are the model page's inputs, with its defaults.
+    """A validated prediction: the model page's inputs, with its defaults. Errors are sentences with the value.
 
-    Numbers are given the types declared here: JSON has one kind of number, so Cog hands over 4.0 for 4 and 3 for 3.0.
-
-    Raises:
-        ValueError: a sentence with the offending value.
+    Numbers get the types declared here: JSON has one kind of number, so Cog passes 4.0 for 4 and 3 for 3.0.
     """
 
     prompt: str
@@ -117,7 +107,7 @@ class Request:
     loras: tuple[LoraChoice, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        """Give the numbers their types, draw a missing seed, refuse what contradicts itself."""
+        """Convert numbers to their types, draw a missing seed, refuse contradictions."""
         if len(self.prompt) > LONGEST_PROMPT:
             raise ValueError(f"The prompt has {len(self.prompt)} characters; it must have at most {LONGEST_PROMPT}.")
         for name in ("height", "width", "num_outputs", "num_inference_steps", "seed", "output_quality"):
@@ -156,32 +146,31 @@ class Request:
 
     @property
     def fp8(self) -> bool:
-        """Whether fp8 was asked for and is offered: pictures of a custom size are drawn in bf16, as the page says."""
+        """Whether fp8 was asked for; pictures of a custom size are drawn in bf16, as the page says."""
         return self.go_fast and not self.custom_size
 
     @property
     def without_effect(self) -> list[str]:
-        """A sentence for each input that is not at its default and changes nothing, so that none is dropped unsaid."""
-        from_text = self.image is None
-        cases = (
-            (
-                not from_text,
-                ("aspect_ratio", "megapixels", "width", "height"),
-                "with an image, the size is the image's",
-            ),
-            (from_text and not self.custom_size, ("width", "height"), "it needs aspect_ratio custom"),
-            (self.custom_size, ("megapixels",), "with aspect_ratio custom, width and height are the size"),
-            (from_text, ("prompt_strength",), "it needs an image"),
-            (self.model == "schnell", ("guidance_scale",), "schnell has no guidance"),
-            (self.output_format == "png", ("output_quality",), "png loses nothing"),
-        )
+        """A sentence for each input that is not at its default and changes nothing."""
+        if self.image is not None:
+            names = ("aspect_ratio", "megapixels", "width", "height")
+            reasons = dict.fromkeys(names, "with an image, the size is the image's")
+        elif self.custom_size:
+            reasons = {"megapixels": "with aspect_ratio custom, width and height are the size"}
+        else:
+            reasons = dict.fromkeys(("width", "height"), "it needs aspect_ratio custom")
+        if self.image is None:
+            reasons["prompt_strength"] = "it needs an image"
+        if self.model == "schnell":
+            reasons["guidance_scale"] = "schnell has no guidance"
+        if self.output_format == "png":
+            reasons["output_quality"] = "png loses nothing"
         sentences = [
             no_effect(name, getattr(self, name), reason)
-            for applies, names, reason in cases
-            for name in names
-            if applies and getattr(self, name) != getattr(Request, name)
+            for name, reason in reasons.items()
+            if getattr(self, name) != getattr(Request, name)
         ]
-        if not from_text and self.prompt_strength == 0:
+        if self.image is not None and self.prompt_strength == 0:
             sentences.append(
                 "prompt_strength is 0, so nothing is drawn: the image is given back, and beside it only "
                 "num_outputs, the output's format and disable_safety_checker count."
@@ -190,7 +179,7 @@ class Request:
 
 
 def no_effect(name: str, value: object, reason: str) -> str:
-    """The sentence about an input that changes nothing; numbers as people write them, 4 for 4.0."""
+    """The sentence about an input that changes nothing; 4.0 is written as 4."""
     return f"{name} {str(value).removesuffix('.0')} has no effect: {reason}."
 
 

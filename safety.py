@@ -1,7 +1,6 @@
-"""Two looks at each drawn picture; what both stages flag is not to be shown. Fails closed.
+"""The two-stage safety check: a picture is dropped if both stages flag it. Knows nothing of FLUX.
 
-Knows Pillow, torch and the two models; knows nothing of FLUX. A stage that breaks, or whose score is not a number,
-has flagged the picture.
+It fails closed: a stage that breaks, or whose score is not a number, has flagged the picture.
 """
 
 import logging
@@ -20,14 +19,14 @@ from service.faults import out_of_memory
 
 logger = logging.getLogger(__name__)
 
-# How many pictures a stage looks at together. Always as many on one device, fewer are filled up: the last bits of a
-# score depend on the size of the batch, and must not depend on how many pictures a request happens to have.
+# The batch size of a device. Smaller batches are filled up: the last bits of a score depend on the batch size, and must
+# not depend on how many pictures a request has.
 BATCH = {"cpu": 1, "cuda": 4}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one stage says of one picture; the score is nan where the stage broke."""
+    """What one stage found in one picture; the score is nan where the stage broke."""
 
     score: float
     flagged: bool
@@ -35,18 +34,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What both stages say of one picture."""
+    """What both stages found in one picture."""
 
     checker: Finding
     classifier: Finding
 
     @property
     def flagged(self) -> bool:
-        """Whether the picture is to be dropped: only where both stages say so."""
+        """Whether the picture is dropped: only if both stages flag it."""
         return self.checker.flagged and self.classifier.flagged
 
     def metric(self) -> dict[str, float | None]:
-        """The scores, None where a stage broke."""
+        """The score of each stage, None where it broke."""
         scores = {"checker": self.checker.score, "classifier": self.classifier.score}
         return {stage: round(score, 4) if math.isfinite(score) else None for stage, score in scores.items()}
 
@@ -65,18 +64,7 @@ class SafetyChecker:
         classifier_processor: ViTImageProcessorPil,
         batch: int | None = None,
     ) -> None:
-        """Look with both models, each with its image processor.
-
-        Args:
-            checker: knows concepts, and how near to one a picture may come.
-            checker_processor: makes its pixels.
-            classifier: has a label "nsfw".
-            classifier_processor: makes its pixels.
-            batch: how many pictures are looked at together; the device's usual number unless given.
-
-        Raises:
-            ValueError: the classifier has no label "nsfw".
-        """
+        """Take both models, each with its image processor; `batch` replaces the device's batch size."""
         self._checker, self._checker_processor = checker, checker_processor
         self._classifier, self._classifier_processor = classifier, classifier_processor
         self._batch = batch or BATCH[checker.device.type]
@@ -94,18 +82,10 @@ class SafetyChecker:
         dtype: torch.dtype = torch.float32,
         batch: int | None = None,
     ) -> "SafetyChecker":
-        """Load both stages from directories, each with its image processor; nothing is downloaded.
-
-        Args:
-            checker: directory of the safety checker.
-            classifier: directory of the classifier.
-            device: where they compute.
-            dtype: in which they compute.
-            batch: see `SafetyChecker`.
+        """Load both models from directories, each with its image processor; nothing is downloaded.
 
         Raises:
-            ValueError: weights are missing, or the classifier has no label "nsfw". A model that is not all there
-                would judge at random.
+            ValueError: weights are missing, so that a model would judge at random, or the label "nsfw" is.
         """
         return cls(
             _load(StableDiffusionSafetyChecker, checker, device, dtype),
@@ -118,23 +98,22 @@ class SafetyChecker:
     def check(self, images: list[Image.Image]) -> list[Verdict]:
         """A verdict for each picture, in order; the pictures are not changed.
 
-        A picture's score depends on that picture alone. One that breaks a stage takes nobody with it.
+        A picture's score depends on that picture alone, also where another one breaks a stage.
         """
         checker = self._findings("checker", self._concept_scores, images, threshold=0.0)
         classifier = self._findings("classifier", self._nsfw_probabilities, images, threshold=0.5)
         return [Verdict(*findings) for findings in zip(checker, classifier, strict=True)]
 
     def _findings(self, stage: str, score: Scores, images: list[Image.Image], threshold: float) -> list[Finding]:
-        """One stage's look at all pictures, a batch at a time."""
+        """One stage's findings, a batch at a time."""
         batches = [images[start : start + self._batch] for start in range(0, len(images), self._batch)]
         return [finding for batch in batches for finding in _look(stage, score, batch, threshold)]
 
     def _concept_scores(self, images: list[Image.Image]) -> list[float]:
         """How far each picture exceeds the threshold of the concept nearest to it; above 0 is flagged.
 
-        The numbers of `StableDiffusionSafetyChecker.forward`, which answers only yes or no and blackens what it is
-        given: cosines less thresholds, rounded to three places, every threshold lower by 0.01 for a picture that
-        shows a concept of special care.
+        As in `StableDiffusionSafetyChecker.forward`, which returns only yes or no and blackens its input: cosines
+        minus thresholds, rounded to three places, plus 0.01 for a picture that shows a concept of special care.
         """
         model = self._checker
         pixels = self._pixels(self._checker_processor, model, images)
@@ -158,32 +137,32 @@ class SafetyChecker:
     def _pixels(
         self, processor: CLIPImageProcessorPil | ViTImageProcessorPil, model: PreTrainedModel, images: list[Image.Image]
     ) -> Tensor:
-        """The pictures as a model wants them, the last one repeated until they fill a batch: [B, 3, H, W]."""
+        """A model's input, in which the last picture is repeated until the batch is full: [B, 3, H, W]."""
         pixels = processor(images, return_tensors="pt").pixel_values.to(model.device, model.dtype)
         return torch.cat([pixels, pixels[-1:].expand(self._batch - len(images), -1, -1, -1)])
 
 
 @torch.inference_mode()
 def _look(stage: str, score: Scores, images: list[Image.Image], threshold: float) -> list[Finding]:
-    """One stage's look at a batch of pictures or fewer; flagged unless the score is a number up to the threshold."""
-    trouble = None
+    """One stage's findings in a batch or a part of one: flagged unless the score is a number up to the threshold."""
+    trouble = ""
     try:
         values = score(images)
     except Exception as error:
-        if out_of_memory(error):  # says nothing of the picture, and no picture is shown
+        if out_of_memory(error):  # tells nothing about the picture; the whole prediction fails
             raise
         if len(images) > 1:
             return [finding for image in images for finding in _look(stage, score, [image], threshold)]
         values = [math.nan]
         trouble = f"failed with {type(error).__name__}"  # the type alone: a message may name local files
-    return [_finding(stage, value, threshold, trouble) for value in values]
-
-
-def _finding(stage: str, value: float, threshold: float, trouble: str | None) -> Finding:
-    if math.isfinite(value):
-        return Finding(value, flagged=value > threshold)
-    logger.warning("The safety %s %s: the picture counts as flagged by it.", stage, trouble or f"scored {value}")
-    return Finding(math.nan, flagged=True)
+    findings = []
+    for value in values:
+        broken = not math.isfinite(value)
+        if broken:
+            reason = trouble or f"scored {value}"
+            logger.warning("The safety %s %s: the picture counts as flagged by it.", stage, reason)
+        findings.append(Finding(math.nan if broken else value, flagged=broken or value > threshold))
+    return findings
 
 
 def _load(

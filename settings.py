@@ -14,16 +14,15 @@ from urllib.parse import urlsplit
 
 from service.lines import printable
 
-# Of the project; CHANGELOG.md says what each has, and pictures say which one drew them.
+# CHANGELOG.md says what each version has, and pictures say which one drew them.
 VERSION = "0.9.0"
 ROOT = Path(__file__).parent
 MIB, GIB = 1024**2, 1024**3
-# The longest that hosts may take for all pictures of a request: a few megabytes come within seconds, and nobody waits
-# for a picture as for a LoRA.
+# The longest that hosts may take for all pictures of a request, which have a few megabytes: seconds are enough.
 PICTURE_SECONDS = 120
-# No number of gigabytes or seconds is larger: beyond, a number is a mistake, and clocks and files cannot express it.
+# The most gigabytes or seconds: a larger number is a mistake, and no clock or file can express it.
 MANY = 10**6
-# What a server says of its settings at its start even where all is as usual.
+# Shown when a server starts, even at their defaults.
 ALWAYS_SHOWN = {"FLUX_DEV", "FLUX_SCHNELL", "WEIGHTS_CACHE_GB", "LORA_MAX_GB", "PREDICTION_SECONDS"}
 
 
@@ -43,22 +42,22 @@ OFFICIAL = Models(
     safety_checker="CompVis/stable-diffusion-safety-checker",
     nsfw_classifier="Falconsai/nsfw_image_detection",
 )
-MINIATURE = Models(
-    dev=str(ROOT / "mini" / "dev"),
-    schnell=str(ROOT / "mini" / "schnell"),
-    safety_checker=str(ROOT / "mini" / "safety_checker"),
-    nsfw_classifier=str(ROOT / "mini" / "nsfw_classifier"),
-)
+MODEL_VARIABLES = {
+    "dev": "FLUX_DEV",
+    "schnell": "FLUX_SCHNELL",
+    "safety_checker": "SAFETY_CHECKER",
+    "nsfw_classifier": "NSFW_CLASSIFIER",
+}
+MINIATURE = Models(**{part: str(ROOT / "mini" / part) for part in MODEL_VARIABLES})
 
 
 @dataclass(frozen=True)
 class Settings:
     """The environment, read once. The comment above each field gives its variable and its reason."""
 
-    # FLUX_DEV, FLUX_SCHNELL, SAFETY_CHECKER, NSFW_CLASSIFIER: the official repos on a CUDA machine,
-    # the miniature where there is none, so that the same command works on a laptop.
-    # HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE, which say where repos lie and whether Hugging Face may be asked, are its
-    # library's own variables, read when that is imported.
+    # FLUX_DEV, FLUX_SCHNELL, SAFETY_CHECKER, NSFW_CLASSIFIER: the official repos on a CUDA machine, elsewhere the
+    # miniature, so that the same command works on a laptop. HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE (where repos lie,
+    # whether Hugging Face may be asked) are read by its own library.
     models: Models
     # LORAS_DIR: a folder of LoRAs that requests may name; the miniature comes with its own. None: there is none.
     loras_dir: Path | None = None
@@ -70,16 +69,13 @@ class Settings:
     lora_max_bytes: int = 5 * GIB
     # FLUX_COMPILE: None means "where CUDA is"; compiling on a CPU takes minutes and gains little.
     compile: bool | None = None
-    # PREDICTION_SECONDS: the longest that work on the device may take before its process is ended, and the longest that
-    # a LoRA may take to arrive; None: any time. A GPU that hangs would otherwise keep its server busy for ever.
+    # PREDICTION_SECONDS: how long work on the device may take before its process is ended, and a LoRA to arrive; None:
+    # any time. A GPU that hangs would otherwise keep its server busy for ever.
     prediction_seconds: float | None = None
-    # WEIGHTS_ALLOW_PRIVATE_HOSTS=1: let the URLs of LoRAs, images and masks name private and loopback addresses (tests,
-    # intranets).
+    # WEIGHTS_ALLOW_PRIVATE_HOSTS=1: URLs of LoRAs and pictures may name private and loopback addresses (intranets).
     allow_private_hosts: bool = False
-    # HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, by the scheme that they are for, and NO_PROXY; in lower case too, which wins,
-    # and empty switches off.
-    # A company's servers reach nothing but through its proxy. That one then decides what may be reached: of what goes
-    # through it, private addresses are not refused here.
+    # HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, by scheme, and NO_PROXY; in lower case too, which wins, and empty switches
+    # off. A company's proxy decides itself what may be reached: private addresses behind it are not refused here.
     proxies: Mapping[str, str] = field(default_factory=dict)
     # HF_TOKEN, HF_ENDPOINT: private and gated repos; a mirror.
     hf_token: str | None = None
@@ -93,10 +89,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, *, cuda: bool, environ: Mapping[str, str] = os.environ) -> "Settings":
-        """Read the variables; an empty one counts as unset.
-
-        Args:
-            cuda: whether this machine has a CUDA device; chooses between the official models and the miniature.
+        """The settings that the variables say, of which empty ones count as unset; `cuda` chooses the default models.
 
         Raises:
             ValueError: a sentence that names the variable, its value and what would be right.
@@ -106,13 +99,12 @@ class Settings:
         def text(name: str, fallback: str | None = None) -> str | None:
             return environ.get(name, "").strip() or fallback
 
-        def size(name: str, fallback_gib: float) -> int:
-            value = text(name, str(fallback_gib))
+        def size(name: str, fallback: int) -> int:
+            value = text(name, str(fallback / GIB))
             gib = number(value)
             if not gib > 0:
-                raise ValueError(
-                    f"{name} is {value!r}; it must be a number of gigabytes above 0 and up to {MANY}, such as 5."
-                )
+                wanted = f"a number of gigabytes above 0 and up to {MANY}, such as 5"
+                raise ValueError(f"{name} is {value!r}; it must be {wanted}.")
             return int(gib * GIB)
 
         def endpoint(name: str, fallback: str) -> str:
@@ -121,19 +113,14 @@ class Settings:
                 raise ValueError(f"{name} is no address of a host; it must begin with https:// or http://.")
             return url
 
-        dev = text("FLUX_DEV", default.dev)
-        loras_dir = text("LORAS_DIR", str(ROOT / "mini" / "loras") if dev == MINIATURE.dev else None)
+        models = Models(**{part: text(name, getattr(default, part)) for part, name in MODEL_VARIABLES.items()})
+        loras_dir = text("LORAS_DIR", str(ROOT / "mini" / "loras") if models.dev == MINIATURE.dev else None)
         return cls(
-            models=Models(
-                dev=dev,
-                schnell=text("FLUX_SCHNELL", default.schnell),
-                safety_checker=text("SAFETY_CHECKER", default.safety_checker),
-                nsfw_classifier=text("NSFW_CLASSIFIER", default.nsfw_classifier),
-            ),
+            models=models,
             loras_dir=Path(loras_dir) if loras_dir else None,
-            cache_dir=Path(text("WEIGHTS_CACHE", "weights-cache")),
-            cache_bytes=size("WEIGHTS_CACHE_GB", 50),
-            lora_max_bytes=size("LORA_MAX_GB", 5),
+            cache_dir=Path(text("WEIGHTS_CACHE", str(cls.cache_dir))),
+            cache_bytes=size("WEIGHTS_CACHE_GB", cls.cache_bytes),
+            lora_max_bytes=size("LORA_MAX_GB", cls.lora_max_bytes),
             compile=switch("FLUX_COMPILE", environ),
             prediction_seconds=prediction_seconds(cuda=cuda, environ=environ),
             allow_private_hosts=bool(switch("WEIGHTS_ALLOW_PRIVATE_HOSTS", environ)),
@@ -147,10 +134,10 @@ class Settings:
         )
 
     def __repr__(self) -> str:
-        """One line of variables as operators set them: models and limits, and what else is no default beside FLUX_DEV.
+        """One line of variables as operators set them: models, limits, and whatever is not at its default.
 
-        It is printed when the server starts, and Cog tells that to whoever asks for its health: so without the tokens,
-        the proxies (some hold a password), mirrors' logins and queries, and where this machine has its folders.
+        It is printed when the server starts, and Cog shows that to any client that asks for its health: so without
+        tokens, proxies (some hold a password), mirrors' logins and queries, and paths of this machine.
         """
         models = MINIATURE if self.models.dev == MINIATURE.dev else OFFICIAL
         usual = Settings(models)._variables()
@@ -162,14 +149,11 @@ class Settings:
         return printable(f"Settings: {', '.join(shown)}")
 
     def _variables(self) -> dict[str, str]:
-        """Variables by which the environment would say the same, but NO_PROXY, which Cog's server has at all times."""
+        """The variables that would give the same settings, without NO_PROXY, which Cog's server always has."""
         return {
-            "FLUX_DEV": _place(self.models.dev),
-            "FLUX_SCHNELL": _place(self.models.schnell),
-            "SAFETY_CHECKER": _place(self.models.safety_checker),
-            "NSFW_CLASSIFIER": _place(self.models.nsfw_classifier),
-            "LORAS_DIR": _place(str(self.loras_dir or "")),
-            "WEIGHTS_CACHE": _place(str(self.cache_dir)),
+            **{name: _place(getattr(self.models, part)) for part, name in MODEL_VARIABLES.items()},
+            "LORAS_DIR": _place(self.loras_dir or ""),
+            "WEIGHTS_CACHE": _place(self.cache_dir),
             "WEIGHTS_CACHE_GB": f"{self.cache_bytes / GIB:.6g}",
             "LORA_MAX_GB": f"{self.lora_max_bytes / GIB:.6g}",
             "PREDICTION_SECONDS": f"{self.prediction_seconds or 0:.6g}",
@@ -185,13 +169,13 @@ class Settings:
         }
 
 
-def _place(named: str) -> str:
-    """A folder within the project by its path there, another one by its name alone; what names a repo as it is."""
-    return folder_shown(_without_secrets(named).removeprefix(f"{ROOT}{os.sep}"))
+def _place(named: str | Path) -> str:
+    """A folder within the project by its path there, another one by its name alone; the name of a repo as it is."""
+    return folder_shown(_without_secrets(str(named)).removeprefix(f"{ROOT}{os.sep}"))
 
 
 def folder_shown(named: str) -> str:
-    """What may be a folder elsewhere on this machine by its name alone, since errors and logs go to strangers."""
+    """The name alone of what may be a folder elsewhere on this machine, since errors and logs go to strangers."""
     elsewhere = re.match(r"[/~.]|file:", named, re.IGNORECASE) or ".." in Path(named).parts
     return f"…/{Path(named).name}" if elsewhere else named
 
@@ -205,11 +189,7 @@ def _without_secrets(url: str) -> str:
 
 
 def _proxies(environ: Mapping[str, str]) -> dict[str, str]:
-    """The operator's proxies by the scheme that they are for, and under "no" what is to be reached without one.
-
-    Raises:
-        ValueError: a sentence, where one cannot be used; without its address, which may hold a password.
-    """
+    """The operator's proxies by scheme, and under "no" the hosts reached without one; errors do not show an address."""
     proxies = {}
     for scheme in ("https", "http", "all", "no"):
         # As in the standard library, what is in lower case wins, and switches off where it is empty.
@@ -220,9 +200,8 @@ def _proxies(environ: Mapping[str, str]) -> dict[str, str]:
         if scheme != "no":
             value = value if "://" in value else f"http://{value}"
             if not names_host(value):
-                raise ValueError(
-                    f"{variable} is no proxy that can be used; it must be http://[user:password@]host:port."
-                )
+                wanted = "http://[user:password@]host:port"
+                raise ValueError(f"{variable} is no proxy that can be used; it must be {wanted}.")
         proxies[scheme] = value
     return proxies
 
@@ -237,11 +216,7 @@ def names_host(url: str) -> bool:
 
 
 def prediction_seconds(*, cuda: bool, environ: Mapping[str, str] = os.environ) -> float | None:
-    """PREDICTION_SECONDS: 600 on a CUDA machine unless given; None where it is 0, and on a CPU unless given.
-
-    Raises:
-        ValueError: a sentence, where it is no number of seconds.
-    """
+    """PREDICTION_SECONDS: 600 on a CUDA machine unless given; None where it is 0, and on a CPU unless given."""
     value = environ.get("PREDICTION_SECONDS", "").strip() or ("600" if cuda else "0")
     seconds = number(value)
     if math.isnan(seconds):
@@ -252,11 +227,7 @@ def prediction_seconds(*, cuda: bool, environ: Mapping[str, str] = os.environ) -
 
 
 def switch(name: str, environ: Mapping[str, str]) -> bool | None:
-    """Whether a variable is 1; None where it is unset or empty.
-
-    Raises:
-        ValueError: a sentence, where it is neither 0 nor 1.
-    """
+    """Whether a variable is 1 rather than 0; None where it is unset or empty."""
     value = environ.get(name, "").strip()
     if value not in ("", "0", "1"):
         raise ValueError(f"{name} is {value!r}; it must be 0 or 1.")

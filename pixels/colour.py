@@ -1,4 +1,4 @@
-"""The colours of a decoded picture, in any mode, by any profile → sRGB, transparency laid on a background."""
+"""A decoded picture of any mode and colour profile → sRGB, with transparency laid on a background."""
 
 import io
 from typing import Literal
@@ -8,12 +8,12 @@ from PIL import Image, ImageCms
 
 from service.device_thread import check_cancelled
 
-# Which pixels a profile describes, by the name that it has for them.
+# Pillow's modes by a profile's name for its pixels.
 MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
-# As many as lcms reads of a profile.
+# lcms reads no more tags of a profile.
 MAX_TAGS = 100
-# Converted in one call, in pixels: a call takes a tenth of a second.
+# Pixels converted in one call, which takes a tenth of a second.
 PIECE = 2**22
 
 
@@ -27,7 +27,7 @@ def flatten(picture: Image.Image, background: Literal["white", "black"]) -> Imag
 
 
 def plain(picture: Image.Image) -> Image.Image:
-    """Any mode to one that has eight bits for each of its own colours: L, LA, RGB, RGBA, CMYK or LAB."""
+    """Any mode to one of eight bits for each colour: L, LA, RGB, RGBA, CMYK or LAB."""
     if picture.mode.startswith(("I", "F")):
         return _eight_bits(picture)
     grey = picture.mode in ("1", "L", "LA", "La")
@@ -39,23 +39,18 @@ def plain(picture: Image.Image) -> Image.Image:
 
 
 def to_srgb(picture: Image.Image, name: str) -> Image.Image:
-    """The picture with its colours converted from the profile in its file, where there is one.
-
-    Args:
-        picture: decoded; its `info` has the profile.
-        name: the input that the log speaks of.
-    """
-    if "icc_profile" not in picture.info or picture.mode == "LAB":  # which is a colour space of its own
+    """The picture with its colours converted from the profile in its `info`, if any; the log calls it `name`."""
+    if "icc_profile" not in picture.info or picture.mode == "LAB":  # a colour space of its own
         return picture
     converted = plain(picture)
     try:
-        # Pillow gives None for one that it could not unpack.
+        # None stands for a profile that Pillow could not unpack.
         content = picture.info["icc_profile"] or b""
         _check_elements(content)
         profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
         colours = converted.convert({"LA": "L", "RGBA": "RGB"}.get(converted.mode, converted.mode))
         mode = MODES[profile.profile.xcolor_space]
-        if (colours.mode, mode) == ("L", "RGB"):  # as programs write greys of colour pictures
+        if (colours.mode, mode) == ("L", "RGB"):  # some programs keep the profile when they make a picture grey
             colours = colours.convert(mode)
         srgb = _converted(colours, ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB"))
     except (ImageCms.PyCMSError, OSError, KeyError, ValueError, TypeError):
@@ -67,7 +62,7 @@ def to_srgb(picture: Image.Image, name: str) -> Image.Image:
 
 
 def _check_elements(profile: bytes) -> None:
-    """Refuse a profile of processing elements: a kilobyte can name a hundred thousand, each a call's millisecond."""
+    """Refuse a profile of processing elements: a kilobyte can name 100,000 of them, and each takes a millisecond."""
     for entry in range(132, min(len(profile), 132 + 12 * MAX_TAGS), 12):
         start = int.from_bytes(profile[entry + 4 : entry + 8])
         if profile[start : start + 4] == b"mpet":
@@ -75,7 +70,7 @@ def _check_elements(profile: bytes) -> None:
 
 
 def _converted(colours: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
-    """RGB, L or CMYK to RGB; as it is, where the profile means sRGB, so that no rounding changes a pixel."""
+    """RGB, L or CMYK to RGB; unchanged where the profile is sRGB, so that no rounding changes a pixel."""
     if colours.mode == "RGB":
         levels = np.linspace(0, 255, 18).astype(np.uint8)
         samples = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(18, -1, 3)
@@ -92,10 +87,10 @@ def _converted(colours: Image.Image, transform: ImageCms.ImageCmsTransform) -> I
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """A grey of 16 or 32 bits or of floats as L or LA, which Pillow's own conversion would cut off at 255.
+    """A grey of 16 or 32 bits or of floats as L or LA; Pillow's own conversion would cut it off at 255.
 
-    16 bits reach from 0 to 65535. The other two have no white of their own: it is the first of the usual ones that
-    pixels exceed by no more than a filter's overshoot. Of these, Pillow leaves a TIFF whose white is 0 as it is.
+    White is 65535 in 16 bits. The other two have no such number: it is the first of the usual ones that pixels exceed
+    by no more than a filter's overshoot. A TIFF whose white is 0, which Pillow does not invert here, is inverted.
     """
     values = np.asarray(picture)  # [H, W]
     clear = values == picture.info["transparency"] if "transparency" in picture.info else None

@@ -1,6 +1,6 @@
-"""What strangers send as a picture → its first frame, upright, in the mode of the file.
+"""A stranger's picture file → its first frame, upright, in the mode of the file.
 
-Knows Pillow's readers, their holes, and how a small file can make them work for minutes; it knows nothing of colours.
+Knows Pillow's readers, their holes, and how small files can keep them busy for minutes; it knows nothing of colours.
 Every error is a `ValueError` whose sentence is for the person who sent the file.
 """
 
@@ -19,13 +19,13 @@ from service.device_thread import check_cancelled
 from service.faults import out_of_memory
 from settings import MIB
 
-# What people send. Pillow's other readers, and the holes in them, stay closed to strangers' files.
+# Strangers' files reach no other reader of Pillow, since each may have holes.
 READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 FILMS = ("GIF", "PNG", "WEBP", "AVIF")
 # Formats that may add noise to pixels.
 LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
 ACCEPTED = f"{', '.join(READ_FORMATS[:-1])} or {READ_FORMATS[-1]}"
-# What they send as well, by how it begins, and what would be right.
+# Other files that people send, by their first bytes, and what to do instead.
 HEAD_BYTES = 4096
 OTHERS = {
     rb"\0\0..ftyp(?:(?:.{4}){0,15}?he[iv][cxmsf]|(?:mif1|msf1)(?!(?:.{4}){0,15}?avi[fs]))": (
@@ -43,45 +43,35 @@ OTHERS = {
     ),
 }
 
-# A bound on what a small file can make us decode. Pillow enforces twice its number before it decodes, for tiles and
-# frames too, and warns above the number itself; that warning would only frighten whoever sent a large photo.
+# Bounds the decoding of a small file. Pillow refuses twice its own number before it decodes, for tiles and frames too,
+# and warns above that number, which would only frighten the sender of a large photo.
 MAX_PIXELS = 100_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-# Pillow refuses a PNG with a colour profile or a text that unpacks to more than this; some have a few megabytes.
+# Pillow refuses a PNG whose colour profile or text unpacks to more than this; some have a few megabytes.
 PngImagePlugin.MAX_TEXT_CHUNK = 16 * MIB
 # Readers warn of what is odd in a stranger's file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# Each scan of a progressive JPEG goes over all its pixels, however few bytes it has; encoders make some ten of them.
+# Each scan of a progressive JPEG goes over all its pixels, however few bytes it has; encoders write about ten.
 MAX_SCANS = 50
-# The same in all: a progressive JPEG of the largest size has ten scans or so.
+# Pixels times scans: a progressive JPEG of the largest size has about ten scans.
 MAX_SCANNED_PIXELS = 15 * MAX_PIXELS
-# What begins a segment of a JPEG, or ends the file: no byte of pixels, no marker without a segment, no filling.
+# The marker that begins a segment of a JPEG, or ends the file; not pixels, markers without a segment, or padding.
 MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
 SCAN, END = b"\xda", b"\xd9"
 
-# How many numbers a TIFF may have under one tag, such as one for each of its strips: Pillow makes objects of them, and
-# of the strips, in one call for all, at 20 microseconds and 360 bytes each.
+# How many numbers a TIFF may have under one tag, such as one for each of its strips: in one call, Pillow makes objects
+# of all of them, and of the strips, at 20 microseconds and 360 bytes each.
 MAX_NUMBERS = 100_000
-# In how many entries it may say what it is.
+# How many tags it may have.
 MAX_ENTRIES = 65_535
 TIFF_HEADS = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")
 # The types that are bytes or text, which Pillow leaves as they are.
 TIFF_BYTES = (1, 2, 6, 7)
 NEW_SUBFILE_TYPE = 254
 
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-# How often a reader may ask for more of a file: once for each part of it, such as a comment, whose object it keeps.
+# How many reads a file may take: Pillow reads each part, such as a comment, by itself, and keeps an object of it.
 MAX_READS = 1_000_000
 
 
@@ -89,19 +79,15 @@ MAX_READS = 1_000_000
 def decoded(path: Path, name: str) -> Iterator[Image.Image]:
     """The first frame of a file, upright, in the file's own mode.
 
-    Its `info` has what the file says of its pixels, and "orientation", by which of EXIF's eight they were turned, and
-    "halved", whether they are the upper half of sixteen bits, which is what Pillow gives of colours. An error inside
-    the block is one of the file: what a decoder lets pass may show only when its pixels are converted.
-
-    Args:
-        path: of the file.
-        name: the input that errors speak of.
+    Its `info` has the file's own, "orientation" (the EXIF number by which it was turned), and "halved" (whether each
+    sample is the upper half of sixteen bits: Pillow reads colours so). Errors inside the block are errors of the file
+    too: some damage shows only when pixels are converted. `name` is the input that errors speak of.
 
     Raises:
         ValueError: a sentence about a file that is no picture, is damaged, or would take too long.
     """
     try:
-        # An open file, for Pillow maps one that it opens by name into memory and then garbles TIFFs that lie on a side.
+        # An open file: those that Pillow opens by name it maps into memory, and then garbles TIFFs that are turned.
         with _Watched(io.FileIO(path)) as file:
             _check_kind(file)
             _check_numbers(file)
@@ -141,12 +127,13 @@ def decoded(path: Path, name: str) -> Iterator[Image.Image]:
 
 
 def turn(picture: Image.Image, orientation: int) -> Image.Image:
-    """The picture as an EXIF orientation, one of the eight, would have it stand."""
-    return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture
+    """The picture turned as EXIF prescribes for an orientation, 1 to 8."""
+    picture.getexif()[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(picture)
 
 
 class _Watched(io.BufferedReader):
-    """A file that is read no longer than somebody waits for it: Pillow's readers ask for a little at a time."""
+    """A file whose reads, of which Pillow makes many small ones, are counted, and end when the work is cancelled."""
 
     reads = 0
 
@@ -159,11 +146,11 @@ class _Watched(io.BufferedReader):
 
 
 class _KindError(Exception):
-    """A file that is not read: what it is."""
+    """A file that is refused: says what it is."""
 
 
 def _begins_as_known(path: Path) -> bool:
-    """Whether one of the readers takes a file for its own by how it begins."""
+    """Whether one of the readers accepts the first bytes of a file."""
     with path.open("rb") as file:
         head = file.read(16)
     accepts = (Image.OPEN[form][1] for form in READ_FORMATS)
@@ -171,7 +158,7 @@ def _begins_as_known(path: Path) -> bool:
 
 
 def _check_kind(file: io.BufferedReader) -> None:
-    """Refuse by its own name what people take for a picture in a format that is read."""
+    """Refuse other kinds of files by their names."""
     head = file.read(HEAD_BYTES)
     file.seek(0)
     for beginning, kind in OTHERS.items():
@@ -180,7 +167,7 @@ def _check_kind(file: io.BufferedReader) -> None:
 
 
 def _check_scans(file: io.BufferedReader, pixels: int) -> None:
-    """Refuse a JPEG of too many scans, which would take minutes of a call that nothing can interrupt."""
+    """Refuse a JPEG of too many scans, which would take minutes in a call that cannot be interrupted."""
     scans, position = 0, 2
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         while (found := MARKER.search(content, position)) and found[1] != END:
@@ -192,7 +179,7 @@ def _check_scans(file: io.BufferedReader, pixels: int) -> None:
 
 
 def _check_numbers(file: io.BufferedReader) -> None:
-    """Refuse a TIFF of too many numbers under one tag of its first frame, whose tags are read as Pillow reads them."""
+    """Refuse a TIFF with too many numbers under one tag of its first frame, read as Pillow reads it."""
     head = file.read(16)
     if head.startswith(TIFF_HEADS):
         order, large = "<" if head.startswith(b"I") else ">", head[2:3] == b"+"
@@ -200,7 +187,7 @@ def _check_numbers(file: io.BufferedReader) -> None:
         file.seek(*struct.unpack_from(offset, head))
         entries = struct.unpack(count, file.read(struct.calcsize(count)))[0]
         content = file.read(min(entries, MAX_ENTRIES) * struct.calcsize(entry))
-        # Of a directory that is cut off, Pillow takes the entries that are there.
+        # Where the directory is cut off, Pillow takes the entries that are there.
         whole = content[: len(content) - len(content) % struct.calcsize(entry)]
         numbers = [number for kind, number in struct.iter_unpack(entry, whole) if kind not in TIFF_BYTES]
         if entries > MAX_ENTRIES or any(number > MAX_NUMBERS for number in numbers):
@@ -210,7 +197,7 @@ def _check_numbers(file: io.BufferedReader) -> None:
 
 
 def _scale_transparency(picture: Image.Image) -> None:
-    """Say which colour of a PNG is transparent as Pillow gives its pixels, which it makes eight bits of."""
+    """Convert the transparent colour of a PNG to eight bits, as Pillow has done with the pixels."""
     stored, colour = picture.tile and picture.tile[0].args, picture.info.get("transparency")
     if stored in ("L;2", "L;4") and colour is not None:
         picture.info["transparency"] = colour * 255 // (2 ** int(stored[2]) - 1)

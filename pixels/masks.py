@@ -1,7 +1,7 @@
 """A mask in greys → how much of each pixel is drawn. Knows numpy and Pillow; arrays are [H, W].
 
-A hard mask says yes or no; a soft one says how much. Which one somebody means is told from what its greys look like:
-those of a hard mask lie along its edges, where programs smooth them and JPEG leaves its noise.
+A hard mask means black or white; a soft one means its greys too. A mask is hard if its greys lie along its edges alone,
+where programs smooth them and JPEG leaves its noise.
 """
 
 import numpy as np
@@ -9,34 +9,28 @@ from PIL import Image
 
 from service.device_thread import check_cancelled
 
-# Up to here a grey counts as black: JPEG's noise, far from edges.
+# A grey up to here counts as black: JPEG's noise, far from edges.
 TRACE = 8
-# Up to here it may be JPEG's noise near an edge.
+# A grey up to here may be JPEG's noise near an edge.
 NOISE = 64
-# Up to here it may be what is left of it where a program enlarged a JPEG and saved it without loss. Of a line of one
-# pixel that a program shrank to a quarter, more is left.
+# A grey up to here may be the rest of such noise, in a JPEG that was enlarged and saved without loss. A line of one
+# pixel, shrunk to a quarter, leaves more.
 FAINT = 24
 # How far JPEG's noise reaches from an edge: as far as its blocks.
 BLOCK = 8
-# A mask is soft if more squares than this, of 3x3 pixels, are full of greys that no edge explains. Hard masks have
-# none: as JPEG of quality 5 to 95, as WEBP or AVIF, with smoothed edges. A disc that is blurred by two pixels has a
-# hundred.
+# A mask is soft if more squares than this, of 3x3 pixels, are full of greys that no edge explains. Hard masks have 0:
+# with smoothed edges, as JPEG of quality 5 to 95, as WEBP or AVIF. A disc blurred by two pixels has a hundred.
 SQUARES = 9
-# Rows that are looked at together.
+# Rows handled together.
 BAND = 1024
 
 
 def strengths(grey: Image.Image, size: tuple[int, int], *, lossy: bool) -> Image.Image:
     """How much of each pixel is drawn, as L from 0 (nothing) to 255, at `size`.
 
-    A hard mask paints what it covers any part of, with a seam inside its edges; of a stroke so thin that a program
-    smoothed all of it, the greys blend. Of a soft one all greys do, down to a trace; what is black or white all over
-    stays that.
-
-    Args:
-        grey: the mask, as L.
-        size: (width, height), of the mask's aspect.
-        lossy: whether its file may have added noise.
+    A hard mask draws each pixel that it covers any part of, with a seam inside its edges; the greys of strokes so thin
+    that a program smoothed all of them blend. In a soft mask all greys above TRACE blend.
+    `size` is (width, height), of the mask's aspect; `lossy` files may have added noise.
     """
     values = np.asarray(grey)
     white = 255 - TRACE * lossy
@@ -48,13 +42,13 @@ def strengths(grey: Image.Image, size: tuple[int, int], *, lossy: bool) -> Image
         return Image.fromarray(drawn)
     black = values <= TRACE
     if lossy:
-        # Noise is ripples; a grey that somebody painted fills squares.
+        # Noise makes ripples; a painted grey fills squares.
         black |= (values <= NOISE) & ~_spread(~_spread(black))
     return Image.fromarray(_blended(grey, ~black, white, size))
 
 
 def _blended(grey: Image.Image, where: np.ndarray, white: int, size: tuple[int, int]) -> np.ndarray:
-    """The greys at a size, 0 but for the pixels that `where` touches, 255 where all is as light as `white`: [h, w]."""
+    """The greys at a size, [h, w]: 0 where `where` touches no part, 255 where every part is as light as `white`."""
     averaged = grey.resize(size, Image.Resampling.BOX if size < grey.size else Image.Resampling.BILINEAR)
     soft = np.where(cover(np.asarray(grey) < white, size), averaged, 255)
     return np.where(cover(where, size) & (soft > TRACE), soft, 0).astype(np.uint8)
@@ -66,18 +60,17 @@ def cover(painted: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         had = painted.shape[axis]
         edges = np.arange(length + 1) * had
         starts, ends = edges[:-1] // length, -(-edges[1:] // length)
-        # From each start to its end; what the reduction gives between an end and the next start is left out.
-        margin = [(0, int(side == axis)) for side in (0, 1)]  # the last end is none of the pixels
+        # Every second span is from a start to its end; those from an end to the next start are left out.
+        margin = [(0, int(side == axis)) for side in (0, 1)]  # the last end lies one beyond the pixels
         spans = np.logical_or.reduceat(np.pad(painted, margin), np.stack((starts, ends), 1).ravel(), axis=axis)
         painted = spans[::2] if axis == 0 else spans[:, ::2]
     return painted
 
 
 def thin_strokes(values: np.ndarray, *, lossy: bool) -> np.ndarray | None:
-    """Where a hard mask has dark greys that neither an edge nor noise explains: a program smoothed thin strokes there.
+    """The dark greys of a hard mask that neither an edge nor noise explains, bool [H, W]; None for a soft mask.
 
-    Returns:
-        bool [H, W]; None of a soft mask: too many squares of 3x3 pixels are full of greys that no edge explains.
+    They are thin strokes that a program smoothed. A soft mask has too many squares full of greys, see SQUARES.
     """
     thin, squares = np.zeros(values.shape, bool), 0
     for top in range(0, len(values), BAND):
@@ -100,7 +93,7 @@ def thin_strokes(values: np.ndarray, *, lossy: bool) -> np.ndarray | None:
 
 
 def _along_edges(values: np.ndarray) -> np.ndarray:
-    """Where a grey may be an edge's: a middle one between dark and light, others not far from the opposite."""
+    """Whether each grey may belong to an edge: a middle grey next to dark and light, others near the opposite."""
     dark, light = values <= NOISE, values >= 255 - NOISE
     smoothed = _spread(dark) & _spread(light)
     noise = np.where(values < 128, _near(values >= 128, BLOCK), _near(values < 128, BLOCK))
@@ -108,13 +101,12 @@ def _along_edges(values: np.ndarray) -> np.ndarray:
 
 
 def _seamed(painted: np.ndarray) -> np.ndarray:
-    """A seam as wide as 1/128 of the shorter side, inside what is painted: bool to 0 ... 255.
+    """Soft seams, 1/128 of the shorter side wide, inside the painted areas: bool to 0 ... 255.
 
-    Where that is too thin for it, the seam is as deep as it is, so that the middle of a thin line is painted at full
-    strength too.
+    In areas too thin for that, seams are narrower, so that the middle of a thin line has full strength too.
     """
     seam = max(1, min(painted.shape) // 128)  # pixels
-    # How far each pixel lies from the nearest one that is kept, at most `seam`; beyond the picture nothing is kept.
+    # The distance to the nearest pixel that is kept, up to `seam`; pixels outside the picture count as painted.
     inside = painted
     depth = painted.astype(np.uint8)
     for _ in range(seam - 1):
@@ -122,12 +114,12 @@ def _seamed(painted: np.ndarray) -> np.ndarray:
         depth += inside
     deepest = depth
     for _ in range(seam):
-        deepest = np.where(painted, _spread(deepest), 0)  # not across a gap: what lies beyond is another line
+        deepest = np.where(painted, _spread(deepest), 0)  # not across gaps, behind which are other lines
     return np.rint(255 * (depth / np.maximum(deepest, 1))).astype(np.uint8)
 
 
 def _near(marked: np.ndarray, radius: int) -> np.ndarray:
-    """What lies within a square of so many pixels around something marked."""
+    """The pixels up to `radius` from a marked one, in each direction."""
     reach = 0
     while reach < radius:
         step = min(2 * reach + 1, radius - reach)

@@ -1,10 +1,9 @@
 """One permanent thread for all work on the device; a watchdog that ends the process when such work hangs.
 
 Cog calls setup, predict and healthcheck from different threads, but torch keeps cuDNN's plans for each thread: a new
-one plans again, 0.05 s for each length of text and picture, and an old one's plans are never freed. And Cog
-cancels a prediction by raising in the thread that it called, between two bytecodes, where half a change might be left
-behind. So that thread only waits, and the work stops by itself between two steps. This module knows threads; it knows
-nothing of the work.
+one plans again, 0.05 s for each length of text and picture, and an old one's plans are never freed. And Cog cancels a
+prediction by raising in the thread that it called, between any two bytecodes, where a change may be half done. So that
+thread only waits, and the work stops by itself between two steps. This module knows threads, and nothing of the work.
 """
 
 import contextvars
@@ -20,34 +19,34 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# A waiting thread runs Python this often, since only then can Cog's exception reach it.
+# A waiting thread wakes up this often: Cog's exception reaches it only while it runs Python.
 SECONDS_BETWEEN_LOOKS = 0.05
-# How long cancelled work is waited for; it stops at its next step, and the slowest step takes less.
+# How long to wait for cancelled work, which stops at its next step: longer than the slowest step takes.
 SECONDS_TO_STOP = 30
 # How long a health check may take: Cog waits for five seconds.
 SECONDS_TO_ANSWER = 4
-# How much later the kernel ends a process whose watchdog cannot: it waits for Python's lock while native code holds it.
+# How much later the kernel ends the process, if the watchdog's thread cannot because native code holds Python's lock.
 SECONDS_FOR_WATCHDOG = 5
 
 
 class CancelledError(BaseException):
-    """Ends work that nobody waits for any more; no `except Exception` takes it for a fault of the work."""
+    """Ends work that was cancelled; a BaseException, so that no `except Exception` catches it."""
 
 
 class _Job:
-    """A piece of work on its way to the device's thread and back.
+    """A piece of work for the device's thread, and what came of it.
 
-    The waiting thread may be interrupted between any two bytecodes, so it takes no lock that Python code would have to
-    release: a `threading.Event` has one.
+    The waiting thread may be interrupted between any two bytecodes, so it may hold no lock that Python code has to
+    release, as a `threading.Event` has inside.
     """
 
     def __init__(self, work: Callable[[], object]) -> None:
-        # Cog tells by a context variable whose log a line belongs to, and whose metrics.
+        # Cog's context variables say to which prediction a line of the log or a metric belongs.
         self._work, self._context = work, contextvars.copy_context()
         self._result: object = None
         self._error: BaseException | None = None
         self.cancelled = False
-        self.hangs = False  # longer than whoever asked can wait
+        self.hangs = False  # a health check that did not answer in time
         self.ended = False
         self._ending = threading.Lock()  # held until the work has ended
         self._ending.acquire()
@@ -59,7 +58,7 @@ class _Job:
         try:
             self._result = self._context.run(self._run)
         except BaseException as error:
-            self._error = None if self.cancelled else error  # it belongs to whoever waits
+            self._error = None if self.cancelled else error  # `outcome` raises it
         self.ended = True
         self._ending.release()
 
@@ -72,16 +71,13 @@ class _Job:
             _current.reset(before)
 
     def wait(self) -> bool:
-        """Wait for the end, but not for long; whether it has come."""
+        """Wait for the end, up to SECONDS_BETWEEN_LOOKS; whether it has come."""
         if not self.ended:
             self._ending.acquire(timeout=SECONDS_BETWEEN_LOOKS)
         return self.ended
 
     def outcome(self) -> object:
-        """What the work returned; what it raised is raised, and kept no longer.
-
-        A kept error would keep, by its traceback, this job and all that the work held.
-        """
+        """What the work returned; its error is raised and forgotten: a traceback keeps all that the work held."""
         error, self._error = self._error, None
         if error is None:
             return self._result
@@ -95,11 +91,7 @@ _current: contextvars.ContextVar[_Job | None] = contextvars.ContextVar("current"
 
 
 def check_cancelled() -> None:
-    """Called in each phase and step of the work.
-
-    Raises:
-        CancelledError: nobody waits for it any more.
-    """
+    """Raise CancelledError if the work that this thread does was cancelled; called in each phase and step."""
     job = _current.get()
     if job is not None and job.cancelled:
         raise CancelledError
@@ -115,17 +107,14 @@ class DeviceThread:
         threading.Thread(target=self._work, name="device", daemon=True).start()
 
     def watch(self, seconds: float | None) -> None:
-        """From the next piece of work on, end this process if one takes longer than this; None: it may."""
+        """From the next piece of work on, end this process if one takes longer than this; None: no limit."""
         self.watchdog = Watchdog(seconds)
 
     def run(self, work: Callable[..., T], *arguments: object) -> T:
-        """Let the thread do `work(*arguments)`, and wait for it.
+        """What `work(*arguments)` returns, done by the thread; what it raises is raised here.
 
-        What interrupts the waiting thread cancels the work, and is raised once that has ended. Work that does not end
-        within `SECONDS_TO_STOP` is left to the watchdog; what comes next waits for it.
-
-        Returns:
-            what the work returns; what it raises is raised here.
+        An exception that interrupts the waiting thread cancels the work, and goes on once the work has ended. Work that
+        does not end within `SECONDS_TO_STOP` is left to the watchdog, and the next work waits for it.
         """
         job = _Job(lambda: self._watched(work, *arguments))
         try:
@@ -138,11 +127,10 @@ class DeviceThread:
         return job.outcome()
 
     def run_if_idle(self, work: Callable[[], object]) -> None:
-        """Let the thread do the work if it has nothing else to do; else nothing is done.
+        """Let the thread do the work if it has nothing else to do; what it raises is raised here.
 
         Raises:
-            RuntimeError: a sentence: this work, or such work before, has not ended in `SECONDS_TO_ANSWER`. What the
-                work raises is raised here too.
+            RuntimeError: a sentence: this work, or such work before, has not ended in `SECONDS_TO_ANSWER`.
         """
         job = _Job(lambda: self._watched(work))
         self._jobs.put(job)
@@ -158,7 +146,7 @@ class DeviceThread:
         job.outcome()
 
     def _stop(self, job: _Job) -> None:
-        """Cancel work and wait for its end, whatever is raised meanwhile: the first interruption has said all."""
+        """Cancel work and wait for its end; further interruptions are ignored, since the first one is raised."""
         until = time.monotonic() + SECONDS_TO_STOP
         while True:
             try:
@@ -174,7 +162,7 @@ class DeviceThread:
         while True:
             self._doing = self._jobs.get()
             self._doing.do()
-            self._doing = None  # an idle thread holds nothing of what it has done
+            self._doing = None  # while the thread is idle, it keeps nothing of the work
 
     def _watched(self, work: Callable[..., T], *arguments: object) -> T:
         with self.watchdog:
@@ -182,11 +170,7 @@ class DeviceThread:
 
 
 class Watchdog:
-    """Ends this process if what runs inside its block takes too long; a context manager, for one thread.
-
-    Args:
-        seconds: how long it may take; None: for ever.
-    """
+    """Ends this process if a `with` block of one thread takes longer than `seconds`; None: no limit."""
 
     def __init__(self, seconds: float | None) -> None:
         self._seconds = seconds
@@ -195,16 +179,16 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def __enter__(self) -> None:
-        """Begin to count."""
+        """Start the clock."""
         self._count(self._seconds)
 
     def __exit__(self, *_: object) -> None:
-        """Count no more."""
+        """Stop the clock."""
         self._count(None)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count what happens inside: it waits for others, and ends by itself."""
+        """Stop the clock inside a block that waits for a host, and has a limit of its own."""
         left = None if self._until is None else self._until - time.monotonic()
         self._count(None)
         try:
@@ -216,7 +200,7 @@ class Watchdog:
         if self._seconds is None:
             return
         self._until = None if seconds is None else time.monotonic() + seconds
-        # By the signal SIGALRM, which nothing here handles, so that the kernel ends the process.
+        # The kernel sends SIGALRM, which ends the process, since nothing handles it.
         signal.setitimer(signal.ITIMER_REAL, 0 if seconds is None else max(seconds, 0) + SECONDS_FOR_WATCHDOG)
 
     def _watch(self) -> None:
@@ -226,5 +210,5 @@ class Watchdog:
             if until is not None and time.monotonic() > until:
                 limit = f"{self._seconds:g} seconds (PREDICTION_SECONDS)"
                 print(f"Work on the device took longer than {limit}; this process ends.", file=sys.stderr, flush=True)
-                time.sleep(1)  # in which Cog hands this on from a pipe that ends with the process
+                time.sleep(1)  # for Cog to pass the line on: its pipe ends with the process
                 os._exit(1)

@@ -1,6 +1,6 @@
-"""Errors that are not the request's fault (no memory, no disk, a bug), as one sentence for the client.
+"""Errors that are not the request's fault (no memory, no disk, a bug) as one sentence, without paths of the machine.
 
-Knows the errors of the system and of libraries, none of which it imports. No sentence has a path of the machine.
+Knows the errors of the system and of libraries, none of which it imports.
 """
 
 import errno
@@ -10,11 +10,10 @@ from pathlib import Path
 
 from service.lines import printable
 
-# To a writer, a quota and a limit on file sizes mean the same as a full disk.
+# A quota and a limit on file sizes stop a writer as a full disk does.
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# torch and Pillow raise no type of their own when the host's memory is full, and torch's for a full GPU is a
-# RuntimeError; of cuBLAS it tells the code alone. Pillow reports a configuration error when zlib cannot allocate what
-# it starts with.
+# torch and Pillow have no type of error for full host memory. torch's for a full GPU is a RuntimeError, of which cuBLAS
+# gives the code alone. Pillow reports a configuration error when zlib cannot allocate what it starts with.
 FULL = re.compile(
     r"out of memory|(can't|cannot) allocate memory|not enough memory|std::bad_alloc|new thread|codec configuration"
     r"|CUBLAS_STATUS_ALLOC_FAILED",
@@ -23,16 +22,15 @@ FULL = re.compile(
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the GPU or the host had no memory left."""
+    """Whether the GPU or the host had no memory left."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError | OSError) and bool(FULL.search(str(error)))
-    )
+    full = isinstance(error, RuntimeError | OSError) and FULL.search(str(error))
+    return isinstance(error, MemoryError) or bool(full)
 
 
 def sentence(error: Exception, phase: str | None) -> str:
-    """What to tell the client of an error in a phase of a request, such as "denoise"."""
+    """The sentence for the client about an error in a phase of its request, such as "denoise"."""
     where = f" in the phase {phase}" if phase else ""
     if out_of_memory(error):
         return f"Out of memory{where}; nothing is lost: try a smaller picture, a smaller LoRA or fewer outputs."
@@ -49,10 +47,10 @@ def places(error: Exception) -> str:
 
 
 def message(error: Exception) -> str:
-    """The error's type and its own words, without the paths of the machine."""
+    """The error's type and message, without the paths of the machine."""
     return f"{type(error).__name__}: {without_paths(str(error))}"
 
 
 def without_paths(text: str) -> str:
-    """The text, of each path the last part alone."""
+    """The text with the last part of each path alone."""
     return re.sub(r"(?:/[^\s/'\"]+)+/", "", text)

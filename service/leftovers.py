@@ -10,20 +10,16 @@ from pathlib import Path
 from queue import SimpleQueue
 from uuid import uuid4
 
-# Cog reads the files of a prediction as soon as `predict` has returned, and does not say when it has.
+# Cog reads the files of a prediction as soon as `predict` has returned, and does not say when it is done.
 SECONDS_KEPT = 10
-# Cog leaves three empty folders for each prediction, for ever. When they are this old, the prediction has ended.
+# Cog never deletes the three empty folders of each prediction. When they are this old, the prediction has ended.
 COG_FOLDERS = Path("/tmp/coglet/predictions")
 SECONDS_RUNNING = 3600
 SECONDS_BETWEEN_SWEEPS = 600
 
 
 class Leftovers:
-    """Folders for the files of predictions, each deleted some seconds after its prediction.
-
-    Args:
-        kept: how many seconds.
-    """
+    """Folders for the files of predictions, each deleted `kept` seconds after its prediction."""
 
     def __init__(self, kept: float = SECONDS_KEPT) -> None:
         self._kept = kept
@@ -32,12 +28,12 @@ class Leftovers:
         threading.Thread(target=self._delete, name="leftovers", daemon=True).start()
 
     def place(self) -> Path:
-        """Where a folder for files of one prediction may be made; what is left there ends with this process."""
+        """A path at which a folder for one prediction may be made; what is left there is deleted with this process."""
         return Path(self._root.name) / uuid4().hex
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
-        """A folder for the files of one prediction; deleted some seconds after the block ends, by an error too."""
+        """A folder for the files of one prediction; deleted some seconds after the block, also after an error."""
         folder = self.place()
         try:
             folder.mkdir()
@@ -59,7 +55,7 @@ class Leftovers:
 def sweep(predictions: Path, age: float) -> None:
     """Delete the empty folders of predictions that have not changed for so many seconds."""
     for folder in predictions.glob("*"):
-        with suppress(OSError):  # it is not empty, or another server has deleted it
+        with suppress(OSError):  # not empty, or deleted by another server
             if time.time() - folder.stat().st_mtime > age:
                 for empty in (folder / "inputs", folder / "outputs", folder):
                     empty.rmdir()

@@ -1,4 +1,4 @@
-"""What machine this is: how much host memory it has, and which device draws."""
+"""This machine: how much host memory it has, and which device draws."""
 
 import os
 import re
@@ -10,26 +10,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# A driver of NVIDIA's makes the first of these on Linux. Under WSL, Windows' driver gives the second; /dev/dxg would
-# not do: any maker's GPU has it there.
+# NVIDIA's driver makes the first of these on Linux, the second under WSL. /dev/dxg is there for a GPU of any maker.
 NVIDIA_FILES = ("/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
 # The first driver for Linux that runs CUDA 13.
 CUDA_13_DRIVER = 580
 
 
 def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of host memory: the machine's or, where it is smaller, what the cgroups of this process may use.
-
-    Args:
-        proc: where the kernel tells of processes.
-        cgroups: where it tells of cgroups.
-    """
+    """Bytes of host memory: the machine's or, where that is less, the limit of this process's cgroups."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([machine, *_limits(proc, cgroups)])
 
 
 def _limits(proc: Path, cgroups: Path) -> Iterator[int]:
-    """The limits of this process's cgroups and of all above them, in both versions; an unlimited one says "max"."""
+    """The limits of this process's cgroups and of all above them, of both versions; "max" is none."""
     for hierarchy, file in ((cgroups, "memory.max"), (cgroups / "memory", "memory.limit_in_bytes")):
         for folder in _cgroup(proc, hierarchy, version_2=file == "memory.max"):
             with suppress(OSError, ValueError):
@@ -40,27 +34,22 @@ def _limits(proc: Path, cgroups: Path) -> Iterator[int]:
 def _cgroup(proc: Path, hierarchy: Path, *, version_2: bool) -> list[Path]:
     """The folder of this process's cgroup in a hierarchy, and those above it.
 
-    A container may see its own cgroup as the root while /proc names it as the host does: then only the root is there.
+    In a container, /proc may name the cgroup as the host does, while its folder is the root: then only the root exists.
     """
-    try:
+    text = ""
+    with suppress(OSError):
         text = (proc / "self" / "cgroup").read_text(errors="surrogateescape")
-    except OSError:
-        text = ""
     for number, controllers, path in re.findall(r"^(\d+):([^:\n]*):(.*)$", text, re.MULTILINE):
         if (number == "0") if version_2 else ("memory" in controllers.split(",")):
             own = PurePosixPath(path.lstrip("/"))
-            # "/.." leads out of what this process may see.
+            # "/.." leads out of the part that this process sees.
             return [hierarchy / it for it in (own, *own.parents) if ".." not in it.parts]
     return [hierarchy]
 
 
 def drawing_device(nvidia_files: Sequence[str] = NVIDIA_FILES) -> "torch.device":
-    """The device that draws on this machine.
-
-    Raises:
-        ValueError: see `choose_device`.
-    """
-    import torch  # heavy, and who asks for memory alone does without
+    """The device that draws on this machine, see `choose_device`."""
+    import torch  # here, since it is slow to import and host_memory does not need it
 
     nvidia = any(Path(file).exists() for file in nvidia_files)
     return torch.device(choose_device(torch.version.cuda, nvidia=nvidia, available=torch.cuda.is_available()))
@@ -69,16 +58,16 @@ def drawing_device(nvidia_files: Sequence[str] = NVIDIA_FILES) -> "torch.device"
 def choose_device(
     built_for: str | None, *, nvidia: bool, available: bool, environ: Mapping[str, str] = os.environ
 ) -> str:
-    """Which device draws: "cuda" or "cpu".
+    """The device that draws: "cuda" or "cpu".
 
     Args:
         built_for: the version of CUDA that torch was built for, such as "13.0"; None for a build without CUDA.
         nvidia: whether the system shows an NVIDIA GPU.
         available: whether torch can use it.
-        environ: CUDA_VISIBLE_DEVICES, empty or beginning with -1, asks for the CPU; with FLUX_DEV any device will do.
+        environ: CUDA_VISIBLE_DEVICES, empty or beginning with -1, asks for the CPU; with FLUX_DEV, either will do.
 
     Raises:
-        ValueError: a sentence: there is a GPU that cannot be used, and nobody asked for the CPU.
+        ValueError: a sentence: there is a GPU that cannot be used, and the CPU was not asked for.
     """
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     hidden = visible is not None and visible.partition(",")[0].strip() in ("", "-1")

@@ -1,5 +1,6 @@
-"""What work took: seconds by phase, and the most memory that was held at once. Knows nothing of the work itself."""
+"""Seconds by phase, and the peak of memory. Knows nothing of the work that is measured."""
 
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -12,9 +13,9 @@ from service.device_thread import check_cancelled
 
 
 class Stopwatch:
-    """Seconds by phase, added up; waits for the device, so that a phase is charged for the work that it started.
+    """Seconds by phase, added up; waits for the device, so that each phase is charged for the work that it started.
 
-    A request that was cancelled ends where its next phase would begin.
+    A cancelled request ends where its next phase would begin.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,34 +37,26 @@ class Stopwatch:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def __str__(self) -> str:
-        """All of it in a line."""
+        """The sum, and each phase, in one line."""
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.seconds.items())
         return f"{sum(self.seconds.values()):.1f} s ({phases})"
 
 
 class PeakMemory:
-    """The most memory that was held at once since this was made.
-
-    Args:
-        device: whose memory is counted beside that of the process, where it has its own.
-    """
+    """The most memory held at once since this object was made: of the process, and of the device if that is a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        with suppress(OSError):  # where Linux keeps no such record, the peak is that of the process's whole life
+        with suppress(OSError):  # without this file of Linux, the peak is that of the process's whole life
             Path("/proc/self/clear_refs").write_text("5")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
     def bytes(self) -> dict[str, int]:
-        """Of the host, resident, and of the GPU, where there is one, in tensors."""
-        peak = {"host": _resident()}
-        return peak | ({"gpu": torch.cuda.max_memory_allocated(self._device)} if self._device.type == "cuda" else {})
-
-
-def _resident() -> int:
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        """The process's resident memory as "host", and what tensors took of the GPU as "gpu", where there is one."""
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with suppress(OSError):
+            if found := re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()):
+                kilobytes = int(found[1])
+        gpu = {"gpu": torch.cuda.max_memory_allocated(self._device)} if self._device.type == "cuda" else {}
+        return {"host": kilobytes * 1024} | gpu

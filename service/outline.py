@@ -1,4 +1,4 @@
-"""What is known of a model before its weights are there: enough to say what memory it will take."""
+"""A model whose weights are not fetched yet: enough is known to plan the memory that it will take."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,16 +1,15 @@
-"""Host memory in slabs of at most 1 GiB that the GPU reads by itself: tensors are packed into a few large blocks.
+"""Tensors packed into slabs, which are blocks of host memory of at most 1 GiB, pinned so that the GPU can read them.
 
 torch rounds each pinned block up to a power of two, so a tensor with a block of its own takes up to twice its bytes,
-and each block costs a call of the driver. What lies in one slab also goes to the device in one copy. This module knows
+and each block costs a call of the driver. The tensors of one slab also go to the device in one copy. This module knows
 bytes, blocks and devices; it knows neither files nor what the tensors are.
 """
 
 import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,60 +19,28 @@ from service.device_thread import check_cancelled
 SLAB = 2**30
 # Bytes of a slab that go to the device at a time: a millisecond over PCIe.
 PIECE = 2**26
-# Where a tensor may begin in a slab: what the widest loads of CPUs and GPUs like.
+# Tensors begin at multiples of this in a slab, for the widest loads of CPUs and GPUs.
 ALIGNMENT = 256
 
 Key = TypeVar("Key", bound=Hashable)
 
 
-@dataclass
-class _Slab(Generic[Key]):
-    """Tensors by their place in the order that they were given in, which they keep in the slab."""
-
-    sizes: dict[int, tuple[Key, int]] = field(default_factory=dict)
-    aligned: int = 0  # bytes, were the last one padded as all others are
-    last: tuple[int, int] = (-1, 0)  # which one comes last, and its padding
-
-    def fits(self, place: int, size: int) -> bool:
-        _, padding = max(self.last, (place, _aligned(size) - size))
-        return self.aligned + _aligned(size) - padding <= SLAB
-
-    def add(self, place: int, key: Key, size: int) -> None:
-        self.sizes[place] = key, size
-        self.aligned += _aligned(size)
-        self.last = max(self.last, (place, _aligned(size) - size))
-
-    @property
-    def nbytes(self) -> int:
-        return self.aligned - self.last[1]
-
-    @property
-    def offsets(self) -> dict[Key, int]:
-        offsets, end = {}, 0
-        for _, (key, size) in sorted(self.sizes.items()):
-            offsets[key], end = end, end + _aligned(size)
-        return offsets
-
-
 def pinned_bytes(sizes: Iterable[int]) -> int:
-    """What tensors of so many bytes each take of pinned memory when they are packed."""
-    return sum(_rounded(slab.nbytes) for slab in _lay_out(dict(enumerate(sizes))))
+    """The bytes of pinned memory that tensors of these sizes take when they are packed."""
+    return sum(_rounded(_end(slab)) for slab in _lay_out(dict(enumerate(sizes))))
 
 
 def block(nbytes: int) -> Tensor:
-    """So many bytes of host memory, uint8, set to nothing yet; pinned where there is CUDA."""
+    """An uninitialised block of host memory, uint8; pinned where there is CUDA."""
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
 
 def pack(tensors: Mapping[Key, Tensor], allocate: Callable[[int], Tensor] = block) -> dict[Key, Tensor]:
-    """Copy tensors into as few slabs as they need.
+    """Equal contiguous tensors, packed into as few slabs as they need, in which they keep their order.
 
     Args:
         tensors: on any device, of any strides.
         allocate: makes a slab of so many bytes, uint8.
-
-    Returns:
-        equal contiguous tensors; each begins at a multiple of ALIGNMENT in its slab, where they keep their order.
     """
     return {key: tensor for job in packing(tensors, allocate=allocate) for key, tensor in job().items()}
 
@@ -81,56 +48,66 @@ def pack(tensors: Mapping[Key, Tensor], allocate: Callable[[int], Tensor] = bloc
 def packing(
     tensors: Mapping[Key, Tensor], dtype: torch.dtype | None = None, allocate: Callable[[int], Tensor] = block
 ) -> list[Callable[[], dict[Key, Tensor]]]:
-    """The same as jobs that may run in several threads at once; each makes one slab and returns its tensors.
+    """The same as jobs, each of which makes one slab and returns its tensors, for several threads at once.
 
-    Args:
-        tensors: see `pack`.
-        dtype: what they become on the way; None leaves each its own.
-        allocate: see `pack`.
+    With a `dtype`, the tensors are converted to it.
     """
+
+    def fill(slab: Mapping[Key, range]) -> dict[Key, Tensor]:
+        memory = allocate(_end(slab))
+        packed = {}
+        for key, place in slab.items():
+            check_cancelled()
+            tensor = tensors[key]
+            packed[key] = memory[place.start : place.stop].view(dtype or tensor.dtype).view(tensor.shape).copy_(tensor)
+        return packed
+
     sizes = {key: tensor.numel() * (dtype or tensor.dtype).itemsize for key, tensor in tensors.items()}
-    return [partial(_fill, slab, tensors, dtype, allocate) for slab in _lay_out(sizes)]
+    return [partial(fill, slab) for slab in _lay_out(sizes)]
 
 
-def _lay_out(sizes: Mapping[Key, int]) -> list[_Slab[Key]]:
-    """First fit decreasing: the largest first, each into the first slab with room; above SLAB each has its own."""
-    slabs: list[_Slab[Key]] = []
-    for place, (key, size) in sorted(enumerate(sizes.items()), key=lambda it: it[1][1], reverse=True):
-        slab = next((slab for slab in slabs if slab.fits(place, size)), None)
-        if slab is None:
-            slabs.append(slab := _Slab())
-        slab.add(place, key, size)
+def _lay_out(sizes: Mapping[Key, int]) -> list[dict[Key, range]]:
+    """The bytes of each tensor in its slab: first fit decreasing; one larger than SLAB has a slab of its own.
+
+    The largest tensor goes first, each into the first slab with room; in a slab they keep the order of `sizes`.
+    """
+    chosen: dict[Key, int] = {}  # slabs by number
+    room: list[int] = []  # bytes left in each
+    for key in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        size = _aligned(sizes[key])
+        number = next((number for number, left in enumerate(room) if size <= left), len(room))
+        if number == len(room):
+            room.append(SLAB)
+        room[number] -= size
+        chosen[key] = number
+    slabs: list[dict[Key, range]] = [{} for _ in room]
+    for key, size in sizes.items():
+        slab = slabs[chosen[key]]
+        start = _aligned(_end(slab))
+        slab[key] = range(start, start + size)
     return slabs
 
 
-def _fill(
-    slab: _Slab[Key], tensors: Mapping[Key, Tensor], dtype: torch.dtype | None, allocate: Callable[[int], Tensor]
-) -> dict[Key, Tensor]:
-    memory = allocate(slab.nbytes)
-    packed = {}
-    for key, offset in slab.offsets.items():
-        check_cancelled()
-        kind = dtype or tensors[key].dtype
-        place = memory[offset : offset + tensors[key].numel() * kind.itemsize]
-        packed[key] = place.view(kind).view(tensors[key].shape).copy_(tensors[key])
-    return packed
+def _end(slab: Mapping[Key, range]) -> int:
+    """Bytes of a slab: where its last tensor ends."""
+    return next(reversed(slab.values())).stop if slab else 0
 
 
 def taken(tensors: Iterable[Tensor]) -> int:
-    """Bytes of host memory that the blocks of these tensors take, each block counted once, whole, as it was rounded."""
+    """The bytes of the host blocks that hold these tensors: each counted once, whole, and as torch rounded it."""
     blocks = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}.values()
     sizes = ((tensor.untyped_storage().nbytes(), tensor.is_pinned()) for tensor in blocks)
     return sum(_rounded(nbytes) if pinned else nbytes for nbytes, pinned in sizes)
 
 
 class _Block:
-    """A block of host memory on a device, or on its way there. It does not keep the host's memory alive."""
+    """The copy on a device of a block of host memory, whole or in part. It does not keep the host's memory alive."""
 
     def __init__(self, nbytes: int, device: torch.device, *, pinned: bool) -> None:
         self.nbytes = nbytes
         self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.turn = 0  # when it was used last
-        self.sent = 0  # bytes that are there
+        self.sent = 0  # bytes copied
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda" and pinned:
             self._stream = _copying(device)
@@ -138,10 +115,10 @@ class _Block:
             self.memory.record_stream(self._stream)
 
     def send(self, storage: torch.UntypedStorage, end: int) -> None:
-        """Let so many bytes of the host's block be there for whatever the current stream is given from now on.
+        """Copy the first `end` bytes of the host's block; what the current stream does from now on waits for them.
 
-        Pinned memory is copied piece by piece, as it is asked for, on a stream of its own: the first tensors can be
-        used while the next are still under way.
+        Pinned memory is copied piece by piece on a stream of its own: the first tensors can be used while the next are
+        still copied.
         """
         whole = torch.empty(0, dtype=torch.uint8).set_(storage)
         while self.sent < min(end, self.nbytes):
@@ -160,13 +137,13 @@ def _copying(device: torch.device) -> torch.cuda.Stream:
 
 
 class Uploads:
-    """Brings tensors to a device; the first one of a block brings the whole block, in which the others are then views.
+    """Copies tensors to a device block by block: the others of the block are then views of that copy.
 
-    A block stays until its room is needed by others, or its host memory is freed.
+    A copy stays until its room is needed by others, or its host memory is freed.
 
     Args:
-        device: where they go; a tensor that lies there is returned as it is.
-        room: how many bytes of blocks may lie there. A tensor whose block has no room comes alone and is not held.
+        device: a tensor that lies there already is returned as it is.
+        room: how many bytes of blocks may lie there. A tensor whose block has no room is copied alone, and not kept.
     """
 
     def __init__(self, device: torch.device, room: int) -> None:
@@ -186,7 +163,7 @@ class Uploads:
         return view.set_(memory.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
     def memory(self, storage: torch.UntypedStorage, end: int) -> Tensor | None:
-        """A block of host memory on the device, uint8, up to a byte at least; None where it has no room there."""
+        """The copy of a host block on the device, uint8, up to byte `end` at least; None where it has no room."""
         if storage.device == self._device:
             return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
         block = self._blocks.get(storage)
@@ -202,12 +179,12 @@ class Uploads:
         return block.memory
 
     def leave(self, room: int) -> None:
-        """Let so many bytes stay, of those that were used last; until this is called, what was used has to stay."""
+        """Keep up to `room` bytes, those used last; until this is called, all blocks that were used are kept."""
         self._turn += 1
         self._make_room(room)
 
     def _make_room(self, room: int) -> None:
-        """Let go of blocks of earlier turns, the longest unused first, until the rest takes no more than this."""
+        """Drop blocks of earlier turns, the longest unused first, until the rest takes no more than `room`."""
         for storage, block in sorted(self._blocks.items(), key=lambda it: it[1].turn):
             if block.turn < self._turn and self._taken() > room:
                 del self._blocks[storage]

@@ -1,8 +1,8 @@
 """Draw with plain diffusers and PEFT, then with the product, from the same weights and noise; compare: script/check.
 
 Both do not fit on one GPU together. So all references are drawn first and kept as latents on the CPU; then everything
-is freed, and the product is loaded as in service. Each comparison is a row of the table, with its own error: one that
-fails says why and leaves the others alone. This module knows diffusers' pipelines, the product's doors and no Cog.
+is freed, and the product is loaded as in service. Each comparison is a row of the table: one that fails says why, and
+the others go on. This module knows diffusers' pipelines and the product's doors; it knows no Cog.
 """
 
 import argparse
@@ -11,17 +11,13 @@ import hashlib
 import os
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-# Read when the libraries are imported: what they say while loading tells an operator nothing; their errors are raised.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the library is imported
 
 import numpy as np
 import torch
@@ -49,53 +45,47 @@ from safety import SafetyChecker, Verdict
 from service import faults
 from service.machine import drawing_device
 from service.measure import PeakMemory, Stopwatch
-from settings import ROOT, Models, Settings
+from settings import Models, Settings
+from tools import command
 from weights import WeightsCache, fetch, outlines
 
 PROMPT = "a red fox"
 SEED = 7
 STEPS = 4
-# Width and height of what 21:9 means at 0.25 megapixels, and of the image that is drawn from: no side like another, so
-# that none can stand for another. Small: on a CPU without AVX-512 the plain VAE encodes a larger one for seconds.
+# Width and height of 21:9 at 0.25 megapixels, and of the image: all sides differ, so that no mix-up goes unseen. Small:
+# on a CPU without AVX-512 the plain VAE encodes a larger image for seconds.
 SIZE, IMAGE_SIZE = (768, 320), (320, 256)
-# What the mask keeps along each edge, in pixels: whole cells of latents, of which plain diffusers looks at one pixel.
+# Pixels that the mask keeps along each edge: whole cells of latents, of which plain diffusers looks at one pixel.
 MARGIN = 32
-# How much of an image is drawn anew: two of the four steps.
+# prompt_strength: two of the four steps are drawn.
 STRENGTH = 0.5
 
 # Bounds on |ours - reference| / |reference| of the latents. Measured with the miniature on a CPU: 0 for dev and
-# schnell, 0.012 from an image (the product convolves in float32 there), 0.055 in fp8; of four weights in its blocks,
-# each gave 0.19 or more when it was set to zero. The rest is room for a real model, whose compiled code and attention
-# add up in another order.
-BF16_ERROR = 0.05
-FP8_ERROR = 0.15
-# Bounds on |ours - reference| / |reference - reference without the LoRA|, for a LoRA whose effect is EFFECT of the
-# latents or more. Measured with the miniature: 0.02 in bf16, and 0.08 to 0.14 in fp8; with the LoRA at 1.5 times its
-# strength 0.7 and more, at 1/1.5 of it 0.5 and more, without it 1.
-BF16_LORA_ERROR = 0.1
-FP8_LORA_ERROR = 0.3
-# The effect, and the scales that are tried until it is reached: a weak LoRA would drown in fp8's rounding.
-EFFECT = 0.45
-SCALES = tuple(1.5**power for power in range(6))
-# Of the made-up LoRA; with factors of this size it has the effect at scale 1 in the miniature.
-RANK = 16
-UP = 0.08
-# How far the classifier's probability may be from that of the model asked directly: batches of another size round
-# otherwise.
-PROBABILITY_ERROR = 0.01
-# The same for the checker's cosines, which the model rounds to three places.
-COSINE_ERROR = 0.005
+# schnell, 0.012 from an image (the product convolves in float32 there), 0.055 in fp8; 0.19 or more when one of four
+# weights in its blocks was zero. The rest is room for the other order of sums in a real model's compiled code.
+BF16_ERROR, FP8_ERROR = 0.05, 0.15
+# Bounds on |ours - reference| / |reference - reference without the LoRA|, for a LoRA that changes EFFECT of the latents
+# or more. Measured with the miniature: 0.02 in bf16, and 0.08 to 0.14 in fp8; with the LoRA at 1.5 times its strength
+# 0.7 and more, at 1/1.5 of it 0.5 and more, without it 1.
+BF16_LORA_ERROR, FP8_LORA_ERROR = 0.1, 0.3
+# SCALES are tried until a LoRA changes that much: a weaker change would drown in fp8's rounding.
+EFFECT, SCALES = 0.45, tuple(1.5**power for power in range(6))
+# The rank of the made-up LoRA, and the size of its factors, by which it has this effect at scale 1 in the miniature.
+RANK, UP = 16, 0.08
+# Bounds on the classifier's probability and the checker's cosines against the models called directly: batches of other
+# sizes are rounded differently, and the checker's model rounds cosines to three places.
+PROBABILITY_ERROR, COSINE_ERROR = 0.01, 0.005
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one comparison came to."""
+    """The result of one comparison."""
 
     name: str
     right: bool | None  # None: skipped
     measured: str
     bound: str = ""
-    known: bool = True  # False: there was nothing to compare with
+    known: bool = True  # whether there was a reference
 
     def __str__(self) -> str:
         """A line of the table."""
@@ -103,8 +93,8 @@ class Row:
         return f"{self.name:<24}{verdict:<9}{self.measured}" + (f" [{self.bound}]" if self.bound else "")
 
 
-class NoReferenceError(ValueError):
-    """There is nothing to compare with: what the product does may be right or wrong."""
+class NoReferenceError(Exception):
+    """Nothing to compare with, so that the product may be right or wrong: why, as a part of a sentence."""
 
 
 @dataclass(frozen=True)
@@ -116,44 +106,42 @@ class Reference:
     trouble: str = ""
 
     def known(self) -> Tensor:
-        """The latents.
-
-        Raises:
-            NoReferenceError: a sentence, where there are none.
-        """
+        """The latents; a NoReferenceError is raised where there are none."""
         if self.latents is None:
             raise NoReferenceError(self.trouble)
         return self.latents
 
 
 def check(settings: Settings, device: torch.device, lora: str | None) -> list[Row]:
-    """Compare everything.
-
-    Args:
-        settings: the predictor's.
-        device: where both compute.
-        lora: a reference or a path; a LoRA is made up unless given.
+    """Compare everything, with a LoRA by its reference or path; one is made up where there is none.
 
     Raises:
         ValueError: a sentence about a LoRA or models that cannot be had or loaded at all.
     """
     placement = Flux.plan(outlines(settings), device) if device.type == "cuda" else None
     models = fetch(settings)
-    with tempfile.TemporaryDirectory() as scratch, _opened(lora, models, settings, Path(scratch)) as file:
-        references = draw_references(models, device, requests(Path(scratch)), file)
-        memory = PeakMemory(device)
-        flux = Flux.load(replace(settings, models=models), device, placement)
-        return Comparison(flux, models, references, file, memory).rows()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        opened = (
+            WeightsCache(settings).open_local(lora)
+            if lora
+            else nullcontext(make_lora(folder / "made_up.safetensors", Path(models.dev) / "transformer"))
+        )
+        with opened as file:
+            references = draw_references(models, device, requests(folder), file)
+            memory = PeakMemory(device)
+            flux = Flux.load(replace(settings, models=models), device, placement)
+            return Comparison(flux, models, references, file, memory).rows()
 
 
 def requests(folder: Path) -> dict[str, Request]:
-    """What is drawn both ways, by the names of the rows; writes the image and the mask to `folder`."""
+    """The requests that are drawn both ways, by the names of the rows; their image and mask are written to `folder`."""
     photo, mask = folder / "photo.png", folder / "mask.png"
     ramp = Image.linear_gradient("L")
     colours = (ramp, ramp.transpose(Image.Transpose.ROTATE_90), Image.radial_gradient("L"))
     Image.merge("RGB", colours).resize(IMAGE_SIZE).save(photo)
     painted = Image.new("L", IMAGE_SIZE)
-    # Most of it: kept latents are the image's, and tell nothing.
+    # Most of it is painted: latents that are kept prove nothing.
     painted.paste(255, (MARGIN, MARGIN, IMAGE_SIZE[0] - MARGIN, IMAGE_SIZE[1] - MARGIN))
     painted.save(mask)
     dev = Request(prompt=PROMPT, seed=SEED, num_inference_steps=STEPS, aspect_ratio="21:9", megapixels="0.25")
@@ -178,27 +166,23 @@ def draw_references(
 
 
 class PlainDiffusers:
-    """diffusers' own pipelines, of one model at a time.
-
-    Args:
-        models: folders.
-        device: where they compute.
-        lora: what a request with a LoRA means.
-    """
+    """diffusers' own pipelines, of one model at a time; requests with a LoRA mean the one given here."""
 
     def __init__(self, models: Models, device: torch.device, lora: LoraFile) -> None:
         self._models, self._device, self._lora = models, device, lora
         self._loaded: tuple[str, FluxPipeline] | None = None
 
     def refer(self, name: str, request: Request) -> Reference:
-        """The reference of a request; an error becomes its sentence, and holds nothing on the device."""
+        """The reference of a request; of an error, only the text is kept, so that nothing stays on the device."""
         print(f"Plain diffusers draws the reference of {name}.", flush=True)
         try:
             return self._draw_with_lora(request) if request.loras else Reference(request, self._draw(request))
+        except NoReferenceError as error:
+            trouble = str(error)
         except Exception as error:
             full = "its memory is full, and diffusers needs a whole model on the device"
-            reason = full if faults.out_of_memory(error) else f"diffusers failed with {_words(error)}"
-            return Reference(request, None, f"There is no reference: {reason}.")
+            trouble = full if faults.out_of_memory(error) else f"diffusers failed with {_words(error)}"
+        return Reference(request, None, trouble)
 
     def free(self) -> None:
         """Give the device's memory back."""
@@ -208,9 +192,9 @@ class PlainDiffusers:
             torch.cuda.empty_cache()
 
     def _draw_with_lora(self, request: Request) -> Reference:
-        """Draw at the first scale at which the LoRA has its effect; the request of the reference names that scale."""
+        """Draw at the first scale at which the LoRA has its EFFECT; the reference's request names that scale."""
         if self._lora.config:
-            return Reference(request, None, "There is no reference: diffusers reads no adapter_config.json.")
+            raise NoReferenceError("diffusers reads no adapter_config.json")
         plain = self._draw(request)
         pipeline = self._pipeline(request.model)
         pipeline.load_lora_weights(self._lora.path, adapter_name="lora")
@@ -219,16 +203,16 @@ class PlainDiffusers:
                 pipeline.set_adapters("lora", scale)
                 latents = self._draw(request)
                 if not latents.isfinite().all():
-                    return Reference(request, None, "There is no reference: with this LoRA diffusers draws no numbers.")
+                    raise NoReferenceError("with this LoRA diffusers draws no numbers")
                 if (latents - plain).norm() >= EFFECT * plain.norm():
                     return Reference(replace(request, loras=(replace(request.loras[0], scale=scale),)), latents)
         finally:
             pipeline.unload_lora_weights()
-        return Reference(request, None, f"There is no reference: even at {scale:.3g} this LoRA changes too little.")
+        raise NoReferenceError(f"even at {scale:.3g} this LoRA changes too little")
 
     @torch.no_grad()
     def _draw(self, request: Request) -> Tensor:
-        """Latents as `Reference` has them, from the model as it is."""
+        """Latents as `Reference` has them, with the LoRA that is loaded, if any."""
         own = self._pipeline(request.model)
         kind, inputs, size = FluxPipeline, {}, SIZE
         if request.image is not None:
@@ -270,15 +254,7 @@ class PlainDiffusers:
 
 
 class Comparison:
-    """The product against the references.
-
-    Args:
-        flux: loaded, and nothing drawn yet.
-        models: folders, for the safety models.
-        references: by row.
-        lora: of the reference "LoRA".
-        memory: watches since before `flux` was loaded.
-    """
+    """The product against the references: `flux` has drawn nothing yet, `memory` watches since before it was loaded."""
 
     def __init__(
         self, flux: Flux, models: Models, references: Mapping[str, Reference], lora: LoraFile, memory: PeakMemory
@@ -288,9 +264,9 @@ class Comparison:
         self._stopwatch = Stopwatch(flux.device)
 
     def rows(self) -> list[Row]:
-        """Every comparison, in an order in which a LoRA's traces would be seen."""
+        """Every comparison, in an order that would show what is left of a LoRA."""
         comparisons: dict[str, Callable[[str], Row]] = {
-            "dev": self._dev,
+            "dev": lambda name: self._against_reference(name, *self._first),
             "dev, decoded": self._decoded,
             "schnell": self._latents,
             "image": self._latents,
@@ -313,15 +289,12 @@ class Comparison:
 
     @cached_property
     def _first(self) -> tuple[Tensor, bool]:
-        """dev, drawn when it is first asked for: before any LoRA."""
+        """dev's latents, drawn before any LoRA."""
         return self._draw(self._references["dev"].request)
-
-    def _dev(self, name: str) -> Row:
-        return self._against_reference(name, *self._first)
 
     @torch.no_grad()
     def _decoded(self, name: str) -> Row:
-        """The reference's latents as the product's pixels, against those of the VAE itself in float32."""
+        """The reference's latents, decoded by the product and by the VAE itself in float32."""
         reference, device = self._references["dev"], self._flux.device
         latents = reference.known().to(device)
         job = self._flux.prepare(reference.request, (), self._stopwatch)
@@ -343,13 +316,11 @@ class Comparison:
         return Row(name, error <= bound, f"{error:.4f} of the latents", f"at most {bound}")
 
     def _with_lora(self, name: str, *, fp8: bool) -> Row:
-        """The LoRA in one precision; under fp8 the product makes scales stronger by a factor, so less is asked for."""
+        """The LoRA in one precision; under fp8 the product multiplies scales by a factor, so less is asked for."""
         wanted, plain = self._references["LoRA"], self._references["dev"].known()
         reference, choice = wanted.known(), wanted.request.loras[0]
         if choice.scale != 1 and "DoRA" in self._flux.lora_cache.read(self._lora).report.kinds:
-            raise NoReferenceError(
-                "There is no reference: at 1 this DoRA changes too little, and PEFT means other scales otherwise."
-            )
+            raise NoReferenceError("at 1 this DoRA changes too little, and PEFT means other scales otherwise")
         asked = replace(choice, scale=choice.scale / FP8_LORA_FACTOR if fp8 else choice.scale)
         latents, runs_fp8 = self._draw(replace(wanted.request, loras=(asked,), go_fast=fp8))
         if runs_fp8 != fp8:
@@ -360,7 +331,7 @@ class Comparison:
         return Row(name, error <= bound, measured, f"at most {bound}")
 
     def _without_lora(self, name: str) -> Row:
-        """dev again, to the bit."""
+        """dev's latents again, compared to the bit."""
         again, first = self._draw(self._references["dev"].request)[0], self._first[0]
         return Row(name, torch.equal(again, first), f"{(again != first).sum()} of {first.numel()} numbers differ", "0")
 
@@ -381,7 +352,7 @@ class Comparison:
 
     @cached_property
     def _verdict(self) -> Verdict:
-        """What the product's safety check says of it."""
+        """The verdict of the product's safety check on it."""
         folders = Path(self._models.safety_checker), Path(self._models.nsfw_classifier)
         return SafetyChecker.load(*folders, self._flux.device).check([self._picture])[0]
 
@@ -389,8 +360,8 @@ class Comparison:
     def _safety_checker(self, name: str) -> Row:
         """The first stage against the model's own `forward`, which answers yes or no.
 
-        Our score says by how much a threshold is exceeded. So with thresholds moved by a little less than it the model
-        must say yes, with thresholds moved by a little more no, and as they are what we say.
+        Our score is the excess over a threshold. So the model must say yes with thresholds moved by a little less than
+        the score, no with thresholds moved by a little more, and the same as we do with its own thresholds.
         """
         folder, ours = self._models.safety_checker, self._verdict.checker
         model = StableDiffusionSafetyChecker.from_pretrained(folder, dtype=torch.float32).to(self._flux.device)
@@ -421,7 +392,7 @@ class Comparison:
         return Row(name, not self._verdict.flagged, f"flagged by {' and '.join(flagging) or 'none'}", "not by both")
 
     def _plan(self, name: str) -> Row:
-        """Where the weights were put, and whether all of the above kept within the memory planned for it."""
+        """Where the weights were put, and whether all of the above stayed within the planned memory."""
         placement, peak = self._flux.placement, self._memory.bytes().get("gpu")
         if peak is None:
             return Row(name, True, f"no GPU; {placement.precisions}")
@@ -433,7 +404,7 @@ def _row(name: str, compare: Callable[[str], Row]) -> Row:
     try:
         return compare(name)
     except NoReferenceError as error:
-        return Row(name, False, str(error), known=False)
+        return Row(name, False, f"There is no reference: {error}.", known=False)
     except ValueError as error:  # a sentence
         return Row(name, False, str(error))
     except Exception as error:
@@ -452,19 +423,9 @@ def _ratio(difference: Tensor, whole: Tensor) -> float:
 
 
 def _dtype(folder: Path) -> torch.dtype:
-    """In which a model's weights are stored."""
+    """The dtype of a model's stored weights."""
     with safe_open(min(folder.glob("*.safetensors")), framework="pt") as tensors:
         return tensors.get_tensor(next(iter(tensors.keys()))).dtype
-
-
-@contextmanager
-def _opened(reference: str | None, models: Models, settings: Settings, folder: Path) -> Iterator[LoraFile]:
-    """The LoRA as a file: fetched by its reference, or made up."""
-    if reference is None:
-        yield make_lora(folder / "made_up.safetensors", Path(models.dev) / "transformer")
-        return
-    with WeightsCache(settings).open_local(reference) as file:
-        yield file
 
 
 def make_lora(path: Path, transformer: Path) -> LoraFile:
@@ -491,9 +452,7 @@ def main() -> None:
         prog="script/check", description="Compare the product with plain diffusers and PEFT on this machine's weights."
     )
     parser.add_argument(
-        "lora",
-        nargs="?",
-        help="a reference or a path of one that diffusers reads; a LoRA is made up unless given",
+        "lora", nargs="?", help="a reference or a path of one that diffusers reads; a LoRA is made up unless given"
     )
     lora = parser.parse_args().lora
     if lora == "":
@@ -501,20 +460,16 @@ def main() -> None:
     with suppress(OSError):  # too long for a path: a data URI
         if lora is not None and Path(lora).exists():
             lora = str(Path(lora).absolute())
-    os.chdir(ROOT)  # where the predictor runs, and relative paths of the environment begin
     disable_progress_bar()  # of loading
-    warnings.simplefilter("ignore")  # of libraries, with paths of this machine
-    try:
+    with command():
         device = drawing_device()
-        rows = check(Settings.from_environment(cuda=device.type == "cuda"), device, lora)
-    except KeyboardInterrupt:
-        print("Cancelled.", file=sys.stderr, flush=True)
-        os._exit(1)  # Python would wait for the threads of a download, and they for the ends of their files
-    except ValueError as error:
-        sys.exit(str(error))
-    except Exception as error:
-        print(faults.places(error))
-        sys.exit(f"The check failed with {_words(error)}; the lines above say where.")
+        try:
+            rows = check(Settings.from_environment(cuda=device.type == "cuda"), device, lora)
+        except ValueError:  # a sentence
+            raise
+        except Exception as error:
+            print(faults.places(error))
+            sys.exit(f"The check failed with {_words(error)}; the lines above say where.")
     wrong = sum(row.right is False for row in rows)
     print("", *rows, f"{wrong} of {len(rows)} rows are wrong or unknown.", sep="\n")
     sys.exit(int(wrong > 0))

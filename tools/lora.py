@@ -1,25 +1,18 @@
 """Fetch and check LoRAs ahead of time, and print what is in them, how large they are and how much they overlap.
 
-A LoRA is fetched into the cache that the predictor uses, and read as the predictor reads it: what is reported here is
-what a request would get. Neither a GPU nor the base's weights are needed; where these are on this machine, a LoRA's
-change is measured beside them. This module knows reports; `lora.measures` knows the arithmetic.
+LoRAs are fetched into the predictor's cache and read as the predictor reads them, so a request gets what is reported
+here. Neither a GPU nor the base's weights are needed; where these are on this machine, changes are compared with them.
+This module knows reports; `lora.measures` knows the arithmetic.
 """
 
 import argparse
 import json
-import math
-import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-
-# Read when the libraries are imported: what they say while loading tells an operator nothing; their errors are raised.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import torch
 from safetensors import safe_open
@@ -32,8 +25,10 @@ from lora.measures import Size, cosine, measure
 from lora_loader import Lora, read_lora
 from request import LoraChoice, LoraFile
 from service.machine import drawing_device
-from settings import OFFICIAL, ROOT, Settings
+from service.strict_json import storable
+from settings import OFFICIAL, Settings
 from sources.shown import brief, gigabytes, noted, redact
+from tools import command
 from weights import WeightsCache, on_disk, outlines, read_choices
 
 MODELS = ("transformer", "text_encoder")
@@ -46,9 +41,9 @@ class Checked:
     reference: str  # as it may be shown
     file: LoraFile
     nbytes: int
-    named_base: tuple[str, str] | None  # the base model that it says it is made for, and where it says so
+    named_base: tuple[str, str] | None  # the base model that the file states, and the field that states it
     lora: Lora
-    sizes: Mapping[str, Size] = field(default_factory=dict)  # of its changes, by model
+    sizes: dict[str, Size] = field(default_factory=dict)  # of its changes, by model
 
     def lines(self) -> list[str]:
         """The report for people; the first line is its title."""
@@ -75,10 +70,10 @@ class Checked:
             **self.lora.report.metric(),
             "change": {
                 model: {
-                    "norm": _finite(size.delta),
-                    "base_norm": _finite(size.base),
-                    "ratio": _finite(size.ratio),
-                    "most": {"parameter": size.most[0], "ratio": _finite(size.most[1])} if size.most else None,
+                    "norm": size.delta,
+                    "base_norm": size.base,
+                    "ratio": size.ratio,
+                    "most": {"parameter": size.most[0], "ratio": size.most[1]} if size.most else None,
                     "left_out": size.left_out,
                 }
                 for model, size in self.sizes.items()
@@ -88,7 +83,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Refused:
-    """A reference that cannot be had, or read."""
+    """A reference whose LoRA cannot be fetched or read."""
 
     reference: str  # as it may be shown
     error: str
@@ -104,11 +99,11 @@ class Refused:
 
 @dataclass(frozen=True)
 class Checks:
-    """What became of all references."""
+    """The results for all references."""
 
     loras: Sequence[Checked | Refused]  # in the order of the references
     overlaps: Mapping[tuple[int, int], float | None]  # cosines of the changes, by places in the order
-    no_base: str  # why nothing was measured beside the base; empty where it was
+    no_base: str  # why nothing was compared with the base; empty where it was
 
     @property
     def failed(self) -> bool:
@@ -125,26 +120,27 @@ class Checks:
         return "\n".join("\n  ".join(lines) for lines in parts)
 
     def _overlap_lines(self) -> list[str]:
-        pairs = {f"{self._name(a)}, {self._name(b)}": value for (a, b), value in self.overlaps.items()}
+        pairs = [f"{self._name(a)}, {self._name(b)}" for a, b in self.overlaps]
+        none = "one of them changes nothing, or is too large for numbers"
+        # + 0.0 makes 0 of -0.
+        cosines = [none if value is None else f"{round(value, 3) + 0.0:6.3f}" for value in self.overlaps.values()]
         width = max(map(len, pairs))
         return [
-            *(f"{pair:<{width}}  {_cosine(value)}" for pair, value in pairs.items()),
+            *(f"{pair:<{width}}  {cosine}" for pair, cosine in zip(pairs, cosines, strict=True)),
             "(the cosine of their changes: 1 is the same direction, 0 nothing in common, -1 the opposite direction)",
         ]
 
     def _name(self, place: int) -> str:
-        """A LoRA's name; with a part of its hash where others have that name, which some trainers give to all."""
+        """A LoRA's name, with a part of its hash where others have the same: some trainers use one name for all."""
         file = self.loras[place].file
         others = (it.file for it in self.loras if isinstance(it, Checked) and it.file.name == file.name)
         return file.name if all(it.sha256 == file.sha256 for it in others) else f"{file.name} ({file.sha256[:8]})"
 
     def document(self) -> dict[str, object]:
-        """The same for a machine."""
-        return {
-            "loras": [it.document() for it in self.loras],
-            "overlaps": [{"loras": pair, "cosine": value} for pair, value in self.overlaps.items()],
-            "no_base": self.no_base or None,
-        }
+        """The same for a machine; null stands for numbers beyond float32, which JSON cannot say."""
+        overlaps = [{"loras": pair, "cosine": value} for pair, value in self.overlaps.items()]
+        loras = [it.document() for it in self.loras]
+        return storable({"loras": loras, "overlaps": overlaps, "no_base": self.no_base or None})
 
 
 def _size_line(model: str, size: Size) -> str:
@@ -163,24 +159,8 @@ def _percent(ratio: float) -> str:
     return f"{100 * ratio:.1f} %" if 0.1 <= ratio < 1000 else f"{100 * ratio:.2g} %"
 
 
-def _finite(number: float | None) -> float | None:
-    """A number as JSON can say it: what is too large for float32 it cannot."""
-    return number if number is not None and math.isfinite(number) else None
-
-
-def _cosine(value: float | None) -> str:
-    return (
-        "one of them changes nothing, or is too large for numbers" if value is None else f"{round(value, 3) + 0.0:6.3f}"
-    )  # no -0.000
-
-
 def check(references: Sequence[str], here: Path, settings: Settings) -> Checks:
-    """Fetch, read and measure LoRAs.
-
-    Args:
-        references: each as an input may have it, sums and JSON too; or a path.
-        here: where relative paths among them begin.
-        settings: the predictor's.
+    """Fetch, read and measure LoRAs, by whatever an input may have, or by their paths, relative to `here`.
 
     Raises:
         ValueError: a sentence about a base model whose configs cannot be had.
@@ -188,22 +168,28 @@ def check(references: Sequence[str], here: Path, settings: Settings) -> Checks:
     known = settings.models.dev == OFFICIAL.dev
     shapes = outlined(official()["dev"] if known else outlines(settings, ["dev"])["dev"])
     loras = [it for reference in references for it in read_all(reference, here, settings, shapes)]
-    places = [place for place, it in enumerate(loras) if isinstance(it, Checked)]
-    bases, no_base = find_bases(settings, shapes) if places else ((None, None), "")
-    products = torch.zeros(len(places), len(places), dtype=torch.float64)
+    checked = {place: it for place, it in enumerate(loras) if isinstance(it, Checked)}
+    bases, no_base = (None, None), ""
+    if checked:
+        try:
+            bases = find_bases(settings, shapes)
+        except ValueError as error:
+            no_base = str(error)
+    products = torch.zeros(len(checked), len(checked), dtype=torch.float64)
     for model, module, base in zip(MODELS, shapes, bases, strict=True):
-        changes = [getattr(loras[place].lora, model) for place in places]
+        changes = [getattr(it.lora, model) for it in checked.values()]
         sizes, own = measure(changes, dict(module.named_parameters()), base)
         products += own
-        for place, size in zip(places, sizes, strict=True):
+        for it, size in zip(checked.values(), sizes, strict=True):
             if size is not None:
-                loras[place] = replace(loras[place], sizes={**loras[place].sizes, model: size})
-    pairs = combinations(range(len(places)), 2)
-    return Checks(loras, {(places[a], places[b]): cosine(products, a, b) for a, b in pairs}, no_base)
+                it.sizes[model] = size
+    pairs = combinations(enumerate(checked), 2)
+    overlaps = {(one, other): cosine(products, i, j) for (i, one), (j, other) in pairs}
+    return Checks(loras, overlaps, no_base)
 
 
 def read_all(text: str, here: Path, settings: Settings, shapes: tuple[nn.Module, nn.Module]) -> list[Checked | Refused]:
-    """The LoRAs that a text names, see `check`; or what was wrong with each."""
+    """The LoRAs that a text names, see `check`; each may be refused."""
     shown = brief(redact(text))
     with suppress(OSError):  # too long for a path: a data URI
         if text.strip() and (path := here / text).exists():
@@ -218,14 +204,7 @@ def read_all(text: str, here: Path, settings: Settings, shapes: tuple[nn.Module,
 
 
 def read(name: str, choice: LoraChoice, settings: Settings, shapes: tuple[nn.Module, nn.Module]) -> Checked | Refused:
-    """A LoRA, fetched where it is not on this machine, or the sentence about it.
-
-    Args:
-        name: what it was called.
-        choice: what it is; its strength does not matter here.
-        settings: the predictor's.
-        shapes: the transformer and CLIP that it is for.
-    """
+    """A LoRA for a transformer and CLIP of these shapes, fetched where it is not here; or the sentence about it."""
     shown = brief(redact(name))
     try:
         with WeightsCache(settings).open_choice(choice) as file:
@@ -237,18 +216,13 @@ def read(name: str, choice: LoraChoice, settings: Settings, shapes: tuple[nn.Mod
         return Refused(shown, str(error))
 
 
-def find_bases(
-    settings: Settings, shapes: tuple[nn.Module, nn.Module]
-) -> tuple[tuple[dict[str, Tensor] | None, dict[str, Tensor] | None], str]:
-    """The pristine parameters of dev's transformer and CLIP, mapped from disk; without them, the sentence why."""
+def find_bases(settings: Settings, shapes: tuple[nn.Module, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The pristine parameters of dev's transformer and CLIP, mapped from disk; a ValueError where they are not here."""
     folder = on_disk(settings.models.dev, settings, MODELS)
     if folder is None:
         model = redact(settings.models.dev)
-        return (None, None), f"The weights of {model} are not on this machine; only a change's own norm is known."
-    try:
-        return map_weights(folder, *shapes), ""
-    except ValueError as error:
-        return (None, None), str(error)
+        raise ValueError(f"The weights of {model} are not on this machine; only a change's own norm is known.")
+    return map_weights(folder, *shapes)
 
 
 def main() -> None:
@@ -266,15 +240,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a report")
     options = parser.parse_intermixed_args()
     here = Path.cwd()
-    os.chdir(ROOT)  # where the predictor runs, and relative paths of the environment begin
-    warnings.simplefilter("ignore")  # of libraries, with paths of this machine
-    try:
-        with redirect_stdout(sys.stderr):  # what fetching says is no part of the report
-            checks = check(options.references, here, Settings.from_environment(cuda=drawing_device().type == "cuda"))
-    except KeyboardInterrupt:
-        sys.exit("Cancelled.")
-    except ValueError as error:
-        sys.exit(str(error))
+    with command(), redirect_stdout(sys.stderr):  # what fetching says is no part of the report
+        checks = check(options.references, here, Settings.from_environment(cuda=drawing_device().type == "cuda"))
     print(json.dumps(checks.document(), ensure_ascii=False, indent=2) if options.json else checks.report())
     sys.exit(checks.failed)
 

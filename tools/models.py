@@ -4,13 +4,12 @@ For images, which are built without a GPU, and for machines that will have no ne
 """
 
 import argparse
-import os
-import sys
 from dataclasses import fields
 from pathlib import Path
 
-from settings import ROOT, Models, Settings
+from settings import Models, Settings
 from sources.shown import gigabytes, redact
+from tools import command
 from weights import fetch_one
 
 
@@ -34,14 +33,8 @@ def main() -> None:
         description="Fetch ahead of time what a machine with a GPU draws with, into Hugging Face's cache (HF_HOME); "
         "FLUX_DEV, FLUX_SCHNELL, SAFETY_CHECKER and NSFW_CLASSIFIER choose other repos.",
     ).parse_args()
-    os.chdir(ROOT)  # where the predictor runs, and relative paths of the environment begin
-    try:
+    with command():
         _fetch_all(Settings.from_environment(cuda=True))
-    except ValueError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        print("Cancelled.", file=sys.stderr, flush=True)
-        os._exit(1)  # Python would wait for the threads of a download, and they for the ends of their files
 
 
 if __name__ == "__main__":

@@ -5,14 +5,7 @@ is known, so neither a network nor a token is needed. This module knows how card
 """
 
 import argparse
-import os
-import sys
-import warnings
-from dataclasses import dataclass
-
-# Read when the libraries are imported: what they say while loading tells an operator nothing; their errors are raised.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,13 +14,13 @@ from engine.architecture import official, sizes
 from engine.placement import GB, Place, Placement, Precisions, Sizes, plan
 from service.machine import drawing_device, host_memory
 from service.outline import Outline
-from settings import OFFICIAL, ROOT, Settings, number
+from settings import OFFICIAL, Settings, number
+from tools import command
 from weights import outlines
 
-# Bytes for each GB of a card's or a machine's name: that is a GiB, of which up to a sixteenth is gone before any
-# program runs. Error correction takes a sixteenth of a card's GDDR memory (L4 and L40S: 23,034 and 46,068 MiB; without
-# it an RTX 4090 has 24,564, and with HBM an A100, H100 and H200 have 81,920, 81,559 and 143,771); firmware and kernel
-# take less of a host's.
+# Usable bytes for each GB that a card or a machine is sold with: a GiB, less up to a sixteenth. Error correction takes
+# that of a card's GDDR memory (L4 and L40S: 23,034 and 46,068 MiB; without it an RTX 4090 has 24,564; HBM does not lose
+# any: A100, H100 and H200 have 81,920, 81,559 and 143,771); firmware and kernel take less of a host's.
 SOLD_GB = 2**30 * 15 // 16
 # What CUDA takes of the GPU before the first tensor.
 CONTEXT = int(0.5 * GB)
@@ -54,35 +47,13 @@ class Machine:
     fp8: bool  # whether the GPU multiplies fp8
 
     def plan(self, sizes: Sizes) -> Placement:
-        """Where the weights lie on it.
-
-        Raises:
-            ValueError: a sentence, where they have no room.
-        """
+        """Where the weights lie on it; a ValueError, which is a sentence, where they have no room."""
         return plan(sizes, self.gpu, self.host, fp8=self.fp8)
 
 
-def sold_as(gpu: float, host: float | None = None, *, fp8: bool = True) -> Machine:
-    """The machine that is sold with so many GB, or a little less than it; this machine's host memory unless given."""
-    return Machine(int(gpu * SOLD_GB) - CONTEXT, _host(host), fp8)
-
-
-def _host(sold: float | None) -> int:
-    """Bytes of host memory that is sold as so many GB; this machine's unless given."""
-    return host_memory() if sold is None else int(sold * SOLD_GB)
-
-
-def this_machine(host: float | None, *, fp8_wanted: bool) -> Machine | None:
-    """This machine, with other host memory where that is given; None where it has no GPU.
-
-    Raises:
-        ValueError: a sentence about a GPU that cannot be used.
-    """
-    device = drawing_device()
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return Machine(free, _host(host), fp8_wanted and fp8.supported(device))
+def sold_as(gpu: float, host: float | None, *, fp8: bool = True) -> Machine:
+    """A machine that is sold with so many GB, or has a little less; without `host`, its memory is this machine's."""
+    return Machine(int(gpu * SOLD_GB) - CONTEXT, host_memory() if host is None else int(host * SOLD_GB), fp8)
 
 
 def table(sizes: Sizes) -> str:
@@ -97,18 +68,14 @@ def table(sizes: Sizes) -> str:
 
 
 def named_outlines(settings: Settings) -> dict[str, Outline]:
-    """The outlines of the models that the settings name, of which the official ones are known without asking.
-
-    Raises:
-        ValueError: a sentence about a model that cannot be had.
-    """
+    """The outlines of the models that the settings name; those of the official ones are known without a network."""
     known = official()
     asked = {name for name in known if getattr(settings.models, name) != getattr(OFFICIAL, name)}
     return known | (outlines(settings, asked) if asked else {})
 
 
-def gigabytes(text: str) -> float:
-    """A number of an option."""
+def _above_zero(text: str) -> float:
+    """A number of GB that an option gives."""
     value = number(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number of gigabytes above 0, such as 24")
@@ -117,12 +84,13 @@ def gigabytes(text: str) -> float:
 
 def _planned(options: argparse.Namespace) -> str:
     """The plan of the machine that the options describe, line by line."""
+    machine = sold_as(options.gpu or 0, options.host, fp8=options.fp8)
     if options.gpu is None:
-        machine = this_machine(options.host, fp8_wanted=options.fp8)
-    else:
-        machine = sold_as(options.gpu, options.host, fp8=options.fp8)
-    if machine is None:
-        return "No GPU: everything lies in the CPU's one memory. --gpu GB --host GB describe a machine with one."
+        device = drawing_device()
+        if device.type != "cuda":
+            return "No GPU: everything lies in the CPU's one memory. --gpu GB --host GB describe a machine with one."
+        free, _ = torch.cuda.mem_get_info(device)
+        machine = replace(machine, gpu=free, fp8=options.fp8 and fp8.supported(device))
     memory = f"{machine.gpu / GB:.1f} GB of GPU memory are free; the host has {machine.host / GB:.1f} GB"
     placement = machine.plan(sizes(named_outlines(Settings.from_environment(cuda=True))))
     return "\n".join([memory, *placement.lines()])
@@ -134,23 +102,17 @@ def main() -> None:
         prog="script/plan",
         description="Where the weights lie, in the memory of this machine or of a described one; nothing is fetched.",
     )
-    parser.add_argument("--gpu", type=gigabytes, metavar="GB", help="a GPU sold with that much memory, such as 24")
+    parser.add_argument("--gpu", type=_above_zero, metavar="GB", help="a GPU sold with that much memory, such as 24")
     parser.add_argument(
-        "--host", type=gigabytes, metavar="GB", help="host memory, such as 64 (default: this machine's)"
+        "--host", type=_above_zero, metavar="GB", help="host memory, such as 64 (default: this machine's)"
     )
     parser.add_argument(
         "--no-fp8", dest="fp8", action="store_false", help="a GPU older than Ada and Hopper (A100, 3090)"
     )
     parser.add_argument("--table", action="store_true", help="the README's table, of the official models")
     options = parser.parse_args()
-    os.chdir(ROOT)  # where the predictor runs, and relative paths of the environment begin
-    warnings.simplefilter("ignore")  # of libraries, with paths of this machine
-    try:
+    with command():
         print(table(sizes(official())) if options.table else _planned(options))
-    except KeyboardInterrupt:
-        sys.exit("Cancelled.")
-    except ValueError as error:
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":
