@@ -16,7 +16,6 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import psutil
 import torch
 from PIL import Image
 
@@ -202,9 +201,9 @@ def speed(easel: Easel) -> Iterator[Figure]:
 
 def _peak(server: CogServer) -> float:
     """Gigabytes: the largest resident set, since their start, of the server's process and its worker."""
-    parent = psutil.Process(server.process.pid)
-    processes = [parent, *parent.children(recursive=True)]
-    marks = [Path(f"/proc/{process.pid}/status").read_text() for process in processes]
+    parent = server.process.pid
+    children = [child for each in Path(f"/proc/{parent}/task").glob("*/children") for child in each.read_text().split()]
+    marks = [Path(f"/proc/{process}/status").read_text() for process in (parent, *children)]
     return sum(int(re.search(r"VmHWM:\s+(\d+)", mark).group(1)) for mark in marks) * 1024 / 1e9
 
 

@@ -40,9 +40,6 @@ logger = logging.getLogger("ray.serve")
 CANCEL_SECONDS = 0.05
 # The webhooks that a worker gets from Cog. The output comes with the end: its own event would send pictures twice.
 HEARD = ["start", "logs", "completed"]
-# Where Debian keeps the certificates of authorities, and all of them in one file.
-AUTHORITIES = Path("/etc/ssl/certs")
-AUTHORITIES_FILE = AUTHORITIES / "ca-certificates.crt"
 # For everything else that Cog is asked: a body of 100 MiB takes it seconds.
 TIMEOUT = aiohttp.ClientTimeout(total=60)
 # How long Cog may take until it can take the next prediction: a predictor that was told to stop may come to the end of
@@ -78,9 +75,9 @@ class CogWorker:
     async def __init__(self, project: str) -> None:
         listen_on_this_node_only()
         spawn(watch_event_loop("worker", SECONDS_STILL))
-        given = {"PREDICTION_SECONDS": f"{self.settings.prediction_seconds:g}", **_authorities()}
-        without = dict.fromkeys(withheld(os.environ))
-        self.server = CogServer(Path(project), environment=given | without).__enter__()
+        environment = {"PREDICTION_SECONDS": f"{self.settings.prediction_seconds:g}"}
+        environment |= dict.fromkeys(withheld(os.environ))
+        self.server = CogServer(Path(project), environment=environment).__enter__()
         self.verdict = Verdict(self.server)
         try:
             await asyncio.to_thread(self.server.wait_until_ready)
@@ -298,13 +295,3 @@ class CogWorker:
         """Called by Serve when the worker is to go."""
         if hasattr(self, "server"):
             self.stop()
-
-
-def _authorities() -> dict[str, str]:
-    """Variables that lead Cog's server to trusted certificates in one file, unless the operator keeps them elsewhere.
-
-    It reads them for each prediction that has a webhook: 0.8 ms from one file, 5 ms from Debian's folder of the same.
-    """
-    places = {"SSL_CERT_FILE": str(AUTHORITIES_FILE), "SSL_CERT_DIR": str(AUTHORITIES)}
-    usual = AUTHORITIES_FILE.exists() and all(os.environ.get(name, place) == place for name, place in places.items())
-    return {**places, "SSL_CERT_DIR": os.devnull} if usual else {}
