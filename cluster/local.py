@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.settings import ClusterSettings
+from cluster.settings import Arguments, ClusterSettings
 from local_cog import schema
 from local_cog.server import LOOPBACK, check_address, free_port, past_proxies, read_port, url
 from settings import ROOT, Settings
@@ -189,7 +189,7 @@ def _start(options: argparse.Namespace, settings: ClusterSettings) -> None:
     from ray import serve
     from ray.cluster_utils import Cluster
 
-    from cluster.application import APPLICATION, Arguments, application
+    from cluster.application import APPLICATION, application
 
     # Each node has room for all: what a dead node held must fit on another.
     node = {
