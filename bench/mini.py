@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 import torch
 from PIL import Image
 
@@ -201,9 +202,9 @@ def speed(easel: Easel) -> Iterator[Figure]:
 
 def _peak(server: CogServer) -> float:
     """Gigabytes: the largest resident set, since their start, of the server's process and its worker."""
-    parent = server.process.pid
-    children = [child for each in Path(f"/proc/{parent}/task").glob("*/children") for child in each.read_text().split()]
-    marks = [Path(f"/proc/{process}/status").read_text() for process in (parent, *children)]
+    parent = psutil.Process(server.process.pid)
+    processes = [parent, *parent.children(recursive=True)]
+    marks = [Path(f"/proc/{process.pid}/status").read_text() for process in processes]
     return sum(int(re.search(r"VmHWM:\s+(\d+)", mark).group(1)) for mark in marks) * 1024 / 1e9
 
 
