@@ -19,7 +19,6 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from sqlalchemy.exc import DBAPIError
@@ -87,7 +86,7 @@ class Run:
     # The present attempt: the worker's response, and whether the worker has begun.
     response: DeploymentResponseGenerator | None = None
     begun: bool = False
-    # Bounds the waiting for that response, once the prediction is cancelled.
+    # Bounds that attempt, once the prediction is cancelled.
     patience: asyncio.Timeout | None = None
     # Closing it gives back the place of `Means.large_ahead`, if this has one.
     ahead: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -112,7 +111,8 @@ class Run:
         self.prediction.cancel_requested = True
         self._tell_worker_to_stop()
         if self.patience is not None and self.patience.when() is None:
-            self.patience.reschedule(asyncio.get_running_loop().time() + SECONDS_TO_CANCEL)
+            seconds = 0 if self.response is None else SECONDS_TO_CANCEL
+            self.patience.reschedule(asyncio.get_running_loop().time() + seconds)
 
     async def _go(self) -> None:
         prediction = self.prediction
@@ -145,32 +145,28 @@ class Run:
                     await self._ask_worker()
             except (BackPressureError, DeploymentUnavailableError):  # no worker now; there may be one later
                 await asyncio.sleep(1)
-            except (TaskCancelledError, asyncio.CancelledError) as error:
-                if self.task.cancelling():  # by this front, not by the worker
+            except (asyncio.CancelledError, Exception) as error:
+                if isinstance(error, asyncio.CancelledError) and self.task.cancelling():  # by this front
                     raise
                 if not prediction.cancel_requested:
                     await self._end_attempt(error)
-            except Exception as error:
-                await self._end_attempt(error)
 
     async def _ask_worker(self) -> None:
         """One attempt: wait for a free worker, and follow its states of the prediction until the end."""
         prediction, means = self.prediction, self.means
-        # In threads, since inputs may be large.
-        loras = await asyncio.to_thread(_lora_key, prediction.secret_input)
-        self.secrets = await asyncio.to_thread(secrets_of, prediction.secret_input)
-        workers = means.workers
-        if means.affinity == "router" and loras:
-            workers = workers.options(multiplexed_model_id=loras)
-        self.begun = False
-        if (self.held > LARGE_BYTES or names_files(prediction.secret_input)) and not await self._go_ahead():
-            return
+        self.response, self.begun = None, False
         try:
-            inputs = await self._inputs()
-            if prediction.cancel_requested:  # meanwhile, when no worker could be told
-                return
-            self.response = workers.predict.remote(prediction.id, inputs, loras)
             async with asyncio.timeout(None) as self.patience:
+                # In threads, since inputs may be large.
+                loras = await asyncio.to_thread(_lora_key, prediction.secret_input)
+                self.secrets = await asyncio.to_thread(secrets_of, prediction.secret_input)
+                workers = means.workers
+                if means.affinity == "router" and loras:
+                    workers = workers.options(multiplexed_model_id=loras)
+                if self.held > LARGE_BYTES or names_files(prediction.secret_input):
+                    await means.large_ahead.acquire()
+                    self.ahead.callback(means.large_ahead.release)
+                self.response = workers.predict.remote(prediction.id, await self._inputs(), loras)
                 async for states in self.response:
                     for state in states:
                         await self._progress(storable(state))
@@ -182,15 +178,6 @@ class Run:
             self.ahead.close()
             if not prediction.finished:
                 self._tell_worker_to_stop()
-
-    async def _go_ahead(self) -> bool:
-        """Wait for a place of `Means.large_ahead`; False where the prediction is cancelled meanwhile."""
-        while not self.prediction.cancel_requested:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.means.large_ahead.acquire(), 0.25)
-                self.ahead.callback(self.means.large_ahead.release)
-                return True
-        return False
 
     async def _inputs(self) -> Any:  # noqa: ANN401 (JSON, or Ray's reference to it)
         """The inputs as a worker gets them, with the cluster's files inside."""
@@ -211,8 +198,6 @@ class Run:
         """Prepare another attempt after a failed one where that can help, or end the prediction as failed."""
         prediction, failure = self.prediction, judge(error)
         logger.warning("An attempt at prediction %.130r came to nothing: %s", prediction.id, places(error))
-        if prediction.cancel_requested:
-            return
         if self._may_try_again(failure):
             self.means.metrics.retries.inc()
             await self._record(deaths=prediction.deaths)
