@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -152,16 +151,15 @@ class Front:
     async def _beat(self) -> None:
         """Show that this front lives, and take over the predictions of fronts that do not."""
         seen: dict[str, int] = {}
-        missed: Counter[str] = Counter()
+        missed: dict[str, int] = {}
         failing = False
         while True:
             try:
                 self.metrics.unfinished.set(self.dispatcher.unfinished)
                 beats, cancelled = await self.predictions.beat(self.id)
-                for front, beat in beats.items():
-                    missed[front] = missed[front] + 1 if seen.get(front) == beat else 0
+                missed = {name: missed[name] + 1 if seen.get(name) == beat else 0 for name, beat in beats.items()}
                 seen = beats
-                dead = [front for front in beats if front != self.id and missed[front] >= BEATS_MISSED]
+                dead = [name for name, count in missed.items() if name != self.id and count >= BEATS_MISSED]
                 for prediction_id in cancelled:
                     self.dispatcher.stop(prediction_id)
                 await self.dispatcher.adopt(dead, 0 if self.leaving else ADOPTED_AT_ONCE)

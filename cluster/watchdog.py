@@ -5,6 +5,7 @@ has ended. This module knows processes, and nothing of what they do.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import subprocess
@@ -39,26 +40,17 @@ async def watch_event_loop(name: str, seconds: int) -> None:
         name: this process's kind, for the log.
         seconds: for a process that uses no CPU time; one that does has three times as many.
     """
+    command = ["bash", "-c", WATCH, str(os.getpid()), name, str(seconds)]
+    path = {"PATH": os.environ.get("PATH", os.defpath)}  # other variables may be secrets
+    options = {"env": path, "stdin": subprocess.PIPE, "bufsize": 0, "start_new_session": True}
     while True:
         try:
-            await _show_turns("bash", "-c", WATCH, str(os.getpid()), name, str(seconds))
+            with subprocess.Popen(command, **options) as watching, contextlib.ExitStack() as stack:
+                stack.callback(watching.kill)
+                os.set_blocking(watching.stdin.fileno(), False)
+                while True:
+                    watching.stdin.write(b"\n")  # writes nothing if the pipe is full, since that process is stopped
+                    await asyncio.sleep(0.5)
         except OSError as error:  # it was killed, or cannot be started now
             logger.error("What watches this %s is started again: %s", name, places(error))
         await asyncio.sleep(1)
-
-
-async def _show_turns(*command: str) -> None:
-    """Start a process, and write it two lines a second; it is killed when this is cancelled.
-
-    Raises:
-        OSError: it cannot be started, or has ended.
-    """
-    path = {"PATH": os.environ.get("PATH", os.defpath)}  # other variables may be secrets
-    with subprocess.Popen(command, env=path, stdin=subprocess.PIPE, bufsize=0, start_new_session=True) as watching:
-        os.set_blocking(watching.stdin.fileno(), False)
-        try:
-            while True:
-                watching.stdin.write(b"\n")  # writes nothing if the pipe is full, since that process is stopped
-                await asyncio.sleep(0.5)
-        finally:
-            watching.kill()

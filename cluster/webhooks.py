@@ -218,10 +218,8 @@ def check_url(text: object, *, allow_private: bool) -> None:
         url.raw_host.encode("idna")  # as the resolver does
     except ValueError:
         raise ValueError(f"{wrong} with a host that can be looked up.") from None
-    try:
-        f"{url.user}:{url.password}".encode("latin-1")  # as HTTP's basic authentication does
-    except UnicodeError:
-        raise ValueError(f"{wrong} whose user and password are in Latin-1.") from None
+    if max(f"{url.user}:{url.password}") > "\xff":  # HTTP's basic authentication encodes them in Latin-1
+        raise ValueError(f"{wrong} whose user and password are in Latin-1.")
     if ":" in (url.user or ""):
         raise ValueError(f"{wrong} whose user has no colon.")
     if not allow_private and _is_private(url.raw_host):
