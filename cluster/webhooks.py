@@ -160,18 +160,13 @@ class Webhooks:
             )
             async with sent as answered:
                 return answered.status < 300 or 400 <= answered.status not in (429, 500, 502, 503, 504)
-        except aiohttp.ClientConnectorCertificateError as error:
-            logger.warning(
-                "A webhook of prediction %.130r cannot be sent: its receiver's certificate is not valid: %s",
-                prediction.id,
-                untrusted(error) or error.certificate_error,
-            )
-            return True
-        # Another attempt would fail too, at this URL or at this id in a header; aiohttp's InvalidURL is a ValueError.
+        # Another attempt would fail too, at the certificate, the URL or an id in a header. aiohttp's InvalidURL and its
+        # errors of certificates are ValueErrors.
         except (ValueError, TypeError, AssertionError, aiohttp.NonHttpUrlClientError) as error:
-            logger.warning(
-                "A webhook of prediction %.130r cannot be sent: %s", prediction.id, redact_text(places(error))
-            )
+            reason = redact_text(places(error))
+            if isinstance(error, aiohttp.ClientConnectorCertificateError):
+                reason = f"its receiver's certificate is not valid: {untrusted(error) or error.certificate_error}"
+            logger.warning("A webhook of prediction %.130r cannot be sent: %s", prediction.id, reason)
             return True
         except aiohttp.ClientConnectorError as error:
             if isinstance(error.os_error, PrivateAddressError):
@@ -199,31 +194,36 @@ def check_url(text: object, *, allow_private: bool) -> None:
     if not isinstance(text, str):
         raise ValueError("webhook must be a string.")
     wrong = f"webhook is {redact(text[: 2 * URL_CHARACTERS])[:120]!r}; it must be an http or https URL"
-    if len(text) > URL_CHARACTERS:
-        raise ValueError(f"{wrong} of at most {URL_CHARACTERS} characters, not {len(text)}.")
-    if not text.isprintable() or " " in text:
-        raise ValueError(f"{wrong} without spaces and control characters.")
+
+    def need(fulfilled: object, how: str) -> None:
+        if not fulfilled:
+            raise ValueError(f"{wrong} {how}")
+
+    need(len(text) <= URL_CHARACTERS, f"of at most {URL_CHARACTERS} characters, not {len(text)}.")
+    need(text.isprintable() and " " not in text, "without spaces and control characters.")
     try:
         url = URL(text)
         port = url.port
     except ValueError:
         raise ValueError(f"{wrong}, such as https://example.com/hook.") from None
-    if url.scheme not in ("http", "https") or not url.raw_host or not port:
-        raise ValueError(f"{wrong} with a host, and where it has a port, one from 1 to 65535.")
+    reachable = url.scheme in ("http", "https") and url.raw_host and port
+    need(reachable, "with a host, and where it has a port, one from 1 to 65535.")
+    need(_can_be_looked_up(url.raw_host), "with a host that can be looked up.")
+    # As HTTP's basic authentication encodes them.
+    need(max(f"{url.user}:{url.password}") <= "\xff", "whose user and password are in Latin-1.")
+    need(":" not in (url.user or ""), "whose user has no colon.")
+    need(allow_private or not _is_private(url.raw_host), f"whose host is public: {PRIVATE}.")
+
+
+def _can_be_looked_up(host: str) -> bool:
+    """Whether the resolver takes this host; nothing is looked up."""
     try:
-        if not _HOST.fullmatch(url.raw_host):
-            raise ValueError
-        if set(url.raw_host) <= set("0123456789."):
-            ipaddress.IPv4Address(url.raw_host)
-        url.raw_host.encode("idna")  # as the resolver does
+        if set(host) <= set("0123456789."):
+            ipaddress.IPv4Address(host)
+        host.encode("idna")
     except ValueError:
-        raise ValueError(f"{wrong} with a host that can be looked up.") from None
-    if max(f"{url.user}:{url.password}") > "\xff":  # HTTP's basic authentication encodes them in Latin-1
-        raise ValueError(f"{wrong} whose user and password are in Latin-1.")
-    if ":" in (url.user or ""):
-        raise ValueError(f"{wrong} whose user has no colon.")
-    if not allow_private and _is_private(url.raw_host):
-        raise ValueError(f"{wrong} whose host is public: {PRIVATE}.")
+        return False
+    return _HOST.fullmatch(host) is not None
 
 
 def _is_private(host: str) -> bool:
