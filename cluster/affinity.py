@@ -26,10 +26,9 @@ class AffinityRouter(FIFOMixin, MultiplexMixin, RequestRouter):
         loras = pending_request.metadata.multiplexed_model_id if pending_request else ""
         holders = [replica for replica in candidate_replicas if loras in replica.multiplexed_model_ids]
         others = [replica for replica in candidate_replicas if replica not in holders]
+        if holders and time.time() - pending_request.created_at < PATIENCE_SECONDS:
+            return [holders]
         random.shuffle(others)
         others.sort(key=lambda replica: len(replica.multiplexed_model_ids))
-        if not holders:
-            return [[replica] for replica in others]
-        if time.time() - pending_request.created_at < PATIENCE_SECONDS:
-            return [holders]
-        return [holders, *([replica] for replica in others)]
+        groups = [holders, *([replica] for replica in others)]
+        return groups if holders else groups[1:]

@@ -51,13 +51,10 @@ class Dispatcher:
         return self.unfinished >= self.limit
 
     async def accept(self, prediction: Prediction) -> tuple[Prediction, bool]:
-        """Take a prediction: once this returns, it will end.
+        """Take a prediction: once this returns, it will end. QueueFull where too many wait.
 
         Returns:
             The prediction that the database has under its id, and whether it is this very one.
-
-        Raises:
-            QueueFull: too many wait.
         """
         if self.full:
             raise QueueFull(f"The queue is full: {self.limit} predictions wait. Try again later.")

@@ -36,9 +36,7 @@ echo "A $1 stood still for $quiet seconds, and was ended." >&2
 async def watch_event_loop(name: str, seconds: int) -> None:
     """Have this process killed once its event loop has not run for so long; until this is cancelled.
 
-    Args:
-        name: this process's kind, for the log.
-        seconds: for a process that uses no CPU time; one that does has three times as many.
+    A process that uses CPU time meanwhile has three times as many seconds. `name` is its kind, for the log.
     """
     command = ["bash", "-c", WATCH, str(os.getpid()), name, str(seconds)]
     path = {"PATH": os.environ.get("PATH", os.defpath)}  # other variables may be secrets

@@ -237,10 +237,7 @@ def _is_private(host: str) -> bool:
 async def signed(secret: str, delivery: str, body: AsyncIterator[bytes]) -> dict[str, str]:
     """The headers that sign a webhook, as Replicate's do.
 
-    Args:
-        secret: the key.
-        delivery: the webhook's id, the same for each attempt, so that the receiver can drop repetitions.
-        body: the webhook's body.
+    `delivery` is the webhook's id, the same for each attempt, so that the receiver can drop repetitions.
     """
     timestamp = str(int(time.time()))
     digest = hmac.new(secret.encode(), f"{delivery}.{timestamp}.".encode(), "sha256")

@@ -116,8 +116,7 @@ class CogWorker:
         """Cog's answer to `GET /health-check`.
 
         Raises:
-            aiohttp.ClientError: nobody answers.
-            TimeoutError: Cog does not answer within so many seconds.
+            aiohttp.ClientError: nobody answers; TimeoutError if Cog hangs for so many seconds.
         """
         async with self.client.get("/health-check", timeout=aiohttp.ClientTimeout(total=seconds)) as answered:
             return await answered.json()
@@ -206,10 +205,8 @@ class CogWorker:
     async def _settle(self, cancelling: str | None = None) -> None:
         """Wait until Cog can take the next prediction: it reports the end of one before its slot is free.
 
-        This process ends if Cog is defunct, busy without a prediction, or busy for too long.
-
-        Args:
-            cancelling: the URL of a prediction to cancel.
+        `cancelling` is the URL of a prediction to cancel. This process ends if Cog is defunct, busy for too long, or busy
+        without a prediction.
         """
         if cancelling:
             await asyncio.sleep(CANCEL_SECONDS)
