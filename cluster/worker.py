@@ -205,8 +205,8 @@ class CogWorker:
     async def _settle(self, cancelling: str | None = None) -> None:
         """Wait until Cog can take the next prediction: it reports the end of one before its slot is free.
 
-        `cancelling` is the URL of a prediction to cancel. This process ends if Cog is defunct, busy for too long, or busy
-        without a prediction.
+        `cancelling` is the URL of a prediction to cancel. This process ends if Cog is defunct, busy without a
+        prediction, or busy for too long.
         """
         if cancelling:
             await asyncio.sleep(CANCEL_SECONDS)
