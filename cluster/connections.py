@@ -4,6 +4,7 @@ This module knows uvicorn's protocol for httptools; it knows nothing of complete
 """
 
 import asyncio
+import math
 import resource
 from typing import Any, ClassVar
 
@@ -170,15 +171,14 @@ class Connection(HttpToolsProtocol):
         super().resume_writing()
         self._forget_unsent()
 
-    def _watch_unsent(self) -> None:
-        self.unsent[self] = size = self.transport.get_write_buffer_size()
-        self.sending = self.loop.call_later(PATIENCE_SECONDS, self._check_sent, size)
-
-    def _check_sent(self, before: int) -> None:
-        if self.transport.get_write_buffer_size() > before - PACE_BYTES:
+    def _watch_unsent(self, before: float = math.inf) -> None:
+        """Close the connection if its client has received less than PACE_BYTES since before; else check again later."""
+        size = self.transport.get_write_buffer_size()
+        if size > before - PACE_BYTES:
             self._give_up()
         else:
-            self._watch_unsent()
+            self.unsent[self] = size
+            self.sending = self.loop.call_later(PATIENCE_SECONDS, self._watch_unsent, size)
 
     def _give_up(self) -> None:
         self._forget_unsent()
