@@ -1,9 +1,10 @@
-"""A client's connection, with bounds where uvicorn has none: it reads headers of any size, and waits without end.
+"""A client's connection, with bounds where uvicorn has none: it reads headers of any size, and waits for ever.
 
-This module knows uvicorn's protocol for httptools; it knows nothing of requests that have come whole.
+This module knows uvicorn's protocol for httptools; it knows nothing of complete requests.
 """
 
 import asyncio
+import math
 import resource
 from typing import Any, ClassVar
 
@@ -12,71 +13,63 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from cluster.settings import DRAIN_SECONDS
 from settings import GIB
 
-# A request line and its headers, and whatever else must come whole before it is passed on.
+# For a request line with its headers, and for any other piece that the parser must have whole.
 HEAD_BYTES = 64 * 1024
-# How long a client may take for a request's headers, counted from the connection's start or the request's first byte;
-# for the rest of a body that nobody reads any more; and for receiving each PACE_BYTES of an answer.
+# How long a client may take to send a request's headers, counted from the connection's start or the request's first
+# byte; to send the rest of a body that is no longer read; and to receive each PACE_BYTES of an answer.
 PATIENCE_SECONDS = 30
 PACE_BYTES = 64 * 1024
-# How much of their answers the clients that are waited for may leave unreceived together. Beyond that, those are given
-# up that have been waited for longest.
+# How many bytes of answers may wait in memory for slow clients, all together. Beyond, the connections that have waited
+# longest are closed.
 UNSENT_BYTES = GIB // 4
-# Each chunk of a body costs as much as a hundred bytes; so beyond a number of them they must not be small.
+# Each chunk of a body costs as much as a hundred bytes: beyond this number of them, they must not be small on average.
 FREE_CHUNKS, CHUNK_BYTES = 1000, 64
 # Requests that are sent before an earlier one is answered wait in memory.
 MAX_PIPELINED = 16
+# A transport's methods that raise in uvloop once it is closed, which uvicorn learns a little later.
+_RAISING = ("write", "pause_reading", "resume_reading")
 
 
 class _Transport:
-    """A transport that does nothing once it is closed; uvloop's raises then, until uvicorn hears of it."""
+    """A transport whose methods do nothing once it is closed."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (the transport's)
+        if name in _RAISING and self._transport.is_closing():
+            return lambda *_: None
         return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        if not self._transport.is_closing():
-            self._transport.write(data)
-
-    def pause_reading(self) -> None:
-        if not self._transport.is_closing():
-            self._transport.pause_reading()
-
-    def resume_reading(self) -> None:
-        if not self._transport.is_closing():
-            self._transport.resume_reading()
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's, which a client cannot make hold or wait for what has no end."""
+    """uvicorn's connection, with bounds on memory and time."""
 
-    # Of the headers that have come whole, and of what has not come whole, in bytes.
+    # How many bytes of the present request's headers have been parsed, and how many bytes are not parsed yet.
     head_size = unparsed = 0
     # Whether the body of the latest request is still coming; how many bytes of it have come, and in how many chunks.
     in_body = False
     body_size = chunks = 0
     deadline: asyncio.TimerHandle | None = None
     sending: asyncio.TimerHandle | None = None
-    # Those that are written no further until their clients have received, the longest wait first, each with how many
-    # bytes waited at the latest look.
+    # The connections whose clients must receive before more is written, the longest wait first; each with the number of
+    # bytes that waited when that was last checked.
     unsent: ClassVar[dict["Connection", int]] = {}
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Wait for the first request."""
         self.received: list[bytes] = []
         super().connection_made(_Transport(transport))
-        self._wait()
+        self._start_timer()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Wait no more."""
-        self._wait_no_more()
+        """Cancel the timers."""
+        self._stop_timer()
         self._forget_unsent()
         super().connection_lost(error)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has come; refuse what has no end."""
+        """Parse the data; refuse headers without end."""
         self.unparsed += len(data)
         super().data_received(data)
         self._pass_on()
@@ -84,10 +77,9 @@ class Connection(HttpToolsProtocol):
             return
         if self.unparsed > HEAD_BYTES:
             self.send_400_response("")
-        # uvicorn has stopped waiting for the next request, and what came may not have been one: an empty line, or the
-        # rest of a body that was refused.
+        # Any data ends uvicorn's waiting for the next request, also an empty line or the rest of a refused body.
         elif self._answered() and self.deadline is None and self.timeout_keep_alive_task is None:
-            self._wait()
+            self._start_timer()
 
     def on_message_begin(self) -> None:
         """A request begins."""
@@ -95,36 +87,36 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError("Too many requests are sent before an answer.")
         self.head_size = 0
-        self._wait()
+        self._start_timer()
 
     def on_url(self, url: bytes) -> None:
-        """A part of the target has come."""
-        self._count(len(url))
+        """Count a part of the target."""
+        self._count_head(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header has come, or one that follows a body."""
+        """Count a header, or one that follows a body."""
         self.unparsed = 0
-        self._count(len(name) + len(value) + len(": \r\n"))
+        self._count_head(len(name) + len(value) + len(": \r\n"))
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """From here on the reader of the body waits for it."""
+        """The body begins; its reader bounds how long it may take."""
         self.unparsed, self.in_body = 0, True
         self.body_size = self.chunks = 0
-        self._wait_no_more()
+        self._stop_timer()
         super().on_headers_complete()
         if self.parser.should_upgrade():
-            self.cycle.keep_alive = False  # what follows is taken for another protocol, and read no more
+            self.cycle.keep_alive = False  # the parser takes what follows for another protocol
 
     def on_body(self, body: bytes) -> None:
-        """A part of the body has come."""
+        """Keep a part of the body until all data is parsed."""
         self.unparsed = 0
         self.body_size += len(body)
         self.received.append(body)
 
     def on_chunk_header(self) -> None:
-        """A chunk of the body begins."""
+        """Count a chunk of the body."""
         self.chunks += 1
         if self._has_small_chunks():
             raise ValueError("The chunks are too small.")
@@ -133,27 +125,27 @@ class Connection(HttpToolsProtocol):
         return self.chunks > FREE_CHUNKS and self.body_size < CHUNK_BYTES * (self.chunks - 1)
 
     def _pass_on(self) -> None:
-        """Give what has come of the body to its reader: at once, since uvicorn copies all that waits for each piece."""
+        """Give the new parts of the body to its reader, joined: for each part uvicorn copies all that wait."""
         if self.received:
             body = b"".join(self.received)
             self.received.clear()
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """A request has come whole."""
+        """A request is complete."""
         self.unparsed, self.in_body = 0, False
-        self._wait_no_more()
+        self._stop_timer()
         self._pass_on()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """A request has been answered, perhaps before its body had come."""
+        """A request is answered, perhaps before its body is complete."""
         super().on_response_complete()
         if self.in_body and self._answered():
-            self._wait()
+            self._start_timer()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, or too large, and close."""
+        """Answer invalid HTTP, or a head or chunks beyond the bounds, and close."""
         status = 400
         if max(self.head_size, self.unparsed) > HEAD_BYTES:
             status, msg = 431, f"A request line and its headers may have {HEAD_BYTES} bytes together."
@@ -179,15 +171,14 @@ class Connection(HttpToolsProtocol):
         super().resume_writing()
         self._forget_unsent()
 
-    def _watch_unsent(self) -> None:
-        self.unsent[self] = size = self.transport.get_write_buffer_size()
-        self.sending = self.loop.call_later(PATIENCE_SECONDS, self._check_sent, size)
-
-    def _check_sent(self, before: int) -> None:
-        if self.transport.get_write_buffer_size() > before - PACE_BYTES:
+    def _watch_unsent(self, before: float = math.inf) -> None:
+        """Close the connection if its client has received less than PACE_BYTES since before; else check again later."""
+        size = self.transport.get_write_buffer_size()
+        if size > before - PACE_BYTES:
             self._give_up()
         else:
-            self._watch_unsent()
+            self.unsent[self] = size
+            self.sending = self.loop.call_later(PATIENCE_SECONDS, self._watch_unsent, size)
 
     def _give_up(self) -> None:
         self._forget_unsent()
@@ -201,38 +192,37 @@ class Connection(HttpToolsProtocol):
     def _answered(self) -> bool:
         return self.cycle is not None and self.cycle.response_complete
 
-    def _count(self, size: int) -> None:
+    def _count_head(self, size: int) -> None:
         self.head_size += size
         if self.head_size > HEAD_BYTES:
             raise ValueError("The headers are too large.")
 
-    def _wait(self) -> None:
-        self._wait_no_more()
+    def _start_timer(self) -> None:
+        self._stop_timer()
         self.deadline = self.loop.call_later(PATIENCE_SECONDS, self.transport.abort)
 
-    def _wait_no_more(self) -> None:
+    def _stop_timer(self) -> None:
         if self.deadline is not None:
             self.deadline.cancel()
             self.deadline = None
 
 
-# How a front's server is configured.
 UVICORN = {
     "http": Connection,
     "lifespan": "off",
     "ws": "none",
     "proxy_headers": False,
-    # Longer than load balancers hold an idle connection, Google's 600 s: it must not be closed under a request.
+    # Longer than load balancers keep idle connections (Google's: 600 s), which could send a request just then.
     "timeout_keep_alive": 620,
-    # A client that vanished without closing its connection would be waited for without end.
+    # Otherwise uvicorn would wait for ever for a client that vanished without closing its connection.
     "timeout_graceful_shutdown": DRAIN_SECONDS // 2,
     "log_config": None,
-    "log_level": "error",  # not a line for each request that is none
+    "log_level": "error",  # no line for each invalid request
     "access_log": False,
 }
 
 
 def allow_many_connections() -> None:
-    """Let this process have as many connections as the system lets it: the usual limit is some thousand files."""
+    """Raise this process's limit of open files, usually some thousand, to the most that the system allows."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,7 +1,7 @@
 """The predictions of one front: accepted, waited for, cancelled, adopted from other fronts, or left to them.
 
 A prediction is in the database before its client hears of it. When a front dies, others adopt its predictions. This
-module knows which predictions run here; how one runs, `run.py` knows.
+module knows which predictions run here; `run.py` knows how one runs.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from settings import GIB
 
 logger = logging.getLogger("ray.serve")
 
-# A front that holds more than this of inputs adopts no more.
+# A front whose inputs take more memory than this adopts no more predictions.
 ADOPTING_BYTES = GIB // 2
 
 
@@ -32,17 +32,17 @@ class Dispatcher:
     # How many unfinished predictions it takes.
     limit: int
     runs: dict[str, Run] = field(default_factory=dict, init=False)
-    # Predictions that cannot be ended here: adopted again, they would be drawn again.
+    # Ids of predictions whose end cannot be written: adopted again, they would be drawn again.
     stuck: set[str] = field(default_factory=set, init=False)
 
     @property
     def unfinished(self) -> int:
-        """How many predictions are on their way here."""
+        """How many accepted predictions have not ended."""
         return sum(not run.ended.is_set() for run in self.runs.values())
 
     @property
     def held(self) -> int:
-        """How many bytes of memory the inputs take that wait here."""
+        """How many bytes of memory their inputs take."""
         return sum(run.held for run in self.runs.values())
 
     @property
@@ -54,16 +54,16 @@ class Dispatcher:
         """Take a prediction: once this returns, it will end. QueueFull where too many wait.
 
         Returns:
-            The prediction that is known under its id, and whether it is this very one.
+            The prediction that the database has under its id, and whether it is this very one.
         """
         if self.full:
             raise QueueFull(f"The queue is full: {self.limit} predictions wait. Try again later.")
         create = self.means.predictions.create
         if running := self.runs.get(prediction.id):
-            # One that is being written may come to nothing; the database knows which of the two there is.
+            # While the other one is being written, that may still fail: the database decides between the two.
             return (running.prediction, False) if running.written.is_set() else await create(prediction)
-        # A worker is sought while the database writes; its progress is told and kept only when that is done.
-        run = self._take(prediction, written=False)
+        # The run begins to wait for a worker while the database writes.
+        run = self._take(prediction)
         try:
             known, created = await create(prediction)
         except BaseException:
@@ -82,7 +82,7 @@ class Dispatcher:
         return found
 
     async def ended(self, prediction: Prediction, seconds: float | None = None) -> Prediction:
-        """Wait for the end of a prediction, at most so long; how it stands then."""
+        """The prediction once it has ended, or as it is after so many seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 if run := self.runs.get(prediction.id):
@@ -101,31 +101,31 @@ class Dispatcher:
     async def adopt(self, dead: Collection[str], limit: int) -> None:
         """Take over at most so many predictions that no living front runs."""
         for _ in range(limit):
-            # One at a time, for its input may have a hundred megabytes; the rest is for others, or for later.
-            running = [*self.runs, *self.stuck]
-            if self.held > ADOPTING_BYTES or not (
-                orphans := await self.means.predictions.adopt(self.front, dead, running, 1)
-            ):
+            if self.held > ADOPTING_BYTES:
                 return
-            for orphan in orphans:
-                logger.info("Adopted prediction %.130r.", orphan.id)
-                self.means.metrics.adopted.inc()
-                if orphan.id not in self.runs:
-                    self._take(orphan)
+            # One at a time: its input may have a hundred megabytes.
+            orphans = await self.means.predictions.adopt(self.front, dead, [*self.runs, *self.stuck], 1)
+            if not orphans:
+                return
+            logger.info("Adopted prediction %.130r.", orphans[0].id)
+            self.means.metrics.adopted.inc()
+            if orphans[0].id not in self.runs:
+                self._take(orphans[0]).written.set()
 
     async def drain(self) -> None:
-        """Let predictions that are being drawn come to their end; those that only wait are for another front."""
+        """Wait until the predictions that are being drawn have ended; leave those that only wait to other fronts."""
         waiting = [run.task for run in self.runs.values() if run.prediction.status == "starting"]
         for task in waiting:
             task.cancel()
         if waiting:
             await asyncio.wait(waiting)
-        with contextlib.suppress(DBAPIError):  # else the others find what is left when this front beats no more
+        with contextlib.suppress(DBAPIError):  # the others also adopt what is left once this front beats no more
             await self.means.predictions.release(self.front, list(self.runs))
         while self.unfinished:
             await asyncio.sleep(0.05)
 
-    def _take(self, prediction: Prediction, *, written: bool = True) -> Run:
+    def _take(self, prediction: Prediction) -> Run:
+        """Run a prediction; its progress is told and written once `Run.written` is set."""
         run = self.runs[prediction.id] = Run(prediction, self.means)
 
         def leave(_: asyncio.Task[None]) -> None:
@@ -134,6 +134,5 @@ class Dispatcher:
             if run.stuck:
                 self.stuck.add(prediction.id)
 
-        run.start(written=written)
-        run.task.add_done_callback(leave)  # not in the task itself: it may be cancelled before it has begun
+        run.task.add_done_callback(leave)  # not at the task's end: it may be cancelled before it has begun
         return run

@@ -1,14 +1,14 @@
-"""A front: one process that speaks HTTP, from its first beat to its last.
+"""A front: one process that serves HTTP, from its start to its end.
 
-It listens itself: behind Serve's proxy each request would take 9 ms more, and a look at a prediction eight times the
-processor time. This module knows when a front listens, beats and leaves; the APIs answer, the dispatcher runs.
+It listens itself: behind Serve's proxy each request would take 9 ms longer, and a look at a prediction eight times the
+CPU time. This module knows when a front listens, shows that it lives, and leaves; the APIs answer requests, the
+dispatcher runs predictions.
 """
 
 import asyncio
 import contextlib
 import logging
 import uuid
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -41,7 +41,7 @@ from cluster.predictions import Predictions
 from cluster.replica import LOGGING, listen_on_this_node_only
 from cluster.replicate_api import ReplicateApi
 from cluster.run import Means
-from cluster.settings import DRAIN_SECONDS, ClusterSettings
+from cluster.settings import DRAIN_SECONDS, Arguments, ClusterSettings
 from cluster.streams import Streams
 from cluster.tasks import spawn
 from cluster.watchdog import watch_event_loop
@@ -51,13 +51,13 @@ from local_cog.server import listen
 
 logger = logging.getLogger("ray.serve")
 
-# How often a front shows that it lives, and how many beats it may miss before others take its predictions. Beats are
-# counted, not timed: clocks differ, and a database that is away stops all beats.
+# How often a front shows in the database that it lives, and how many beats it may miss before others take its
+# predictions. Beats are counted, not timed: clocks differ, and a database that is away stops all beats.
 BEAT_SECONDS = 0.5
 BEATS_MISSED = 12
-# A front that stands still is ended after so long: until then, each connection that the kernel gives it hangs.
+# When a front that stands still is ended: until then the kernel keeps giving it connections, which hang.
 SECONDS_STILL = 10
-# How many orphans a front takes at a beat; the rest is for the others.
+# How many predictions of dead fronts a front takes at a beat, so that all fronts share them.
 ADOPTED_AT_ONCE = 20
 
 
@@ -65,23 +65,21 @@ ADOPTED_AT_ONCE = 20
     graceful_shutdown_timeout_s=DRAIN_SECONDS + 30,
     health_check_period_s=5,
     health_check_timeout_s=10,
-    max_surge_percent=100,  # an update: new fronts listen before old ones go
+    max_surge_percent=100,  # at an update, new fronts listen before old ones stop
     ray_actor_options={"num_cpus": 0.5},
     logging_config=LOGGING,
 )
 class Front:
-    """The life of one front; `cluster.application.Arguments` says what its arguments mean."""
+    """The life of one front."""
 
-    async def __init__(
-        self, workers: DeploymentHandle, *, project: str, host: str, port: int, linger: float, queue: int, affinity: str
-    ) -> None:
+    async def __init__(self, workers: DeploymentHandle, arguments: Arguments) -> None:
         listen_on_this_node_only()
         allow_many_connections()
         self.id = uuid.uuid4().hex[:12]
-        self.workers, self.queue, self.affinity = workers, queue, affinity
-        self.address, self.linger = (host, port), linger
+        self.workers, self.queue, self.affinity = workers, arguments.queue, arguments.affinity
+        self.address, self.linger = (arguments.host, arguments.port), arguments.linger
         self.settings = ClusterSettings.from_environment()
-        self.schema = InputSchema(schema.derive((Path(project) / "predict.py").read_text()))
+        self.schema = InputSchema(schema.derive((Path(arguments.project) / "predict.py").read_text()))
         self.predictions = Predictions(self.settings.database_url)
         self.files = Files(self.settings.files_url)
         self.metrics = Metrics()
@@ -91,17 +89,17 @@ class Front:
         await self.life.enter_async_context(self._live())
 
     async def __del__(self) -> None:
-        """Called by Serve when the front is to go."""
+        """Called by Serve when the front is to stop."""
         await self.life.aclose()
 
     @asynccontextmanager
     async def _live(self) -> AsyncIterator[None]:
-        """From the first beat to the last; predictions that cannot be finished are left to the others."""
-        # First of all: a front that cannot listen must adopt nothing.
+        """Listen, run and beat; then leave: predictions that only wait are left to the other fronts."""
+        # First, since a front that cannot listen must not adopt predictions.
         with listen(*self.address, shared=True) as listening:
             async with self.predictions, open_client(allow_private=self.settings.private_webhooks) as client:
                 server = await self._build(client)
-                asking, tidying = spawn(self._ask_health()), spawn(self._tidy())
+                helping = [spawn(self._ask_health()), spawn(self._tidy())]
                 watched = spawn(watch_event_loop("front", SECONDS_STILL))
                 self.beating = spawn(self._beat())
                 self.serving = spawn(server.serve([listening]))
@@ -110,106 +108,91 @@ class Front:
                 await asyncio.sleep(self.linger)
                 server.should_exit = True
                 await asyncio.wait([self.serving])
-                for task in (asking, tidying):
+                for task in helping:
                     task.cancel()
                 await self.dispatcher.drain()
                 watched.cancel()
                 self.beating.cancel()
                 await asyncio.wait([self.beating])
-                with contextlib.suppress(DBAPIError):  # else the others find that it beats no more
+                with contextlib.suppress(DBAPIError):  # the others also see that it beats no more
                     await self.predictions.leave(self.id)
 
     async def _build(self, client: aiohttp.ClientSession) -> uvicorn.Server:
-        """Put the dispatcher and both APIs together; told to exit, the server finishes what it was asked."""
-        secret = await self.predictions.secret("webhooks")
-        forms = Forms(self.files, secret)
+        """The server of both APIs and the pages, over a new dispatcher."""
+        predictions, files, settings = self.predictions, self.files, self.settings
+        secret = await predictions.secret("webhooks")
+        forms, streams = Forms(files, secret), Streams(predictions)
         webhooks, workers = Webhooks(client, secret, forms.show), self.workers.options(stream=True)
-        means = Means(workers, self.predictions, self.files, webhooks, self.metrics, self.affinity)
-        self.dispatcher = Dispatcher(self.id, means, self.queue)
-        bodies = Bodies(self.settings.body_max_bytes, lambda: self.dispatcher.held)
-        addresses = Addresses(self.settings.public_url, self.settings.trusted_proxies)
-        private_webhooks = self.settings.private_webhooks
-        cog = CogApi(self.dispatcher, self.predictions, forms, self.schema, bodies, private_webhooks, self._health)
-        streams = Streams(self.predictions)
-        replicate = ReplicateApi(
-            self.dispatcher,
-            self.predictions,
-            self.files,
-            forms,
-            streams,
-            self.schema,
-            bodies,
-            private_webhooks,
-            addresses,
-            secret,
-            self.settings.outputs,
-        )
-        docs = DocsPage(self.schema.document, bool(self.settings.api_tokens), addresses)
-        playground = PlaygroundPage(bool(self.settings.api_tokens), self._health)
+        means = Means(workers, predictions, files, webhooks, self.metrics, self.affinity)
+        self.dispatcher = dispatcher = Dispatcher(self.id, means, self.queue)
+        bodies = Bodies(settings.body_max_bytes, lambda: dispatcher.held)
+        addresses = Addresses(settings.public_url, settings.trusted_proxies)
+        private, tokens, outputs = settings.private_webhooks, bool(settings.api_tokens), settings.outputs
+        answering = [
+            DocsPage(self.schema.document, tokens, addresses),
+            PlaygroundPage(tokens, self._health),
+            CogApi(dispatcher, predictions, forms, self.schema, bodies, private, self._health),
+            ReplicateApi(
+                dispatcher, predictions, files, forms, streams, self.schema, bodies, private, addresses, secret, outputs
+            ),
+        ]
         application = Starlette(
-            routes=[
-                Route("/-/healthz", self._probe),
-                *docs.routes(),
-                *playground.routes(),
-                *cog.routes(),
-                *replicate.routes(),
-            ],
-            middleware=[Middleware(Authorised, tokens=self.settings.api_tokens)],
+            routes=[Route("/-/healthz", self._probe), *(route for each in answering for route in each.routes())],
+            middleware=[Middleware(Authorised, tokens=settings.api_tokens)],
             exception_handlers=exception_handlers(),
         )
         application.router.redirect_slashes = False
         return uvicorn.Server(uvicorn.Config(Counted(application, self.metrics.answers), **UVICORN))
 
     async def _probe(self, _: Request) -> PlainTextResponse:
-        """For load balancers: whether to send more."""
+        """For load balancers: whether to send more requests here."""
         return PlainTextResponse("leaving", 503) if self.leaving else PlainTextResponse("success")
 
     async def _beat(self) -> None:
         """Show that this front lives, and take over the predictions of fronts that do not."""
         seen: dict[str, int] = {}
-        missed: Counter[str] = Counter()
+        missed: dict[str, int] = {}
         failing = False
         while True:
             try:
                 self.metrics.unfinished.set(self.dispatcher.unfinished)
                 beats, cancelled = await self.predictions.beat(self.id)
-                for front, beat in beats.items():
-                    missed[front] = missed[front] + 1 if seen.get(front) == beat else 0
+                missed = {name: missed[name] + 1 if seen.get(name) == beat else 0 for name, beat in beats.items()}
                 seen = beats
-                dead = [front for front in beats if front != self.id and missed[front] >= BEATS_MISSED]
+                dead = [name for name, count in missed.items() if name != self.id and count >= BEATS_MISSED]
                 for prediction_id in cancelled:
                     self.dispatcher.stop(prediction_id)
                 await self.dispatcher.adopt(dead, 0 if self.leaving else ADOPTED_AT_ONCE)
                 failing = False
             except Exception as error:
-                if not failing:  # a database that is full fails all of them
+                if not failing:  # one line, however many fail
                     logger.error("Beats fail, and are tried again: %s", places(error))
                 failing = True
             await asyncio.sleep(BEAT_SECONDS)
 
     async def _ask_health(self) -> None:
-        """Learn that a worker is ready, and what its Cog server says of itself."""
+        """Wait until a worker is ready, and keep its Cog server's health."""
         while self.worker_health is None:
             try:
                 self.worker_health = await self.workers.health.remote()
-            except Exception as error:  # no worker yet, one that has ended, one that is slow
+            except Exception as error:  # there is no worker yet, or it has ended or is slow
                 logger.info("No worker has told its health yet: %s", places(error))
                 await asyncio.sleep(1)
 
     async def _health(self) -> dict[str, Any]:
-        """Cog's: READY as soon as one worker is, BUSY when the next request would be refused."""
+        """Cog's health check: READY as soon as one worker is, BUSY when the next request would be refused."""
         if self.worker_health is None:
             return {"status": await asyncio.to_thread(self._starting), "version": {}}
         return {**self.worker_health, "status": "BUSY" if self.dispatcher.full else "READY"}
 
     def _starting(self) -> str:
-        """What Cog would say while no worker is ready: STARTING or SETUP_FAILED."""
+        """Cog's status while no worker is ready: STARTING or SETUP_FAILED."""
         deployments = serve.status().applications[self.workers.app_name].deployments
         failed = deployments[self.workers.deployment_name].status == "DEPLOY_FAILED"
         return "SETUP_FAILED" if failed else "STARTING"
 
     async def _tidy(self) -> None:
-        """Delete predictions and files that have been kept for their time."""
+        """Delete expired predictions and files, every minute."""
         while True:
             await asyncio.sleep(60)
             try:

@@ -1,7 +1,6 @@
-"""The cluster on this machine: Ray's nodes as processes here, bound to loopback, stopped with all that they started.
+"""`script/cluster`, a cluster on this machine: Ray's nodes are processes bound to loopback, which all end with it.
 
-`script/cluster`, the tests and the benchmark run it. This module knows how Ray starts; what runs on it is in
-`cluster.application`.
+The tests and the benchmark run it too. This module knows how Ray starts; `cluster.application` is what runs on Ray.
 """
 
 import argparse
@@ -18,40 +17,47 @@ import tempfile
 import time
 from pathlib import Path
 
-from cluster.settings import ClusterSettings
+import psutil
+
+from cluster.settings import Arguments, ClusterSettings
 from local_cog import schema
 from local_cog.server import LOOPBACK, check_address, free_port, past_proxies, read_port, url
-from settings import ROOT, Settings
+from settings import MIB, ROOT, Settings
 from sources.connections import trusted_authorities
 
-# Of Serve: no thread of their own for a front's or a worker's code and for finding a worker, since none of it blocks
-# (milliseconds for each request); and a short pause before a busy worker is asked again (idle GPUs otherwise). Serve's
-# gRPC between fronts and workers would save 5 ms more, and in 2.60 leaves some streams waiting for ever. Of Ray:
-# fronts, workers and their predictors are as urgent as anything else here; it would have them at nice 15;
-# and a node may take its time to start on a machine that has other work.
+# Serve's gRPC between fronts and workers would save 5 ms more, but in 2.60 some streams then wait for ever.
 RAY = {
+    # Ray would give fronts, workers and their predictors nice 15.
     "RAY_worker_niceness": "0",
+    # A node starts slowly on a machine that has other work.
     "RAY_raylet_start_wait_time_s": "120",
+    # No threads of their own for our code and for Serve's search for a worker: they cost each request milliseconds, and
+    # none of that code blocks.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # A short pause before busy workers are asked again: GPUs would be idle during a longer one.
     "RAY_SERVE_ROUTER_RETRY_MAX_BACKOFF_S": "0.05",
 }
-# Of the system call prctl.
+# coglet reads all certificates of authorities at each prediction: 0.8 ms from one file, 5 ms from Debian's folder.
+CERTIFICATES = {"SSL_CERT_FILE": "/etc/ssl/certs/ca-certificates.crt", "SSL_CERT_DIR": os.devnull}
+# Options of the system call prctl.
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 # A process that waits for a device or a network disk ends later, or never.
 SECONDS_TO_KILL = 10
-# Requests and answers pass through it, nothing stays.
-OBJECT_STORE_BYTES = 100 * 1024**2
+# Inputs and results only pass through this store.
+OBJECT_STORE_BYTES = 100 * MIB
 
 
 def environment() -> dict[str, str]:
     """The variables of a process that starts Ray here, or joins it."""
+    usual = Path(CERTIFICATES["SSL_CERT_FILE"]).exists() and not CERTIFICATES.keys() & os.environ.keys()
     return {
         **RAY,
+        **(CERTIFICATES if usual else {}),
         **past_proxies(os.environ),
         # Ray's ports require a token.
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
-        # Ray's name for taking this machine's address to be loopback, whatever other addresses it has.
+        # With this, Ray takes loopback for this machine's address, whatever other addresses it has.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # The workers import the application, whatever their working directory.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -59,21 +65,15 @@ def environment() -> dict[str, str]:
 
 
 def descendants(ancestor: int) -> list[int]:
-    """The processes that one has started, and those that these have started."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            # pid (name) state parent …; the name may hold anything but ends at the last parenthesis
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(stat.parent.name))
-    found = list(children.get(ancestor, []))
-    for process in found:
-        found.extend(children.get(process, []))
-    return found
+    """The processes that one has started, and those that these have started; none if it has ended."""
+    try:
+        return [process.pid for process in psutil.Process(ancestor).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _count(text: str) -> int:
-    """A number of something, as an option says it."""
+    """The value of an option that is a count."""
     if not text.isdecimal() or not 1 <= int(text[:6]) <= 10_000:
         raise argparse.ArgumentTypeError(f"it is {text[:80]!r}; it must be a whole number from 1 to 10000.")
     return int(text)
@@ -92,19 +92,19 @@ def main() -> None:
     parser.add_argument("--port", type=read_port, default=8000, help="port to bind (default: %(default)s)")
     options = parser.parse_args()
     options.project = options.project.resolve()
-    # Ray's processes look for modules first where this one is: a caller's own settings.py must not win. Relative paths
-    # of the environment begin here too.
+    # Ray's processes import from this process's working directory first, where a caller may have another settings.py.
+    # Relative paths in the environment's variables begin here too.
     os.chdir(ROOT)
     if not (options.project / "predict.py").is_file():
         sys.exit("--project must be a folder with a predict.py in it.")
     try:
-        # What would end fronts and workers again and again is told now, before anything starts.
+        # Report now what would end fronts and workers again and again.
         settings = ClusterSettings.from_environment()
         trusted_authorities()
         if options.project == ROOT:
             Settings.from_environment(cuda=False)
         options.port = options.port or free_port()
-        # Fronts share their port with whoever does so too, such as another cluster.
+        # The fronts' own check would allow a port of another cluster, since fronts share their port.
         check_address(options.host, options.port)
     except ValueError as error:
         sys.exit(str(error))
@@ -114,11 +114,10 @@ def main() -> None:
         sys.exit(f"--project has a predict.py that cannot be read: {error}")
     if not ipaddress.ip_address(options.host).is_loopback and not settings.api_tokens:
         sys.exit(f"--host is {options.host}; API_TOKENS must be set before others than this machine may ask.")
-    # What workers leave goes with the cluster: pictures, and files that were sent. Ray's logs and sockets stay where
-    # they are without this.
+    # The workers' temporary files, pictures and files of requests, are deleted with the cluster; Ray's logs are not.
     os.environ.setdefault("RAY_TMPDIR", tempfile.gettempdir())
     os.environ["TMPDIR"] = scratch = tempfile.mkdtemp(prefix="flux-sprites-cluster-")
-    # Fork twice: if one of the three processes is killed, another one survives to end everything.
+    # Two forks make three processes: if one is killed, another one is left to end the cluster.
     _go_on_in_a_child(scratch)
     _go_on_in_a_child(scratch)
     _start(options, settings)
@@ -126,12 +125,10 @@ def main() -> None:
 
 
 def _go_on_in_a_child(scratch: str) -> None:
-    """Fork, and return in the child; this process ends all that was started when the child ends or a signal comes.
+    """Fork, and return in the child; this process waits until the child ends or a signal comes.
 
-    Then it deletes the folder `scratch`.
-
-    Ray's processes learn late, or never, that the one that started them has been killed. So this process has the kernel
-    give it every process below it that loses its parent, and goes when none is left.
+    Then it kills all processes that were started below it, deletes the folder `scratch`, and exits. Ray's processes
+    would learn late, or never, that their parent was killed: so this process becomes the parent of such orphans.
     """
     kernel, parent = ctypes.CDLL(None), os.getpid()
     kernel.prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -142,9 +139,9 @@ def _go_on_in_a_child(scratch: str) -> None:
     child = os.fork()
     if child == 0:
         kernel.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it was killed before that
+        if os.getppid() != parent:  # it was killed before the call of prctl
             os._exit(1)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; one is to act
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent acts
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return
     code = None
@@ -165,9 +162,9 @@ def _go_on_in_a_child(scratch: str) -> None:
 
 
 def _reap(child: int) -> int | None:
-    """Take note of processes that have ended; returns the exit code of the child if it is one of them."""
+    """The exit code of the child if it has ended; the zombies of all children that have ended are removed."""
     code = None
-    with contextlib.suppress(ChildProcessError):  # none is left
+    with contextlib.suppress(ChildProcessError):  # no child is left
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             if ended[0] == child:
                 code = os.waitstatus_to_exitcode(ended[1])
@@ -177,7 +174,7 @@ def _reap(child: int) -> int | None:
 def _start(options: argparse.Namespace, settings: ClusterSettings) -> None:
     """Start the nodes and the application on them."""
     _open_stores(settings)
-    import torch  # heavy, and nothing else here needs it
+    import torch  # here, since it takes seconds
 
     gpus = torch.cuda.device_count()
     if 0 < gpus < options.workers:
@@ -189,9 +186,9 @@ def _start(options: argparse.Namespace, settings: ClusterSettings) -> None:
     from ray import serve
     from ray.cluster_utils import Cluster
 
-    from cluster.application import APPLICATION, Arguments, application
+    from cluster.application import APPLICATION, application
 
-    # Each node has room for all: what a dead node held must fit on another.
+    # Each node has room for all workers and fronts: those of a dead node must fit on another.
     node = {
         "node_ip_address": LOOPBACK,
         "num_cpus": options.workers + options.fronts,
@@ -212,11 +209,10 @@ def _start(options: argparse.Namespace, settings: ClusterSettings) -> None:
 
 
 def _open_stores(settings: ClusterSettings) -> None:
-    """Open the database, with its migrations, and the store of files once; SystemExit where that cannot be.
+    """Open the database, with its migrations, and the store of files; SystemExit where that fails.
 
-    Serve would only try it again.
+    In the fronts, Serve would repeat it for ever.
     """
-    # Only now: whoever imports this module need not have cluster/requirements.txt.
     from cluster.database import Unusable
     from cluster.files import Files
     from cluster.predictions import Predictions
@@ -231,7 +227,7 @@ def _open_stores(settings: ClusterSettings) -> None:
         sys.exit(str(error))
     try:
         Files(settings.files_url)
-    except Exception as error:  # fsspec's, and those of what it opens the store with
+    except Exception as error:  # of fsspec, or of the library with which it opens the store
         sys.exit(
             f"FILES_URL cannot be opened ({type(error).__name__}); it must be a directory that can be written, or what "
             "fsspec opens here, such as s3://… with s3fs."

@@ -1,6 +1,6 @@
-"""The playground behind a front: the page itself, and the little that it asks beside Cog's API.
+"""The playground behind a front: the page's files, and the two requests that it makes beside Cog's API.
 
-Its files are read by their paths: the program that serves the same page beside a Cog server has nothing to do here.
+The files are read by their paths: nothing is imported from the program that serves the same page beside a Cog server.
 """
 
 import asyncio
@@ -19,14 +19,14 @@ from sources import library
 
 _PAGE = ROOT / "playground" / "page"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-# By their names in addresses: type and content.
+# Type and content of each file, by its path in the page's folder.
 FILES = {
     str(path.relative_to(_PAGE)): (_TYPES.get(path.suffix, "text/plain"), path.read_bytes())
     for path in _PAGE.rglob("*")
     if path.is_file() and not any(part.startswith(".") for part in path.relative_to(_PAGE).parts)
 }
 HEADERS = json.loads((_PAGE.parent / "headers.json").read_bytes())
-# What a browser asks for without a token: it says no more about this cluster than whether it has tokens.
+# A browser requests these without a token; they tell nothing about this cluster but whether it has tokens.
 OPEN = ["/playground", "/playground/", "/playground/about.json", *(f"/playground/{name}" for name in FILES)]
 
 
@@ -36,7 +36,7 @@ class PlaygroundPage:
 
     # Whether requests must have a token.
     tokens: bool
-    # What `GET /health-check` says.
+    # The answer to `GET /health-check`.
     health: Callable[[], Awaitable[dict[str, Any]]]
 
     def routes(self) -> list[BaseRoute]:
@@ -59,7 +59,7 @@ class PlaygroundPage:
         return Response(content, headers=HEADERS, media_type=kind)
 
     async def _tell_about(self, _: Request) -> Response:
-        # No address: the page is where the cluster is reached, whatever stands before it.
+        # No address: the page's own is right, whatever proxies stand before the front.
         about = {"server": "front", "progress": "poll", "address": None, "tokens": self.tokens, "log": False}
         return JSONResponse(about, headers=HEADERS)
 

@@ -1,4 +1,4 @@
-"""What the exceptions of Ray and Ray Serve mean to a prediction."""
+"""Translates exceptions of Ray and Ray Serve into failures of a prediction."""
 
 import asyncio
 
@@ -17,13 +17,13 @@ from ray.serve.exceptions import RayServeException
 
 from cluster.failures import ATTEMPTS, Again, Failure
 
-# The worker's process or its node has ended for certain.
+# The worker's process or its node has certainly ended.
 WORKER_ENDED = (ActorDiedError, WorkerCrashedError, NodeDiedError, LocalRayletDiedError, OutOfMemoryError)
 
 
 def judge(error: BaseException) -> Failure:
-    """What an exception means to the prediction during which it was raised, here or in a worker."""
-    in_worker = isinstance(error, RayTaskError)  # which lives on
+    """The failure of a prediction during which an exception was raised, here or in a worker."""
+    in_worker = isinstance(error, RayTaskError)  # and the worker lives
     cause = error.cause or error if in_worker else error
     if isinstance(cause, Failure):
         return cause

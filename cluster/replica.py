@@ -1,14 +1,18 @@
-"""What workers and fronts have in common as replicas of Ray Serve, whatever they do."""
+"""Settings that workers and fronts share as replicas of Ray Serve."""
 
 import ray
 from ray.serve._private import replica
 
-# Serve's access log has a line for each call of a worker, which takes a millisecond.
+# Serve's access log writes a line for each call of a worker, which takes a millisecond.
 LOGGING = {"enable_access_log": False}
 
 
 def listen_on_this_node_only() -> None:
-    """Bind the replica's inner port to the node's address: Serve 2.60 binds it to all and asks for no token."""
+    """Bind the replica's internal gRPC port to the node's address.
+
+    Serve 2.60 opens that port on all interfaces, without a token and without a setting for either. So this replaces the
+    function of Serve's private module that opens it.
+    """
     add_port = replica.add_port_to_grpc_server
     address = ray.util.get_node_ip_address()
     replica.add_port_to_grpc_server = lambda server, place: add_port(server, place.replace("[::]", address))

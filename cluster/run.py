@@ -1,8 +1,8 @@
-"""One prediction's run by a front: drawn by a worker, told, ended once.
+"""One prediction in a front: a worker draws it, its client is told, its end is written once.
 
-When a worker dies, another one is asked. Whatever else goes wrong ends the prediction as failed: what was drawn is not
-drawn again because it cannot be stored, and its end is kept here until the database takes it. This module knows Ray's
-handle of the workers, and the order of all steps; it knows nothing of HTTP or of how a client sees a prediction.
+When a worker dies, another one is asked. Most other errors end the prediction as failed: a result that cannot be stored
+is not drawn again, and an end is held in memory until the database takes it. This module knows Ray's handle of the
+workers and the order of all steps; it knows nothing of HTTP or of how a client sees a prediction.
 """
 
 import asyncio
@@ -19,7 +19,6 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from sqlalchemy.exc import DBAPIError
@@ -39,25 +38,23 @@ from sources.choices import identities
 
 logger = logging.getLogger("ray.serve")
 
-# A prediction that was adopted from more dead fronts than this is given up: it may be what ends them.
+# A prediction that was adopted from more dead fronts than this is given up: it may have ended them.
 MAX_ADOPTIONS = 5
 # How often a prediction's progress is written into the database; the end is written at once.
 RECORD_SECONDS = 0.5
-# How long a worker may take to let a cancelled prediction go, by the clock of its client: it may stand still.
+# How long a worker may take to stop a cancelled prediction, as it may hang; then its end is written without the worker.
 SECONDS_TO_CANCEL = 5
-# What Ray does not send along with a call, about; and how many calls that have more wait for workers at once.
+# Ray keeps larger inputs in its store (about), which is small; and how many of these may wait for workers there.
 LARGE_BYTES, LARGE_AHEAD = 100_000, 4
 # Cog takes no larger body; files have a third more bytes in it than by themselves.
 COG_BYTES = 100 * MIB
-# What takes milliseconds to redact.
+# Redacting a longer log takes milliseconds.
 LONG_CHARACTERS = 20_000
-# One at a time, and not asyncio's threads: each may wait for seconds.
+# Puts inputs into Ray's store, which may wait for seconds: in a thread of its own, since asyncio's are few.
 _putting = ThreadPoolExecutor(1, "putting")
+# What changes while a prediction runs.
+_CHANGES = ("status", "output", "logs", "metrics", "error", "started_at", "completed_at", "webhook_due")
 T = TypeVar("T")
-
-
-class Lost(Exception):  # noqa: N818 (a state, not an accident)
-    """A prediction is another front's, or has ended."""
 
 
 @dataclass(frozen=True)
@@ -71,47 +68,42 @@ class Means:
     metrics: Metrics
     # "router" leads a request to a worker that has its LoRAs.
     affinity: str
-    # Taken by those whose large inputs are in Ray's store, and with no worker yet: the store is small.
+    # Places for large inputs that wait in Ray's store for a worker.
     large_ahead: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(LARGE_AHEAD))
 
 
 @dataclass(eq=False)
 class Run:
-    """A prediction while this front runs it."""
+    """A prediction while this front runs it: a task that begins at once and ends after the last webhook."""
 
     prediction: Prediction
     means: Means
-    # The database has it.
+    # Set by the dispatcher when the database has the prediction; until then nothing is told or written.
     written: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
-    # Not even its end could be written: adopted again, it would be drawn again.
+    # Its end cannot be written: adopted again, it would be drawn again.
     stuck: bool = False
-    # What the attempt that is made now has asked of a worker, and whether that has begun.
+    # The present attempt: the worker's response, and whether the worker has begun.
     response: DeploymentResponseGenerator | None = None
     begun: bool = False
-    # How long it waits for what that worker tells: for ever, until it is cancelled.
+    # Bounds that attempt, once the prediction is cancelled.
     patience: asyncio.Timeout | None = None
-    # It has one of `Means.large_ahead`.
-    ahead: bool = False
-    # How many attempts came to nothing, but for those whose worker died; and how many of those hung.
-    failures: int = 0
+    # Closing it gives back the place of `Means.large_ahead`, if this has one.
+    ahead: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    # How many attempts hung, and how many failed otherwise; those whose worker died are `Prediction.deaths`.
     hangs: int = 0
-    # What has been stored of its output, by the data URI's hash.
+    failures: int = 0
+    # The stored files of its output, by the hashes of their data URIs.
     files: dict[str, File] = field(default_factory=dict)
-    # What its log and its error may not tell of its inputs.
+    # Parts of its inputs that must not stand in its log and its error.
     secrets: Collection[str] = ()
     # When its progress was written; infinite while it is being written.
     recorded: float = 0
-    task: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
-        """Count how many bytes of memory its input takes, until it is forgotten."""
+        """Start the task."""
+        # How many bytes of memory its input takes, until it is forgotten.
         self.held = _size(self.prediction.secret_input)
-
-    def start(self, *, written: bool = True) -> None:
-        """Go from the queue to the last webhook, in a task; `written` says whether the database has the prediction."""
-        if written:
-            self.written.set()
         self.task = spawn(self._go())
 
     def stop(self) -> None:
@@ -119,7 +111,8 @@ class Run:
         self.prediction.cancel_requested = True
         self._tell_worker_to_stop()
         if self.patience is not None and self.patience.when() is None:
-            self.patience.reschedule(asyncio.get_running_loop().time() + SECONDS_TO_CANCEL)
+            seconds = 0 if self.response is None else SECONDS_TO_CANCEL
+            self.patience.reschedule(asyncio.get_running_loop().time() + seconds)
 
     async def _go(self) -> None:
         prediction = self.prediction
@@ -127,16 +120,15 @@ class Run:
         try:
             if not left_over:
                 await self._draw()
-                await self._finish()
+                if not await self._finish():
+                    return
             self.ended.set()
             if prediction.webhook_due:
                 if left_over and prediction.adoptions > MAX_ADOPTIONS:
                     logger.warning("The last webhook of prediction %.130r is given up.", prediction.id)
                 else:
                     await self.means.webhooks.deliver(prediction)
-                await _lasting(lambda: self.means.predictions.delivered(prediction), prediction)
-        except Lost:
-            logger.info("Prediction %.130r is somebody else's now.", prediction.id)
+                await self._lasting(lambda: self.means.predictions.delivered(prediction))
         except Exception as error:
             self.stuck = True
             logger.error("Prediction %.130r cannot be ended by this front: %s", prediction.id, places(error))
@@ -151,34 +143,30 @@ class Run:
                     _end_cancelled(prediction)
                 else:
                     await self._ask_worker()
-            except (BackPressureError, DeploymentUnavailableError):  # there is no worker, and may be one later
+            except (BackPressureError, DeploymentUnavailableError):  # no worker now; there may be one later
                 await asyncio.sleep(1)
-            except (TaskCancelledError, asyncio.CancelledError) as error:
-                if asyncio.current_task().cancelling():  # not the worker's part of it: this front lets it go
+            except (asyncio.CancelledError, Exception) as error:
+                if isinstance(error, asyncio.CancelledError) and self.task.cancelling():  # by this front
                     raise
                 if not prediction.cancel_requested:
-                    await self._mourn(error)
-            except Exception as error:
-                await self._mourn(error)
+                    await self._end_attempt(error)
 
     async def _ask_worker(self) -> None:
-        """One attempt: wait for a free worker, and follow what it tells until the end."""
+        """One attempt: wait for a free worker, and follow its states of the prediction until the end."""
         prediction, means = self.prediction, self.means
-        # Beside the event loop, for inputs may be large.
-        loras = await asyncio.to_thread(_lora_key, prediction.secret_input)
-        self.secrets = await asyncio.to_thread(secrets_of, prediction.secret_input)
-        workers = means.workers
-        if means.affinity == "router" and loras:
-            workers = workers.options(multiplexed_model_id=loras)
-        self.begun = False
-        if (self.held > LARGE_BYTES or names_files(prediction.secret_input)) and not await self._go_ahead():
-            return
+        self.response, self.begun = None, False
         try:
-            inputs = await self._inputs()
-            if prediction.cancel_requested:  # meanwhile, when there was no worker to be told
-                return
-            self.response = workers.predict.remote(prediction.id, inputs, loras)
             async with asyncio.timeout(None) as self.patience:
+                # In threads, since inputs may be large.
+                loras = await asyncio.to_thread(_lora_key, prediction.secret_input)
+                self.secrets = await asyncio.to_thread(secrets_of, prediction.secret_input)
+                workers = means.workers
+                if means.affinity == "router" and loras:
+                    workers = workers.options(multiplexed_model_id=loras)
+                if self.held > LARGE_BYTES or names_files(prediction.secret_input):
+                    await means.large_ahead.acquire()
+                    self.ahead.callback(means.large_ahead.release)
+                self.response = workers.predict.remote(prediction.id, await self._inputs(), loras)
                 async for states in self.response:
                     for state in states:
                         await self._progress(storable(state))
@@ -187,54 +175,38 @@ class Run:
             raise RuntimeError("The worker has told no end.")
         finally:
             self.patience = None
-            self._leave_ahead()
+            self.ahead.close()
             if not prediction.finished:
                 self._tell_worker_to_stop()
-
-    async def _go_ahead(self) -> bool:
-        """Wait until a large input may be put before the workers; False where it is cancelled meanwhile."""
-        while not self.prediction.cancel_requested:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.means.large_ahead.acquire(), 0.25)
-                self.ahead = True
-                return True
-        return False
-
-    def _leave_ahead(self) -> None:
-        if self.ahead:
-            self.ahead = False
-            self.means.large_ahead.release()
 
     async def _inputs(self) -> Any:  # noqa: ANN401 (JSON, or Ray's reference to it)
         """The inputs as a worker gets them, with the cluster's files inside."""
         prediction, means = self.prediction, self.means
         asked = (prediction.secret_input, means.predictions, prediction.base_url, COG_BYTES)
-        inputs = await _lasting(lambda: means.files.inline_files(*asked), prediction)
+        inputs = await self._lasting(lambda: means.files.inline_files(*asked))
         if _size(inputs) > LARGE_BYTES:
-            # Ray would put them into its store now, and block the event loop for seconds if there is no room.
+            # Passed as they are, Ray would put them into its store in this thread, and wait there for room.
             return await asyncio.get_running_loop().run_in_executor(_putting, ray.put, inputs)
         return inputs
 
     def _tell_worker_to_stop(self) -> None:
         if self.response is not None:
-            with contextlib.suppress(Exception):  # Serve raises here what has gone wrong before
+            with contextlib.suppress(Exception):  # Serve raises an earlier error of the call here
                 self.response.cancel()
 
-    async def _mourn(self, error: BaseException) -> None:
-        """An attempt has come to nothing: make another where that can help, or end the prediction as failed."""
+    async def _end_attempt(self, error: BaseException) -> None:
+        """Prepare another attempt after a failed one where that can help, or end the prediction as failed."""
         prediction, failure = self.prediction, judge(error)
         logger.warning("An attempt at prediction %.130r came to nothing: %s", prediction.id, places(error))
-        if prediction.cancel_requested:
-            return
-        if self._goes_on(failure):
+        if self._may_try_again(failure):
             self.means.metrics.retries.inc()
             await self._record(deaths=prediction.deaths)
             await asyncio.sleep(0.1 + self.failures)
         else:
             _fail(prediction, failure.sentence)
 
-    def _goes_on(self, failure: Failure) -> bool:
-        """Count an attempt that came to nothing; whether there is to be another."""
+    def _may_try_again(self, failure: Failure) -> bool:
+        """Whether another attempt is to be made after this failure, which is counted."""
         if failure.again is Again.WORKER_ENDED:
             self.prediction.deaths += 1
             return self.prediction.deaths < ATTEMPTS
@@ -246,7 +218,7 @@ class Run:
         return helps and self.failures < ATTEMPTS
 
     async def _record(self, **changes: object) -> None:
-        """Write what is new of the prediction; what cannot be written now is written with what comes next."""
+        """Write how far the prediction has come; what cannot be written now comes with the next write."""
         try:
             await self.written.wait()
             ours = await self.means.predictions.record(self.prediction, **changes)
@@ -259,11 +231,11 @@ class Run:
         self.recorded = time.monotonic()
 
     async def _progress(self, state: dict[str, Any]) -> None:
-        """A worker tells how far it has come."""
+        """Take over, tell and write one state of the prediction, as the worker's Cog gives it."""
         prediction, webhooks = self.prediction, self.means.webhooks
         await self.written.wait()
         self.begun = True
-        self._leave_ahead()
+        self.ahead.close()
         if prediction.started_at is None:
             prediction.started_at = now()
             prediction.status = "processing"
@@ -276,7 +248,7 @@ class Run:
         prediction.logs = await self._redact(state.get("logs", ""))
         prediction.metrics = {name: value for name, value in metrics.items() if name != "predict_time"}
         ended = state["status"] not in UNFINISHED
-        # An output comes with the end, and is told before it.
+        # The worker's last state has both the output and the end; clients hear of the output first.
         if news == "output" or (prediction.logs and not ended):
             await webhooks.notify(prediction, news)
         prediction.status, prediction.metrics = state["status"], metrics
@@ -284,62 +256,61 @@ class Run:
             prediction.error = await self._redact(error)
         if not ended and time.monotonic() - self.recorded > RECORD_SECONDS:
             self.recorded = math.inf
-            spawn(self._record(**_values(prediction, "started_at")))
+            spawn(self._record(**_values(prediction)))
 
     async def _redact(self, text: str) -> str:
-        """A log or an error as it may be shown; a long one is worked on beside the event loop."""
+        """A log or an error as it may be shown; a long one is redacted in a thread."""
         if len(text) < LONG_CHARACTERS:
             return redact_log(text, self.secrets)
         return await asyncio.to_thread(redact_log, text, self.secrets)
 
-    async def _finish(self) -> None:
-        """Write how it ended: the front that writes first has ended it."""
+    async def _finish(self) -> bool:
+        """Write how it ended; False where another front has it, or has ended it."""
         prediction = self.prediction
         await self.written.wait()
         prediction.completed_at = now()
         prediction.webhook_due = self.means.webhooks.wanted(prediction, "completed")
         try:
-            await self._write_end()
-        except Lost:
-            raise
+            ours = await self._write_end()
         except Exception as error:
-            # Something in it cannot be stored: drawn again, it would be there again.
+            # Something in the result cannot be stored, and could not after another attempt.
             logger.error("The end of prediction %.130r is not written: %s", prediction.id, places(error))
             _fail(prediction, f"The database cannot store the result ({type(error).__name__}).")
             prediction.logs, prediction.metrics = "", {}
-            await self._write_end()
+            ours = await self._write_end()
         prediction.secret_input, self.held = None, 0
-        self.means.metrics.count(prediction)
+        if ours:
+            self.means.metrics.count(prediction)
+        else:
+            logger.info("Prediction %.130r is somebody else's now.", prediction.id)
+        return ours
 
-    async def _write_end(self) -> None:
+    async def _write_end(self) -> bool:
         prediction, files = self.prediction, self.files.values()
-        changes = _values(prediction, "started_at", "completed_at", "error", "webhook_due")
-        if not await _lasting(lambda: self.means.predictions.finish(prediction, files, **changes), prediction):
-            raise Lost
+        return await self._lasting(lambda: self.means.predictions.finish(prediction, files, **_values(prediction)))
 
+    async def _lasting(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """The result of a database query, which is repeated while the database is away, full or read-only.
 
-async def _lasting(ask: Callable[[], Awaitable[T]], prediction: Prediction) -> T:
-    """What the database answers to a question about a prediction, asked again while it is away, full or read-only.
-
-    Raises:
-        DBAPIError: asked again, it would answer the same.
-    """
-    told = False
-    while True:
-        try:
-            return await ask()
-        except DBAPIError as error:
-            if not (may_pass(error) or may_be_repaired(error)):
-                raise
-            if not told:
-                logger.warning("Prediction %.130r waits for the database: %s", prediction.id, places(error))
-            told = True
-            await asyncio.sleep(1)
+        Raises:
+            DBAPIError: another attempt would raise the same.
+        """
+        told = False
+        while True:
+            try:
+                return await ask()
+            except DBAPIError as error:
+                if not (may_pass(error) or may_be_repaired(error)):
+                    raise
+                if not told:
+                    logger.warning("Prediction %.130r waits for the database: %s", self.prediction.id, places(error))
+                told = True
+                await asyncio.sleep(1)
 
 
 def _check_runnable(prediction: Prediction) -> None:
-    """Raise a Failure where it cannot be run, or has been adopted from so many fronts that it may be what ends them."""
-    if not PREDICTION_ID.fullmatch(prediction.id):  # an older front took it, and Cog's server would lose its slot to it
+    """Raise a Failure where it cannot be run, or where so many fronts have died with it that it may have ended them."""
+    if not PREDICTION_ID.fullmatch(prediction.id):  # from an older front; Cog's server would lose its slot to it
         raise Failure("The prediction's id must have 1 to 128 letters, digits and _ . ~ -.")
     if prediction.adoptions > MAX_ADOPTIONS:
         raise Failure(f"The prediction was given up: {prediction.adoptions} fronts ended while they had it.")
@@ -350,16 +321,15 @@ def _fail(prediction: Prediction, sentence: str) -> None:
 
 
 def _end_cancelled(prediction: Prediction) -> None:
-    """The end of a prediction whose worker was told to stop; the time until then is counted, as Cog would."""
+    """End a cancelled prediction, with the time that it took, as Cog would."""
     prediction.status = "canceled"
     if prediction.started_at:
         seconds = (datetime.fromisoformat(now()) - datetime.fromisoformat(prediction.started_at)).total_seconds()
         prediction.metrics = {"predict_time": seconds, **prediction.metrics}
 
 
-def _values(prediction: Prediction, *more: str) -> dict[str, Any]:
-    names = ("status", "output", "logs", "metrics", *more)
-    return {name: getattr(prediction, name) for name in names}
+def _values(prediction: Prediction) -> dict[str, Any]:
+    return {name: getattr(prediction, name) for name in _CHANGES}
 
 
 def _size(inputs: Any) -> int:  # noqa: ANN401 (JSON: an older front may have left anything)

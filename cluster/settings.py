@@ -1,4 +1,4 @@
-"""Every environment variable that the cluster reads itself, its default and its reason."""
+"""The cluster's arguments, and every environment variable that it reads itself, its default and its reason."""
 
 import ipaddress
 import os
@@ -7,18 +7,40 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pydantic import BaseModel
+
 from cluster.addresses import Network, is_host
+from local_cog.server import LOOPBACK
 from settings import MIB, PICTURE_SECONDS, ROOT, number, prediction_seconds, switch
 from sources.shown import redact
 
-# A replica that is to go finishes what is being drawn, for so long.
+# How long a replica that is to stop may take to finish its predictions.
 DRAIN_SECONDS = 900
-# What a prediction gets beyond its predictor's own limits, which end it with a better sentence.
+# Beyond its predictor's own limits, which end a prediction with a better sentence.
 SECONDS_BEYOND = 30
 # Where predictions and files are unless the environment says otherwise.
 DATA = ROOT / "cluster-data"
-# Half of what a front holds of all bodies together.
+# Half of all bodies that a front holds at once.
 LARGEST_BODY_MAX = 512 * MIB
+
+
+class Arguments(BaseModel):
+    """The application's arguments, `args` in a Serve configuration; secrets come from the environment."""
+
+    # Where predict.py is.
+    project: str = str(ROOT)
+    workers: int = 1
+    gpus_per_worker: float = 1
+    fronts: int = 2
+    # Where fronts listen; the fronts of one machine share the port.
+    host: str = LOOPBACK
+    port: int = 8000
+    # For how many seconds a front that is to stop fails load balancers' probes but still answers requests.
+    linger: float = 0
+    # Unfinished predictions that one front takes; further ones are answered 503.
+    queue: int = 1000
+    # "router" leads a request to a worker that has its LoRAs, and has it wait a little for that worker.
+    affinity: Literal["none", "router"] = "none"
 
 
 @dataclass(frozen=True)
@@ -29,29 +51,29 @@ class ClusterSettings:
     database_url: str = field(repr=False)
     # FILES_URL: uploads and outputs; a directory, or what fsspec opens, such as s3://…, that all fronts see alike.
     files_url: str
-    # API_TOKENS: who may ask, with commas between; without any, the cluster answers on loopback alone.
+    # API_TOKENS: the clients' tokens, with commas between; without any, the cluster answers on loopback alone.
     api_tokens: frozenset[str] = field(repr=False)
-    # BODY_MAX_MB: the largest body of a request in MiB, as large as Cog's own since files may come as data URIs.
+    # BODY_MAX_MB: the largest body of a request in MiB; Cog's own limit is the default, since files may be data URIs.
     body_max_bytes: int
     # PUBLIC_URL: where clients reach the cluster, such as https://example.com/flux; files' addresses begin with it.
     public_url: str | None
-    # OUTPUTS: url or data, how Replicate's API shows the outputs of one prediction to every client. Otherwise data URIs
-    # are for Replicate's own clients alone, where addresses begin with http: and these clients would make text of them.
+    # OUTPUTS: url or data, how Replicate's API shows the outputs of one prediction to every client. By default only
+    # Replicate's own clients get data URIs, and only where addresses begin with http:, which they return as text.
     outputs: Literal["url", "data"] | None
-    # TRUSTED_PROXIES: addresses and networks, with commas between, whose X-Forwarded-Host and -Proto count; anybody can
-    # send these headers, and the addresses that come of them are stored and shown to others.
+    # TRUSTED_PROXIES: addresses and networks, with commas between, whose X-Forwarded-Host and -Proto count. Anybody can
+    # send these headers, and the addresses built from them are stored and shown to others.
     trusted_proxies: tuple[Network, ...]
-    # WEBHOOKS_ALLOW_PRIVATE_HOSTS=1: let webhooks go to private and loopback addresses (tests, intranets). Otherwise
-    # strangers could have the fronts, which stand inside the operator's network, send requests to what is in there.
+    # WEBHOOKS_ALLOW_PRIVATE_HOSTS=1: let webhooks go to private and loopback addresses (tests, intranets). By default
+    # they do not: strangers could have the fronts send requests to other machines of the operator's network.
     private_webhooks: bool
-    # PREDICTION_SECONDS: the bound of every predictor here, 600 unless it is given; 0 is the longest that there may be.
+    # PREDICTION_SECONDS: every predictor's bound, 600 by default, below DRAIN_SECONDS; 0 means DRAIN_SECONDS.
     prediction_seconds: float
 
     @property
     def longest_seconds(self) -> float:
-        """How long a prediction may take here; one that takes longer hangs where its predictor cannot end it.
+        """How long a prediction may take before it counts as hanging.
 
-        The predictor bounds the fetching of pictures, that of LoRAs, and its work on the device, each by itself.
+        The predictor bounds three things, each by itself: fetching pictures, fetching LoRAs, and work on the device.
         """
         return min(PICTURE_SECONDS, self.prediction_seconds) + 2 * self.prediction_seconds + SECONDS_BEYOND
 
@@ -60,24 +82,31 @@ class ClusterSettings:
         """Read the variables; an empty one counts as unset.
 
         Raises:
-            ValueError: a sentence that names the variable, its value and what would be right. It may be
-                PREDICTION_SECONDS, which the workers' predictors read: a worker that is to go is ended after a while.
+            ValueError: a sentence that names the variable, its value and what would be right.
         """
+
+        def given(name: str) -> str:
+            return environ.get(name, "").strip()
+
+        def listed(name: str) -> list[str]:
+            return [part.strip() for part in given(name).split(",") if part.strip()]
+
         longest = prediction_seconds(cuda=True, environ=environ)
         if longest is not None and longest >= DRAIN_SECONDS:
             raise ValueError(
                 f"PREDICTION_SECONDS is {longest:g}; in a cluster it must be below {DRAIN_SECONDS}, the seconds after "
                 "which a worker that is to go is ended."
             )
-        proxies = filter(None, map(str.strip, environ.get("TRUSTED_PROXIES", "").split(",")))
+        if (outputs := given("OUTPUTS")) not in ("", "url", "data"):
+            raise ValueError(f"OUTPUTS is {outputs[:80]!r}; it must be url or data.")
         return cls(
-            database_url=environ.get("DATABASE_URL", "").strip() or f"sqlite:///{DATA / 'predictions.db'}",
-            files_url=environ.get("FILES_URL", "").strip() or str(DATA / "files"),
-            api_tokens=frozenset(filter(None, map(str.strip, environ.get("API_TOKENS", "").split(",")))),
-            body_max_bytes=_body_max_bytes(environ.get("BODY_MAX_MB", "").strip() or "100"),
-            public_url=_public_url(environ.get("PUBLIC_URL", "").strip()),
-            outputs=_outputs(environ.get("OUTPUTS", "").strip()),
-            trusted_proxies=tuple(map(_network, proxies)),
+            database_url=given("DATABASE_URL") or f"sqlite:///{DATA / 'predictions.db'}",
+            files_url=given("FILES_URL") or str(DATA / "files"),
+            api_tokens=frozenset(listed("API_TOKENS")),
+            body_max_bytes=_body_max_bytes(given("BODY_MAX_MB") or "100"),
+            public_url=_public_url(given("PUBLIC_URL")),
+            outputs=outputs or None,
+            trusted_proxies=tuple(map(_network, listed("TRUSTED_PROXIES"))),
             private_webhooks=bool(switch("WEBHOOKS_ALLOW_PRIVATE_HOSTS", environ)),
             prediction_seconds=longest or DRAIN_SECONDS,
         )
@@ -102,15 +131,6 @@ def _public_url(text: str) -> str | None:
             "https://example.com/flux."
         )
     return text.rstrip("/") or None
-
-
-def _outputs(text: str) -> Literal["url", "data"] | None:
-    match text:
-        case "":
-            return None
-        case "url" | "data":
-            return text
-    raise ValueError(f"OUTPUTS is {text[:80]!r}; it must be url or data.")
 
 
 def _network(text: str) -> Network:

@@ -1,6 +1,6 @@
-"""Webhooks: a client is told how its prediction goes, in order and signed.
+"""Webhooks: signed requests that tell a client about its prediction, in order.
 
-This module knows where they may go, how often and in which order; what a webhook says, it is given.
+This module knows where they may go, how often and in which order; `forms.py` makes their bodies.
 """
 
 import asyncio
@@ -31,20 +31,20 @@ from sources.shown import redact, redact_text
 
 logger = logging.getLogger("ray.serve")
 
-# A name as it is looked up, with what is beyond ASCII encoded, or an address.
+# A host's name, with characters beyond ASCII encoded, or an address.
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}")
 EVENTS = ("start", "output", "logs", "completed")
 # The last webhook is tried this often, as by coglet, the pause doubling from a fifth of a second.
 TRIES = 12
 TIMEOUT = aiohttp.ClientTimeout(total=30)
 URL_CHARACTERS = 2048
-# Of an answer only the status matters; what a receiver sends beyond this is not heard.
+# How much of a receiver's answer is read: only its status matters.
 ANSWER_BYTES = 16 * 1024
 PRIVATE = "this server connects to public addresses alone, unless whoever runs it sets WEBHOOKS_ALLOW_PRIVATE_HOSTS=1"
 
 
 class _Bounded:
-    """A connection's protocol, as its transport sees it while one answer comes: it ends the connection at a bound."""
+    """A connection's protocol while one answer is read: it closes the connection beyond ANSWER_BYTES."""
 
     def __init__(self, connection: Connection) -> None:
         self._protocol, self._transport, self._room = connection.protocol, connection.transport, ANSWER_BYTES
@@ -53,7 +53,7 @@ class _Bounded:
         return getattr(self._protocol, name)
 
     def data_received(self, data: bytes) -> None:
-        """Pass on some of the answer."""
+        """Pass on the answer, up to the bound."""
         if self._room > 0:
             self._protocol.data_received(data[: self._room])
         self._room -= len(data)
@@ -62,7 +62,7 @@ class _Bounded:
 
 
 class _Answer(aiohttp.ClientResponse):
-    """aiohttp's, with a bound: it reads interim answers (100 Continue) without end, and nothing else meanwhile."""
+    """aiohttp's answer with a bound: aiohttp reads interim answers (100 Continue) for ever, and blocks meanwhile."""
 
     async def start(self, connection: Connection) -> aiohttp.ClientResponse:
         """Read the answer's status and headers."""
@@ -72,27 +72,24 @@ class _Answer(aiohttp.ClientResponse):
 
 
 def open_client(*, allow_private: bool) -> aiohttp.ClientSession:
-    """A client that sends webhooks: all at once, since receivers that never answer must not keep others waiting.
-
-    Args:
-        allow_private: whether it may connect to private and loopback addresses.
-    """
+    """A client that sends webhooks, to private and loopback addresses only if that is allowed."""
+    # No limit of connections: receivers that never answer must not keep others waiting.
     connector = aiohttp.TCPConnector(
         limit=0, ssl=trusted_authorities(), socket_factory=None if allow_private else _public_socket
     )
-    # No cookies: one receiver's would go to others.
+    # No cookies: one receiver's would be sent to others.
     return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), response_class=_Answer)
 
 
 def _public_socket(address: aiohttp.AddrInfoType) -> socket.socket:
     """A socket for one of getaddrinfo's entries; PrivateAddressError where its address is not public.
 
-    aiohttp calls this before each connection, with the very address that it then connects to: what a name leads to is
-    checked after it was looked up, and cannot change in between.
+    aiohttp calls this before each connection, with the address that it then connects to: the address cannot change
+    between check and use, as the answer of a second look-up of the name could.
     """
     family, kind, protocol, _, (host, *_) = address
     if not is_public(ipaddress.ip_address(host)):
-        # In the same words for each: where those of several addresses differ, aiohttp raises an OSError of its own.
+        # The same text for each address: if the texts differ, aiohttp raises an OSError of its own.
         raise PrivateAddressError("the address is not public")
     return socket.socket(family, kind, protocol)
 
@@ -102,25 +99,25 @@ class Webhooks:
     """The webhooks of one front: one at a time for each prediction, in order."""
 
     client: aiohttp.ClientSession
-    # Signs what is sent.
+    # The key of the signatures.
     secret: str
-    # Gives a prediction as JSON in the form that its client expects.
+    # Makes the body: a prediction as JSON, in the form of the API that its client used.
     show: Callable[[Prediction], Awaitable[Inlined]]
-    # The latest webhook of each prediction, by its id, for as long as it is on its way.
+    # The task of the latest webhook by the prediction's id, until it is sent.
     sending: WeakValueDictionary[str, asyncio.Task[None]] = field(default_factory=WeakValueDictionary, init=False)
 
     def wanted(self, prediction: Prediction, event: str) -> bool:
-        """Whether a client wants to hear of an event."""
-        events = prediction.webhook_events  # an older front may have left anything
+        """Whether the client has asked for webhooks of an event."""
+        events = prediction.webhook_events  # it may be of any type: an older front may have written it
         return bool(prediction.webhook) and isinstance(events, list) and event in events
 
     async def notify(self, prediction: Prediction, event: str) -> None:
-        """Send a webhook on the way; one that does not arrive is not sent again, as by coglet. Nothing is raised."""
+        """Start to send a webhook, once, as coglet does; nothing is raised."""
         if not self.wanted(prediction, event):
             return
         before = self.sending.get(prediction.id)
         if event == "logs" and before and not before.done():
-            return  # the next one holds these logs too; a slow listener hears fewer
+            return  # the receiver is slow: it gets these logs with the next webhook
         body = await self._body(prediction)
 
         async def send() -> None:
@@ -131,10 +128,7 @@ class Webhooks:
         self.sending[prediction.id] = spawn(send())
 
     async def deliver(self, prediction: Prediction) -> None:
-        """Send the last webhook until it arrives or has been tried often enough; nothing comes after it.
-
-        Nothing is raised: what cannot be sent has been tried as well.
-        """
+        """Send the last webhook, again until it arrives, at most TRIES times; nothing is raised."""
         if before := self.sending.get(prediction.id):
             await asyncio.wait([before])
         for attempt in range(TRIES):
@@ -143,7 +137,7 @@ class Webhooks:
             await asyncio.sleep(min(30, 0.2 * 2**attempt))
 
     async def _body(self, prediction: Prediction) -> Inlined | None:
-        """What is sent; None where it cannot be made, as while the store of files is away."""
+        """The body; None where it cannot be made, for instance while the store of files is away."""
         try:
             return await self.show(prediction)
         except Exception as error:
@@ -151,14 +145,14 @@ class Webhooks:
             return None
 
     async def _post(self, prediction: Prediction, name: str, body: Inlined | None) -> bool:
-        """One attempt; False where another may succeed."""
-        if not prediction.webhook:  # given up meanwhile
+        """Make one attempt; False where another one may succeed."""
+        if not prediction.webhook:  # it was given up meanwhile
             return True
         if body is None:
             return False
         delivery = f"{prediction.id}-{name}"
         try:
-            # Its files are read twice rather than held: a receiver may take minutes to hear of them.
+            # Its files are read twice, not held in memory: a receiver may take minutes.
             signature = await signed(self.secret, delivery, body.pieces())
             headers = {"content-type": "application/json", "content-length": str(body.length), **signature}
             sent = self.client.post(
@@ -166,37 +160,33 @@ class Webhooks:
             )
             async with sent as answered:
                 return answered.status < 300 or 400 <= answered.status not in (429, 500, 502, 503, 504)
-        except aiohttp.ClientConnectorCertificateError as error:
-            logger.warning(
-                "A webhook of prediction %.130r cannot be sent: its receiver's certificate is not valid: %s",
-                prediction.id,
-                untrusted(error) or error.certificate_error,
-            )
-            return True
-        # Such a URL, or such an id in a header, can never be sent; aiohttp's InvalidURL is a ValueError.
+        # Another attempt would fail too, at the certificate, the URL or an id in a header. aiohttp's InvalidURL and its
+        # errors of certificates are ValueErrors.
         except (ValueError, TypeError, AssertionError, aiohttp.NonHttpUrlClientError) as error:
-            logger.warning(
-                "A webhook of prediction %.130r cannot be sent: %s", prediction.id, redact_text(places(error))
-            )
+            reason = redact_text(places(error))
+            if isinstance(error, aiohttp.ClientConnectorCertificateError):
+                reason = f"its receiver's certificate is not valid: {untrusted(error) or error.certificate_error}"
+            logger.warning("A webhook of prediction %.130r cannot be sent: %s", prediction.id, reason)
             return True
         except aiohttp.ClientConnectorError as error:
             if isinstance(error.os_error, PrivateAddressError):
                 logger.warning("The webhooks of prediction %.130r are given up: %s", prediction.id, PRIVATE)
-                prediction.webhook = None  # the next ones would come to the same
+                prediction.webhook = None  # the next webhooks would fail too
             return not prediction.webhook
-        except (aiohttp.ClientError, TimeoutError):
-            return False
         except Exception as error:
-            logger.warning("A webhook of prediction %.130r was not sent: %s", prediction.id, redact_text(places(error)))
+            if not isinstance(error, aiohttp.ClientError | TimeoutError):
+                logger.warning(
+                    "A webhook of prediction %.130r was not sent: %s", prediction.id, redact_text(places(error))
+                )
             return False
 
 
 def check_url(text: object, *, allow_private: bool) -> None:
-    """Refuse what the client library could not send to, for whatever reason but the network's.
+    """Refuse a client's webhook if requests to it would fail whatever the network's state.
 
     Args:
-        text: what a client gave as its webhook.
-        allow_private: whether the host may be private by its very name; what other names lead to, `open_client` checks.
+        text: the client's `webhook`.
+        allow_private: whether the host may be a private address; `open_client` checks the addresses of names.
 
     Raises:
         ValueError: a sentence without user, password and query.
@@ -204,47 +194,50 @@ def check_url(text: object, *, allow_private: bool) -> None:
     if not isinstance(text, str):
         raise ValueError("webhook must be a string.")
     wrong = f"webhook is {redact(text[: 2 * URL_CHARACTERS])[:120]!r}; it must be an http or https URL"
-    if len(text) > URL_CHARACTERS:
-        raise ValueError(f"{wrong} of at most {URL_CHARACTERS} characters, not {len(text)}.")
-    if not text.isprintable() or " " in text:
-        raise ValueError(f"{wrong} without spaces and control characters.")
+
+    def need(fulfilled: object, how: str) -> None:
+        if not fulfilled:
+            raise ValueError(f"{wrong} {how}")
+
+    need(len(text) <= URL_CHARACTERS, f"of at most {URL_CHARACTERS} characters, not {len(text)}.")
+    need(text.isprintable() and " " not in text, "without spaces and control characters.")
     try:
         url = URL(text)
         port = url.port
     except ValueError:
         raise ValueError(f"{wrong}, such as https://example.com/hook.") from None
-    if url.scheme not in ("http", "https") or not url.raw_host or not port:
-        raise ValueError(f"{wrong} with a host, and where it has a port, one from 1 to 65535.")
+    reachable = url.scheme in ("http", "https") and url.raw_host and port
+    need(reachable, "with a host, and where it has a port, one from 1 to 65535.")
+    need(_can_be_looked_up(url.raw_host), "with a host that can be looked up.")
+    # As HTTP's basic authentication encodes them.
+    need(max(f"{url.user}:{url.password}") <= "\xff", "whose user and password are in Latin-1.")
+    need(":" not in (url.user or ""), "whose user has no colon.")
+    need(allow_private or not _is_private(url.raw_host), f"whose host is public: {PRIVATE}.")
+
+
+def _can_be_looked_up(host: str) -> bool:
+    """Whether the resolver takes this host; nothing is looked up."""
     try:
-        if not _HOST.fullmatch(url.raw_host):
-            raise ValueError
-        if set(url.raw_host) <= set("0123456789."):
-            ipaddress.IPv4Address(url.raw_host)
-        url.raw_host.encode("idna")  # as the resolver does
+        if set(host) <= set("0123456789."):
+            ipaddress.IPv4Address(host)
+        host.encode("idna")
     except ValueError:
-        raise ValueError(f"{wrong} with a host that can be looked up.") from None
-    try:
-        f"{url.user}:{url.password}".encode("latin-1")  # as HTTP's basic authentication does
-    except UnicodeError:
-        raise ValueError(f"{wrong} whose user and password are in Latin-1.") from None
-    if ":" in (url.user or ""):
-        raise ValueError(f"{wrong} whose user has no colon.")
-    if not allow_private and _is_private(url.raw_host):
-        raise ValueError(f"{wrong} whose host is public: {PRIVATE}.")
+        return False
+    return _HOST.fullmatch(host) is not None
 
 
 def _is_private(host: str) -> bool:
-    """Whether a host is known not to be public without being looked up: by its address, however it is written."""
+    """Whether a host is a private address, in any notation, or a name of this machine; nothing is looked up."""
     name = host.rstrip(".")
-    with contextlib.suppress(ValueError, OSError):  # it is no address
+    with contextlib.suppress(ValueError, OSError):  # it is a name
         return not is_public(ipaddress.ip_address(name if ":" in name else socket.inet_aton(name)))
     return name == "localhost" or name.endswith(".localhost")
 
 
 async def signed(secret: str, delivery: str, body: AsyncIterator[bytes]) -> dict[str, str]:
-    """The headers by which a client knows that a webhook is from here, as Replicate's.
+    """The headers that sign a webhook, as Replicate's do.
 
-    `delivery` names it, and is the same for every attempt, so that the receiver can drop what it has.
+    `delivery` is the webhook's id, the same for each attempt, so that the receiver can drop repetitions.
     """
     timestamp = str(int(time.time()))
     digest = hmac.new(secret.encode(), f"{delivery}.{timestamp}.".encode(), "sha256")

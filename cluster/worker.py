@@ -1,7 +1,7 @@
 """A worker: the unchanged predictor in a Cog server of its own, on one GPU.
 
-It hands Cog one prediction at a time and passes on what Cog tells of it. When its Cog server cannot go on, the worker
-ends, and Serve starts another. This module knows Cog's HTTP and weaknesses; it knows nothing of clients.
+It gives Cog one prediction at a time and passes on Cog's webhooks about it. When its Cog server cannot go on, the
+worker ends, and Serve starts another. This module knows Cog's HTTP and weaknesses; it knows nothing of clients.
 """
 
 import asyncio
@@ -38,32 +38,28 @@ logger = logging.getLogger("ray.serve")
 
 # coglet 0.23 can hang when a prediction is cancelled in its first milliseconds: wait before cancelling.
 CANCEL_SECONDS = 0.05
-# The webhooks that a worker gets from Cog. The output comes with the end: its own event would send pictures twice.
-HEARD = ["start", "logs", "completed"]
-# Where Debian keeps the certificates of authorities, and all of them in one file.
-AUTHORITIES = Path("/etc/ssl/certs")
-AUTHORITIES_FILE = AUTHORITIES / "ca-certificates.crt"
-# For everything else that Cog is asked: a body of 100 MiB takes it seconds.
+# Not "output": the webhook "completed" has the output too, and pictures would be sent twice.
+EVENTS = ["start", "logs", "completed"]
+# For each request to Cog but health checks: a body of 100 MiB takes seconds.
 TIMEOUT = aiohttp.ClientTimeout(total=60)
-# How long Cog may take until it can take the next prediction: a predictor that was told to stop may come to the end of
-# what it is doing.
+# How long Cog may need until it can take the next prediction: a cancelled predictor first ends its present step.
 SECONDS_TO_SETTLE = 60
-# How often a worker looks whether there is still to come something of a prediction.
+# How often a worker checks Cog while no webhook comes.
 SECONDS_BETWEEN_LOOKS = 1
-# How long a worker goes on that has to end, so that everybody who waits for it hears why.
+# How long a worker that has to end still answers its callers, so that they get the reason.
 SECONDS_TO_TELL = 4
-# How long Cog may be ready for the next prediction without having told the end of this one.
+# How long Cog may be ready for the next prediction without a webhook about the end of this one.
 SECONDS_FOR_END = 10
-# A worker that stands still is ended after so long: its event loop also waits for a front that does not read what it is
-# told, until that front has been ended.
+# When a worker that stands still is ended. It is longer than a front's time: a front that has stopped reading can block
+# a worker's event loop until that front is ended.
 SECONDS_STILL = 30
-# How many LoRAs a worker is taken to hold when requests are led to it.
+# How many sets of LoRAs a worker is taken to hold when requests are routed by them.
 LORAS_HELD = 16
 
 
 @serve.deployment(
-    max_ongoing_requests=1,  # as the predictor has it
-    max_queued_requests=-1,  # the fronts bound what they accept, and what was accepted may wait
+    max_ongoing_requests=1,  # a predictor runs one prediction at a time
+    max_queued_requests=-1,  # the fronts bound how many they accept
     graceful_shutdown_timeout_s=DRAIN_SECONDS,
     health_check_period_s=SECONDS_BETWEEN_CHECKS,
     logging_config=LOGGING,
@@ -71,16 +67,17 @@ LORAS_HELD = 16
 class CogWorker:
     """One GPU: the predictor in a Cog server of its own, reached over loopback."""
 
-    # When the prediction under way was begun, by the monotonic clock; and whether this process ends in a moment.
+    # When the present prediction began, by the monotonic clock.
     began: float | None = None
+    # Whether this process ends within SECONDS_TO_TELL.
     ending = False
 
     async def __init__(self, project: str) -> None:
         listen_on_this_node_only()
         spawn(watch_event_loop("worker", SECONDS_STILL))
-        given = {"PREDICTION_SECONDS": f"{self.settings.prediction_seconds:g}", **_authorities()}
-        without = dict.fromkeys(withheld(os.environ))
-        self.server = CogServer(Path(project), environment=given | without).__enter__()
+        environment = {"PREDICTION_SECONDS": f"{self.settings.prediction_seconds:g}"}
+        environment |= dict.fromkeys(withheld(os.environ))
+        self.server = CogServer(Path(project), environment=environment).__enter__()
         self.verdict = Verdict(self.server)
         try:
             await asyncio.to_thread(self.server.wait_until_ready)
@@ -91,14 +88,14 @@ class CogWorker:
 
     @property
     def settings(self) -> ClusterSettings:
-        """Those of this node: it may differ from the node where the cluster was started."""
+        """The settings of this node, which may differ from the node where the cluster was started."""
         return ClusterSettings.from_environment()
 
     async def _listen(self) -> None:
-        """Listen for Cog's webhooks, which tell how a prediction goes."""
+        """Listen for Cog's webhooks."""
         self.client = aiohttp.ClientSession(f"http://{LOOPBACK}:{self.server.port}", timeout=TIMEOUT)
         self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self.run = ""
+        self.run = ""  # the path of the present prediction's webhooks
         self.one_at_a_time = asyncio.Lock()
         self.settling = asyncio.create_task(self._settle())
         self.lora_hits = metrics.Counter("flux_lora_hits", "Predictions whose LoRAs their worker had.")
@@ -111,15 +108,15 @@ class CogWorker:
         self.address = f"http://{LOOPBACK}:{runner.addresses[0][1]}"
 
     async def _hear(self, request: web.Request) -> web.Response:
-        if request.match_info["run"] == self.run:  # else it is late, and of the prediction before
+        if request.match_info["run"] == self.run:  # else it came late, from an earlier prediction
             self.events.put_nowait(await request.json())
         return web.Response()
 
     async def health(self, seconds: float = SECONDS_FOR_HEALTH) -> dict[str, Any]:
-        """What Cog's `GET /health-check` says here.
+        """Cog's answer to `GET /health-check`.
 
         Raises:
-            aiohttp.ClientError: Cog does not answer; TimeoutError if it is there, but silent for so long.
+            aiohttp.ClientError: nobody answers; TimeoutError if Cog hangs for so many seconds.
         """
         async with self.client.get("/health-check", timeout=aiohttp.ClientTimeout(total=seconds)) as answered:
             return await answered.json()
@@ -130,20 +127,20 @@ class CogWorker:
         """Run a prediction of validated inputs; closing the iterator cancels it. `loras` names its LoRAs, if any.
 
         Yields:
-            Cog's descriptions of the prediction since the last time, the very last with a status that is an end.
+            Cog's states of the prediction since the last yield; the very last one has an end's status.
 
         Raises:
-            Failure: Cog refuses it, or does not tell its end; this worker goes on, or ends if Cog cannot.
+            Failure: Cog refuses it, or does not report its end; this worker goes on, or ends if Cog cannot.
         """
-        # Serve frees the place of a cancelled call before the call has cleaned up: wait for that here.
+        # Serve sends the next call before a cancelled one has cleaned up.
         async with self.one_at_a_time:
             await asyncio.wait([self.settling])
             if loras:
                 (self.lora_hits if next(await self._hold(loras)) else self.lora_loads).inc()
             if self.ending:
-                raise BackPressureError(1, 0)  # the front asks again, and does not count this
+                raise BackPressureError(1, 0)  # the front tries again, and does not count this attempt
             self.run, self.events = secrets.token_urlsafe(), asyncio.Queue()
-            body = {"input": inputs, "webhook": f"{self.address}/{self.run}", "webhook_events_filter": HEARD}
+            body = {"input": inputs, "webhook": f"{self.address}/{self.run}", "webhook_events_filter": EVENTS}
             url = f"/predictions/{quote(prediction_id, safe='')}"
             ended = False
             self.began = time.monotonic()
@@ -153,7 +150,7 @@ class CogWorker:
                     states = await self._next_states()
                     ended = states[-1]["status"] not in UNFINISHED
                     if states[-1]["status"] == "failed":
-                        # The predictor may have died of it: then this worker ends, and another one tries.
+                        # The predictor may have died: then this worker ends, and another one tries.
                         await self._settle()
                     yield states
             finally:
@@ -165,28 +162,27 @@ class CogWorker:
         """Have Cog begin a prediction.
 
         Raises:
-            Failure: it does not. What Cog calls the request's fault would be one for any Cog; else another may take it.
+            Failure: it does not. Any Cog would refuse what Cog calls the request's fault; else another may take it.
         """
         for _ in range(ATTEMPTS):
             try:
                 async with self.client.put(url, json=body, headers={"Prefer": "respond-async"}) as answered:
-                    if answered.status == 202:
-                        return
-                    status, said = answered.status, (await answered.text(errors="replace"))[:300]
+                    status, text = answered.status, await answered.text(errors="replace")
             except (aiohttp.ClientError, TimeoutError) as error:
-                # It may have begun: what called this cancels it there, and ends this worker if Cog has died.
-                raise Failure(
-                    "Cog broke off the connection when it was given the prediction.", Again.UNDRAWN
-                ) from error
+                # Cog may have begun: the caller cancels the prediction there, and ends this worker if Cog has died.
+                sentence = "Cog broke off the connection when it was given the prediction."
+                raise Failure(sentence, Again.UNDRAWN) from error
+            if status == 202:
+                return
             if status != 409:
                 break
             await self._settle()  # its slot is not free yet
-        said = without_paths(redact_log(said, secrets_of(body["input"])))
-        own = 400 <= status < 500 and status != 409
-        raise Failure(f"Cog refused the prediction with {status}: {said}", Again.NEVER if own else Again.UNDRAWN)
+        reason = without_paths(redact_log(text[:300], secrets_of(body["input"])))
+        again = Again.NEVER if 400 <= status < 500 and status != 409 else Again.UNDRAWN
+        raise Failure(f"Cog refused the prediction with {status}: {reason}", again)
 
     async def _next_states(self) -> list[dict[str, Any]]:
-        """What Cog has said since the last time; a Failure where it does not tell the end, or there is none."""
+        """Cog's states of the prediction since the last call; a Failure where Cog does not report its end."""
         idle = 0
         while True:
             try:
@@ -201,23 +197,23 @@ class CogWorker:
                 if idle == SECONDS_FOR_END:
                     raise Failure("Cog has ended the prediction without saying how.") from None
                 continue
-            # Cog does not wait until a log has arrived before it sends the end: ignore what comes after the end.
+            # Cog sends the end without waiting for the log's webhooks: ignore those that come after it.
             while states[-1]["status"] in UNFINISHED and not self.events.empty():
                 states.append(self.events.get_nowait())
             return states
 
     async def _settle(self, cancelling: str | None = None) -> None:
-        """Wait until Cog can take the next prediction: it tells the end of one before its slot is free.
+        """Wait until Cog can take the next prediction: it reports the end of one before its slot is free.
 
-        The URL of a prediction to cancel may be given. If Cog never can, being defunct, busy with nothing or busy for
-        ever, this process ends.
+        `cancelling` is the URL of a prediction to cancel. This process ends if Cog is defunct, busy without a
+        prediction, or busy for too long.
         """
         if cancelling:
             await asyncio.sleep(CANCEL_SECONDS)
         forgotten, give_up = 0, time.monotonic() + SECONDS_TO_SETTLE
         while not self.ending and (status := await self._status()) != "READY":
             if cancelling and status == "BUSY":
-                with contextlib.suppress(aiohttp.ClientError, TimeoutError):  # its status will say so too
+                with contextlib.suppress(aiohttp.ClientError, TimeoutError):  # the next look at its status shows that
                     async with self.client.post(f"{cancelling}/cancel") as answered:
                         forgotten += answered.status == 404
             lost = status != "BUSY" or forgotten > 20 or time.monotonic() > give_up
@@ -225,7 +221,7 @@ class CogWorker:
             await asyncio.sleep(CANCEL_SECONDS if cancelling else 0.005)
 
     async def _status(self) -> str:
-        """What Cog says that it is; DEFUNCT where that cannot be read, SILENT where it hangs."""
+        """Cog's status; DEFUNCT where that cannot be read, SILENT where Cog hangs."""
         try:
             return (await self._ask())["status"]
         except TimeoutError:
@@ -234,21 +230,21 @@ class CogWorker:
             return "DEFUNCT"
 
     async def _ask(self) -> dict[str, Any]:
-        """Its health, asked twice: a time may have run out while this process stood still, with the answer waiting."""
+        """Cog's health; asked twice, since the first timeout may be due to a pause of this process, not of Cog."""
         with contextlib.suppress(TimeoutError):
             return await self.health()
         return await self.health(SECONDS_BETWEEN_LOOKS)
 
     def _has_taken(self, seconds: float) -> bool:
-        """Whether there is a prediction under way that has taken so long."""
+        """Whether the present prediction, if there is one, has taken so long."""
         return self.began is not None and time.monotonic() - self.began > seconds
 
     def _end_if(self, defunct: bool, *, hung: bool = False) -> None:
-        """End this process if Cog is defunct: it would refuse everything for ever, and Serve replaces the worker.
+        """End this process if Cog is defunct: Cog would refuse everything for ever, and Serve replaces the worker.
 
-        That is at once where a prediction is under way: whatever it is, it has not survived this worker. It is a little
-        later where there is none, or where one hangs, or hung until its predictor ended itself: an end tells no reason,
-        and those that ask meanwhile are to hear one.
+        It ends at once if a prediction runs: its front learns of the end and counts it. It ends after SECONDS_TO_TELL
+        if none runs, or if one hangs or hung until its predictor ended itself: so callers get the reason, which they
+        could not see from the end of a process.
 
         Raises:
             Failure: a prediction hangs.
@@ -268,7 +264,7 @@ class CogWorker:
 
     @serve.multiplexed(max_num_models_per_replica=LORAS_HELD)
     async def _hold(self, loras: str) -> Iterator[int]:
-        """Let Serve know that these LoRAs are here from now on: how often they were asked for since, as a counter."""
+        """Have Serve note that this worker holds these LoRAs; a counter, at 0 where it did not hold them before."""
         return itertools.count()
 
     async def check_health(self) -> None:
@@ -287,7 +283,7 @@ class CogWorker:
             reason, hung = self.verdict.reason(health), hangs(health)
         if reason:
             logger.error("%s", printable(redact_log(reason, ())))  # it has the predictor's own words
-        with contextlib.suppress(Failure):  # the prediction's; it finds that out by itself
+        with contextlib.suppress(Failure):  # `predict` raises it by itself
             self._end_if(bool(reason), hung=hung)
 
     def stop(self) -> None:
@@ -298,13 +294,3 @@ class CogWorker:
         """Called by Serve when the worker is to go."""
         if hasattr(self, "server"):
             self.stop()
-
-
-def _authorities() -> dict[str, str]:
-    """Variables that lead Cog's server to trusted certificates in one file, unless the operator keeps them elsewhere.
-
-    It reads them for each prediction that has a webhook: 0.8 ms from one file, 5 ms from Debian's folder of the same.
-    """
-    places = {"SSL_CERT_FILE": str(AUTHORITIES_FILE), "SSL_CERT_DIR": str(AUTHORITIES)}
-    usual = AUTHORITIES_FILE.exists() and all(os.environ.get(name, place) == place for name, place in places.items())
-    return {**places, "SSL_CERT_DIR": os.devnull} if usual else {}

@@ -1,4 +1,4 @@
-"""`script/cluster` as tests and benchmarks use it: started, spoken to, and harmed."""
+"""`script/cluster` for tests and benchmarks: they start it, send it requests, and kill parts of it."""
 
 import contextlib
 import http.client
@@ -31,7 +31,7 @@ serve.run(application(Arguments(**json.loads(sys.argv[2]))), name=APPLICATION, r
 
 
 class Server:
-    """HTTP to one address of this machine, raw; an answer is waited for as many seconds as are given."""
+    """Plain HTTP to one port of this machine, with a bound on the seconds until an answer."""
 
     def __init__(self, port: int, headers: Mapping[str, str] | None = None, seconds: float = 60) -> None:
         self.port, self.headers, self.seconds = port, dict(headers or {}), seconds
@@ -117,7 +117,7 @@ class Cluster(Server):
         return self.log.read_text().partition("Metrics: ")[2].partition("\n")[0]
 
     def processes(self, title: str, below: int | None = None) -> list[int]:
-        """What runs with these words in its command line, in the order of process ids: all, or what one has started."""
+        """The ids of the cluster's processes, or of those below one of them, with this title in their command line."""
         found = []
         for process in sorted(descendants(below or self.process.pid)):
             with contextlib.suppress(OSError):
@@ -150,7 +150,7 @@ class Cluster(Server):
         return found
 
     def kill_one(self, title: str) -> None:
-        """End the youngest process of a title by force; one that is being replaced is waited for."""
+        """Kill the youngest process of a title; wait for one if it is just being replaced."""
         os.kill(self.wait_for(title)[-1], signal.SIGKILL)
 
     def kill(self) -> None:
@@ -165,7 +165,7 @@ class Hooks:
     """A receiver of webhooks: every delivery with its headers, in order; a context manager.
 
     Args:
-        seconds: how long it takes to hear what is not an end.
+        seconds: how long it takes to answer a webhook that is not about an end.
     """
 
     def __init__(self, seconds: float = 0) -> None:
@@ -200,7 +200,7 @@ class Hooks:
         self.server.server_close()
 
     def until_ended(self, prediction_id: str, seconds: float = 30) -> list[dict[str, Any]]:
-        """What was said of a prediction, up to its end.
+        """The bodies about a prediction, up to its end.
 
         Raises:
             TimeoutError: it has not ended.
@@ -211,10 +211,10 @@ class Hooks:
         return said[: end + 1]
 
     def until(self, awaited: Callable[[dict[str, Any]], bool], seconds: float = 30) -> None:
-        """Wait until something is said.
+        """Wait until a body like this has come.
 
         Raises:
-            TimeoutError: it has not been said.
+            TimeoutError: none has come.
         """
         give_up = time.monotonic() + seconds
         while not any(awaited(body) for _, body in list(self.received)):

@@ -1,11 +1,10 @@
-"""Hostile requests against `script/cluster`, an honest client beside them.
+"""Hostile requests against `script/cluster`, with an honest client beside them.
 
-Strangers send the kinds of `harness.hostile_kinds`. Meanwhile an honest client has predictions made by both APIs and
-looks at the list, and another process asks whether the cluster is healthy. Nothing may be answered with a 5xx (but 503
-with Retry-After) or not at all; every honest prediction succeeds and is told once; health is answered within a second;
-no process dies, grows without end or fills the disk; nothing is left unfinished or tried again and again; nothing that
-gives access is shown. Whatever breaks a rule is noted with its kind, its number and its first bytes, and the run goes
-on.
+Strangers send the kinds of `harness.hostile_kinds`. Meanwhile an honest client makes predictions by both APIs and reads
+the list, and another process asks for health. The rules: every request is answered, and not with a 5xx (but 503 with
+Retry-After); every honest prediction succeeds, and its client is told once; health is answered within a second; no
+process dies, grows without bound or fills the disk; no prediction is left unfinished or repeated; no secret is shown.
+What breaks a rule is noted with its kind, its number and its first bytes, and the run goes on.
 """
 
 import contextlib
@@ -34,7 +33,6 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from cluster.local import descendants
 from harness.cluster import ENDS, Cluster, Hooks, Server
 from harness.hostile import DEAF, MARK, MIB, Answer, Kind, Scene, Sent, Stranger
 from harness.hostile_kinds import KINDS
@@ -44,7 +42,7 @@ from settings import ROOT
 
 TOKEN = "t0ken-of-the-cluster"
 SECRET = "s3cret-of-the-operator"
-# As little as a cluster needs of a predictor; it says what it was asked, as a careless one would.
+# A minimal predictor; it prints its inputs, as a careless one would.
 PREDICTOR = """
 import os
 import time
@@ -77,21 +75,21 @@ class Predictor(BasePredictor):
 HEALTH_S = 1.0
 ANSWER_S = 30.0
 HONEST_S = 30.0
-# After the last hostile request: until nothing is unfinished.
+# Within this time after the last hostile request, every prediction must end.
 SETTLE_S = 30.0
-# Until a client that says nothing more is given up: 30 s, and some for a busy machine.
+# Within this time, a silent client's connection must be closed: 30 s, and some for a busy machine.
 HELD_S = 50.0
 STRANGERS = 6
 MORE_MEMORY_BYTES = 1536 * MIB
-# What fronts may have in temporary files: a form of the greatest size for some of the strangers.
+# A front's temporary files: room for the largest forms of some strangers.
 TEMPORARY_BYTES = 250 * MIB
-# How often the log may say of one prediction that it is begun, interrupted or adopted.
+# How many lines of the log may name one prediction, as begun, interrupted or adopted.
 LINES_OF_ONE = 5
 
 
 @dataclass
 class Failure:
-    """A rule that was broken while a kind was sent: how often, and how first."""
+    """A rule that was broken while a kind was sent: how often, and how the first time."""
 
     count: int
     first: str
@@ -99,13 +97,13 @@ class Failure:
 
 @dataclass
 class Report:
-    """What came of a run; threads write into it."""
+    """The results of a run; threads write into it."""
 
     requests: Counter = field(default_factory=Counter)  # by kind
     answers: Counter = field(default_factory=Counter)  # by kind and status
     failures: dict[tuple[str, str], Failure] = field(default_factory=dict)  # by kind and rule
     honest: Counter = field(default_factory=Counter)  # what the honest client did
-    most: dict[str, float] = field(default_factory=dict)  # what was measured, such as seconds → the most
+    most: dict[str, float] = field(default_factory=dict)  # the maximum of each measured quantity
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def fail(self, kinds: str, rule: str, how: str) -> None:
@@ -115,7 +113,7 @@ class Report:
             failure.count += 1
 
     def measured(self, what: str, amount: float) -> None:
-        """Note how long something took, or how large it was; the most counts."""
+        """Note how long something took, or how large it was; the maximum is kept."""
         with self.lock:
             self.most[what] = max(self.most.get(what, 0), amount)
 
@@ -144,7 +142,7 @@ class Report:
 
 @dataclass
 class Heard:
-    """What came back through one connection."""
+    """What one connection received."""
 
     answers: list[Answer]
     state: str  # "open", "closed", "broken" or "refused"
@@ -152,7 +150,7 @@ class Heard:
 
 
 class Line:
-    """A connection that sends and listens at the same time, as hostile clients and their hosts' kernels do."""
+    """A connection that sends and receives at the same time."""
 
     def __init__(self, port: int) -> None:
         self.socket = socket.create_connection((LOOPBACK, port), timeout=ANSWER_S)
@@ -160,7 +158,7 @@ class Line:
         self.heard, self.state, self.answers = bytearray(), "open", []
 
     def talk(self, sent: Sent) -> Heard:
-        """Send all of it, and wait as long as this client waits."""
+        """Send all parts, and wait for answers as long as this client does."""
         deaf = sent.ending == "stall"
         for part in sent.content:
             if self.state != "open":
@@ -186,7 +184,7 @@ class Line:
             self.state = "broken"
 
     def send(self, content: bytes, deaf: bool) -> None:
-        """Send bytes, unless the other side stops reading for too long."""
+        """Send bytes; give up if the server stops reading for too long."""
         left, give_up = memoryview(content), time.monotonic() + ANSWER_S
         while left and self.state == "open" and time.monotonic() < give_up:
             readable, writable, _ = select.select([] if deaf else [self.socket], [self.socket], [], 1)
@@ -210,7 +208,7 @@ class Line:
                 self.receive()
 
     def receive(self) -> None:
-        """Take what has come."""
+        """Read what has arrived."""
         try:
             content = self.socket.recv(MIB)
         except OSError:
@@ -227,7 +225,7 @@ class Line:
 
 
 def parse(heard: bytes | bytearray, ended: bool) -> tuple[Answer, int] | None:
-    """The first answer in these bytes and its length; None where it is not whole. What is no HTTP has status 0."""
+    """The first answer in these bytes and its length; None where it is incomplete, status 0 where it is not HTTP."""
     if not heard:
         return None
     end = heard.find(b"\r\n\r\n")
@@ -266,7 +264,7 @@ def exchange(port: int, sent: Sent) -> Heard:
 
 @dataclass
 class Attack:
-    """Strangers who send kinds to a cluster, and what they are told."""
+    """Strangers that send kinds to a cluster, and the rules for the answers."""
 
     port: int
     scene: Scene
@@ -278,7 +276,7 @@ class Attack:
     stop_at: float = float("inf")
 
     def now(self, began: float | None = None) -> str:
-        """Which kinds are being sent, or have been since."""
+        """The kinds that are being sent, or have been since `began`."""
         found = set(self.current.copy().values())  # at once, since others write it
         if began is not None:
             found |= {name for _, end, name in self.past[-1000:] if end >= began}
@@ -293,7 +291,7 @@ class Attack:
                     print(f"{count} of {len(plan)} cases, {len(self.report.failures)} failures", file=sys.stderr)
 
     def case(self, kind: Kind, number: int) -> None:
-        """All that one stranger sends."""
+        """Send one case: everything that one stranger sends."""
         if time.monotonic() > self.stop_at:
             self.report.fail("-", "not sent", f"The time was over before {kind.name}.")
             return
@@ -325,7 +323,7 @@ class Attack:
         return [answer for back in heard for answer in back.answers]
 
     def judge(self, kind: Kind, name: str, sent: Sent, heard: Heard) -> None:
-        """The rules for what comes back."""
+        """Check the answers by the rules."""
         with self.report.lock:
             self.report.requests[kind.name] += 1
             for answer in heard.answers:
@@ -377,14 +375,14 @@ def plan(kinds: Sequence[Kind], requests: int, seed: int) -> list[tuple[Kind, in
 
 @dataclass
 class Honest:
-    """Whoever only wants pictures, by both APIs, with webhooks, and looks at the list; three threads."""
+    """A client that makes predictions by both APIs, with webhooks, and reads the list; three threads."""
 
     cluster: Server
     hooks: Hooks
     attack: Attack
     known: list[Mapping[str, Any]]
     leaving: threading.Event = field(default_factory=threading.Event)
-    awaited: list[str] = field(default_factory=list)  # ids that are told to the receiver
+    awaited: list[str] = field(default_factory=list)  # ids of predictions with webhooks
 
     def __post_init__(self) -> None:
         """Know where the threads' reports go."""
@@ -392,7 +390,7 @@ class Honest:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """At work until the block ends; it begins when there is a prediction that strangers may know."""
+        """Work until the block ends, which begins when there is a prediction that strangers may know."""
         works = (self.cog, self.replicate, self.look)
         threads = [threading.Thread(target=self.repeat, args=[work]) for work in works]
         for thread in threads:
@@ -408,7 +406,7 @@ class Honest:
                 thread.join()
 
     def repeat(self, work: Callable[[int], None]) -> None:
-        """Do it again and again; what goes wrong is noted."""
+        """Repeat one kind of work until the end, and note what goes wrong."""
         number = 0
         while not self.leaving.is_set():
             number, began = number + 1, time.monotonic()
@@ -441,7 +439,7 @@ class Honest:
         return json.loads(text, parse_constant=_no_number)
 
     def cog(self, number: int) -> None:
-        """By Cog's API: waited for, or told."""
+        """One prediction by Cog's API: by a synchronous request, or with a webhook."""
         name, prompt = f"honest-{number}-{secrets.token_hex(4)}", f"fox {number}"
         body: dict[str, Any] = {"input": {"prompt": prompt}}
         if number % 2:
@@ -455,7 +453,7 @@ class Honest:
         assert [decode(file)[1] for file in ended["output"]] == [prompt.encode()], str(ended)[:500]
 
     def replicate(self, number: int) -> None:
-        """By Replicate's API: waited for, or looked at until it ends, and told."""
+        """One prediction by Replicate's API, with a webhook: by a synchronous request, or polled."""
         prompt = f"cat {number}"
         body = {"version": "v", "input": {"prompt": prompt}, "webhook": self.hooks.url}
         made = self.ask("POST", "/v1/predictions", body, {"Prefer": "wait=30"} if number % 2 else None)
@@ -473,7 +471,7 @@ class Honest:
             self.known.append(made)
 
     def look(self, _: int) -> None:
-        """At the list of predictions, page by page, and of files."""
+        """Read two pages of the predictions' list, and the files' list."""
         page = self.ask("GET", "/v1/predictions")
         for _ in range(2):
             self.ours(url for made in page["results"] for url in made["urls"].values())
@@ -485,12 +483,12 @@ class Honest:
         self.ours(file["urls"]["get"] for file in self.ask("GET", "/v1/files")["results"])
 
     def ours(self, addresses: Iterable[str]) -> None:
-        """What is named must be where this client asked, wherever others said that they ask."""
+        """Check that addresses are at the host that this client asked, whatever Host others have sent."""
         elsewhere = [address[:200] for address in addresses if not address.startswith(f"{self.cluster.url}/")]
         assert not elsewhere, f"{len(elsewhere)} addresses lead elsewhere: {elsewhere[:3]}"
 
     def afterwards(self) -> None:
-        """Nothing has become of what had ended, and every prediction has been told to have ended, once."""
+        """Check that ended predictions have not changed, and that each webhook about an end came once."""
         for made in self.known:
             left = self.ask("GET", f"/v1/predictions/{made['id']}")
             assert left == made, f"{str(made)[:300]} has become {str(left)[:300]}."
@@ -521,7 +519,7 @@ def _around(text: str, told: Sequence[str]) -> str:
 
 
 def poll(port: int, every: float, told: Connection) -> None:
-    """In a process of its own: ask for health on new connections, until told to stop; then tell how it was."""
+    """In a process of its own: ask for health on new connections, until told to stop; then send the results."""
     slowest, asked, wrong, paths = 0.0, 0, [], ("/-/healthz", "/health-check")
     told.send("ready")
     while not told.poll():
@@ -545,11 +543,11 @@ def poll(port: int, every: float, told: Connection) -> None:
 
 @contextmanager
 def health_watched(attack: Attack) -> Iterator[None]:
-    """Have health asked for ten times a second until the block ends; note what was slow, and what was sent then."""
+    """Ask for health ten times a second until the block ends; note slow answers, and what was sent meanwhile."""
     ours, theirs = multiprocessing.Pipe()
     poller = multiprocessing.get_context("spawn").Process(target=poll, args=(attack.port, 0.1, theirs), daemon=True)
     poller.start()
-    theirs.close()  # nobody is waited for who has not come
+    theirs.close()  # so that `recv` raises if the poller has died
     ours.recv()
     try:
         yield
@@ -567,7 +565,7 @@ def health_watched(attack: Attack) -> Iterator[None]:
 
 @dataclass
 class Processes:
-    """The cluster's processes: who they are, and how much they take."""
+    """The cluster's processes by title, and their memory and temporary files."""
 
     cluster: Cluster
     attack: Attack
@@ -582,24 +580,17 @@ class Processes:
     )
 
     def __post_init__(self) -> None:
-        """Know who is there."""
+        """Note the present processes."""
         self.before = self.there()
         self.resident = {process: _resident(process) for process in self.before[self.TITLES[0]]}
 
     def there(self) -> dict[str, list[int]]:
-        """Who is there now."""
-        found = {title: [] for title in self.TITLES}
-        for process in descendants(self.cluster.process.pid):
-            with contextlib.suppress(OSError):
-                command = Path(f"/proc/{process}/cmdline").read_text()
-                for title in self.TITLES:
-                    if title in command:
-                        found[title].append(process)
-        return found
+        """The processes that run now."""
+        return {title: self.cluster.processes(title) for title in self.TITLES}
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Look every second until the block ends."""
+        """Check the processes every second until the block ends."""
         leaving = threading.Event()
 
         def watch() -> None:
@@ -616,7 +607,7 @@ class Processes:
             self.look()
 
     def look(self) -> None:
-        """Whoever has gone, grown too large or written too much is noted."""
+        """Note processes that have ended, grown too large or written too much."""
         report, there = self.attack.report, self.there()
 
         def fail(rule: str, how: str) -> None:
@@ -645,7 +636,7 @@ def _resident(process: int) -> int:
 
 
 def _temporary(process: int) -> int:
-    """Bytes of files that the process holds open and that have no name any more."""
+    """Bytes of deleted files that the process holds open."""
     total = 0
     with contextlib.suppress(OSError):
         for descriptor in Path(f"/proc/{process}/fd").iterdir():
@@ -658,7 +649,7 @@ def _temporary(process: int) -> int:
 
 @contextmanager
 def deaf_receivers() -> Iterator[str]:
-    """A host that takes webhooks badly; its URL."""
+    """The URL of a host that answers webhooks in bad ways, by the path."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -704,7 +695,7 @@ def deaf_receivers() -> Iterator[str]:
 
 @contextmanager
 def connections_held(attack: Attack, count: int = 50) -> Iterator[None]:
-    """Connections that say nothing, or half of something, until the block ends; each is to be given up before that."""
+    """Hold connections that send nothing, or half a request, until the block ends; each must be closed before that."""
     asked = (
         f"POST /predictions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
     )
@@ -741,18 +732,18 @@ def connections_held(attack: Attack, count: int = 50) -> Iterator[None]:
 
 @dataclass
 class Target:
-    """A cluster under fire."""
+    """A cluster under attack."""
 
     cluster: Cluster
     database: str  # SQLAlchemy's URL
     data: Path
     secret: tuple[str, ...]
-    private: tuple[str, ...]  # the same, and what tells of this machine
+    private: tuple[str, ...]  # the same, and what reveals paths of this machine
 
     def run(
         self, requests: int, seed: int, kinds: Sequence[str] = (), *, large: bool = False, seconds: float = 3600
     ) -> Report:
-        """Send about so many requests of all kinds, or of some, within so many seconds; what came of it."""
+        """The report after about so many requests of all kinds, or of some, within so many seconds."""
         report, known = Report(), []
         with deaf_receivers() as receivers, Hooks() as hooks:
             scene = Scene(f"{LOOPBACK}:{self.cluster.port}", TOKEN, receivers, known, large)
@@ -773,7 +764,7 @@ class Target:
         return report
 
     def settle(self, attack: Attack) -> None:
-        """Wait until nothing is unfinished; what stays so is noted."""
+        """Wait until all predictions have ended; note those that do not, and those that were repeated."""
         engine = sa.create_engine(self.database.replace("postgresql://", "postgresql+psycopg://"))
         unfinished = sa.text(
             "SELECT id, status, deaths, webhook_due, webhook FROM predictions"
@@ -793,7 +784,7 @@ class Target:
         attack.report.measured("seconds until nothing was unfinished", time.monotonic() - began)
 
     def read_logs(self, report: Report) -> None:
-        """No secret, no traceback, and no prediction again and again; what the predictor prints is its own."""
+        """Note secrets, tracebacks and repeated predictions in the log, but not in the predictor's own lines."""
         lines: Counter[str] = Counter()
         tracing = False
         with self.cluster.log.open(errors="replace") as log:
@@ -801,7 +792,7 @@ class Target:
                 if '"source":"Std' in line:
                     continue
                 lines.update(re.findall(r'[Pp]rediction(?: |","prediction_id":")([\w-]{8,})', line))
-                said = re.sub(r"^\x1b\[\d+m\(.*?\)\x1b\[0m ", "", line)  # Ray's: who says it
+                said = re.sub(r"^\x1b\[\d+m\(.*?\)\x1b\[0m ", "", line)  # Ray's prefix, which names the process
                 if tracing and not said.startswith((" ", "\n")):
                     tracing = False
                     report.fail("-", f"traceback of {said.partition(':')[0][:80].strip()}", said[:600])

@@ -1,8 +1,8 @@
-"""What hostile requests to a cluster are made of; the kinds of them are in `harness.hostile_kinds`.
+"""The parts of hostile requests to a cluster; `harness.hostile_kinds` makes the requests from them.
 
-A kind is a generator: given a stranger, it yields what is sent, one thing or several at once, and is given the answers.
-It opens no connection and knows no clock, so that the same seed makes the same bytes. Who sends them and who judges the
-answers is `harness.cluster_fuzz`.
+A kind is a generator: given a stranger, it yields what to send, one thing or several at once, and receives the answers.
+It opens no connection and reads no clock, so that the same seed makes the same bytes. `harness.cluster_fuzz` sends them
+and checks the answers.
 """
 
 import json
@@ -13,19 +13,19 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 MIB = 1024**2
-# What no answer, webhook or log may contain: parts of URLs and tokens among the inputs.
+# Stands in URLs and tokens among the inputs; no answer, webhook or log may contain it.
 MARK = "n0t-to-be-sh0wn"
-# Who is never shown to others as the address of anything.
+# A forged Host, which must not appear in other clients' addresses.
 EVIL = "evil.example"
-# A receiver of webhooks with this path may be deaf: its predictions' last webhooks may be due for minutes.
+# A receiver of webhooks at this path may not answer: last webhooks to it may be due for minutes.
 DEAF = "/deaf"
-# What the predictor of `harness.cluster_fuzz` draws for a prompt that begins so is many times as large.
+# For a prompt that begins so, the predictor of `harness.cluster_fuzz` returns a file many times as large.
 LARGE = "LARGE"
 
 
 @dataclass(frozen=True)
 class Sent:
-    """What goes through one connection: bytes, and pauses in seconds.
+    """What a client sends through one connection: bytes, and pauses in seconds.
 
     `ending` is what the client does then: "read" the answers, "leave", "reset" the connection, "half" (close its side,
     then read) or "stall" (hold the connection for its patience, and read nothing).
@@ -35,7 +35,7 @@ class Sent:
     ending: str = "read"
     # Seconds for which the client waits after the last byte.
     patience: float = 30
-    # How many answers are due; 0 where the request is not whole, and the server may well wait for the rest.
+    # How many answers are due; 0 where the request is incomplete, and the server may wait for the rest.
     due: int = 1
 
 
@@ -60,7 +60,7 @@ Script = Generator[Sent | list[Sent], list[Answer], None]
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind: how it is made, and how many of the cheapest requests it costs as much time as."""
+    """One kind: its generator, and its time in multiples of the cheapest request's."""
 
     name: str
     script: Callable[["Stranger"], Script]
@@ -69,7 +69,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a stranger knows of the place."""
+    """What a stranger knows about the cluster."""
 
     host: str  # as honest clients write it
     token: str
@@ -80,22 +80,22 @@ class Scene:
 
 @dataclass(frozen=True)
 class Stranger:
-    """Whoever sends one case: its number, its dice, and the usual parts of requests."""
+    """The sender of one case: its number, its random numbers, and makers of the usual parts of requests."""
 
     scene: Scene
     number: int
     dice: random.Random = field(repr=False)
 
     def turn(self, options: Sequence[T]) -> T:
-        """One after the other, from case to case."""
+        """The next option, from case to case."""
         return options[self.number % len(options)]
 
     def any(self, options: Sequence[T]) -> T:
-        """One by chance."""
+        """A random option."""
         return self.dice.choice(options)
 
     def size(self, low: int, high: int) -> int:
-        """A number whose order of magnitude is by chance."""
+        """A number of a random order of magnitude."""
         return round(low * (high / low) ** self.dice.random())
 
     def name(self) -> str:
@@ -129,11 +129,11 @@ class Stranger:
         return Sent([self.head(method, target, *length, *headers, **options), body], ending)
 
     def get(self, target: str, *headers: str | bytes, **options: Any) -> Sent:  # noqa: ANN401
-        """A look at something."""
+        """A GET request."""
         return self.request("GET", target, b"", *headers, **options)
 
     def door(self) -> tuple[str, str]:
-        """One of the ways in which predictions are made."""
+        """A random endpoint that makes predictions."""
         return self.any(
             [
                 ("POST", "/predictions"),
@@ -152,14 +152,14 @@ class Stranger:
         kind: str | bytes | None = "application/json",
         **options: Any,  # noqa: ANN401
     ) -> Sent:
-        """A prediction by any of the doors, waited for or not; the body as it is, or as JSON."""
+        """A request for a prediction at any endpoint, synchronous or not; the body as it is, or as JSON."""
         content = body if isinstance(body, str | bytes) else json.dumps(body)
         prefer = self.any([["Prefer: respond-async"], ["Prefer: wait=5"], []])
         typed = [] if kind is None else [b"Content-Type: " + octets(kind)]
         return self.request(*(door or self.door()), octets(content), *typed, *prefer, *headers, **options)
 
     def place(self, value: str, *headers: str, places: Sequence[str] = (), **options: Any) -> Sent:  # noqa: ANN401
-        """A prediction with the JSON of a value somewhere in it."""
+        """A request for a prediction with the JSON of a value somewhere in it."""
         return self.create(self.turn(places or PLACES).replace("%", value), *headers, **options)
 
 
@@ -193,10 +193,10 @@ TEXTS = (
     '{"version": "v", "input": {"prompt": "a"}, %: %}',
 )
 SMALL = {"version": "v", "input": {"prompt": "a"}}
-# The door whose answers show the input.
+# The endpoint whose answers show the input.
 SHOWING = ("POST", "/v1/predictions")
 
 
 def octets(text: str | bytes) -> bytes:
-    """As UTF-8; what is bytes may be anything."""
+    """A text as UTF-8; bytes as they are."""
     return text if isinstance(text, bytes) else text.encode()

@@ -1,6 +1,6 @@
-"""Hosts on loopback that behave as the places do that LoRAs come from, and misbehave as some of them do.
+"""Hosts on loopback that answer like the hosts of LoRAs, well or badly.
 
-A host has routes: path → what it answers. Everything that was asked of it is in `seen`.
+A host has routes, from paths to answers, and keeps all requests in `seen`.
 """
 
 import contextlib
@@ -119,7 +119,7 @@ class Host:
         self._thread.join()
 
     def stop(self) -> None:
-        """Be down from now on: connections are refused, and those that clients keep end."""
+        """Refuse connections from now on, and close those that clients keep."""
         self.__exit__()
         for connection in list(self._server.connections):
             with contextlib.suppress(OSError):
@@ -146,7 +146,7 @@ class Host:
 
 @dataclass
 class File:
-    """A file, served as a good host serves it; each field is one way of being worse.
+    """A file, served as a good host does; each field is a way to serve it worse.
 
     `ranges` is "good", "none" (ignored), "refused" (an error), "from the start" (206 with the right headers and the
     file's beginning) or "elsewhere" (206 with another Content-Range than was asked for).
@@ -225,7 +225,7 @@ def status(code: int, headers: Mapping[str, str] | None = None, body: bytes = b"
 
 
 def redirect(url: str, code: int = 302, headers: Mapping[str, str] | None = None) -> Answer:
-    """The file is elsewhere."""
+    """A redirect."""
     return status(code, {"Location": url, **(headers or {})})
 
 
@@ -284,7 +284,7 @@ def trickle(beginning: bytes) -> Answer:
 
 
 def tunnel(handler: _Handler) -> None:
-    """What a proxy answers to CONNECT: bytes go to and fro between the client and a host on loopback."""
+    """A proxy's answer to CONNECT: bytes pass between the client and a port of loopback."""
     handler.send_response(200)
     handler.end_headers()
     relay(handler.connection, int(handler.path.rpartition(":")[2]))
@@ -310,7 +310,7 @@ def _pass_on(source: socket.socket, target: socket.socket) -> None:
 
 
 def with_token(token: str, answer: Answer, otherwise: Answer) -> Answer:
-    """For those who show the token."""
+    """One answer for requests with the token, another for those without."""
 
     def check(handler: _Handler) -> None:
         (answer if handler.headers.get("Authorization") == f"Bearer {token}" else otherwise)(handler)
@@ -319,7 +319,7 @@ def with_token(token: str, answer: Answer, otherwise: Answer) -> Answer:
 
 
 def without_token(answer: Answer) -> Answer:
-    """As presigned storage: 400 when a token comes along."""
+    """An answer like presigned storage's: 400 for requests with a token."""
 
     def check(handler: _Handler) -> None:
         (status(400) if "Authorization" in handler.headers else answer)(handler)

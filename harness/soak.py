@@ -65,7 +65,6 @@ QUIET = {"model": "schnell", "num_inference_steps": 1, "aspect_ratio": "custom",
 QUIET |= {"disable_safety_checker": True}
 CACHE_BYTES = 8 * 2**20  # two thirds of the LoRAs that are asked for
 WAYS = {"wait": 58, "cancel": 14, "hang up": 8, "twice": 10, "slow webhook": 4, "dead webhook": 6}
-ENDS = ("succeeded", "failed", "canceled")
 # What a good request may be told all the same.
 EXPECTED = ("NSFW content detected", "no numbers at all")
 SECONDS_TO_END = 30
