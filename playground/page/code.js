@@ -2,7 +2,7 @@
  * What the form asks for, as JSON and as programs that ask for it.
  */
 
-import { copyText, download, tabsView } from "./browser.js";
+import { copyText, download, tabsView, urlOf } from "./browser.js";
 import { snapshot } from "./recipe.js";
 import { own, problemsOf, withoutSecrets } from "./schema.js";
 import { snippets } from "./snippets.js";
@@ -20,7 +20,7 @@ const HINTS = {
 
 let language = "curl"; // the tab of `codeView`
 let copied = null; // the text that was copied last
-let request = null; // what `requestText` has encoded: {recipe, fields, text}
+let request = null; // what `requestText` has encoded: {asked, fields, text}
 let encoding = false;
 
 /** The tab with the request as it would be sent now, and the last answer. */
@@ -56,7 +56,7 @@ export function codeView() {
     `;
 }
 
-/** What is wrong in the form, which no request says then; null where nothing is. What is missing is seen as it is. */
+/** Problems of the form, shown in place of a request; null where there are none. Missing inputs are no problem here. */
 function wrongView() {
     const { inputs } = state;
     const problems = Object.entries(problemsOf(inputs, state.schema.fields));
@@ -76,14 +76,12 @@ function variableHint(name) {
 
 /** The files that the program reads, some of which were made on this page. */
 function filesView(files) {
+    const fileView = ([file, name]) =>
+        html`<button class="chip" @click=${() => download(file, name)}>Download ${name}</button>`;
     return html`
         <div class="row code-files">
             <span>${files.length === 1 ? "This file" : "These files"} must lie beside it:</span>
-            ${files.map(
-                ([file, name]) => html`
-                    <button class="chip" type="button" @click=${() => download(file, name)}>Download ${name}</button>
-                `,
-            )}
+            ${files.map(fileView)}
         </div>
     `;
 }
@@ -91,28 +89,19 @@ function filesView(files) {
 /** The request as JSON; encoding takes a moment, after which the page is rendered anew. */
 function requestText() {
     const [recipe, { fields }] = [snapshot(), state.schema];
-    if (!encoding && !(request && request.fields === fields && sameRecipe(request.recipe, recipe))) {
+    const asked = JSON.stringify(recipe, (_, value) => (value instanceof Blob ? urlOf(value) : value));
+    if (!encoding && (request?.fields !== fields || request.asked !== asked)) {
         encoding = true;
         encode({ ...recipe, inputs: withoutSecrets(recipe.inputs, fields) }, fields)
             .then((input) => JSON.stringify({ input: shortened(input) }, null, 2))
             .catch((error) => error.message)
             .then((text) => {
-                request = { recipe, fields, text };
+                request = { asked, fields, text };
                 encoding = false;
                 changed();
             });
     }
     return request?.text ?? "";
-}
-
-/** Whether two recipes say the same, with the same files. */
-function sameRecipe(one, other) {
-    const flat = ({ inputs, loras }) => [
-        ...Object.entries(inputs).flat(),
-        ...loras.flatMap(({ path, scale, file }) => [path, scale, file]),
-    ];
-    const [values, others] = [flat(one), flat(other)];
-    return values.length === others.length && values.every((value, index) => Object.is(value, others[index]));
 }
 
 /** A text with a button that copies it, under a heading. */
@@ -121,7 +110,7 @@ function blockView(title, text, heading = html`<h2>${title}</h2>`) {
         <section class="code-block" aria-label=${title}>
             <div class="code-head">
                 <div>${heading}</div>
-                <button class="button quiet" type="button" aria-label="Copy ${title}" @click=${copy}>
+                <button class="button quiet" aria-label="Copy ${title}" @click=${copy}>
                     ${text && copied === text ? "Copied" : "Copy"}
                 </button>
             </div>

@@ -2,7 +2,7 @@
  * Two pictures beside each other, or one over the other, and what differs between their inputs.
  */
 
-import { focusOn } from "./browser.js";
+import { focusOn, radioView } from "./browser.js";
 import { fieldOf, imageView, inputOf, loraText, nameOf, sizeStyle } from "./pictures.js";
 import { jsonText } from "./schema.js";
 import { changed, selectedPicture, state } from "./store.js";
@@ -14,7 +14,7 @@ const view = {
     divider: 50, // up to where the one is seen, in percent
 };
 
-/** The button that begins a comparison: of two pictures at once, of more after a choice. */
+/** The button that begins a comparison: at once where there are two pictures, else one is chosen first. */
 export function compareButton() {
     const begin = () => {
         const picture = selectedPicture();
@@ -27,7 +27,6 @@ export function compareButton() {
     return html`
         <button
             class="button gallery-compare"
-            type="button"
             aria-pressed=${view.picking}
             ?disabled=${state.pictures.length < 2}
             @click=${begin}
@@ -43,23 +42,15 @@ export function comparedPicture() {
 }
 
 /** Whether the next picture that is chosen is to be compared. */
-export function isPicking() {
-    return view.picking;
-}
+export const isPicking = () => view.picking;
 
-/** End the choice without a picture. */
+/** End the choice. */
 export function stopPicking() {
     view.picking = false;
     changed();
 }
 
-/** End the choice with a picture. */
-export function pick({ id }) {
-    state.compare = id;
-    stopPicking();
-}
-
-/** Escape leaves the choice, before it means anything else to the page. */
+/** Escape ends the choice, and then goes no further: elsewhere on the page it cancels. */
 export function leavePicking(event) {
     if (event.key !== "Escape" || !view.picking) return;
     event.stopPropagation();
@@ -73,12 +64,7 @@ export function closeCompare() {
     focusOn(".gallery-compare");
 }
 
-/**
- * Both pictures, in the frame of the first one's shape.
- *
- * @param {Picture} first
- * @param {Picture} second
- */
+/** Two pictures, in the frame of the first one's shape, and what differs. */
 export function compareView(first, second) {
     return html`
         <div class="row gallery-bar">
@@ -86,9 +72,7 @@ export function compareView(first, second) {
                 <legend class="visually-hidden">How they are compared</legend>
                 ${modeView("Side by side", false)} ${modeView("Wipe", true)}
             </fieldset>
-            <button class="button quiet" type="button" aria-label="Close comparison" @click=${closeCompare}>
-                Close
-            </button>
+            <button class="button quiet" aria-label="Close comparison" @click=${closeCompare}>Close</button>
         </div>
         ${view.wiping ? wipeView(first, second) : pairView(first, second)} ${differencesView(first, second)}
     `;
@@ -99,24 +83,18 @@ function modeView(title, wiping) {
         view.wiping = wiping;
         changed();
     };
-    const isChosen = view.wiping === wiping;
-    return html`<label><input type="radio" name="gallery-mode" .checked=${isChosen} @change=${take} />${title}</label>`;
+    return radioView("gallery-mode", title, view.wiping === wiping, take);
 }
 
 function pairView(first, second) {
+    const figureView = (picture, letter) => html`
+        <figure>
+            ${frameView(picture)}
+            <figcaption class="hint">${letter}${picture.seed === null ? nothing : `, seed ${picture.seed}`}</figcaption>
+        </figure>
+    `;
     return html`
-        <div class="gallery-pair" .style=${sizeStyle(first)}>
-            ${[first, second].map(
-                (picture, index) => html`
-                    <figure>
-                        ${frameView(picture)}
-                        <figcaption class="hint">
-                            ${"AB"[index]}${picture.seed === null ? nothing : `, seed ${picture.seed}`}
-                        </figcaption>
-                    </figure>
-                `,
-            )}
-        </div>
+        <div class="gallery-pair" .style=${sizeStyle(first)}>${figureView(first, "A")} ${figureView(second, "B")}</div>
     `;
 }
 
@@ -145,13 +123,17 @@ function wipeView(first, second) {
     `;
 }
 
-function frameView(picture) {
-    return imageView(picture, "gallery-frame", nameOf(picture));
-}
+const frameView = (picture) => imageView(picture, "gallery-frame", nameOf(picture));
 
 function differencesView(first, second) {
     const rows = differences(first, second);
     if (rows.length === 0) return html`<p class="hint">Both were drawn from the same inputs.</p>`;
+    const rowView = ({ label, texts }) => html`
+        <tr>
+            <th scope="row">${label}</th>
+            ${texts.map((text) => html`<td>${text}</td>`)}
+        </tr>
+    `;
     return html`
         <table class="gallery-differences">
             <caption class="visually-hidden">
@@ -165,14 +147,7 @@ function differencesView(first, second) {
                 </tr>
             </thead>
             <tbody>
-                ${rows.map(
-                    ({ label, texts }) => html`
-                        <tr>
-                            <th scope="row">${label}</th>
-                            ${texts.map((text) => html`<td>${text}</td>`)}
-                        </tr>
-                    `,
-                )}
+                ${rows.map(rowView)}
             </tbody>
         </table>
     `;

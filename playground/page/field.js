@@ -2,7 +2,7 @@
  * What each field of the form has, whatever its control: a value, a head, and a sentence on what is wrong with it.
  */
 
-import { focusOn, sizeText } from "./browser.js";
+import { focusOn, iconButton, sizeText } from "./browser.js";
 import { differs, fieldNamed, isGiven, isSame, isSent, meaningOf, own, problemOf } from "./schema.js";
 import { announce, changed, note, state } from "./store.js";
 import { directive, Directive } from "./vendor/directive.js";
@@ -20,7 +20,7 @@ export function valueOf({ name }) {
     return own(state.inputs, name);
 }
 
-/** Set a field, or give it back its default; what was said of its value before is over. */
+/** Set a field, or give it back its default; what was said of its old value goes. */
 export function edit(field, value) {
     const { name } = field;
     if (name === "image" && value !== state.inputs.image && state.inputs.mask) {
@@ -39,10 +39,10 @@ function keptOf(field, value) {
     return isSent(field, value) ? value : undefined;
 }
 
-/** What was typed is looked at when the field is left: before, a number is not yet whole. */
+/** Check a value when its field is left: while it is typed, a number is not yet whole. */
 export function leave(field) {
     const value = valueOf(field);
-    // A required field is not wrong as long as others are filled in first.
+    // An empty required field is no problem yet: others may be filled in first.
     const problem = isGiven(value) ? problemOf(field, value) : null;
     if (problem) state.problems[field.name] = problem;
     changed();
@@ -81,12 +81,7 @@ function soughtField(name, what) {
     return fieldNamed(state.schema.fields, name) ?? note(`This server has no input for ${what}.`);
 }
 
-/**
- * Why a file cannot go along with those of the form; null when it can.
- *
- * @param {File} file
- * @param {*} replaced what is there in its place now
- */
+/** Why a file cannot be sent beside those of the form, of which it replaces one; null when it can. */
 export function sizeProblem(file, replaced = null) {
     const others = [...Object.values(state.inputs), ...state.loras.map((lora) => lora.file)];
     const sizes = others.filter((other) => other instanceof Blob && other !== replaced).map(({ size }) => size);
@@ -101,8 +96,8 @@ export function sizeProblem(file, replaced = null) {
 // What is typed into it
 
 /**
- * For the value of a control that is typed into: what was typed stays as long as it means the value, as "1." means 1;
- * else it gets the value's own text, the first argument. The second one says whether a text means the value.
+ * For the value of a control that is typed into: typed text stays as long as it means the value, as "1." means 1; else
+ * the control gets the first argument, the value's own text. The second one says whether a text means the value.
  */
 export const typed = directive(
     class extends Directive {
@@ -113,7 +108,7 @@ export const typed = directive(
         update({ element }, [text, isMeantBy]) {
             const stays = this.isFilled && isMeantBy(element.value);
             this.isFilled = true;
-            // lit sets an object at each rendering, also where it has set the same text before.
+            // lit skips a text that it has set before, but never an object.
             return stays ? noChange : Object(text);
         }
     },
@@ -130,11 +125,12 @@ export function typedText(field, text) {
 export function headView(field, { end = nothing, isLabel = true } = {}) {
     const { name, label, required } = field;
     const value = valueOf(field);
+    const id = `label-${name}`;
     return html`
         <div class="form-head">
             ${isLabel
-                ? html`<label class="field-label" id="label-${name}" for="field-${name}">${label}</label>`
-                : html`<span class="field-label" id="label-${name}">${label}</span>`}
+                ? html`<label class="field-label" id=${id} for="field-${name}">${label}</label>`
+                : html`<span class="field-label" id=${id}>${label}</span>`}
             ${required ? html`<span class="hint form-required">required</span>` : nothing} ${explainView(field)}
             <span class="form-space"></span>
             ${differs(field, value) && !(value instanceof Blob) ? resetView(field) : nothing} ${end}
@@ -165,32 +161,24 @@ function explainView({ name, label, description }) {
 }
 
 function resetView(field) {
-    const reset = () => {
-        edit(field, undefined);
-        focusField(field); // the button goes
+    const options = {
+        kind: "form-small form-reset",
+        title: `Back to ${isGiven(field.default) ? field.default : "none"}`,
     };
-    return html`
-        <button
-            class="icon-button form-small form-reset"
-            type="button"
-            aria-label="Reset ${field.label}"
-            title="Back to ${isGiven(field.default) ? field.default : "none"}"
-            @click=${reset}
-        >
-            ${icon("reset")}
-        </button>
-    `;
+    return iconButton(icon("reset"), `Reset ${field.label}`, () => restoreDefault(field), options);
+}
+
+/** Give a field back its default, and the focus, as the button for this goes. */
+export function restoreDefault(field) {
+    edit(field, undefined);
+    focusField(field);
 }
 
 /** The description of a field, while it is open. */
 export function aboutView({ name, description }) {
     if (!explained.has(name)) return nothing;
-    return html`<p class="hint form-about" id="about-${name}">${withCode(description)}</p>`;
-}
-
-/** A description with its `code` marked. */
-function withCode(text) {
-    return text.split("`").map((part, index) => (index % 2 ? html`<code>${part}</code>` : part));
+    const withCode = description.split("`").map((part, index) => (index % 2 ? html`<code>${part}</code>` : part));
+    return html`<p class="hint form-about" id="about-${name}">${withCode}</p>`;
 }
 
 /** What is wrong with an input, below its control. */
@@ -199,11 +187,9 @@ export function problemView(name) {
 }
 
 /** Whether something is wrong with an input. */
-export function isWrong(name) {
-    return Object.hasOwn(state.problems, name);
-}
+export const isWrong = (name) => Object.hasOwn(state.problems, name);
 
-/** The ids of what tells more about a control. */
+/** The ids of the texts that tell more about a control. */
 export function describedBy(name) {
     const ids = [explained.has(name) && `about-${name}`, isWrong(name) && `problem-${name}`].filter(Boolean);
     return ids.length > 0 ? ids.join(" ") : nothing;

@@ -1,8 +1,8 @@
 /**
- * A grid as one picture: its cells at their full size, what their rows and columns are, and a title.
+ * A grid as one picture: its cells at their full size, the names and values of its rows and columns, and a title.
  */
 
-// What a canvas may have in every browser, a side and in all.
+// The largest canvas that every browser has, in pixels.
 const LARGEST_SIDE = 16_384;
 const LARGEST_AREA = 64_000_000;
 
@@ -50,7 +50,7 @@ async function largestOf(blobs) {
     return largest;
 }
 
-/** What draws on a canvas in the page's own letters and colours; `em` is the size of the letters. */
+/** Functions that draw on a canvas in the page's own font and colours; `em` is the size of the letters. */
 function penOf(context, em) {
     const { backgroundColor, color, fontFamily } = getComputedStyle(document.body);
     const line = Math.round(1.35 * em);
@@ -82,7 +82,7 @@ function penOf(context, em) {
 }
 
 /**
- * Where everything is, in whole pixels: between two pixels, pictures would be blurred.
+ * The places of everything, in whole pixels: between two pixels, pictures would be blurred.
  *
  * @returns {{texts: Text[], x: function(number): number, y: function(number): number, whole: Size}} x and y of a cell
  *     by its column and row

@@ -35,8 +35,9 @@ function pageView() {
     return html`
         <header class="page-header">
             <h1>flux-sprites<small>playground</small></h1>
-            ${connectionView()} ${state.schema ? shareButton() : nothing}
-            ${state.about?.server === "front" ? apiLink() : nothing}
+            ${connectionView()}
+            ${state.schema ? html`<button class="button quiet" @click=${share}>Share</button>` : nothing}
+            ${state.about?.server === "front" ? apiLink : nothing}
         </header>
         <main class="page-main">
             ${noticesView()} ${state.schema ? formSide() : nothing}
@@ -46,10 +47,9 @@ function pageView() {
     `;
 }
 
-const shareButton = () => html`<button class="button quiet" type="button" @click=${share}>Share</button>`;
-const apiLink = () => html`<a class="button quiet" href="../docs" target="_blank">API</a>`;
+const apiLink = html`<a class="button quiet" href="../docs" target="_blank">API</a>`;
 
-/** What is to be known before anything else, if there is something. */
+/** The state of a server that cannot draw, and the notes, if there are any. */
 function noticesView() {
     const panel = statePanel();
     if (panel === nothing && state.notes.length === 0) return nothing;
@@ -64,7 +64,7 @@ function formSide() {
                 <button class="button primary" type="submit" form="form">
                     Draw <kbd aria-hidden="true">${COMMAND} ↵</kbd>
                 </button>
-                <button class="button quiet" type="button" @click=${reset}>Reset all</button>
+                <button class="button quiet" @click=${reset}>Reset all</button>
             </div>
         </div>
     `;
@@ -89,7 +89,7 @@ function noteView(sentence) {
     return html`
         <div class="notice">
             <p>${sentence}</p>
-            <button class="icon-button" type="button" aria-label="Dismiss" @click=${dismiss}>✕</button>
+            <button class="icon-button" aria-label="Dismiss" @click=${dismiss}>✕</button>
         </div>
     `;
 }
@@ -99,7 +99,7 @@ function show(tab) {
     changed();
 }
 
-/** Draw what the form says; on a narrow screen, go to where it will be seen. */
+/** Draw what the form says; on a narrow screen, scroll to where the picture will be. */
 function drawForm() {
     if (state.schema === null || !checkForm()) return;
     if (state.tab !== "log") state.tab = "picture";

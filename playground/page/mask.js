@@ -6,7 +6,7 @@
  * is the same to the bit, in every browser.
  */
 
-import { COMMAND } from "./browser.js";
+import { COMMAND, radioView } from "./browser.js";
 import { html, nothing, render } from "./vendor/lit-html.js";
 
 /** @typedef {{width: number, height: number, bytes: Uint8Array}} Raster row by row, 0 (kept) to 255 (drawn anew) */
@@ -346,8 +346,8 @@ function view(easel) {
         <header class="mask-header">
             <h2 id="mask-title">Paint a mask</h2>
             <p class=${problem ? "problem" : "hint"} role="status">${problem || HINT}</p>
-            <button class="button" type="button" @click=${() => dialog.close()}>Cancel</button>
-            <button class="button primary" type="button" @click=${() => accept(easel)}>Use mask</button>
+            <button class="button" @click=${() => dialog.close()}>Cancel</button>
+            <button class="button primary" @click=${() => accept(easel)}>Use mask</button>
         </header>
         <div class="mask-stage">
             <div class="mask-picture">
@@ -402,9 +402,7 @@ function toolsView(easel) {
 }
 
 function modeView(easel, label, erases) {
-    const isChosen = easel.brush.erases === erases;
-    const take = () => choose(easel, { erases });
-    return html`<label><input type="radio" name="mask-mode" .checked=${isChosen} @change=${take} />${label}</label>`;
+    return radioView("mask-mode", label, easel.brush.erases === erases, () => choose(easel, { erases }));
 }
 
 function sliderView(label, value, least, most, unit, act) {
@@ -427,8 +425,6 @@ function sliderView(label, value, least, most, unit, act) {
 /** A button that keeps the focus when there is nothing for it to do. */
 function buttonView(label, act, isPossible = true, keys = nothing) {
     return html`
-        <button class="button" type="button" aria-disabled=${!isPossible} aria-keyshortcuts=${keys} @click=${act}>
-            ${label}
-        </button>
+        <button class="button" aria-disabled=${!isPossible} aria-keyshortcuts=${keys} @click=${act}>${label}</button>
     `;
 }

@@ -1,5 +1,5 @@
 /**
- * What the form asks for, taken out of it and put back.
+ * The recipe of the form: taken out of it, and put back.
  */
 
 import { isSecret } from "./schema.js";
@@ -10,7 +10,7 @@ export function snapshot() {
     return { inputs: { ...state.inputs }, loras: state.loras.map((lora) => ({ ...lora })) };
 }
 
-/** Put a recipe into the form. Secrets that were typed there stay, as no recipe is kept with its own. */
+/** Put a recipe into the form. Secrets that were typed there stay, as recipes are kept without them. */
 export function restore({ inputs, loras }) {
     const secrets = Object.entries(state.inputs).filter(([name]) => isSecret(name, state.schema.fields));
     state.inputs = { ...Object.fromEntries(secrets), ...inputs };

@@ -7,7 +7,7 @@ import { fieldNamed, isSecret, jsonText } from "./schema.js";
 import { sent } from "./wire.js";
 
 /**
- * @typedef {object} Asked what every program says
+ * @typedef {object} Asked the parts of every program
  * @property {string} url
  * @property {boolean} tokens whether with the token in `FLUX_TOKEN`
  * @property {[string, *][]} inputs names and values, of those that are sent
@@ -23,11 +23,9 @@ const BARE = /^[\w@%+=:,./-]+$/; // words that mean themselves in a shell
 const LARGEST_ARGUMENT = 2 ** 17 - 1; // bytes, on Linux
 
 /**
- * Programs that write the pictures of one prediction to files, `output.0.webp` and so on.
+ * Programs that write the pictures of one prediction to files, `output.0.webp` and so on; with `tokens`, they send the
+ * token in the variable `FLUX_TOKEN`.
  *
- * @param {Recipe} recipe
- * @param {{address: string, tokens: boolean}} about where it is asked, and whether with the token in `FLUX_TOKEN`
- * @param {{fields: Field[], ours: boolean}} schema
  * @returns {{curl: string, python: string, javascript: string, predict: string|null, unsaid: string|null,
  *     files: [File, string][], variables: string[]}} for bash, Python 3.11 and Node 20; `unsaid` is the sentence why
  *     there is no command for `script/predict`; the files lie beside the program, by these names; it reads the
@@ -35,12 +33,13 @@ const LARGEST_ARGUMENT = 2 ** 17 - 1; // bytes, on Linux
  */
 export function snippets(recipe, about, { fields, ours }) {
     const asked = whatIsAsked(recipe, about, fields);
-    const unsaid = ours ? whyUnsaid(asked, fields) : "script/predict draws with the project that it is part of alone.";
+    const options = predictOptions(asked, fields);
+    const unsaid = ours ? whyUnsaid(options) : "script/predict draws with the project that it is part of alone.";
     return {
         curl: curl(asked),
         python: python(asked),
         javascript: javascript(asked),
-        predict: unsaid ? null : predict(asked, fields),
+        predict: unsaid ? null : predict(options),
         unsaid,
         files: [...asked.names],
         variables: [...(about.tokens ? ["FLUX_TOKEN"] : []), ...asked.secrets.values()],
@@ -68,7 +67,7 @@ function fileNames(values) {
     for (const file of values) {
         if (!(file instanceof Blob) || names.has(file)) continue;
         const taken = new Set(names.values());
-        const own = file.name.replace(/^~/, "_"); // which script/predict would take for somebody's home
+        const own = file.name.replace(/^~/, "_"); // script/predict would read "~" as a home directory
         let name = own;
         for (let number = 2; taken.has(name); number += 1) name = `${number}-${own}`;
         names.set(file, name);
@@ -76,13 +75,11 @@ function fileNames(values) {
     return names;
 }
 
-function mediaType(file) {
-    return file.type || "application/octet-stream";
-}
+const mediaType = (file) => file.type || "application/octet-stream";
 
 // cURL
 
-/** The body comes by a here-document: unlike an argument, that may be as large as files are. */
+/** A program for bash. It sends a here-document, which unlike an argument may be as large as files are. */
 function curl({ url, tokens, inputs, secrets, loras, names }) {
     const uri = (file) => `data:${mediaType(file)};base64,$(base64 <${quoted(names.get(file))} | tr -d '\\n')`;
     const text = (name, value) => {
@@ -116,8 +113,8 @@ done < <(grep -o 'data:image/[a-z+.-]*;base64,[^"]*' answer.json)
 }
 
 /**
- * JSON that a here-document leaves as it is: what a shell or a terminal would read in it, \u says. The backslashes that
- * are left stand before a letter or a quote, where they are none to a shell.
+ * JSON that a here-document leaves as it is: characters that mean something to a shell or a terminal are written as \u.
+ * The backslashes that are left stand before a letter or a quote, where a shell keeps them.
  */
 function plainJson(value) {
     return JSON.stringify(value).replace(/\\\\|[!$`\x7f-\x9f]/g, (found) => {
@@ -236,11 +233,10 @@ for (const [number, picture] of [output].flat().entries()) {
 
 // script/predict
 
-function predict({ inputs, loras, names }, fields) {
-    const options = predictOptions({ inputs, loras, names }, fields);
-    const words = options.map(([name, text]) => `-i ${name}=${quoted(text)}`);
-    const line = ["script/predict", ...words].join(" ");
-    return `${line.length <= 100 ? line : ["script/predict", ...words].join(" \\\n    ")}\n`;
+function predict(options) {
+    const words = ["script/predict", ...options.map(([name, text]) => `-i ${name}=${quoted(text)}`)];
+    const line = words.join(" ");
+    return `${line.length <= 100 ? line : words.join(" \\\n    ")}\n`;
 }
 
 /** The text for each input, in which @ names a file; null where LoRAs that are files have no place or strength. */
@@ -254,9 +250,7 @@ function predictOptions({ inputs, loras, names }, fields) {
     const { minimum, maximum } = fieldNamed(fields, "lora_scale") ?? {};
     if (named.length > 0) said.set(LORAS, sumOf(named));
     for (const { scale, file } of files) {
-        const [input, strength] = said.has(LORAS)
-            ? ["extra_lora", "extra_lora_scale"]
-            : [LORAS, "lora_scale"];
+        const [input, strength] = said.has(LORAS) ? ["extra_lora", "extra_lora_scale"] : [LORAS, "lora_scale"];
         const product = Number((scale * factor).toPrecision(15));
         if (said.has(input) || product < minimum || product > maximum) return null;
         said.set(input, at(file)).set(strength, String(product));
@@ -274,8 +268,7 @@ function sumOf(loras) {
 }
 
 /** Why there is no command for `script/predict`; null where there is one. */
-function whyUnsaid(asked, fields) {
-    const options = predictOptions(asked, fields);
+function whyUnsaid(options) {
     if (options === null) {
         return (
             "script/predict takes a LoRA's file as replicate_weights or extra_lora alone, at that input's strength; " +

@@ -1,5 +1,5 @@
 /**
- * What the page knows, in one object. Whoever changes it calls `changed`, and the page is rendered anew.
+ * The state of the page, in one object. Code that changes it calls `changed`, which renders the page anew.
  * This module knows neither HTTP nor the document.
  */
 
@@ -13,7 +13,7 @@ export const now = () => performance.timeOrigin + performance.now();
  * @typedef {object} Job one prediction, from the moment it is asked for; moments are in ms since the epoch, by `now`
  * @property {string} id of the prediction
  * @property {Recipe} recipe
- * @property {"draw"|"cell"} kind a drawing, or a cell of a grid
+ * @property {"draw"|"cell"} kind a drawing of the form, or a cell of a grid
  * @property {"queued"|"waiting"|"drawing"|"succeeded"|"failed"|"canceled"} status waiting: the server has no room yet
  * @property {number|null} at steps that are done, once the server has told them
  * @property {number|null} of steps in all
@@ -25,7 +25,6 @@ export const now = () => performance.timeOrigin + performance.now();
  * @property {number|null} endedAt
  * @property {object|null} answer as JSON, its data URIs cut
  * @property {Picture[]} pictures
- * @property {number} dropped how many pictures the safety check kept back
  * @property {AbortController} abort breaks its requests off
  * @property {Promise<Job>} done resolves to the job itself once it has ended, however it does
  * @property {function(Job): void} resolve of that promise
@@ -80,9 +79,9 @@ export function changed() {
     });
 }
 
-/** Tell a screen reader. */
+/** Have a screen reader say a sentence. */
 export function announce(sentence) {
-    // The same text again would be no change, and nobody would hear it.
+    // A screen reader says only what changes, so the same sentence again gets a blank.
     state.said = state.said === sentence ? `${sentence}\u00a0` : sentence;
     changed();
 }
