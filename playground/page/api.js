@@ -55,20 +55,12 @@ export function setToken(text) {
     }
 }
 
-/** @returns {Promise<object>} what is behind this page. */
-export const about = () => ask("about.json");
-
-/** @returns {Promise<object>} Cog's health: `status`, `setup`, `user_healthcheck_error`. */
-export const health = () => ask("../health-check");
-
-/** @returns {Promise<object>} the OpenAPI document. */
-export const openapi = () => ask("../openapi.json");
-
-/** @returns {Promise<string[]>} the names of the library's LoRAs. */
-export const loras = () => ask("loras.json");
-
-/** @returns {Promise<string>} what the predictor has printed while it starts. */
-export const setupLog = () => ask("setup.log", { json: false });
+// What the server tells, each in a promise.
+export const about = () => ask("about.json"); // the server behind this page
+export const health = () => ask("../health-check"); // Cog's: `status`, `setup`, `user_healthcheck_error`
+export const openapi = () => ask("../openapi.json"); // the document
+export const loras = () => ask("loras.json"); // the names of the library's LoRAs
+export const setupLog = () => ask("setup.log", { json: false }); // what the predictor prints while it starts
 
 /**
  * Draw, and wait for the end; `onProgress` gets `{status, logs, metrics}` meanwhile.
@@ -78,11 +70,17 @@ export const setupLog = () => ask("setup.log", { json: false });
  */
 export async function draw(id, input, about, { signal, onProgress }) {
     if (about.server === "front") return drawAtFront(id, input, signal, onProgress);
-    const events = about.progress === "events" ? await follow(id, signal, onProgress) : null;
+    if (about.progress !== "events") return put(id, input, { signal });
+    const events = new EventSource(`events/${id}`); // of its steps; if it breaks, the drawing goes on without
+    events.addEventListener("message", ({ data }) => onProgress(JSON.parse(data)));
+    const settled = new Promise((resolve) => {
+        for (const type of ["open", "error"]) events.addEventListener(type, resolve);
+    });
     try {
+        await Promise.race([settled, pause(EVENTS_MS, signal)]);
         return await put(id, input, { signal });
     } finally {
-        events?.close();
+        events.close();
     }
 }
 
@@ -147,23 +145,6 @@ async function insist(request, reasons, signal) {
     }
 }
 
-/** The stream of a drawing's steps, once it is open; if it breaks or does not open, the drawing goes on without. */
-async function follow(id, signal, onProgress) {
-    const events = new EventSource(`events/${id}`);
-    events.addEventListener("message", ({ data }) => onProgress(JSON.parse(data)));
-    const opened = new Promise((resolve) => {
-        events.addEventListener("open", resolve);
-        events.addEventListener("error", resolve);
-    });
-    try {
-        await Promise.race([opened, pause(EVENTS_MS, signal)]);
-    } catch (error) {
-        events.close();
-        throw error;
-    }
-    return events;
-}
-
 /** The answer to one request, parsed as JSON unless `json` is false; other options go to `fetch` as they are. */
 async function ask(address, options = {}) {
     const { body, headers, signal, seconds = SECONDS_FOR_AN_ANSWER, json = true, ...request } = options;
@@ -208,28 +189,20 @@ function refusal({ status, headers }, said, token) {
     const isSentence = typeof detail === "string" && detail.length < 500 && !detail.trimStart().startsWith("<");
     const sentence = isSentence ? detail.trim() : "";
     const seconds = retryAfter(headers.get("Retry-After"));
-    switch (status) {
-        case 401:
-            return unauthorised(token);
-        case 409:
-            return new Refused("busy", "Busy with another prediction.");
-        case 413:
-            return new Refused("failed", TOO_LARGE);
-        case 422: {
-            const items = Array.isArray(detail) ? detail.filter((item) => item?.loc?.length > 0 && item.msg) : [];
-            const problems = Object.fromEntries(items.map(({ loc, msg }) => [loc.at(-1), finished(String(msg))]));
-            return new Refused("invalid", finished(sentence || "The server does not take these inputs"), { problems });
-        }
-        case 429:
-            return new Refused("later", "The server limits how often it is asked.", { seconds });
-        case 503: {
-            const why = sentence.replace(TRY_AGAIN, "") || "The server takes no more requests now";
-            return new Refused("later", finished(why), { seconds });
-        }
-        case 502:
-        case 504:
-            return new Refused("gone", finished(sentence || UNREACHABLE));
+    if (status === 401) return unauthorised(token);
+    if (status === 409) return new Refused("busy", "Busy with another prediction.");
+    if (status === 413) return new Refused("failed", TOO_LARGE);
+    if (status === 422) {
+        const items = Array.isArray(detail) ? detail.filter((item) => item?.loc?.length > 0 && item.msg) : [];
+        const problems = Object.fromEntries(items.map(({ loc, msg }) => [loc.at(-1), finished(String(msg))]));
+        return new Refused("invalid", finished(sentence || "The server does not take these inputs"), { problems });
     }
+    if (status === 429) return new Refused("later", "The server limits how often it is asked.", { seconds });
+    if (status === 503) {
+        const why = sentence.replace(TRY_AGAIN, "") || "The server takes no more requests now";
+        return new Refused("later", finished(why), { seconds });
+    }
+    if (status === 502 || status === 504) return new Refused("gone", finished(sentence || UNREACHABLE));
     return new Refused("failed", finished(sentence || `The server answered with status ${status}.`));
 }
 

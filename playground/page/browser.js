@@ -66,8 +66,7 @@ export function focusOn(selector) {
  * A list of tabs, with the keys that such lists have. The caller adds the panel: its id is `<id>-panel`, and
  * `<id>-tab-<chosen>` labels it.
  *
- * @param {{label: string, id: string, tabs: Object<string, string>, chosen: string, choose: function(string): void}} of
- *     tabs: the title of each, by its name; `choose` gets a name
+ * `tabs` has a `{title}` by the name of each; `chosen` is a name, and `choose` gets one.
  */
 export function tabsView({ label, id, tabs, chosen, choose }) {
     const names = Object.keys(tabs);
@@ -89,24 +88,30 @@ export function tabsView({ label, id, tabs, chosen, choose }) {
             tabindex=${name === chosen ? 0 : -1}
             @click=${() => choose(name)}
         >
-            ${tabs[name]}
+            ${tabs[name].title}
         </button>
     `;
     return html`<div class="tabs" role="tablist" aria-label=${label} @keydown=${move}>${names.map(tabView)}</div>`;
 }
 
-/** A button within a form that shows a sign; `label` says what it does. */
-export function iconButton(sign, label, act, { kind = "", title = nothing, pressed = nothing } = {}) {
+/**
+ * A button, also within a form, whose `label` says more than its content. It may be pressed, or show the element of the
+ * id `opens` while it is open.
+ */
+export function labelledButton(content, label, act, options = {}) {
+    const { kind = "icon-button", title = nothing, pressed = nothing, opens = nothing, isOpen = nothing } = options;
     return html`
         <button
-            class="icon-button ${kind}"
+            class=${kind}
             type="button"
             aria-label=${label}
             title=${title}
             aria-pressed=${pressed}
+            aria-expanded=${isOpen}
+            aria-controls=${isOpen === true ? opens : nothing}
             @click=${act}
         >
-            ${sign}
+            ${content}
         </button>
     `;
 }
@@ -114,6 +119,25 @@ export function iconButton(sign, label, act, { kind = "", title = nothing, press
 /** A radio button with its label, of the group `name`. */
 export function radioView(name, label, isChosen, take) {
     return html`<label><input type="radio" name=${name} .checked=${isChosen} @change=${take} />${label}</label>`;
+}
+
+/** A slider from `minimum` to `maximum`; `set` gets the number that it is moved to. */
+export function slider({ minimum, maximum, step }, { value, set, kind = nothing, ...texts }) {
+    const { label = nothing, labelledBy = nothing, valueText = nothing } = texts;
+    return html`
+        <input
+            class=${kind}
+            type="range"
+            min=${minimum}
+            max=${maximum}
+            step=${step}
+            aria-label=${label}
+            aria-labelledby=${labelledBy}
+            aria-valuetext=${valueText}
+            .value=${String(value)}
+            @input=${({ target }) => set(target.valueAsNumber)}
+        />
+    `;
 }
 
 /** A button that chooses files; `take` gets them in a list. */

@@ -1,21 +1,18 @@
-/**
- * What the form asks for, as JSON and as programs that ask for it.
- */
+/** The form's request, as JSON and as programs that send it. */
 
 import { copyText, download, tabsView, urlOf } from "./browser.js";
-import { snapshot } from "./recipe.js";
+import { snapshot } from "./field.js";
 import { own, problemsOf, withoutSecrets } from "./schema.js";
 import { snippets } from "./snippets.js";
 import { announce, changed, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 import { encode, shortened } from "./wire.js";
 
-const TITLES = { curl: "cURL", python: "Python", javascript: "JavaScript", predict: "script/predict" };
-const HINTS = {
-    curl: "For bash, with curl, grep and base64.",
-    python: "Save it as draw.py: Python 3.11 needs nothing else.",
-    javascript: "Save it as draw.mjs: Node 20 needs nothing else.",
-    predict: "In this repository, with a server of its own that it starts for this.",
+const LANGUAGES = {
+    curl: { title: "cURL", hint: "For bash, with curl, grep and base64." },
+    python: { title: "Python", hint: "Save it as draw.py: Python 3.11 needs nothing else." },
+    javascript: { title: "JavaScript", hint: "Save it as draw.mjs: Node 20 needs nothing else." },
+    predict: { title: "script/predict", hint: "In this repository, with a server of its own that it starts for this." },
 };
 
 let language = "curl"; // the tab of `codeView`
@@ -48,7 +45,7 @@ export function codeView() {
     };
     return html`
         <div class="stack">
-            ${tabsView({ label: "Language", id: "code", tabs: TITLES, chosen: language, choose })}
+            ${tabsView({ label: "Language", id: "code", tabs: LANGUAGES, chosen: language, choose })}
             <div class="stack" role="tabpanel" id="code-panel" aria-labelledby="code-tab-${language}">
                 ${wrongView() ?? (made[language] === null ? html`<p>${made.unsaid}</p>` : programView(made))}
             </div>
@@ -64,25 +61,21 @@ function wrongView() {
     return wrong.length > 0 ? wrong.map(([, sentence]) => html`<p class="problem">${sentence}</p>`) : null;
 }
 
+/** A program, and the files that it reads, some of which were made on this page. */
 function programView({ files, variables, ...made }) {
-    const hint = html`${HINTS[language]} ${variables.map(variableHint)}`;
-    return html`${files.length > 0 ? filesView(files) : nothing} ${blockView(TITLES[language], made[language], hint)}`;
-}
-
-function variableHint(name) {
-    const what = name === "FLUX_TOKEN" ? "your token" : name.toLowerCase();
-    return html`It reads ${what} from the variable <code>${name}</code>. `;
-}
-
-/** The files that the program reads, some of which were made on this page. */
-function filesView(files) {
     const fileView = ([file, name]) =>
         html`<button class="chip" @click=${() => download(file, name)}>Download ${name}</button>`;
-    return html`
+    const filesView = html`
         <div class="row code-files">
             <span>${files.length === 1 ? "This file" : "These files"} must lie beside it:</span>
             ${files.map(fileView)}
         </div>
+    `;
+    const whatOf = (name) => (name === "FLUX_TOKEN" ? "your token" : name.toLowerCase());
+    const reads = variables.map((name) => html`It reads ${whatOf(name)} from the variable <code>${name}</code>. `);
+    const { title, hint } = LANGUAGES[language];
+    return html`
+        ${files.length > 0 ? filesView : nothing} ${blockView(title, made[language], html`${hint} ${reads}`)}
     `;
 }
 

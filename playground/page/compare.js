@@ -1,8 +1,6 @@
-/**
- * Two pictures beside each other, or one over the other, and what differs between their inputs.
- */
+/** Two pictures beside each other, or one over the other, and what differs between their inputs. */
 
-import { focusOn, radioView } from "./browser.js";
+import { focusOn, radioView, slider } from "./browser.js";
 import { fieldOf, imageView, inputOf, loraText, nameOf, sizeStyle } from "./pictures.js";
 import { jsonText } from "./schema.js";
 import { changed, selectedPicture, state } from "./store.js";
@@ -21,8 +19,7 @@ export function compareButton() {
         const others = state.pictures.filter((other) => other !== picture);
         state.selected = picture.id;
         if (others.length === 1) state.compare = others[0].id;
-        else view.picking = !view.picking;
-        changed();
+        set({ picking: others.length > 1 && !view.picking });
     };
     return html`
         <button
@@ -37,16 +34,16 @@ export function compareButton() {
 }
 
 /** @returns {Picture|undefined} the one beside the selected picture. */
-export function comparedPicture() {
-    return state.pictures.find(({ id }) => id === state.compare);
-}
+export const comparedPicture = () => state.pictures.find(({ id }) => id === state.compare);
 
 /** Whether the next picture that is chosen is to be compared. */
 export const isPicking = () => view.picking;
 
 /** End the choice. */
-export function stopPicking() {
-    view.picking = false;
+export const stopPicking = () => set({ picking: false });
+
+function set(changes) {
+    Object.assign(view, changes);
     changed();
 }
 
@@ -70,20 +67,13 @@ export function compareView(first, second) {
         <div class="row gallery-bar">
             <fieldset class="segmented">
                 <legend class="visually-hidden">How they are compared</legend>
-                ${modeView("Side by side", false)} ${modeView("Wipe", true)}
+                ${radioView("gallery-mode", "Side by side", !view.wiping, () => set({ wiping: false }))}
+                ${radioView("gallery-mode", "Wipe", view.wiping, () => set({ wiping: true }))}
             </fieldset>
             <button class="button quiet" aria-label="Close comparison" @click=${closeCompare}>Close</button>
         </div>
         ${view.wiping ? wipeView(first, second) : pairView(first, second)} ${differencesView(first, second)}
     `;
-}
-
-function modeView(title, wiping) {
-    const take = () => {
-        view.wiping = wiping;
-        changed();
-    };
-    return radioView("gallery-mode", title, view.wiping === wiping, take);
 }
 
 function pairView(first, second) {
@@ -99,26 +89,13 @@ function pairView(first, second) {
 }
 
 function wipeView(first, second) {
-    const slide = ({ target }) => {
-        view.divider = target.valueAsNumber;
-        changed();
-    };
+    const label = "How much of A is shown, in percent";
+    const move = (divider) => set({ divider });
+    const divider = slider({ minimum: 0, maximum: 100, step: 0.5 }, { label, value: view.divider, set: move });
     return html`
         <div class="gallery-wipe" .style="${sizeStyle(first)}; --gallery-divider: ${view.divider}%">
             <div class="gallery-layers">${[first, second].map(frameView)}</div>
-            <div class="gallery-slide">
-                <span>A</span>
-                <input
-                    type="range"
-                    min="0"
-                    max="100"
-                    step="0.5"
-                    aria-label="How much of A is shown, in percent"
-                    .value=${String(view.divider)}
-                    @input=${slide}
-                />
-                <span>B</span>
-            </div>
+            <div class="gallery-slide"><span>A</span> ${divider} <span>B</span></div>
         </div>
     `;
 }

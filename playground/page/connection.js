@@ -23,9 +23,7 @@ let learnt = null; // the token with which schema and library were read; null be
 let refused = null; // the token that was refused
 
 /** Whether a drawing may be asked for now. */
-export function canDraw() {
-    return ["ready", "busy"].includes(state.connection.kind);
-}
+export const canDraw = () => ["ready", "busy"].includes(state.connection.kind);
 
 /** Check from now on. */
 export function watch() {
@@ -100,14 +98,10 @@ async function check() {
         if (brief) return;
         learnt = refused = null; // another server may come back
         const until = now() + (error.seconds ?? CALM_MS / 1000) * 1000;
-        show({ kind: kindOf(error), sentence: error.message, since: silentSince, until });
+        const silent = navigator.onLine ? "gone" : "offline";
+        const kind = error.kind === "gone" ? silent : "unhealthy"; // a server that refuses is there all the same
+        show({ kind, sentence: error.message, since: silentSince, until });
     }
-}
-
-/** The state of a server by the error of its check: one that refuses is there all the same. */
-function kindOf(error) {
-    if (error.kind !== "gone") return "unhealthy";
-    return navigator.onLine ? "gone" : "offline";
 }
 
 /** The state of a server by its health. */
@@ -115,25 +109,21 @@ async function judge({ status, setup, user_healthcheck_error: fault }) {
     // The slot is freed a moment after our own answer, so only two checks in a row tell of another client.
     const ours = state.jobs.some((job) => job.status === "drawing");
     busyLooks = status === "BUSY" && !ours ? busyLooks + 1 : 0;
-    switch (status) {
-        case "STARTING": {
-            learnt = null;
-            return { kind: "starting", log: await startLog(), since: Date.parse(setup?.started_at) || undefined };
-        }
-        case "SETUP_FAILED": {
-            const logs = textOf(setup?.logs);
-            const log = (await startLog()) || logs;
-            const why = log ? "Its log says why." : "The server does not say why.";
-            return { kind: "setup-failed", sentence: setupFailure(logs) || why, log };
-        }
-        case "UNHEALTHY":
-        case "DEFUNCT":
-            return { kind: "unhealthy", sentence: healthFailure(textOf(fault)) };
-        case "READY":
-        case "BUSY":
-            break;
-        default:
-            return { kind: "unhealthy", sentence: "The server does not say whether it can draw." };
+    if (status === "STARTING") {
+        learnt = null;
+        return { kind: "starting", log: await startLog(), since: Date.parse(setup?.started_at) || undefined };
+    }
+    if (status === "SETUP_FAILED") {
+        const logs = textOf(setup?.logs);
+        const log = (await startLog()) || logs;
+        const why = log ? "Its log says why." : "The server does not say why.";
+        return { kind: "setup-failed", sentence: setupFailure(logs) || why, log };
+    }
+    if (["UNHEALTHY", "DEFUNCT"].includes(status)) {
+        return { kind: "unhealthy", sentence: healthFailure(textOf(fault)) };
+    }
+    if (!["READY", "BUSY"].includes(status)) {
+        return { kind: "unhealthy", sentence: "The server does not say whether it can draw." };
     }
     if (token() === refused || (state.about.tokens && !token())) throw unauthorised(token());
     if (learnt !== token() && !(await learn())) {

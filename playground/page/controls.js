@@ -1,8 +1,6 @@
-/**
- * The controls of fields, by type.
- */
+/** The controls of fields, by type. */
 
-import { iconButton, radioView } from "./browser.js";
+import { labelledButton, radioView, slider } from "./browser.js";
 import { describedBy, edit, headView, icon, isWrong, keepSeed, leave, typedText, valueOf } from "./field.js";
 import { isBounded, isGiven, isNumeric, jsonText, meaningOf } from "./schema.js";
 import { selectedPicture, state } from "./store.js";
@@ -80,19 +78,9 @@ function rangeView(field) {
     const { name, minimum, default: usual } = field;
     const value = valueOf(field);
     const shown = Number.isFinite(value) ? value : (usual ?? minimum);
-    const slider = html`
-        <input
-            class="form-range"
-            type="range"
-            min=${minimum}
-            max=${field.maximum}
-            step=${field.step}
-            aria-labelledby="label-${name}"
-            .value=${String(shown)}
-            @input=${({ target }) => edit(field, Number(target.value))}
-        />
-    `;
-    return html`${headView(field, { end: numberView(field) })} ${isBounded(field) ? slider : nothing}`;
+    const set = (number) => edit(field, number);
+    const range = slider(field, { kind: "form-range", labelledBy: `label-${name}`, value: shown, set });
+    return html`${headView(field, { end: numberView(field) })} ${isBounded(field) ? range : nothing}`;
 }
 
 function numberView(field) {
@@ -170,11 +158,11 @@ function seedView(field) {
         ${headView(field)}
         <div class="form-seed">
             ${numberView(field)}
-            ${iconButton(icon(seedLocked ? "locked" : "unlocked"), "Lock the seed", lock, {
+            ${labelledButton(icon(seedLocked ? "locked" : "unlocked"), "Lock the seed", lock, {
                 title: seedLocked ? "The seed stays; press to let it change" : "Keep the seed of the picture",
                 pressed: seedLocked,
             })}
-            ${iconButton(icon("random"), "Random seed", () => edit(field, undefined), {
+            ${labelledButton(icon("random"), "Random seed", () => edit(field, undefined), {
                 title: seedLocked ? "Another seed, which then stays" : "A new seed each time",
             })}
         </div>

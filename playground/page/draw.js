@@ -1,15 +1,13 @@
-/**
- * Draw a recipe; then show, keep and announce its pictures, or mark the inputs that the server refuses.
- */
+/** Draw a recipe; then show, keep and announce its pictures, or mark the inputs that the server refuses. */
 
 import { afterRender } from "./browser.js";
 import { comparedPicture, isPicking } from "./compare.js";
+import { snapshot } from "./field.js";
 import { focusProblem } from "./form.js";
 import { keep } from "./history.js";
 import { enqueue, outcome } from "./jobs.js";
 import { LORAS } from "./lora.js";
 import { rememberLoras } from "./loras.js";
-import { snapshot } from "./recipe.js";
 import { isSame } from "./schema.js";
 import { announce, state } from "./store.js";
 

@@ -1,9 +1,7 @@
-/**
- * What each field of the form has, whatever its control: a value, a head, and a sentence on what is wrong with it.
- */
+/** The parts that each field of the form has, whatever its control: a value, a head, and a sentence on its problem. */
 
-import { focusOn, iconButton, sizeText } from "./browser.js";
-import { differs, fieldNamed, isGiven, isSame, isSent, meaningOf, own, problemOf } from "./schema.js";
+import { focusOn, labelledButton, sizeText } from "./browser.js";
+import { differs, fieldNamed, isGiven, isSame, isSecret, isSent, meaningOf, own, problemOf } from "./schema.js";
 import { announce, changed, note, state } from "./store.js";
 import { directive, Directive } from "./vendor/directive.js";
 import { html, noChange, nothing, svg } from "./vendor/lit-html.js";
@@ -16,9 +14,7 @@ const explained = new Set(); // names of fields whose description is open
 // Its value
 
 /** The value of a field in the form; undefined where it has its default. */
-export function valueOf({ name }) {
-    return own(state.inputs, name);
-}
+export const valueOf = ({ name }) => own(state.inputs, name);
 
 /** Set a field, or give it back its default; what was said of its old value goes. */
 export function edit(field, value) {
@@ -34,10 +30,8 @@ export function edit(field, value) {
     changed();
 }
 
-/** What the form keeps of a value: nothing where it is not sent. */
-function keptOf(field, value) {
-    return isSent(field, value) ? value : undefined;
-}
+/** The value that the form keeps: undefined in place of one that is not sent. */
+const keptOf = (field, value) => (isSent(field, value) ? value : undefined);
 
 /** Check a value when its field is left: while it is typed, a number is not yet whole. */
 export function leave(field) {
@@ -60,11 +54,7 @@ export function setImage(file) {
     note(`The picture is now the image to draw from${isMaskGone ? "; the mask of the old one is gone" : ""}.`);
 }
 
-/**
- * Have the next pictures drawn from the seed of one; if that has none, from the seed of the form or of the next one.
- *
- * @param {{seed: number|null}|null} picture null: each gets a seed of its own again
- */
+/** Draw from the seed of a picture from now on, or, if it has none, from the form's or the next; null ends that. */
 export function keepSeed(picture) {
     const field = soughtField("seed", "a seed");
     if (field === undefined) return;
@@ -91,6 +81,22 @@ export function sizeProblem(file, replaced = null) {
         `With ${file.name} the files would have ${sizeText(sum)}, and a request carries ${sizeText(MOST_BYTES)}; ` +
         "give the address where it lies, or, of a LoRA, its name in the server's library."
     );
+}
+
+// All values together
+
+/** @returns {Recipe} of the form as it is now. */
+export function snapshot() {
+    return { inputs: { ...state.inputs }, loras: state.loras.map((lora) => ({ ...lora })) };
+}
+
+/** Put a recipe into the form. Secrets that were typed there stay, as recipes are kept without them. */
+export function restore({ inputs, loras }) {
+    const secrets = Object.entries(state.inputs).filter(([name]) => isSecret(name, state.schema.fields));
+    state.inputs = { ...Object.fromEntries(secrets), ...inputs };
+    state.loras = loras.map((lora) => ({ ...lora }));
+    state.problems = {};
+    changed();
 }
 
 // What is typed into it
@@ -145,27 +151,16 @@ function explainView({ name, label, description }) {
         isOpen ? explained.delete(name) : explained.add(name);
         changed();
     };
-    return html`
-        <button
-            class="icon-button form-small"
-            type="button"
-            aria-label="About ${label}"
-            title=${description}
-            aria-expanded=${isOpen}
-            aria-controls=${isOpen ? `about-${name}` : nothing}
-            @click=${toggle}
-        >
-            ${icon("about")}
-        </button>
-    `;
+    const options = { kind: "icon-button form-small", title: description, opens: `about-${name}`, isOpen };
+    return labelledButton(icon("about"), `About ${label}`, toggle, options);
 }
 
 function resetView(field) {
     const options = {
-        kind: "form-small form-reset",
+        kind: "icon-button form-small form-reset",
         title: `Back to ${isGiven(field.default) ? field.default : "none"}`,
     };
-    return iconButton(icon("reset"), `Reset ${field.label}`, () => restoreDefault(field), options);
+    return labelledButton(icon("reset"), `Reset ${field.label}`, () => restoreDefault(field), options);
 }
 
 /** Give a field back its default, and the focus, as the button for this goes. */
@@ -186,7 +181,6 @@ export function problemView(name) {
     return isWrong(name) ? html`<p class="problem" id="problem-${name}">${state.problems[name]}</p>` : nothing;
 }
 
-/** Whether something is wrong with an input. */
 export const isWrong = (name) => Object.hasOwn(state.problems, name);
 
 /** The ids of the texts that tell more about a control. */
@@ -209,7 +203,6 @@ const ICONS = {
     random: svg`<path d="M4 7h3c5 0 5 10 10 10h3M4 17h3q3 0 4-4M13 9q1-2 4-2h3M17 4l3 3-3 3m0 4 3 3-3 3"></path>`,
 };
 
-/** A drawing on a button. */
-export function icon(name) {
-    return html`<svg class="form-icon" viewBox="0 0 24 24" aria-hidden="true">${ICONS[name]}</svg>`;
-}
+export const icon = (name) => html`
+    <svg class="form-icon" viewBox="0 0 24 24" aria-hidden="true">${ICONS[name]}</svg>
+`;

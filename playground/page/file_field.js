@@ -1,8 +1,6 @@
-/**
- * The control of a field for a file: chosen, dropped, pasted, painted, or an address.
- */
+/** The control of a field for a file: chosen, dropped, pasted, painted, or an address. */
 
-import { dropTarget, fileButton, iconButton, isPicture, sizeText, urlOf } from "./browser.js";
+import { dropTarget, fileButton, labelledButton, isPicture, sizeText, urlOf } from "./browser.js";
 import { describedBy, edit, focusField, headView, isWrong, leave } from "./field.js";
 import { restoreDefault, sizeProblem, typedText, valueOf } from "./field.js";
 import { isLoraFile } from "./lora.js";
@@ -45,13 +43,13 @@ export function takePasted(file, name) {
 
 function chosenView(field, file) {
     const picture = html`<img class="thumb form-thumb" src=${urlOf(file)} alt="${field.label}: ${file.name}" />`;
-    const style = { kind: "form-small", title: "Remove" };
+    const style = { kind: "icon-button form-small", title: "Remove" };
     return html`
         ${isPicture(file) ? picture : nothing}
         <div class="form-chosen">
             <div class="form-head">
                 <p class="form-name">${file.name} <span class="quiet">${sizeText(file.size)}</span></p>
-                ${iconButton("✕", `Remove ${field.label}`, () => restoreDefault(field), style)}
+                ${labelledButton("✕", `Remove ${field.label}`, () => restoreDefault(field), style)}
             </div>
             <div class="row">${paintView(field)} ${uploadView(field, "Replace")}</div>
         </div>

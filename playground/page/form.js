@@ -1,6 +1,4 @@
-/**
- * The form, made of the document alone: a control for every input, in groups.
- */
+/** The form, made of the document alone: a control for every input, in groups. */
 
 import { afterRender } from "./browser.js";
 import { controlView } from "./controls.js";

@@ -1,15 +1,12 @@
-/**
- * The stage: the selected picture as large as there is room, what can be done with it, and pictures from elsewhere.
- */
+/** The stage: the selected picture as large as there is room, its actions, and pictures from elsewhere. */
 
 import { copyText, dropTarget, isPicture, sizeText, urlOf } from "./browser.js";
 import { compareButton, comparedPicture, compareView, isPicking, leavePicking } from "./compare.js";
 import { draw } from "./draw.js";
-import { keepSeed, setImage } from "./field.js";
+import { keepSeed, restore, setImage, snapshot } from "./field.js";
 import { hasEnded } from "./jobs.js";
 import { readMetadata, recipeOf } from "./metadata.js";
 import { fieldOf, imageView, inputOf, loraText, promptOf, sizeOf, sizeStyle } from "./pictures.js";
-import { restore, snapshot } from "./recipe.js";
 import { announce, note, selectedPicture, state } from "./store.js";
 import { removePicture } from "./strip.js";
 import { html, nothing } from "./vendor/lit-html.js";

@@ -1,22 +1,18 @@
-/**
- * A grid: one picture for each pair of values of two inputs, all else being equal.
- */
+/** A grid: one picture for each pair of values of two inputs, all else being equal. */
 
 import { download, focusOn, urlOf } from "./browser.js";
 import { stopPicking } from "./compare.js";
 import { canDraw } from "./connection.js";
+import { snapshot } from "./field.js";
 import { gridPicture } from "./grid_picture.js";
 import { areApart, axesOf, cellRecipes, isWords, readValues } from "./grid_values.js";
 import { keep } from "./history.js";
 import { cancelJobs, enqueue, hasEnded } from "./jobs.js";
 import { LORAS, loraProblem } from "./lora.js";
 import { addTyped, rememberLoras } from "./loras.js";
-import { snapshot } from "./recipe.js";
 import { fieldNamed, own, problemsOf } from "./schema.js";
 import { announce, changed, note, selectedPicture, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
-
-/** @typedef {{x: Side, y: Side, title: string, rows: Job[][]}} Run one grid; a row for each value of y */
 
 const MOST_CELLS = 400;
 const ASK_ABOVE = 36; // cells
@@ -27,7 +23,7 @@ const grid = {
     chosen: {}, // the id of the axis x, and of y
     texts: {}, // the values as they were typed, by axis
     asking: false, // whether a person is asked if so many cells shall be drawn
-    run: null,
+    run: null, // {x, y, title, rows}: two sides, and a row of jobs for each value of y
 };
 
 /** The tab: the inputs that change along x and y, and the cells, which fill while other tabs are open too. */
@@ -38,7 +34,7 @@ export function gridView() {
         <div class="stack grid">
             <form class="stack panel" id="grid-form" @submit=${submit}>
                 <div class="grid-sides">${sideView("x", "Columns", sides)} ${sideView("y", "Rows", sides)}</div>
-                ${grid.asking ? askView(sides) : startView(sides)}
+                ${startView(sides)}
             </form>
             ${grid.run ? runView(grid.run) : nothing}
         </div>
@@ -57,13 +53,13 @@ function readSides() {
     return x === undefined ? null : { all, x: readSide(x), y: readSide(beside(x)) };
 }
 
+/** A side: an axis with its values, and these as they are shown, `texts`. */
 function readSide(axis) {
     const text = own(grid.texts, axis.id) ?? usualValues(axis);
     const { values, problem } = readValues(text, axis);
     return { axis, text, values, problem, texts: values.map(axis.show) };
 }
 
-/** Values to begin with. */
 function usualValues({ id, field }) {
     if (Object.hasOwn(EXAMPLES, id)) return EXAMPLES[id];
     if (id.startsWith("scale_")) return EXAMPLES.lora_scale;
@@ -141,11 +137,6 @@ function start({ x, y }) {
         announce(`The grid has ended: ${drawnOf(run)}.`);
     });
     focusOn(".grid-cancel");
-}
-
-function cancelGrid() {
-    cancelJobs(grid.run.rows.flat());
-    focusOn(".grid-start"); // the button goes
 }
 
 /** Show the picture of a cell in the stage, among the others. */
@@ -231,27 +222,27 @@ function hintOf({ id, field }) {
     return "Separated by commas, so decimals have a point; 0:1:0.25 goes from 0 to 1 by 0.25.";
 }
 
+/** The button that begins, or the question whether so many pictures shall be drawn. */
 function startView(sides) {
     const count = countCells(sides);
     const problem = gridProblem(sides);
+    const startButton = (text) => html`
+        <button class="button primary grid-start" type="submit" ?disabled=${!canStart(sides)}>${text}</button>
+    `;
+    if (grid.asking) {
+        return html`
+            <div class="row grid-ask" role="group" aria-label="Many pictures">
+                <span>These are ${count} pictures.</span>
+                ${startButton(`Draw ${count} pictures`)}
+                <button class="button" type="button" @click=${() => ask(false)}>Do not draw</button>
+            </div>
+        `;
+    }
     return html`
         <div class="row">
-            <button class="button primary grid-start" type="submit" ?disabled=${!canStart(sides)}>Draw grid</button>
+            ${startButton("Draw grid")}
             <span class="quiet">${count > 0 ? `${count} picture${count === 1 ? "" : "s"}` : nothing}</span>
             ${problem ? html`<span class="problem">${problem}</span>` : nothing}
-        </div>
-    `;
-}
-
-function askView(sides) {
-    const count = countCells(sides);
-    return html`
-        <div class="row grid-ask" role="group" aria-label="Many pictures">
-            <span>These are ${count} pictures.</span>
-            <button class="button primary grid-start" type="submit" ?disabled=${!canStart(sides)}>
-                Draw ${count} pictures
-            </button>
-            <button class="button" type="button" @click=${() => ask(false)}>Do not draw</button>
         </div>
     `;
 }
@@ -259,7 +250,11 @@ function askView(sides) {
 function runView(run) {
     const jobs = run.rows.flat();
     const drawn = jobs.some(({ pictures }) => pictures.length > 0);
-    const cancel = html`<button class="button grid-cancel" @click=${cancelGrid}>Cancel grid</button>`;
+    const cancel = () => {
+        cancelJobs(jobs);
+        focusOn(".grid-start"); // the button goes
+    };
+    const cancelButton = html`<button class="button grid-cancel" @click=${cancel}>Cancel grid</button>`;
     const count = jobs.filter(hasEnded).length;
     const ended = html`<progress aria-label="Cells that have ended" max=${jobs.length} .value=${count}></progress>`;
     return html`
@@ -267,7 +262,7 @@ function runView(run) {
             <div class="row grid-bar">
                 <h2>${run.title}</h2>
                 <span class="quiet">${drawnOf(run)}</span>
-                ${isRunning() ? cancel : nothing}
+                ${isRunning() ? cancelButton : nothing}
                 <button class="button" ?disabled=${!drawn} @click=${() => exportPng(run)}>Export PNG</button>
             </div>
             ${isRunning() ? ended : nothing}

@@ -1,22 +1,7 @@
-/**
- * The axes that a grid may have, and the values that are typed for them. Pure: no page, no state.
- */
+/** The axes that a grid may have, and the values that are typed for them. Pure: no page, no state. */
 
 import { LARGEST_STRENGTH, LORAS, loraProblem, readLora, writeLora } from "./lora.js";
 import { isShown, meaningOf, problemOf, readNumber } from "./schema.js";
-
-/**
- * @typedef {object} Axis an input, or a part of the list of LoRAs, that changes along a side
- * @property {string} id as it is part of a file's name
- * @property {string} label
- * @property {{type: string, enum: Array|null}} field how its values are typed
- * @property {string[]} changes the ids of all that it changes
- * @property {string[]} restsOn the names of the inputs that decide whether it counts
- * @property {function(*): string|null} problem the sentence on a value that cannot be
- * @property {function(Recipe, *): Recipe} put the recipe with a value in it
- * @property {function(*): string} show a value as people read it
- */
-/** @typedef {{axis: Axis, values: Array, texts: string[]}} Side the texts are the values as they are shown */
 
 const MOST_VALUES = 100; // of an axis
 
@@ -73,17 +58,18 @@ function isAxis({ name, type, format, secret }) {
     return isPlain && !secret && name !== "num_outputs";
 }
 
+/** The axis of an input; the other axes below have the same properties. */
 function inputAxis(field) {
     const { name, label, rules } = field;
     return {
-        id: name,
+        id: name, // also a part of a file's name
         label,
-        field,
-        changes: [name],
-        restsOn: rules.map(({ of }) => of),
-        problem: (value) => problemOf({ ...field, required: true }, value),
-        put: ({ inputs, loras }, value) => ({ inputs: { ...inputs, [name]: value }, loras }),
-        show: String,
+        field, // its type and choices say how values are typed
+        changes: [name], // the ids of all that it changes
+        restsOn: rules.map(({ of }) => of), // the inputs that decide whether it counts
+        problem: (value) => problemOf({ ...field, required: true }, value), // the sentence on a wrong value, or null
+        put: ({ inputs, loras }, value) => ({ inputs: { ...inputs, [name]: value }, loras }), // a value into a recipe
+        show: String, // a value as people read it
     };
 }
 

@@ -8,8 +8,7 @@
 
 import { note, state } from "./store.js";
 
-/** So many pictures are kept; the oldest go. */
-export const MOST = 200;
+export const MOST = 200; // pictures that are kept
 
 const NAME = "flux-sprites";
 const PICTURES = "pictures";

@@ -19,30 +19,28 @@ const TICK_MS = 1000;
 const BUSY_MS = [50, 200, 1000];
 const ACCEPTED_MS = 500; // a request that is not refused for so long is being drawn
 
-const SUFFIXES = { "image/jpeg": "jpg" };
-
 let clock = null;
 
-/** @returns {Job} of a recipe, the last in the queue; the recipe's files are read when its turn comes. */
+/** @returns {Job} one prediction, the last in the queue. Its moments are in ms since the epoch, by `now`. */
 export function enqueue(recipe, kind = "draw") {
     const { promise, resolve } = Promise.withResolvers();
     const job = {
-        id: newId(),
-        recipe,
-        kind,
-        status: "queued",
-        at: null,
-        of: null,
-        log: "",
-        error: null,
-        problems: {},
-        until: null,
-        startedAt: null,
+        id: newId(), // of the prediction
+        recipe, // its files are read when its turn comes
+        kind, // "draw": of the form, or "cell": of a grid
+        status: "queued", // then "drawing", or "waiting" for the server; "succeeded", "failed" or "canceled"
+        at: null, // steps that are done, once the server has told them
+        of: null, // steps in all
+        log: "", // what the predictor has printed
+        error: null, // the sentence on why it waits, failed or was cancelled
+        problems: {}, // by input, what the server said of it
+        until: null, // when it is asked for again, where the server said when
+        startedAt: null, // when the server began with it
         endedAt: null,
-        answer: null,
+        answer: null, // as JSON, its data URIs cut
         pictures: [],
-        abort: new AbortController(),
-        done: promise,
+        abort: new AbortController(), // breaks its requests off
+        done: promise, // of the job itself, once it has ended, however it does
         resolve,
     };
     state.jobs = [...state.jobs.filter(hasEnded).slice(-KEPT), ...state.jobs.filter((other) => !hasEnded(other)), job];
@@ -190,8 +188,8 @@ function readMetrics(metrics) {
     return {
         ...others,
         seed: seedOf(seed),
-        seeds: list(seeds).map(seedOf),
-        safety: { dropped: list(safety?.dropped) },
+        seeds: list(seeds).map(seedOf), // of all pictures
+        safety: { dropped: list(safety?.dropped) }, // the places of those that were kept back
         loras: list(loras).filter((lora) => typeof lora?.path === "string"),
         predict_time: Number.isFinite(seconds) ? seconds : null,
     };
@@ -205,21 +203,21 @@ function picturesOf(job, items, metrics) {
     return files.map((file, index) => {
         const blob = fromDataUri(file);
         const seed = seeds[index] ?? null;
-        const suffix = SUFFIXES[blob.type] ?? blob.type.split("/").at(-1);
+        const suffix = blob.type.replace(/.*\//, "").replace(/^jpeg$/, "jpg");
         return {
             id: `${job.id}.${index}`,
-            blob,
+            blob, // its bytes as they came
             name: `flux-${seed ?? job.id}.${suffix}`,
-            seed,
+            seed, // null where the server does not tell it
             recipe: alone(job.recipe, seed),
-            loras,
-            metrics,
+            loras, // {path, scale, name} of each, as the server tells of them
+            metrics, // of its job
             at: Date.now(),
         };
     });
 }
 
-/** The recipe of one picture out of several, to be kept with it. */
+/** The recipe that draws one picture of several, without secrets. */
 function alone({ inputs, loras }, seed) {
     const { fields } = state.schema;
     const its = Object.entries(seed === null ? {} : { seed, num_outputs: 1 });

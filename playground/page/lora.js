@@ -6,14 +6,10 @@
 
 import { readNumber } from "./schema.js";
 
-/** The input that carries the list. */
-export const LORAS = "replicate_weights";
-/** The most LoRAs of one picture. */
-export const MOST_LORAS = 8;
-/** How the names of files of LoRAs end. */
-export const SUFFIXES = [".safetensors", ".tar", ".tar.gz", ".tgz", ".zip"];
-/** The largest strength, in either direction. */
-export const LARGEST_STRENGTH = 10;
+export const LORAS = "replicate_weights"; // the input that carries the list
+export const MOST_LORAS = 8; // of one picture
+export const SUFFIXES = [".safetensors", ".tar", ".tar.gz", ".tgz", ".zip"]; // of files of LoRAs
+export const LARGEST_STRENGTH = 10; // in either direction
 
 const LONGEST_REFERENCE = 8192; // characters
 const LONGEST_SHOWN = 80; // characters of a reference within a sentence

@@ -1,8 +1,6 @@
-/**
- * The list of chosen LoRAs: adding, strengths, and what is remembered of those that were drawn with.
- */
+/** The list of chosen LoRAs: adding, strengths, and the LoRAs of earlier drawings. */
 
-import { dropTarget, fileButton, focusOn, iconButton, sizeText } from "./browser.js";
+import { dropTarget, fileButton, focusOn, labelledButton, sizeText, slider } from "./browser.js";
 import { numberInput } from "./controls.js";
 import { edit, isWrong, problemView, sizeProblem, typed, valueOf } from "./field.js";
 import { isLoraFile, isPrivate, LARGEST_STRENGTH, loraProblem, LORAS, MOST_LORAS, readLora, SUFFIXES } from "./lora.js";
@@ -12,7 +10,7 @@ import { html, nothing } from "./vendor/lit-html.js";
 import { repeat } from "./vendor/repeat.js";
 
 const STRENGTH = { type: "number", minimum: -LARGEST_STRENGTH, maximum: LARGEST_STRENGTH, step: 0.05, default: 1 };
-const [LEAST_AIMED_AT, MOST_AIMED_AT] = [-1, 2]; // strengths of the slider; larger ones are typed
+const AIMED_AT = { minimum: -1, maximum: 2, step: 0.05 }; // by the slider; larger strengths are typed
 const CHIPS = 12; // names that are shown before anything is typed
 const ENDINGS = `${SUFFIXES.slice(0, -1).join(", ")} or ${SUFFIXES.at(-1)}`;
 // Of ".tar.gz", browsers know the end alone.
@@ -47,18 +45,11 @@ export function wordsView(field) {
     const prompt = String(valueOf(field) ?? field.default ?? "");
     const words = [...new Set(state.loras.flatMap(({ path }) => triggerWords(path)))];
     if (words.length === 0) return nothing;
-    const toggle = (word) => edit(field, prompt.includes(word) ? withoutWord(prompt, word) : withWord(prompt, word));
-    const wordView = (word) => html`
-        <button
-            class="chip"
-            type="button"
-            aria-label="${word} in the prompt"
-            aria-pressed=${prompt.includes(word)}
-            @click=${() => toggle(word)}
-        >
-            ${word}
-        </button>
-    `;
+    const wordView = (word) => {
+        const pressed = prompt.includes(word);
+        const toggle = () => edit(field, pressed ? withoutWord(prompt, word) : withWord(prompt, word));
+        return labelledButton(word, `${word} in the prompt`, toggle, { kind: "chip", pressed });
+    };
     return html`
         <div class="row form-words" role="group" aria-label="Trigger words">${words.map(wordView)}</div>
     `;
@@ -117,18 +108,10 @@ function loraView(lora, index) {
                 <span class="loras-name" title=${lora.path}>
                     ${lora.path} ${lora.file ? html`<span class="quiet">${sizeText(lora.file.size)}</span>` : nothing}
                 </span>
-                ${iconButton("✕", `Remove ${lora.path}`, () => remove(lora))}
+                ${labelledButton("✕", `Remove ${lora.path}`, () => remove(lora))}
             </div>
             <div class="form-slider">
-                <input
-                    type="range"
-                    min=${LEAST_AIMED_AT}
-                    max=${MOST_AIMED_AT}
-                    step=${STRENGTH.step}
-                    aria-label=${label}
-                    .value=${String(Number.isFinite(lora.scale) ? lora.scale : STRENGTH.default)}
-                    @input=${({ target }) => set(Number(target.value))}
-                />
+                ${slider(AIMED_AT, { label, value: Number.isFinite(lora.scale) ? lora.scale : STRENGTH.default, set })}
                 ${numberInput(STRENGTH, {
                     id,
                     label,
@@ -155,6 +138,10 @@ function remove(lora) {
 
 function addView() {
     const names = namesToAdd();
+    const press = () => {
+        addTyped();
+        focusOn(`#field-${LORAS}`); // the button goes with the text
+    };
     const addButton = html`<button class="button" type="button" @click=${press}>Add</button>`;
     return html`
         <div class="loras-add">
@@ -196,18 +183,11 @@ function nameView() {
     `;
 }
 
-/** The button goes with the text, so the focus goes back to the field. */
-function press() {
-    addTyped();
-    focusOn(`#field-${LORAS}`);
-}
-
 function chipsView(names) {
-    const chipView = (name) => html`
-        <button class="chip loras-chip" type="button" aria-label="Add ${name}" @click=${() => addLora(name)}>
-            <span aria-hidden="true">+</span> ${name}
-        </button>
-    `;
+    const chipView = (name) => {
+        const text = html`<span aria-hidden="true">+</span> ${name}`;
+        return labelledButton(text, `Add ${name}`, () => addLora(name), { kind: "chip loras-chip" });
+    };
     return html`<div class="row" role="group" aria-label="LoRAs to add">${names.map(chipView)}</div>`;
 }
 
@@ -275,7 +255,6 @@ export function rememberLoras({ recipe, answer }) {
     setRecent(newest.map((path) => ({ path, words: triggerWords(path) })));
 }
 
-/** Forget all that was learnt from jobs. */
 export function forgetLoras() {
     learned.clear();
     setRecent([]);
@@ -298,9 +277,7 @@ function wordsOf(told) {
 }
 
 /** The trigger words of a LoRA, as the last answer with it said. */
-function triggerWords(path) {
-    return learned.get(path) ?? recent.find((known) => known.path === path)?.words ?? [];
-}
+const triggerWords = (path) => learned.get(path) ?? recent.find((known) => known.path === path)?.words ?? [];
 
 const withWord = (prompt, word) => [prompt.trim(), word].filter(Boolean).join(", ");
 

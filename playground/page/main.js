@@ -1,19 +1,17 @@
-/**
- * The page: its layout, its keys, and what is done with a shared address.
- */
+/** The page: its layout, its keys, and shared addresses. */
 
 import { COMMAND, copyText, isPicture, tabsView } from "./browser.js";
 import { codeView, jsonView } from "./code.js";
 import { closeCompare, comparedPicture } from "./compare.js";
 import { watch } from "./connection.js";
 import { draw } from "./draw.js";
+import { restore, snapshot } from "./field.js";
 import { takePasted } from "./file_field.js";
 import { checkForm, formView, reset } from "./form.js";
 import { receive, stageView } from "./gallery.js";
 import { gridView } from "./grid.js";
 import { load } from "./history.js";
 import { cancelAll, cancelJobs, current } from "./jobs.js";
-import { restore, snapshot } from "./recipe.js";
 import { fromFragment, toFragment, unshared } from "./share.js";
 import { connectionView, logView, progressView, statePanel } from "./status.js";
 import { changed, note, onChange, state } from "./store.js";
@@ -71,10 +69,9 @@ function formSide() {
 }
 
 function tabs() {
-    const titles = Object.fromEntries(Object.entries(TABS).map(([name, { title }]) => [name, title]));
     return html`
         <div class="page-bar">
-            ${tabsView({ label: "What is shown", id: "page", tabs: titles, chosen: state.tab, choose: show })}
+            ${tabsView({ label: "What is shown", id: "page", tabs: TABS, chosen: state.tab, choose: show })}
             ${progressView()}
         </div>
         <div role="tabpanel" id="page-panel" aria-labelledby="page-tab-${state.tab}">${TABS[state.tab].view()}</div>

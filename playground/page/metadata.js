@@ -118,7 +118,6 @@ function jpegExif(view) {
     throw new Error("no EXIF");
 }
 
-/** The chunk of a WebP that has its EXIF data. */
 function webpExif(view) {
     for (let at = 12; ; ) {
         const size = view.getUint32(at + 4, true);
@@ -149,7 +148,6 @@ function bytesOf(view, at, length) {
     return new Uint8Array(view.buffer, view.byteOffset + at, length);
 }
 
-/** Four bytes as characters. */
 function text4(view, at) {
     // A file may have millions of empty chunks, for each of which a Uint8Array would take seconds in all.
     return String.fromCharCode(...[0, 1, 2, 3].map((offset) => view.getUint8(at + offset)));

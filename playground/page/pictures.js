@@ -1,6 +1,4 @@
-/**
- * Texts about a picture, and the picture itself with its size.
- */
+/** Texts about a picture, and the picture itself with its size. */
 
 import { urlOf } from "./browser.js";
 import { fieldNamed, own } from "./schema.js";
@@ -13,9 +11,7 @@ const sizes = new WeakMap(); // {width, height} in pixels, by Blob, once it was 
 export const fieldOf = (name) => fieldNamed(state.schema?.fields ?? [], name);
 
 /** The value of an input of a picture; a recipe holds only those that differ from the defaults. */
-export function inputOf({ recipe }, name) {
-    return own(recipe.inputs, name) ?? fieldOf(name)?.default;
-}
+export const inputOf = ({ recipe }, name) => own(recipe.inputs, name) ?? fieldOf(name)?.default;
 
 /** The prompt of a picture; "" where it has none. */
 export const promptOf = (picture) => String(inputOf(picture, "prompt") ?? "");

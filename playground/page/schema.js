@@ -6,39 +6,14 @@
  * say, are added where it is recognised as this project's.
  */
 
-/**
- * @typedef {object} Field one input
- * @property {string} name as it is sent
- * @property {string} label as people read it
- * @property {string} description in the document's words, which may have `code` in them
- * @property {"string"|"integer"|"number"|"boolean"|"array"|"object"} type
- * @property {string|null} format "uri" for a file or its address
- * @property {boolean} secret whether its value may be neither seen nor kept
- * @property {Array|null} enum the choices
- * @property {*} default null when there is none
- * @property {number|null} minimum
- * @property {number|null} maximum
- * @property {number} step from one value of a slider to the next
- * @property {boolean} required whether it must be given where it is shown
- * @property {number} order
- * @property {Rule[]} rules all of which hold where it is shown
- * @property {Idle|null} idle
- */
-/** @typedef {{of: string, fallback: *, holds: function(*): boolean}} Rule on the value, or default, of another input */
-/** @typedef {Rule & {sentence: string}} Idle where the rule holds, the field changes nothing, as the sentence says */
-/** @typedef {{name: string, title: string, fields: Field[]}} Group */
-
+// The name, the title and the inputs of each.
 const GROUPS = [
-    { name: "prompt", title: "Prompt", inputs: ["prompt"] },
-    { name: "image", title: "Image and mask", inputs: ["image", "mask", "prompt_strength"] },
-    { name: "loras", title: "LoRAs", inputs: ["replicate_weights", "lora_scale", "extra_lora", "extra_lora_scale"] },
-    { name: "size", title: "Size", inputs: ["aspect_ratio", "megapixels", "width", "height"] },
-    {
-        name: "sampling",
-        title: "Sampling",
-        inputs: ["model", "num_outputs", "num_inference_steps", "guidance_scale", "seed", "go_fast"],
-    },
-    { name: "output", title: "Output", inputs: ["output_format", "output_quality", "disable_safety_checker"] },
+    ["prompt", "Prompt", ["prompt"]],
+    ["image", "Image and mask", ["image", "mask", "prompt_strength"]],
+    ["loras", "LoRAs", ["replicate_weights", "lora_scale", "extra_lora", "extra_lora_scale"]],
+    ["size", "Size", ["aspect_ratio", "megapixels", "width", "height"]],
+    ["sampling", "Sampling", ["model", "num_outputs", "num_inference_steps", "guidance_scale", "seed", "go_fast"]],
+    ["output", "Output", ["output_format", "output_quality", "disable_safety_checker"]],
 ];
 
 const CUSTOM = "custom";
@@ -67,7 +42,7 @@ const EASY_STEPS = 50; // at least so many values of a slider, by steps of 1, 0.
 const NUMBER = /^[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?$/i;
 const ADDRESS = /^(https?:\/\/[^\s/]|data:)/i;
 
-/** @returns {{fields: Field[], groups: Group[], ours: boolean}} of a document; `ours`: it is this project's */
+/** The fields of a document, sorted and in groups `{name, title, fields}`; and `ours`: it is this project's. */
 export function readSchema(document) {
     const { schemas } = document.components;
     const { properties = {}, required = [] } = schemas.Input;
@@ -129,7 +104,6 @@ export function isBounded({ type, minimum, maximum, step }) {
     return isNumeric(type) && minimum !== null && maximum !== null && (maximum - minimum) / step <= MOST_SLIDER_STEPS;
 }
 
-/** Whether a type is one of numbers. */
 export const isNumeric = (type) => type === "integer" || type === "number";
 
 /** The number that a text writes in decimals; NaN where it writes none. */
@@ -174,9 +148,7 @@ export function problemsOf(inputs, fields) {
 }
 
 /** Whether a field takes a value from elsewhere, such as a shared address: never a file or its address. */
-export function accepts(field, value) {
-    return field.format !== "uri" && isGiven(value) && problemOf(field, value) === null;
-}
+export const accepts = (field, value) => field.format !== "uri" && isGiven(value) && problemOf(field, value) === null;
 
 /** What a value of a field must be, if this one is not; null if it is. */
 function wantedInPlaceOf(value, field) {
@@ -216,33 +188,31 @@ function resolve(property, schemas) {
     return Object.assign({}, ...parts.map((part) => resolve(part, schemas)), property);
 }
 
-/** A field from a property, as `resolve` gives it; the description is the property's own, as others are not of it. */
+/** @returns {Field} of a property with all that it refers to; only the property's own description is about this input. */
 function readField(name, { description }, property, required) {
     const field = {
-        name,
-        label: labelOf(name),
-        description: String(description ?? ""),
+        name, // as it is sent
+        label: labelOf(name), // as people read it
+        description: String(description ?? ""), // may have `code` in it
         type: [property.type].flat().find((type) => type !== "null") ?? "string", // or null, says a newer OpenAPI
-        format: property.format ?? null,
-        secret: property["x-cog-secret"] === true || property.format === "password",
-        enum: property.enum ?? null,
+        format: property.format ?? null, // "uri" for a file or its address
+        secret: property["x-cog-secret"] === true || property.format === "password", // neither shown nor kept
+        enum: property.enum ?? null, // the choices
         default: property.default ?? null,
         minimum: property.minimum ?? null,
         maximum: property.maximum ?? null,
-        required,
+        required, // where it is shown
         order: property["x-order"] ?? 0,
-        rules: [],
-        idle: null,
+        rules: [], // {of, fallback, holds}: on the value, or default, of another input; all hold where it is shown
+        idle: null, // such a rule with a sentence: where it holds, the field changes nothing
     };
     return { ...field, step: stepOf(field) };
 }
 
 /** "num_inference_steps" → "Inference steps". */
 function labelOf(name) {
-    const words = name
-        .replaceAll("_", " ")
-        .replace(/^num /, "")
-        .replace(/\blora(s?)\b/gi, "LoRA$1");
+    const spaced = name.replaceAll("_", " ").replace(/^num /, "");
+    const words = spaced.replace(/\blora(s?)\b/gi, "LoRA$1");
     return words.charAt(0).toUpperCase() + words.slice(1);
 }
 
@@ -262,12 +232,11 @@ function addRules(field, byName) {
 }
 
 function grouped(fields) {
-    const named = GROUPS.map(({ name, title, inputs }) => {
-        const found = inputs.map((input) => fieldNamed(fields, input));
-        return { name, title, fields: found.filter((field) => field !== undefined) };
+    const groups = GROUPS.map(([name, title, inputs]) => {
+        const found = inputs.map((input) => fieldNamed(fields, input)).filter((field) => field !== undefined);
+        return { name, title, fields: found };
     });
-    const placed = new Set(GROUPS.flatMap(({ inputs }) => inputs));
-    const other = fields.filter((field) => !placed.has(field.name));
-    const groups = [...named, { name: "other", title: "Other", fields: other }];
+    const placed = groups.flatMap((group) => group.fields);
+    groups.push({ name: "other", title: "Other", fields: fields.filter((field) => !placed.includes(field)) });
     return groups.filter((group) => group.fields.length > 0);
 }

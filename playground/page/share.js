@@ -47,6 +47,4 @@ function isShared(name, value, fields) {
     return isOpen && isPlain && !isPrivate(String(value));
 }
 
-function isSharedLora(lora) {
-    return !lora.file && loraProblem(lora) === null && !isPrivate(lora.path);
-}
+const isSharedLora = (lora) => !lora.file && loraProblem(lora) === null && !isPrivate(lora.path);

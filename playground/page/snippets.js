@@ -1,20 +1,8 @@
-/**
- * Programs that ask for one prediction, each of which runs as it stands. Pure: no page, no state.
- */
+/** Programs that ask for one prediction, each of which runs as it stands. Pure: no page, no state. */
 
 import { LORAS } from "./lora.js";
 import { fieldNamed, isSecret, jsonText } from "./schema.js";
 import { sent } from "./wire.js";
-
-/**
- * @typedef {object} Asked the parts of every program
- * @property {string} url
- * @property {boolean} tokens whether with the token in `FLUX_TOKEN`
- * @property {[string, *][]} inputs names and values, of those that are sent
- * @property {Map<string, string>} secrets for each input that no program has in it, the variable that has its value
- * @property {Lora[]} loras
- * @property {Map<File, string>} names of files that lie beside the program
- */
 
 // References that mean the same within a sum of LoRAs as by themselves, and factors that one may have.
 const PLAIN = /^[\w./:-]+$/;
@@ -22,40 +10,32 @@ const DECIMAL = /^-?\d{1,20}(\.\d{1,20})?$/;
 const BARE = /^[\w@%+=:,./-]+$/; // words that mean themselves in a shell
 const LARGEST_ARGUMENT = 2 ** 17 - 1; // bytes, on Linux
 
-/**
- * Programs that write the pictures of one prediction to files, `output.0.webp` and so on; with `tokens`, they send the
- * token in the variable `FLUX_TOKEN`.
- *
- * @returns {{curl: string, python: string, javascript: string, predict: string|null, unsaid: string|null,
- *     files: [File, string][], variables: string[]}} for bash, Python 3.11 and Node 20; `unsaid` is the sentence why
- *     there is no command for `script/predict`; the files lie beside the program, by these names; it reads the
- *     variables
- */
+/** Programs that write the pictures of one prediction to files, `output.0.webp` and so on. */
 export function snippets(recipe, about, { fields, ours }) {
     const asked = whatIsAsked(recipe, about, fields);
     const options = predictOptions(asked, fields);
     const unsaid = ours ? whyUnsaid(options) : "script/predict draws with the project that it is part of alone.";
     return {
-        curl: curl(asked),
-        python: python(asked),
-        javascript: javascript(asked),
+        curl: curl(asked), // for bash
+        python: python(asked), // 3.11
+        javascript: javascript(asked), // for Node 20
         predict: unsaid ? null : predict(options),
-        unsaid,
-        files: [...asked.names],
+        unsaid, // the sentence on why there is no command for script/predict, or null
+        files: [...asked.names], // those that lie beside the program, and their names
         variables: [...(about.tokens ? ["FLUX_TOKEN"] : []), ...asked.secrets.values()],
     };
 }
 
-/** @returns {Asked} */
+/** The parts of every program. */
 function whatIsAsked(recipe, { address, tokens }, fields) {
     const inputs = sent(recipe.inputs, fields);
     const secrets = inputs.map(([name]) => name).filter((name) => isSecret(name, fields));
     const loras = fieldNamed(fields, LORAS) ? recipe.loras : [];
     return {
         url: `${address.replace(/\/$/, "")}/predictions`,
-        tokens,
-        inputs,
-        secrets: new Map(secrets.map((name) => [name, name.toUpperCase()])),
+        tokens, // whether it sends the token in `FLUX_TOKEN`
+        inputs, // names and values, of those that are sent
+        secrets: new Map(secrets.map((name) => [name, name.toUpperCase()])), // by input, the variable with its value
         loras,
         names: fileNames([...inputs.map(([, value]) => value), ...loras.map(({ file }) => file)]),
     };

@@ -1,6 +1,4 @@
-/**
- * How the server is and what is being drawn, in words. Views of the state alone.
- */
+/** The states of the server and of the drawings, in words. Views of the state alone. */
 
 import { token } from "./api.js";
 import { logLines } from "./cog.js";
@@ -50,23 +48,18 @@ export function statePanel() {
 }
 
 function adviceView({ kind, sentence, log, since, until }) {
-    const problem = html`<p class="problem">${sentence}</p>`;
-    switch (kind) {
-        case "connecting":
-            return unknownBar("Connecting");
-        case "starting":
-            return html`
-                ${unknownBar("Starting")}
-                <p class="quiet">Its models have been loading for ${elapsed(since)}; the page goes on by itself.</p>
-                ${logBox("Log of the setup", log)}
-            `;
-        case "setup-failed":
-            return [problem, logBox("Log of the setup", log)];
-        case "unhealthy":
-            return [problem, until === null ? goesOn : nextTry(until)];
-        case "unauthorised":
-            return tokenForm(sentence);
+    if (kind === "connecting") return unknownBar("Connecting");
+    if (kind === "unauthorised") return tokenForm(sentence);
+    if (kind === "starting") {
+        return html`
+            ${unknownBar("Starting")}
+            <p class="quiet">Its models have been loading for ${elapsed(since)}; the page goes on by itself.</p>
+            ${logBox("Log of the setup", log)}
+        `;
     }
+    const problem = html`<p class="problem">${sentence}</p>`;
+    if (kind === "setup-failed") return [problem, logBox("Log of the setup", log)];
+    if (kind === "unhealthy") return [problem, until === null ? goesOn : nextTry(until)];
     return [html`<p>${sentence}</p>`, nextTry(until)];
 }
 

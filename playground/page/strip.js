@@ -1,6 +1,4 @@
-/**
- * All pictures in a strip, from which one is chosen or deleted.
- */
+/** All pictures in a strip, from which one is chosen or deleted. */
 
 import { focusOn, urlOf } from "./browser.js";
 import { isPicking, leavePicking, stopPicking } from "./compare.js";
@@ -23,7 +21,7 @@ export function stripView() {
             <div class="row gallery-bar">
                 <h2>History</h2>
                 <span class="quiet">${state.pictures.length} of ${MOST}</span>
-                ${confirming ? confirmView() : clearView()}
+                ${confirming ? confirmView() : clearButton}
             </div>
             <div class="gallery-strip" role="group" aria-label="Pictures" @keydown=${onStripKey}>
                 ${repeat(state.pictures, ({ id }) => id, thumbView)}
@@ -43,10 +41,8 @@ export async function removePicture(picture) {
     if (state.pictures.length === 0) focusOn(NONE);
 }
 
-/** The picture after the one at a place, or of the last one the one before it. */
-function neighbour(place) {
-    return state.pictures[place + 1] ?? state.pictures[place - 1];
-}
+/** The picture after the one at a place, or before the last one. */
+const neighbour = (place) => state.pictures[place + 1] ?? state.pictures[place - 1];
 
 /** Take pictures from the page, and end a comparison that lacks a picture then. */
 function takeAway(gone) {
@@ -106,9 +102,9 @@ function focusThumb({ id }) {
     focusOn(`.gallery-thumb[data-id="${CSS.escape(id)}"]`);
 }
 
-function clearView() {
-    return html`<button class="button quiet gallery-clear" @click=${() => askToClear(true)}>Clear history</button>`;
-}
+const clearButton = html`
+    <button class="button quiet gallery-clear" @click=${() => askToClear(true)}>Clear history</button>
+`;
 
 function confirmView() {
     const count = state.pictures.length;

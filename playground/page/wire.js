@@ -1,6 +1,4 @@
-/**
- * A recipe as the input of a prediction, with files as data URIs, and the way back. Pure: no page, no state.
- */
+/** A recipe as the input of a prediction, with files as data URIs, and the way back. Pure: no page, no state. */
 
 import { LORAS } from "./lora.js";
 import { fieldNamed, isSent, isShown, own } from "./schema.js";
@@ -41,7 +39,6 @@ function cut(text) {
     return isLong ? `${text.slice(0, SHOWN)}… (${text.length} characters)` : text;
 }
 
-/** A file as a data URI. */
 function toDataUri(file) {
     return new Promise((resolve, reject) => {
         const reader = new FileReader();
