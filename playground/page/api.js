@@ -4,6 +4,7 @@
  */
 
 import { finished } from "./cog.js";
+import { readJson } from "./schema.js";
 
 const TOKEN = "flux-sprites-token";
 const SECONDS_FOR_AN_ANSWER = 12; // to all but a drawing; a Cog server takes 10 to say that its predictor hangs
@@ -168,18 +169,10 @@ async function ask(address, options = {}) {
         throw new Refused("gone", error.name === "TimeoutError" ? SILENT : UNREACHABLE);
     }
     if (answer.ok && !json) return text;
-    const said = parse(text);
+    const said = readJson(text, null);
     if (!answer.ok) throw refusal(answer, said ?? { detail: text }, used);
     if (said === null) throw new Refused("failed", "What answers at the server's address is another program.");
     return said;
-}
-
-function parse(text) {
-    try {
-        return JSON.parse(text);
-    } catch {
-        return null;
-    }
 }
 
 /** Why the server refuses, by the status and the body of its answer. */

@@ -21,7 +21,6 @@ export function urlOf(blob) {
     return urls.get(blob);
 }
 
-/** Save a Blob as a file. */
 export function download(blob, name) {
     const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: name });
     link.click();
@@ -34,21 +33,17 @@ export async function copyText(text) {
         await navigator.clipboard.writeText(text);
         return true;
     } catch {
-        return copySelected(text);
+        // A page that came over plain HTTP from another machine has no clipboard, but can copy what is selected.
+        const focused = document.activeElement;
+        const area = document.createElement("textarea");
+        Object.assign(area, { value: text, readOnly: true, className: "visually-hidden" });
+        document.body.append(area);
+        area.select();
+        const copied = document.execCommand("copy");
+        area.remove();
+        focused.focus();
+        return copied;
     }
-}
-
-/** A page that came over plain HTTP from another machine has no clipboard, but can copy what is selected. */
-function copySelected(text) {
-    const focused = document.activeElement;
-    const area = document.createElement("textarea");
-    Object.assign(area, { value: text, readOnly: true, className: "visually-hidden" });
-    document.body.append(area);
-    area.select();
-    const copied = document.execCommand("copy");
-    area.remove();
-    focused.focus();
-    return copied;
 }
 
 /** Have the page rendered anew, then call `work`, which may need new elements. */
@@ -179,7 +174,6 @@ export function dropTarget(className, take) {
     return { dragover, dragleave, drop };
 }
 
-/** Whether a file is a picture, by its type. */
 export const isPicture = ({ type }) => type.startsWith("image/");
 
 /** A number of bytes as people read it: "26 kB", "1.2 MB". */

@@ -30,7 +30,6 @@ export function healthFailure(fault) {
     return nobodyAsked ? PREDICTOR_ENDED : fault.replace(/^Healthcheck failed: (\w+Error: )?/, "");
 }
 
-/** Why a prediction failed. */
 export function drawingFailure(error) {
     const reason = error.replace(/^(Prediction failed: )*(\w+Error: )?/, "");
     if (NO_PROCESS.test(reason)) return PREDICTOR_ENDED;

@@ -39,7 +39,6 @@ export const comparedPicture = () => state.pictures.find(({ id }) => id === stat
 /** Whether the next picture that is chosen is to be compared. */
 export const isPicking = () => view.picking;
 
-/** End the choice. */
 export const stopPicking = () => set({ picking: false });
 
 function set(changes) {

@@ -22,7 +22,6 @@ let busyLooks = 0; // checks in a row that found the slot taken by another clien
 let learnt = null; // the token with which schema and library were read; null before that
 let refused = null; // the token that was refused
 
-/** Whether a drawing may be asked for now. */
 export const canDraw = () => ["ready", "busy"].includes(state.connection.kind);
 
 /** Check from now on. */
@@ -52,8 +51,7 @@ export async function checkNow() {
 /** Send this token from now on, and see whether the server takes it; "" forgets the one that was kept. */
 export function useToken(text) {
     setToken(text);
-    refused = null;
-    learnt = null;
+    refused = learnt = null;
     checkNow();
 }
 

@@ -60,7 +60,6 @@ function secretView(field) {
         <input
             id="field-${name}"
             type="password"
-            autocomplete="off"
             ?required=${field.required}
             aria-invalid=${isWrong(name)}
             aria-describedby=${describedBy(name)}

@@ -14,7 +14,6 @@ const PICTURES = /image|mask|photo|picture/; // in names of inputs: for these, t
 
 let painting = false; // whether the dialog for a mask is open, or about to be
 
-/** A field for a file, with its head. */
 export function fileView(field) {
     const value = valueOf(field);
     const { dragover, dragleave, drop } = dropTarget("form-over", (transfer) => takeDropped(field, transfer));

@@ -74,9 +74,7 @@ function usualValues({ id, field }) {
 }
 
 const countCells = ({ x, y }) => x.values.length * y.values.length;
-
 const canStart = (sides) => !isRunning() && canDraw() && gridProblem(sides) === null;
-
 const isRunning = () => grid.run?.rows.flat().some((job) => !hasEnded(job)) ?? false;
 
 /** Why the cells cannot be drawn as the form is now; null when they can. */
@@ -116,7 +114,6 @@ function ask(asking) {
     focusOn(".grid-start");
 }
 
-/** Have every cell drawn, row by row. */
 function start({ x, y }) {
     const recipe = snapshot();
     const { fields } = state.schema;
@@ -271,7 +268,6 @@ function runView(run) {
     `;
 }
 
-/** How far a grid is, in words. */
 function drawnOf({ rows }) {
     const jobs = rows.flat();
     return `${jobs.filter(({ pictures }) => pictures.length > 0).length} of ${jobs.length} drawn`;

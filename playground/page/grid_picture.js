@@ -77,7 +77,7 @@ function penOf(context, em) {
 /**
  * The places of everything, in whole pixels: between two pixels, pictures would be blurred.
  *
- * `x` gives the left of a column and `y` the top of a row; `whole` is the size, and each text has lines from a place on.
+ * `x` gives the left of a column, `y` the top of a row, `whole` the size; each text has its lines and where they begin.
  */
 function layout({ title, x: across, y: down }, cell, { em, line, measure }) {
     const gap = Math.round(em / 2);

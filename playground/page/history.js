@@ -49,12 +49,8 @@ export function keep(pictures) {
     });
 }
 
-/** Delete a picture, by its id. */
 export const forget = (id) => change((...stores) => remove([id], ...stores));
-
-/** Delete all of them. */
 export const clear = () => change((...stores) => Promise.all(stores.map((store) => done(store.clear()))));
-
 const change = (work) => attempt(undefined, () => transact("readwrite", work));
 
 /** What `work` resolves to; where the browser refuses, `instead`, and the person is told once. */

@@ -58,7 +58,6 @@ export function cancelJobs(jobs) {
     advance();
 }
 
-/** Cancel whatever has not ended. */
 export const cancelAll = () => cancelJobs(state.jobs);
 
 /** @returns {Job|undefined} the one that is drawn, else the one that waits for the server. */

@@ -48,7 +48,6 @@ export function loraProblem({ path, scale }) {
     return `The strength of ${name} must be a number from ${-LARGEST_STRENGTH} to ${LARGEST_STRENGTH}.`;
 }
 
-/** Whether a file may be one of a LoRA, by its name. */
 export const isLoraFile = ({ name }) => SUFFIXES.some((suffix) => name.toLowerCase().endsWith(suffix));
 
 /** Whether a text must be neither shared nor remembered, as it has a login or the like in it. */

@@ -83,12 +83,10 @@ export function addTyped() {
     return true;
 }
 
-/** Empty the field for one more. */
 export function clearTyped() {
     written = "";
 }
 
-/** Whether every chosen LoRA can be sent. */
 export const lorasAreRight = () => state.loras.every((lora) => loraProblem(lora) === null);
 
 // One LoRA
@@ -171,7 +169,6 @@ function nameView() {
             list="loras-names"
             aria-label="Add a LoRA"
             placeholder="Name or address"
-            autocomplete="off"
             autocapitalize="none"
             spellcheck="false"
             aria-invalid=${isWrong(LORAS)}

@@ -69,9 +69,13 @@ function formSide() {
 }
 
 function tabs() {
+    const choose = (tab) => {
+        state.tab = tab;
+        changed();
+    };
     return html`
         <div class="page-bar">
-            ${tabsView({ label: "What is shown", id: "page", tabs: TABS, chosen: state.tab, choose: show })}
+            ${tabsView({ label: "What is shown", id: "page", tabs: TABS, chosen: state.tab, choose })}
             ${progressView()}
         </div>
         <div role="tabpanel" id="page-panel" aria-labelledby="page-tab-${state.tab}">${TABS[state.tab].view()}</div>
@@ -89,11 +93,6 @@ function noteView(sentence) {
             <button class="icon-button" aria-label="Dismiss" @click=${dismiss}>✕</button>
         </div>
     `;
-}
-
-function show(tab) {
-    state.tab = tab;
-    changed();
 }
 
 /** Draw what the form says; on a narrow screen, scroll to where the picture will be. */

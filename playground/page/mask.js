@@ -78,7 +78,7 @@ function laid(bitmap, [width, height], colour) {
     return canvas;
 }
 
-/** The greys of a mask, [height × width], transparency as black; null where it cannot be read or has another aspect. */
+/** The greys of a mask, [height × width], transparency as black; null if it is unreadable or of another aspect. */
 async function greysOf(blob, { width, height }) {
     // The mask's numbers count, without its colour profile.
     const bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none" }).catch(() => null);

@@ -6,7 +6,7 @@
  */
 
 import { loraProblem, LORAS, MOST_LORAS } from "./lora.js";
-import { accepts, fieldNamed, isGiven } from "./schema.js";
+import { accepts, fieldNamed, isGiven, readJson } from "./schema.js";
 
 const LARGEST_FILE = 64 * 2 ** 20; // bytes
 const LONGEST_TEXT = 2 ** 20; // bytes, as large as Pillow reads them
@@ -73,13 +73,9 @@ function lorasOf(text) {
 
 /** The list of objects in a text of JSON, if the server takes as many; else null. */
 function entriesOf(text) {
-    try {
-        const entries = JSON.parse(text);
-        const isList = Array.isArray(entries) && entries.length <= MOST_LORAS;
-        return isList && entries.every((entry) => typeof entry === "object" && entry !== null) ? entries : null;
-    } catch {
-        return null;
-    }
+    const entries = readJson(text, null);
+    const isList = Array.isArray(entries) && entries.length <= MOST_LORAS;
+    return isList && entries.every((entry) => typeof entry === "object" && entry !== null) ? entries : null;
 }
 
 const brief = (text) => (text.length > 80 ? `${text.slice(0, 80)}…` : text);

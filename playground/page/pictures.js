@@ -16,7 +16,6 @@ export const inputOf = ({ recipe }, name) => own(recipe.inputs, name) ?? fieldOf
 /** The prompt of a picture; "" where it has none. */
 export const promptOf = (picture) => String(inputOf(picture, "prompt") ?? "");
 
-/** The prompt and the seed. */
 export function nameOf(picture) {
     return picture.seed === null ? promptOf(picture) : `${promptOf(picture)}, seed ${picture.seed}`;
 }

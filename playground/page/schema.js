@@ -88,7 +88,6 @@ export function isSame(one, other) {
     return Object.is(one, other) || (isJson(one) && isJson(other) && JSON.stringify(one) === JSON.stringify(other));
 }
 
-/** Whether there is a value at all. */
 export const isGiven = (value) => value !== undefined && value !== null && value !== "";
 
 /** Whether the value of an input must be neither seen nor kept. */
@@ -119,17 +118,18 @@ export function meaningOf({ type, format }, text) {
     if (bare === "") return undefined;
     if (isNumeric(type)) return readNumber(text);
     if (type === "boolean") return ["true", "false"].includes(bare) ? bare === "true" : text;
-    return format === "uri" ? bare : readJson(text);
+    return format === "uri" ? bare : readJson(text, text);
 }
 
 /** The text that means a value; lists and objects are written in JSON. */
 export const jsonText = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));
 
-function readJson(text) {
+/** The value of a text in JSON; `otherwise` where it is none. */
+export function readJson(text, otherwise) {
     try {
         return JSON.parse(text);
     } catch {
-        return text;
+        return otherwise;
     }
 }
 
@@ -188,7 +188,7 @@ function resolve(property, schemas) {
     return Object.assign({}, ...parts.map((part) => resolve(part, schemas)), property);
 }
 
-/** @returns {Field} of a property with all that it refers to; only the property's own description is about this input. */
+/** @returns {Field} of a property with all that it refers to; only its own description is about this input. */
 function readField(name, { description }, property, required) {
     const field = {
         name, // as it is sent

@@ -44,12 +44,10 @@ function whatIsAsked(recipe, { address, tokens }, fields) {
 /** A name for each file among some values, no two of them alike. */
 function fileNames(values) {
     const names = new Map();
-    for (const file of values) {
-        if (!(file instanceof Blob) || names.has(file)) continue;
-        const taken = new Set(names.values());
+    for (const file of new Set(values.filter((value) => value instanceof Blob))) {
         const own = file.name.replace(/^~/, "_"); // script/predict would read "~" as a home directory
         let name = own;
-        for (let number = 2; taken.has(name); number += 1) name = `${number}-${own}`;
+        for (let number = 2; [...names.values()].includes(name); number += 1) name = `${number}-${own}`;
         names.set(file, name);
     }
     return names;

@@ -13,7 +13,6 @@ const NONE = ".gallery-empty"; // what the stage shows where there is no picture
 
 let confirming = false; // whether a person is asked if all shall be deleted
 
-/** All pictures, the newest first. */
 export function stripView() {
     if (state.pictures.length === 0) return nothing;
     return html`
