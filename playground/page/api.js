@@ -56,7 +56,7 @@ export function setToken(text) {
     }
 }
 
-// What the server tells, each in a promise.
+// Questions to the server; each answers with a promise.
 export const about = () => ask("about.json"); // the server behind this page
 export const health = () => ask("../health-check"); // Cog's: `status`, `setup`, `user_healthcheck_error`
 export const openapi = () => ask("../openapi.json"); // the document

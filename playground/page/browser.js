@@ -53,9 +53,7 @@ export function afterRender(work) {
 }
 
 /** Have the page rendered anew, then focus the first element of a selector, if there is one. */
-export function focusOn(selector) {
-    afterRender(() => document.querySelector(selector)?.focus());
-}
+export const focusOn = (selector) => afterRender(() => document.querySelector(selector)?.focus());
 
 /**
  * A list of tabs, with the keys that such lists have. The caller adds the panel: its id is `<id>-panel`, and

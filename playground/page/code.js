@@ -35,7 +35,7 @@ export function jsonView() {
     `;
 }
 
-/** The tab with programs that ask for what the form says. */
+/** The tab with programs that send the request of the form. */
 export function codeView() {
     const address = state.about?.address ?? new URL("..", location).href;
     const made = snippets(snapshot(), { ...state.about, address }, state.schema);

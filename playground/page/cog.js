@@ -23,7 +23,7 @@ export function setupFailure(log) {
     return line ? finished(line.replace(SETUP, "").trim()) : "";
 }
 
-/** Why the predictor is not well, by what the health check says of it. */
+/** Why the predictor is unhealthy, by the error of its health check. */
 export function healthFailure(fault) {
     if (fault === "healthcheck timed out") return "The predictor does not answer the server.";
     const nobodyAsked = !fault || fault.startsWith("Healthcheck error: ");

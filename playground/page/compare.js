@@ -1,4 +1,4 @@
-/** Two pictures beside each other, or one over the other, and what differs between their inputs. */
+/** Two pictures beside each other, or one over the other, and the inputs that differ. */
 
 import { focusOn, radioView, slider } from "./browser.js";
 import { fieldOf, imageView, inputOf, loraText, nameOf, sizeStyle } from "./pictures.js";
@@ -60,7 +60,7 @@ export function closeCompare() {
     focusOn(".gallery-compare");
 }
 
-/** Two pictures, in the frame of the first one's shape, and what differs. */
+/** Two pictures, in the frame of the first one's shape, and the inputs that differ. */
 export function compareView(first, second) {
     return html`
         <div class="row gallery-bar">

@@ -20,7 +20,7 @@ export function controlView(field) {
     return secret ? secretView(field) : textView(field);
 }
 
-/** What may be chosen; a switch could not say that a required one was switched off. */
+/** The choices of a field. A required boolean has two: a switch could not show that none was made yet. */
 function choices({ enum: values, type, required }) {
     return values ?? (type === "boolean" && required ? [true, false] : null);
 }
@@ -60,6 +60,7 @@ function secretView(field) {
         <input
             id="field-${name}"
             type="password"
+            autocomplete="off"
             ?required=${field.required}
             aria-invalid=${isWrong(name)}
             aria-describedby=${describedBy(name)}
@@ -98,12 +99,12 @@ function numberView(field) {
 }
 
 /**
- * A field that a number is typed into. To the browser it is a text, as `type="number"` does not tell what was typed
- * where that is no number; the arrow keys do the same here.
+ * A field that a number is typed into. Its type is "text", as one of type "number" hides text that is no number; the
+ * arrow keys are handled here.
  *
  * @param {{type: string, minimum: number|null, maximum: number|null, step: number, default: *}} field
- * @param {object} control `value`: a number or undefined; `text`: what is bound to it, of the directive `typed`;
- *     `set` gets undefined for no text, NaN for what is no number
+ * @param {object} control `value`: a number or undefined; `text`: its text, of the directive `typed`; `set` gets
+ *     undefined for an empty text, NaN for one that is no number
  */
 export function numberInput(field, control) {
     const { id, placeholder = nothing, label = nothing, required = false, value, text, set } = control;
@@ -196,9 +197,7 @@ function choiceView(field) {
     return headView(field, { end: radiosView(field, values, "form-segments"), isLabel: false });
 }
 
-function choiceText(value) {
-    return typeof value === "boolean" ? (value ? "Yes" : "No") : String(value);
-}
+const choiceText = (value) => (typeof value === "boolean" ? (value ? "Yes" : "No") : String(value));
 
 /** Radio buttons: "form-segments" in a row, "form-frames" with the shapes that their values name. */
 function radiosView(field, values, kind) {

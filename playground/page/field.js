@@ -11,12 +11,12 @@ const MOST_BYTES = 70_000_000;
 
 const explained = new Set(); // names of fields whose description is open
 
-// Its value
+// Values
 
 /** The value of a field in the form; undefined where it has its default. */
 export const valueOf = ({ name }) => own(state.inputs, name);
 
-/** Set a field, or give it back its default; what was said of its old value goes. */
+/** Set a field, or give it back its default; the problem of its old value goes. */
 export function edit(field, value) {
     const { name } = field;
     if (name === "image" && value !== state.inputs.image && state.inputs.mask) {
@@ -99,7 +99,7 @@ export function restore({ inputs, loras }) {
     changed();
 }
 
-// What is typed into it
+// Typed text
 
 /**
  * For the value of a control that is typed into: typed text stays as long as it means the value, as "1." means 1; else
@@ -120,12 +120,12 @@ export const typed = directive(
     },
 );
 
-/** What is bound to the value of a field's control, so that it says what will be sent. */
+/** The binding for the value of a field's control, so that it shows the value that will be sent. */
 export function typedText(field, text) {
     return typed(text, (shown) => isSame(keptOf(field, meaningOf(field, shown)), valueOf(field)));
 }
 
-// What is seen of it
+// Its parts
 
 /** The line above a control, or with a small control at its end. */
 export function headView(field, { end = nothing, isLabel = true } = {}) {
@@ -176,7 +176,7 @@ export function aboutView({ name, description }) {
     return html`<p class="hint form-about" id="about-${name}">${withCode}</p>`;
 }
 
-/** What is wrong with an input, below its control. */
+/** The problem of an input, below its control. */
 export function problemView(name) {
     return isWrong(name) ? html`<p class="problem" id="problem-${name}">${state.problems[name]}</p>` : nothing;
 }

@@ -11,7 +11,7 @@ import { announce, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 import { repeat } from "./vendor/repeat.js";
 
-/** The whole form, without the bar that draws: its events `submit` go up to whoever draws. */
+/** The whole form, without the button that submits it; main.js handles its event `submit`. */
 export function formView() {
     const { fields, groups } = state.schema;
     const shown = new Set(fields.filter((field) => isShown(field, state.inputs)).map(({ name }) => name));

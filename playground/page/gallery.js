@@ -18,7 +18,7 @@ const { dragover, dragleave, drop } = dropTarget("gallery-dropping", takeDropped
 
 let copied = null; // the id of the picture whose seed was copied last
 
-/** The selected picture, or two to compare, or what to do where there is none. Takes pictures dropped on it. */
+/** The selected picture, or two to compare, or a hint where there is none. Takes pictures dropped on it. */
 export function stageView() {
     const picture = selectedPicture();
     const other = comparedPicture();
@@ -33,6 +33,14 @@ export function stageView() {
 function pictureView(picture) {
     const { blob, name, recipe, seed } = picture;
     const file = new File([blob], name, { type: blob.type });
+    const drawAgain = () => {
+        restore(recipe);
+        draw(snapshot()); // with the secrets of the form
+    };
+    const useInputs = () => {
+        restore(recipe);
+        announce("The form has the inputs of this picture.");
+    };
     return html`
         <figure class="gallery-figure" .style=${sizeStyle(picture)}>
             ${imageView(picture, "gallery-picture", promptOf(picture))}
@@ -47,8 +55,8 @@ function pictureView(picture) {
         </figure>
         <div class="row gallery-actions">
             <a class="button" href=${urlOf(blob)} download=${name}>Download</a>
-            <button class="button" @click=${() => drawAgain(recipe)}>Same again</button>
-            <button class="button" @click=${() => useInputs(recipe)}>Use its inputs</button>
+            <button class="button" @click=${drawAgain}>Same again</button>
+            <button class="button" @click=${useInputs}>Use its inputs</button>
             <button class="button" @click=${() => setImage(file)}>Use as image</button>
             ${keepSeedButton(picture)} ${compareButton()}
             <button class="button quiet" @click=${() => removePicture(picture)}>Delete</button>
@@ -101,16 +109,6 @@ function droppedView({ metrics: { safety, seeds } }) {
     return html`<p class="hint">${pictures} kept back by the safety check.</p>`;
 }
 
-function drawAgain(recipe) {
-    restore(recipe);
-    draw(snapshot()); // with the secrets of the form
-}
-
-function useInputs(recipe) {
-    restore(recipe);
-    announce("The form has the inputs of this picture.");
-}
-
 function emptyView() {
     if (state.jobs.some((job) => job.kind === "draw" && !hasEnded(job))) {
         return html`<p class="gallery-empty quiet" tabindex="-1">The first picture comes here.</p>`;
@@ -143,7 +141,7 @@ function takeDropped(carried) {
     if (carried.files.length > 0) receive([...carried.files]);
 }
 
-/** Take the first picture of at least one file: its inputs, if it says what it was drawn from, else itself as image. */
+/** Take the first picture of at least one file: the inputs in its metadata, or without these itself as image. */
 export async function receive(files) {
     const file = files.find(isPicture);
     if (file === undefined) return note(`${files[0].name} is not a picture.`);

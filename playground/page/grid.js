@@ -16,7 +16,7 @@ import { html, nothing } from "./vendor/lit-html.js";
 
 const MOST_CELLS = 400;
 const ASK_ABOVE = 36; // cells
-const DRAWN_SEEDS = 2 ** 32; // seeds that nobody chose are below
+const DRAWN_SEEDS = 2 ** 32; // random seeds are below
 const EXAMPLES = { lora_scale: "0, 0.5, 1", guidance_scale: "2, 3, 4", num_inference_steps: "4, 14, 28" };
 
 const grid = {
@@ -41,7 +41,7 @@ export function gridView() {
     `;
 }
 
-// What is asked for
+// The sides
 
 /** The chosen axes with the values that they have now; null where no two of them can be in one grid. */
 function readSides() {
@@ -89,7 +89,7 @@ function gridProblem(sides) {
     return problems.find((problem) => problem !== null) ?? null;
 }
 
-// What a person does
+// Actions
 
 function set(values) {
     Object.assign(grid, { asking: false, ...values });

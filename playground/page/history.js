@@ -18,7 +18,7 @@ const keys = new WeakMap(); // of files that have been given one
 let database = null; // a promise, from the first use on
 let told = false; // that nothing is kept
 
-/** @returns {Promise<Picture[]>} those kept, the newest first; what cannot be read is left out. */
+/** @returns {Promise<Picture[]>} those kept, the newest first, without those that cannot be read. */
 export function load() {
     return attempt([], async () => {
         const [records, files] = await transact("readonly", (...stores) => Promise.all(stores.map(readable)));
@@ -53,7 +53,7 @@ export const forget = (id) => change((...stores) => remove([id], ...stores));
 export const clear = () => change((...stores) => Promise.all(stores.map((store) => done(store.clear()))));
 const change = (work) => attempt(undefined, () => transact("readwrite", work));
 
-/** What `work` resolves to; where the browser refuses, `instead`, and the person is told once. */
+/** The result of `work`; if the browser refuses, `instead`, and a note says so once. */
 async function attempt(instead, work) {
     try {
         return await work();

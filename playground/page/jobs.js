@@ -33,7 +33,7 @@ export function enqueue(recipe, kind = "draw") {
         of: null, // steps in all
         log: "", // what the predictor has printed
         error: null, // the sentence on why it waits, failed or was cancelled
-        problems: {}, // by input, what the server said of it
+        problems: {}, // by input, the server's sentence on it
         until: null, // when it is asked for again, where the server said when
         startedAt: null, // when the server began with it
         endedAt: null,
@@ -82,7 +82,7 @@ function newId() {
     return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-/** Begin what can be begun, and keep the clock going while something is. */
+/** Begin the jobs for which there is room, and keep the clock going while one runs or waits for the server. */
 function advance() {
     const room = state.about?.server === "front" ? AT_ONCE_AT_A_FRONT : 1;
     const free = room - state.jobs.filter(isAsked).length;

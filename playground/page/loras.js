@@ -25,9 +25,9 @@ const { dragover, dragleave, drop } = dropTarget("loras-over", takeDropped);
 
 let written = ""; // in the field for one more
 let recent = readRecent();
-const learned = new Map(); // trigger words by path, also of what is not kept beyond this visit
+const learned = new Map(); // trigger words by path, also of LoRAs that are not kept beyond this visit
 
-/** The chosen LoRAs, the field that adds one, and what is wrong with the input that carries them. */
+/** The chosen LoRAs, the field that adds one, and the problem of the input that carries them. */
 export function lorasView() {
     const full = html`<p class="hint">These are ${MOST_LORAS} LoRAs, the most that a picture can have.</p>`;
     const list = html`<ol class="loras-list">${repeat(state.loras, (lora) => lora, loraView)}</ol>`;
@@ -188,7 +188,7 @@ function chipsView(names) {
     return html`<div class="row" role="group" aria-label="LoRAs to add">${names.map(chipView)}</div>`;
 }
 
-/** The server's library and what was drawn with lately, without what is chosen; by typing, that can be added again. */
+/** The server's library and the LoRAs of earlier drawings, without those chosen, which can be typed again. */
 function namesToAdd() {
     const chosen = new Set(state.loras.map(({ path }) => path));
     return [...new Set([...state.library, ...recent.map(({ path }) => path)])].filter((name) => !chosen.has(name));
@@ -217,7 +217,7 @@ function takeApart(text) {
     const bare = text.trim();
     if (/^[[{]/.test(bare)) return fromJson(bare);
     const terms = bare.split(/\s\+\s/).map(readLora);
-    // What has a blank in it may be a file whose name has a plus in it; the server says whether it can be fetched.
+    // A name with a blank may be one file with a plus in its name; the server says whether it can be fetched.
     const isSum = terms.every(({ path }) => /^\S+$/.test(path));
     return (isSum ? terms : [readLora(bare)]).map(checked);
 }
@@ -240,7 +240,7 @@ function checked(lora) {
     return lora;
 }
 
-// What is remembered
+// LoRAs of earlier drawings
 
 /** Learn from a job that succeeded: its LoRAs can be chosen again by a click, and their trigger words are known. */
 export function rememberLoras({ recipe, answer }) {

@@ -115,7 +115,7 @@ async function share() {
     note(`The address of these inputs ${where}${without}`);
 }
 
-let shared = location.hash; // of the address, until the schema tells what it means
+let shared = location.hash; // of the address, until the schema is there to read it
 
 function takeShared() {
     const recipe = shared && state.schema ? fromFragment(shared, state.schema.fields) : null;
@@ -162,7 +162,7 @@ window.addEventListener("hashchange", () => {
     shared = location.hash;
     changed();
 });
-// A page that is closed has no use for what it drew; one that the browser holds for the way back has.
+// A closed page needs its drawings no more; one that the browser keeps for the way back (persisted) does.
 window.addEventListener("pagehide", ({ persisted }) => {
     if (!persisted) cancelAll();
 });

@@ -1,9 +1,9 @@
 /**
  * A dialog in which a mask is painted over an image: white is drawn anew, black is kept.
  *
- * A mask is one byte for each pixel. A stroke takes the larger of what is there and what the brush says (the smaller,
- * where it erases), so a soft brush that passes twice gets no harder. Bytes rather than a canvas: what undo brings back
- * is the same to the bit, in every browser.
+ * A mask is one byte for each pixel. A stroke sets it to the larger of itself and the brush's (the smaller, where it
+ * erases), so a soft brush that passes twice gets no harder. Bytes rather than a canvas: undo restores them to the bit,
+ * in every browser.
  */
 
 import { COMMAND, radioView, slider } from "./browser.js";
@@ -14,7 +14,7 @@ const TRACE = 8; // up to here a grey counts as black for the predictor
 const UNDO_BYTES = 64 * 2 ** 20; // thirty changes of whole masks of the largest size
 const LARGER = 1.25; // by which a key changes the size of the brush
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-const COMMAND_KEY = COMMAND === "⌘" ? "Meta" : "Control"; // its name for those who cannot see it
+const COMMAND_KEY = COMMAND === "⌘" ? "Meta" : "Control"; // its name for screen readers
 const KEYBOARD = "keyboard"; // in place of a pointer's id
 const HINT = "What is painted is drawn anew; all else is kept.";
 const NOTHING = "Nothing is painted yet: paint over what is to be drawn anew.";
@@ -168,7 +168,7 @@ function exchange(raster, { area, bytes }) {
     return before;
 }
 
-// What a person does
+// Actions
 
 function begin(easel, pointer, point) {
     easel.stroke = { pointer, before: easel.raster.bytes.slice(), area: null };
@@ -281,11 +281,9 @@ function onKey(easel, event) {
     event.preventDefault();
 }
 
-function largestBrush({ raster }) {
-    return Math.max(raster.width, raster.height);
-}
+const largestBrush = ({ raster }) => Math.max(raster.width, raster.height);
 
-// What is seen
+// Views
 
 const update = (easel) => render(view(easel), easel.dialog);
 

@@ -150,7 +150,7 @@ export function problemsOf(inputs, fields) {
 /** Whether a field takes a value from elsewhere, such as a shared address: never a file or its address. */
 export const accepts = (field, value) => field.format !== "uri" && isGiven(value) && problemOf(field, value) === null;
 
-/** What a value of a field must be, if this one is not; null if it is. */
+/** The description of the values that a field takes, if this one is not among them; else null. */
 function wantedInPlaceOf(value, field) {
     const { type, format, enum: choices } = field;
     const unless = (isRight, wanted) => (isRight ? null : wanted);

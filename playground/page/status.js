@@ -9,7 +9,7 @@ import { html, nothing } from "./vendor/lit-html.js";
 
 const LINES = 400; // of a log
 
-// For each state of the server: a word, and the title of what keeps from drawing, if it does.
+// For each state of the server: a word, and, where nothing can be drawn, a title.
 const STATES = {
     connecting: ["Connecting", "Connecting to the server"],
     offline: ["Offline", "This computer is offline"],
@@ -23,7 +23,7 @@ const STATES = {
     unauthorised: ["Token wanted", "A token is wanted"],
 };
 
-/** The state of the server in a word, for the header. Screen readers hear of it only what keeps from drawing. */
+/** The state of the server in a word, for the header. Screen readers are told only why nothing can be drawn. */
 export function connectionView() {
     const { kind } = state.connection;
     const draws = canDraw() && state.jobs.some((job) => job.status === "drawing");

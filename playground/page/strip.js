@@ -69,7 +69,8 @@ function thumbView(picture) {
 
 /** Show a picture, or compare it where that was asked for. */
 function choose(picture) {
-    state[isPicking() ? "compare" : "selected"] = picture.id;
+    if (isPicking()) state.compare = picture.id;
+    else state.selected = picture.id;
     if (state.compare === state.selected) state.compare = null;
     state.tab = "picture";
     stopPicking();
@@ -122,7 +123,7 @@ function askToClear(isAsked) {
     focusOn(isAsked ? ".gallery-keep" : ".gallery-clear");
 }
 
-/** Escape leaves what was begun here, and then goes no further. */
+/** Escape ends the question or the choice of a picture, and then goes no further. */
 function onEscape(event) {
     if (event.key === "Escape" && confirming) {
         event.stopPropagation();
@@ -132,7 +133,7 @@ function onEscape(event) {
     }
 }
 
-/** Delete the pictures that are here now, and what is known of their LoRAs; what is drawn meanwhile stays. */
+/** Delete the pictures that are here now, and all known LoRAs; pictures that are drawn meanwhile stay. */
 async function removeAll() {
     const asked = [...state.pictures];
     confirming = false;
