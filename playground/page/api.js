@@ -1,29 +1,29 @@
 /**
- * What the server is asked over HTTP, and what it means when it refuses. This module knows neither the state nor the
- * document. Addresses are relative to the page's own, so that it works below any path.
+ * Requests to the server, and why it refuses them. This module knows neither the state nor the document. Addresses are
+ * relative to the page's own, so that the page works below any path.
  */
 
 import { finished } from "./cog.js";
+import { readJson } from "./schema.js";
 
 const TOKEN = "flux-sprites-token";
-const SECONDS_FOR_AN_ANSWER = 12; // of all but a drawing; a Cog server takes 10 to say that its predictor hangs
-const POLL_MS = 500; // how often a front is asked for the steps of a drawing
-const MOST_LOST = 20; // answers of a front in a row, and the drawing is given up
+const SECONDS_FOR_AN_ANSWER = 12; // to all but a drawing; a Cog server takes 10 to say that its predictor hangs
+const POLL_MS = 500; // between two requests to a front for the steps of a drawing
+const MOST_LOST = 20; // requests to a front that fail in a row before the drawing is given up
 const EVENTS_MS = 2000; // how long a drawing waits for its stream of steps to open
 
 const UNREACHABLE = "The server cannot be reached.";
 const SILENT = `The server has not answered for ${SECONDS_FOR_AN_ANSWER} seconds.`;
-const TRY_AGAIN = /[;.]\s*try again( later)?\.?$/i; // the page does so by itself
+const TRY_AGAIN = /[;.]\s*try again( later)?\.?$/i; // cut off, as the page does so by itself
 const TOO_LARGE = "The request is larger than the server takes: name large files by their address instead.";
 
-/** The server did not do what it was asked; the message is a sentence for the person. */
+/**
+ * The server did not do what it was asked; the message is a sentence for the person.
+ *
+ * `kind` is "unauthorised", "busy", "later", "invalid", "gone" or "failed"; `seconds` until it may be asked again, if
+ * it said so; `problems` by input; `token` the one that was sent.
+ */
 class Refused extends Error {
-    /**
-     * @param {"unauthorised"|"busy"|"later"|"invalid"|"gone"|"failed"} kind
-     * @param {string} sentence
-     * @param {{seconds?: number|null, problems?: Object<string, string>, token?: string}} more after how many seconds
-     *     to ask again, if it said so; what is wrong, by input; the token that was sent
-     */
     constructor(kind, sentence, { seconds = null, problems = {}, token = "" } = {}) {
         super(sentence);
         Object.assign(this, { kind, seconds, problems, token });
@@ -37,12 +37,12 @@ export function unauthorised(token) {
 
 let held = null; // the token of this visit, once it is set
 
-/** @returns {string} the token of requests, which lasts as long as the browser's tab; "" is none. */
+/** @returns {string} the token of requests, which is kept until the browser's tab is closed; "" is none. */
 export function token() {
     try {
         return held ?? sessionStorage.getItem(TOKEN) ?? "";
     } catch {
-        return ""; // a browser that keeps nothing refuses to be asked
+        return ""; // a browser that keeps nothing throws
     }
 }
 
@@ -50,45 +50,38 @@ export function token() {
 export function setToken(text) {
     held = text;
     try {
-        if (text) sessionStorage.setItem(TOKEN, text);
-        else sessionStorage.removeItem(TOKEN);
+        sessionStorage.setItem(TOKEN, text);
     } catch {
         // It lasts until the page is loaded again.
     }
 }
 
-/** @returns {Promise<object>} what is behind this page. */
-export const about = () => ask("about.json");
-
-/** @returns {Promise<object>} Cog's health: `status`, `setup`, `user_healthcheck_error`. */
-export const health = () => ask("../health-check");
-
-/** @returns {Promise<object>} the OpenAPI document. */
-export const openapi = () => ask("../openapi.json");
-
-/** @returns {Promise<string[]>} the names of the library's LoRAs. */
-export const loras = () => ask("loras.json");
-
-/** @returns {Promise<string>} what the predictor has printed while it starts. */
-export const setupLog = () => ask("setup.log", { json: false });
+// Questions to the server; each answers with a promise.
+export const about = () => ask("about.json"); // the server behind this page
+export const health = () => ask("../health-check"); // Cog's: `status`, `setup`, `user_healthcheck_error`
+export const openapi = () => ask("../openapi.json"); // the document
+export const loras = () => ask("loras.json"); // the names of the library's LoRAs
+export const setupLog = () => ask("setup.log", { json: false }); // what the predictor prints while it starts
 
 /**
- * Draw, and wait for the end.
+ * Draw, and wait for the end; `onProgress` gets `{status, logs, metrics}` meanwhile.
  *
- * @param {string} id of the prediction
- * @param {object} input as JSON
- * @param {{server: "cog"|"front", progress: "events"|"poll"|null}} about
- * @param {{signal: AbortSignal, onProgress: function({status: string, logs: string, metrics: object})}} options
  * @returns {Promise<object>} the answer, also of a prediction that failed; an aborted one throws the signal's reason
  * @throws {Refused} where it was not drawn
  */
 export async function draw(id, input, about, { signal, onProgress }) {
     if (about.server === "front") return drawAtFront(id, input, signal, onProgress);
-    const events = about.progress === "events" ? await follow(id, signal, onProgress) : null;
+    if (about.progress !== "events") return put(id, input, { signal });
+    const events = new EventSource(`events/${id}`); // of its steps; if it breaks, the drawing goes on without
+    events.addEventListener("message", ({ data }) => onProgress(JSON.parse(data)));
+    const settled = new Promise((resolve) => {
+        for (const type of ["open", "error"]) events.addEventListener(type, resolve);
+    });
     try {
+        await Promise.race([settled, pause(EVENTS_MS, signal)]);
         return await put(id, input, { signal });
     } finally {
-        events?.close();
+        events.close();
     }
 }
 
@@ -113,13 +106,13 @@ export function pause(milliseconds, signal) {
 
 const predictions = (id) => `../predictions/${id}`;
 
-/** Nobody knows how long a picture takes, or its bytes on their way. */
+/** Ask for a prediction, without a time limit: pictures and uploads take as long as they take. */
 const put = (id, input, options) => ask(predictions(id), { method: "PUT", body: { input }, seconds: null, ...options });
 
-/** Begin at once, then ask until it has ended. A known id is answered without a look at the input, and drawn once. */
+/** Begin at once, then ask until it has ended: a front draws each id once, and then ignores the input. */
 async function drawAtFront(id, input, signal, onProgress) {
     try {
-        // Not broken off: whether the front has taken it would be unknown then, and what to cancel.
+        // Without the signal: an aborted request may have reached the front, which must then cancel it.
         await insist(() => put(id, input, { headers: { Prefer: "respond-async" } }), ["gone"], signal);
     } finally {
         if (signal.aborted) cancel(id).catch(() => {});
@@ -132,6 +125,7 @@ async function drawAtFront(id, input, signal, onProgress) {
     }
 }
 
+/** Ask how far it is: only a front that does not know the id looks at the empty input, and refuses it. */
 async function askAgain(id, signal) {
     try {
         return await put(id, {}, { signal });
@@ -140,7 +134,7 @@ async function askAgain(id, signal) {
     }
 }
 
-/** Ask until it is answered: a drawing outlives some answers that are lost, for one of these reasons. */
+/** Ask until it is answered: a request that fails for one of these reasons does not end the drawing. */
 async function insist(request, reasons, signal) {
     for (let lost = 1; ; lost++) {
         try {
@@ -152,24 +146,7 @@ async function insist(request, reasons, signal) {
     }
 }
 
-/** The stream of a drawing's steps, open; where it breaks or does not open, the drawing goes on without. */
-async function follow(id, signal, onProgress) {
-    const events = new EventSource(`events/${id}`);
-    events.addEventListener("message", ({ data }) => onProgress(JSON.parse(data)));
-    const opened = new Promise((resolve) => {
-        events.addEventListener("open", resolve);
-        events.addEventListener("error", resolve);
-    });
-    try {
-        await Promise.race([opened, pause(EVENTS_MS, signal)]);
-    } catch (error) {
-        events.close();
-        throw error;
-    }
-    return events;
-}
-
-/** One exchange of HTTP, its answer parsed as JSON unless that is not wanted; `request` goes to `fetch` as it is. */
+/** The answer to one request, parsed as JSON unless `json` is false; other options go to `fetch` as they are. */
 async function ask(address, options = {}) {
     const { body, headers, signal, seconds = SECONDS_FOR_AN_ANSWER, json = true, ...request } = options;
     const sent = new Headers(headers);
@@ -192,53 +169,37 @@ async function ask(address, options = {}) {
         throw new Refused("gone", error.name === "TimeoutError" ? SILENT : UNREACHABLE);
     }
     if (answer.ok && !json) return text;
-    const said = parse(text);
+    const said = readJson(text, null);
     if (!answer.ok) throw refusal(answer, said ?? { detail: text }, used);
     if (said === null) throw new Refused("failed", "What answers at the server's address is another program.");
     return said;
 }
 
-function parse(text) {
-    try {
-        return JSON.parse(text);
-    } catch {
-        return null;
-    }
-}
-
-/** Why an answer is none that was asked for. */
+/** Why the server refuses, by the status and the body of its answer. */
 function refusal({ status, headers }, said, token) {
     const detail = said.detail ?? said.error;
-    // A page of HTML is what proxies answer by themselves.
+    // Proxies answer with a page of HTML.
     const isSentence = typeof detail === "string" && detail.length < 500 && !detail.trimStart().startsWith("<");
     const sentence = isSentence ? detail.trim() : "";
     const seconds = retryAfter(headers.get("Retry-After"));
-    switch (status) {
-        case 401:
-            return unauthorised(token);
-        case 409:
-            return new Refused("busy", "Busy with another prediction.");
-        case 413:
-            return new Refused("failed", TOO_LARGE);
-        case 422: {
-            const items = Array.isArray(detail) ? detail.filter((item) => item?.loc?.length > 0 && item.msg) : [];
-            const problems = Object.fromEntries(items.map(({ loc, msg }) => [loc.at(-1), finished(String(msg))]));
-            return new Refused("invalid", finished(sentence || "The server does not take these inputs"), { problems });
-        }
-        case 429:
-            return new Refused("later", "The server limits how often it is asked.", { seconds });
-        case 503: {
-            const why = sentence.replace(TRY_AGAIN, "") || "The server takes no more requests now";
-            return new Refused("later", finished(why), { seconds });
-        }
-        case 502:
-        case 504:
-            return new Refused("gone", finished(sentence || UNREACHABLE));
+    if (status === 401) return unauthorised(token);
+    if (status === 409) return new Refused("busy", "Busy with another prediction.");
+    if (status === 413) return new Refused("failed", TOO_LARGE);
+    if (status === 422) {
+        const items = Array.isArray(detail) ? detail.filter((item) => item?.loc?.length > 0 && item.msg) : [];
+        const problems = Object.fromEntries(items.map(({ loc, msg }) => [loc.at(-1), finished(String(msg))]));
+        return new Refused("invalid", finished(sentence || "The server does not take these inputs"), { problems });
     }
+    if (status === 429) return new Refused("later", "The server limits how often it is asked.", { seconds });
+    if (status === 503) {
+        const why = sentence.replace(TRY_AGAIN, "") || "The server takes no more requests now";
+        return new Refused("later", finished(why), { seconds });
+    }
+    if (status === 502 || status === 504) return new Refused("gone", finished(sentence || UNREACHABLE));
     return new Refused("failed", finished(sentence || `The server answered with status ${status}.`));
 }
 
-/** Seconds of a header that has these or a date. */
+/** The seconds of a header Retry-After, which has a number of them or a date; null where it has neither. */
 function retryAfter(text) {
     if (!text) return null;
     const seconds = /^\d+$/.test(text) ? Number(text) : Math.ceil((Date.parse(text) - Date.now()) / 1000);

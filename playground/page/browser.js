@@ -1,9 +1,9 @@
 /**
- * What views need of the browser: addresses of bytes, files to save, the clipboard, tabs, drops, and words for sizes.
+ * What several views need of the browser: addresses of bytes, files to save, the clipboard, the focus, and small parts.
  */
 
 import { changed } from "./store.js";
-import { html } from "./vendor/lit-html.js";
+import { html, nothing } from "./vendor/lit-html.js";
 
 /** The key that gives commands, as people read it. */
 export const COMMAND = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘" : "Ctrl";
@@ -11,12 +11,7 @@ export const COMMAND = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘" : "Ctr
 const urls = new WeakMap(); // by Blob
 const unused = new FinalizationRegistry((url) => URL.revokeObjectURL(url));
 
-/**
- * The address of bytes within the page, which is theirs as long as anybody holds them.
- *
- * @param {Blob} blob
- * @returns {string}
- */
+/** The address of a Blob within the page; it is revoked once nothing holds the Blob. */
 export function urlOf(blob) {
     if (!urls.has(blob)) {
         const url = URL.createObjectURL(blob);
@@ -26,69 +21,45 @@ export function urlOf(blob) {
     return urls.get(blob);
 }
 
-/**
- * Save bytes as a file.
- *
- * @param {Blob} blob
- * @param {string} name of the file
- */
 export function download(blob, name) {
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(blob);
-    link.download = name;
+    const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: name });
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // until the browser has read it
 }
 
-/**
- * Copy a text.
- *
- * @param {string} text
- * @returns {Promise<boolean>} whether the browser lets the page do so
- */
+/** @returns {Promise<boolean>} whether the browser lets the page copy this text. */
 export async function copyText(text) {
     try {
         await navigator.clipboard.writeText(text);
         return true;
     } catch {
-        return copySelected(text);
+        // A page that came over plain HTTP from another machine has no clipboard, but can copy what is selected.
+        const focused = document.activeElement;
+        const area = document.createElement("textarea");
+        Object.assign(area, { value: text, readOnly: true, className: "visually-hidden" });
+        document.body.append(area);
+        area.select();
+        const copied = document.execCommand("copy");
+        area.remove();
+        focused.focus();
+        return copied;
     }
 }
 
-/** A page that came over plain HTTP from another machine has no clipboard: what is selected can be copied. */
-function copySelected(text) {
-    const focused = document.activeElement;
-    const area = document.createElement("textarea");
-    Object.assign(area, { value: text, readOnly: true, className: "visually-hidden" });
-    document.body.append(area);
-    area.select();
-    const copied = document.execCommand("copy");
-    area.remove();
-    focused.focus();
-    return copied;
-}
-
-/**
- * Have the page rendered anew, and then do what needs what is there by then, such as setting the focus.
- *
- * @param {function(): void} work
- */
+/** Have the page rendered anew, then call `work`, which may need new elements. */
 export function afterRender(work) {
     changed();
     queueMicrotask(work);
 }
 
-/** Have the page rendered anew, and give the focus to the first element of a selector, if there is one then. */
-export function focusOn(selector) {
-    afterRender(() => document.querySelector(selector)?.focus());
-}
+/** Have the page rendered anew, then focus the first element of a selector, if there is one. */
+export const focusOn = (selector) => afterRender(() => document.querySelector(selector)?.focus());
 
 /**
- * A list of tabs, with the keys that such lists have. The panel beneath is the caller's: its id is `<id>-panel`, and
- * `<id>-tab-<chosen>` is what labels it.
+ * A list of tabs, with the keys that such lists have. The caller adds the panel: its id is `<id>-panel`, and
+ * `<id>-tab-<chosen>` labels it.
  *
- * @param {{label: string, id: string, tabs: Object<string, string>, chosen: string, choose: function(string): void}} of
- *     tabs: the title of each, by its name; `choose` gets a name
+ * `tabs` has a `{title}` by the name of each; `chosen` is a name, and `choose` gets one.
  */
 export function tabsView({ label, id, tabs, chosen, choose }) {
     const names = Object.keys(tabs);
@@ -99,30 +70,92 @@ export function tabsView({ label, id, tabs, chosen, choose }) {
         event.preventDefault();
         const name = names.at(next % names.length);
         choose(name);
-        afterRender(() => document.getElementById(`${id}-tab-${name}`).focus());
+        focusOn(`#${id}-tab-${name}`);
     };
     const tabView = (name) => html`
         <button
             role="tab"
-            type="button"
             id="${id}-tab-${name}"
             aria-controls="${id}-panel"
             aria-selected=${name === chosen}
             tabindex=${name === chosen ? 0 : -1}
             @click=${() => choose(name)}
         >
-            ${tabs[name]}
+            ${tabs[name].title}
         </button>
     `;
     return html`<div class="tabs" role="tablist" aria-label=${label} @keydown=${move}>${names.map(tabView)}</div>`;
 }
 
 /**
- * The handlers of an element on which something can be dropped.
- *
- * @param {string} className that the element has while something is over it
- * @param {function(DataTransfer): void} take what was dropped
+ * A button, also within a form, whose `label` says more than its content. It may be pressed, or show the element of the
+ * id `opens` while it is open.
  */
+export function labelledButton(content, label, act, options = {}) {
+    const { kind = "icon-button", title = nothing, pressed = nothing, opens = nothing, isOpen = nothing } = options;
+    return html`
+        <button
+            class=${kind}
+            type="button"
+            aria-label=${label}
+            title=${title}
+            aria-pressed=${pressed}
+            aria-expanded=${isOpen}
+            aria-controls=${isOpen === true ? opens : nothing}
+            @click=${act}
+        >
+            ${content}
+        </button>
+    `;
+}
+
+/** A radio button with its label, of the group `name`. */
+export function radioView(name, label, isChosen, take) {
+    return html`<label><input type="radio" name=${name} .checked=${isChosen} @change=${take} />${label}</label>`;
+}
+
+/** A slider from `minimum` to `maximum`; `set` gets the number that it is moved to. */
+export function slider({ minimum, maximum, step }, { value, set, kind = nothing, ...texts }) {
+    const { label = nothing, labelledBy = nothing, valueText = nothing } = texts;
+    return html`
+        <input
+            class=${kind}
+            type="range"
+            min=${minimum}
+            max=${maximum}
+            step=${step}
+            aria-label=${label}
+            aria-labelledby=${labelledBy}
+            aria-valuetext=${valueText}
+            .value=${String(value)}
+            @input=${({ target }) => set(target.valueAsNumber)}
+        />
+    `;
+}
+
+/** A button that chooses files; `take` gets them in a list. */
+export function fileButton(text, { id, label, accept, multiple = false, take }) {
+    const choose = ({ target }) => {
+        take([...target.files]);
+        target.value = ""; // so that the same file can be chosen again
+    };
+    return html`
+        <span class="form-upload">
+            <input
+                class="visually-hidden"
+                type="file"
+                id=${id}
+                ?multiple=${multiple}
+                accept=${accept}
+                aria-label=${label}
+                @change=${choose}
+            />
+            <label class="button" for=${id}>${text}</label>
+        </span>
+    `;
+}
+
+/** Handlers for an element that takes drops: `take` gets the DataTransfer; meanwhile the element has the class. */
 export function dropTarget(className, take) {
     const dragover = (event) => {
         event.preventDefault(); // else nothing can be dropped
@@ -139,10 +172,7 @@ export function dropTarget(className, take) {
     return { dragover, dragleave, drop };
 }
 
-/** Whether a file is a picture, by its type. */
-export function isPicture({ type }) {
-    return type.startsWith("image/");
-}
+export const isPicture = ({ type }) => type.startsWith("image/");
 
 /** A number of bytes as people read it: "26 kB", "1.2 MB". */
 export function sizeText(bytes) {

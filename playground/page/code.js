@@ -1,26 +1,23 @@
-/**
- * What the form asks for, as JSON and as programs that ask for it.
- */
+/** The form's request, as JSON and as programs that send it. */
 
-import { copyText, download, tabsView } from "./browser.js";
-import { snapshot } from "./recipe.js";
+import { copyText, download, tabsView, urlOf } from "./browser.js";
+import { snapshot } from "./field.js";
 import { own, problemsOf, withoutSecrets } from "./schema.js";
 import { snippets } from "./snippets.js";
 import { announce, changed, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 import { encode, shortened } from "./wire.js";
 
-const TITLES = { curl: "cURL", python: "Python", javascript: "JavaScript", predict: "script/predict" };
-const HINTS = {
-    curl: "For bash, with curl, grep and base64.",
-    python: "Save it as draw.py: Python 3.11 needs nothing else.",
-    javascript: "Save it as draw.mjs: Node 20 needs nothing else.",
-    predict: "In this repository, with a server of its own that it starts for this.",
+const LANGUAGES = {
+    curl: { title: "cURL", hint: "For bash, with curl, grep and base64." },
+    python: { title: "Python", hint: "Save it as draw.py: Python 3.11 needs nothing else." },
+    javascript: { title: "JavaScript", hint: "Save it as draw.mjs: Node 20 needs nothing else." },
+    predict: { title: "script/predict", hint: "In this repository, with a server of its own that it starts for this." },
 };
 
 let language = "curl"; // the tab of `codeView`
 let copied = null; // the text that was copied last
-let request = null; // what `requestText` has encoded: {recipe, fields, text}
+let request = null; // what `requestText` has encoded: {asked, fields, text}
 let encoding = false;
 
 /** The tab with the request as it would be sent now, and the last answer. */
@@ -38,7 +35,7 @@ export function jsonView() {
     `;
 }
 
-/** The tab with programs that ask for what the form says. */
+/** The tab with programs that send the request of the form. */
 export function codeView() {
     const address = state.about?.address ?? new URL("..", location).href;
     const made = snippets(snapshot(), { ...state.about, address }, state.schema);
@@ -48,7 +45,7 @@ export function codeView() {
     };
     return html`
         <div class="stack">
-            ${tabsView({ label: "Language", id: "code", tabs: TITLES, chosen: language, choose })}
+            ${tabsView({ label: "Language", id: "code", tabs: LANGUAGES, chosen: language, choose })}
             <div class="stack" role="tabpanel" id="code-panel" aria-labelledby="code-tab-${language}">
                 ${wrongView() ?? (made[language] === null ? html`<p>${made.unsaid}</p>` : programView(made))}
             </div>
@@ -56,7 +53,7 @@ export function codeView() {
     `;
 }
 
-/** What is wrong in the form, which no request says then; null where nothing is. What is missing is seen as it is. */
+/** Problems of the form, shown in place of a request; null where there are none. Missing inputs are no problem here. */
 function wrongView() {
     const { inputs } = state;
     const problems = Object.entries(problemsOf(inputs, state.schema.fields));
@@ -64,55 +61,40 @@ function wrongView() {
     return wrong.length > 0 ? wrong.map(([, sentence]) => html`<p class="problem">${sentence}</p>`) : null;
 }
 
+/** A program, and the files that it reads, some of which were made on this page. */
 function programView({ files, variables, ...made }) {
-    const hint = html`${HINTS[language]} ${variables.map(variableHint)}`;
-    return html`${files.length > 0 ? filesView(files) : nothing} ${blockView(TITLES[language], made[language], hint)}`;
-}
-
-function variableHint(name) {
-    const what = name === "FLUX_TOKEN" ? "your token" : name.toLowerCase();
-    return html`It reads ${what} from the variable <code>${name}</code>. `;
-}
-
-/** The files that the program reads, some of which were made on this page. */
-function filesView(files) {
-    return html`
+    const fileView = ([file, name]) =>
+        html`<button class="chip" @click=${() => download(file, name)}>Download ${name}</button>`;
+    const filesView = html`
         <div class="row code-files">
             <span>${files.length === 1 ? "This file" : "These files"} must lie beside it:</span>
-            ${files.map(
-                ([file, name]) => html`
-                    <button class="chip" type="button" @click=${() => download(file, name)}>Download ${name}</button>
-                `,
-            )}
+            ${files.map(fileView)}
         </div>
+    `;
+    const whatOf = (name) => (name === "FLUX_TOKEN" ? "your token" : name.toLowerCase());
+    const reads = variables.map((name) => html`It reads ${whatOf(name)} from the variable <code>${name}</code>. `);
+    const { title, hint } = LANGUAGES[language];
+    return html`
+        ${files.length > 0 ? filesView : nothing} ${blockView(title, made[language], html`${hint} ${reads}`)}
     `;
 }
 
 /** The request as JSON; encoding takes a moment, after which the page is rendered anew. */
 function requestText() {
     const [recipe, { fields }] = [snapshot(), state.schema];
-    if (!encoding && !(request && request.fields === fields && sameRecipe(request.recipe, recipe))) {
+    const asked = JSON.stringify(recipe, (_, value) => (value instanceof Blob ? urlOf(value) : value));
+    if (!encoding && (request?.fields !== fields || request.asked !== asked)) {
         encoding = true;
         encode({ ...recipe, inputs: withoutSecrets(recipe.inputs, fields) }, fields)
             .then((input) => JSON.stringify({ input: shortened(input) }, null, 2))
             .catch((error) => error.message)
             .then((text) => {
-                request = { recipe, fields, text };
+                request = { asked, fields, text };
                 encoding = false;
                 changed();
             });
     }
     return request?.text ?? "";
-}
-
-/** Whether two recipes say the same, with the same files. */
-function sameRecipe(one, other) {
-    const flat = ({ inputs, loras }) => [
-        ...Object.entries(inputs).flat(),
-        ...loras.flatMap(({ path, scale, file }) => [path, scale, file]),
-    ];
-    const [values, others] = [flat(one), flat(other)];
-    return values.length === others.length && values.every((value, index) => Object.is(value, others[index]));
 }
 
 /** A text with a button that copies it, under a heading. */
@@ -121,7 +103,7 @@ function blockView(title, text, heading = html`<h2>${title}</h2>`) {
         <section class="code-block" aria-label=${title}>
             <div class="code-head">
                 <div>${heading}</div>
-                <button class="button quiet" type="button" aria-label="Copy ${title}" @click=${copy}>
+                <button class="button quiet" aria-label="Copy ${title}" @click=${copy}>
                     ${text && copied === text ? "Copied" : "Copy"}
                 </button>
             </div>

@@ -1,6 +1,6 @@
 /**
- * What Cog and a predictor say, as people read it: the reason alone, without the names of the layers it came through.
- * Pure: no page, no state. Another server may say anything, so each value is taken for what it is.
+ * Texts of Cog and of a predictor, as people read them: the reason alone, without the layers' names in front of it.
+ * Pure: no page, no state.
  */
 
 /** Why nothing can be drawn once the predictor's process is gone. */
@@ -11,7 +11,7 @@ const SETUP = /^((worker (initialization|setup) failed( \(slot [\w-]+\))?|setup 
 // Lines about Cog's own work: with its name in front, or without, where the page's server has read Cog's own log.
 const COGS = /^(\[coglet|predict\(\) is deprecated; use run\(\) instead$|Setup failed$)/;
 
-/** A value where it is a text; else none. */
+/** A value if it is a text, else "": another server may answer with anything. */
 export const textOf = (value) => (typeof value === "string" ? value : "");
 
 /** A sentence with its end. */
@@ -23,21 +23,20 @@ export function setupFailure(log) {
     return line ? finished(line.replace(SETUP, "").trim()) : "";
 }
 
-/** Why the predictor is not well, by what the health check says of it. */
+/** Why the predictor is unhealthy, by the error of its health check. */
 export function healthFailure(fault) {
     if (fault === "healthcheck timed out") return "The predictor does not answer the server.";
     const nobodyAsked = !fault || fault.startsWith("Healthcheck error: ");
     return nobodyAsked ? PREDICTOR_ENDED : fault.replace(/^Healthcheck failed: (\w+Error: )?/, "");
 }
 
-/** Why a prediction failed. */
 export function drawingFailure(error) {
     const reason = error.replace(/^(Prediction failed: )*(\w+Error: )?/, "");
     if (NO_PROCESS.test(reason)) return PREDICTOR_ENDED;
     return finished(reason || "The server gave no reason");
 }
 
-/** What a predictor has printed: of a bar its last state, and nothing that Cog says of itself. */
+/** The lines that a predictor has printed: the last state of each bar, and none of Cog's own. */
 export function logLines(log) {
     return lines(log)
         .map((line) => line.replace(/^\[coglet::setup\] /, "").replace(SETUP, ""))

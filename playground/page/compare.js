@@ -1,8 +1,6 @@
-/**
- * Two pictures beside each other, or one over the other, and what differs between their inputs.
- */
+/** Two pictures beside each other, or one over the other, and the inputs that differ. */
 
-import { focusOn } from "./browser.js";
+import { focusOn, radioView, slider } from "./browser.js";
 import { fieldOf, imageView, inputOf, loraText, nameOf, sizeStyle } from "./pictures.js";
 import { jsonText } from "./schema.js";
 import { changed, selectedPicture, state } from "./store.js";
@@ -14,20 +12,18 @@ const view = {
     divider: 50, // up to where the one is seen, in percent
 };
 
-/** The button that begins a comparison: of two pictures at once, of more after a choice. */
+/** The button that begins a comparison: at once where there are two pictures, else one is chosen first. */
 export function compareButton() {
     const begin = () => {
         const picture = selectedPicture();
         const others = state.pictures.filter((other) => other !== picture);
         state.selected = picture.id;
         if (others.length === 1) state.compare = others[0].id;
-        else view.picking = !view.picking;
-        changed();
+        set({ picking: others.length > 1 && !view.picking });
     };
     return html`
         <button
             class="button gallery-compare"
-            type="button"
             aria-pressed=${view.picking}
             ?disabled=${state.pictures.length < 2}
             @click=${begin}
@@ -38,28 +34,19 @@ export function compareButton() {
 }
 
 /** @returns {Picture|undefined} the one beside the selected picture. */
-export function comparedPicture() {
-    return state.pictures.find(({ id }) => id === state.compare);
-}
+export const comparedPicture = () => state.pictures.find(({ id }) => id === state.compare);
 
 /** Whether the next picture that is chosen is to be compared. */
-export function isPicking() {
-    return view.picking;
-}
+export const isPicking = () => view.picking;
 
-/** End the choice without a picture. */
-export function stopPicking() {
-    view.picking = false;
+export const stopPicking = () => set({ picking: false });
+
+function set(changes) {
+    Object.assign(view, changes);
     changed();
 }
 
-/** End the choice with a picture. */
-export function pick({ id }) {
-    state.compare = id;
-    stopPicking();
-}
-
-/** Escape leaves the choice, before it means anything else to the page. */
+/** Escape ends the choice, and then goes no further: elsewhere on the page it cancels. */
 export function leavePicking(event) {
     if (event.key !== "Escape" || !view.picking) return;
     event.stopPropagation();
@@ -73,85 +60,56 @@ export function closeCompare() {
     focusOn(".gallery-compare");
 }
 
-/**
- * Both pictures, in the frame of the first one's shape.
- *
- * @param {Picture} first
- * @param {Picture} second
- */
+/** Two pictures, in the frame of the first one's shape, and the inputs that differ. */
 export function compareView(first, second) {
     return html`
         <div class="row gallery-bar">
             <fieldset class="segmented">
                 <legend class="visually-hidden">How they are compared</legend>
-                ${modeView("Side by side", false)} ${modeView("Wipe", true)}
+                ${radioView("gallery-mode", "Side by side", !view.wiping, () => set({ wiping: false }))}
+                ${radioView("gallery-mode", "Wipe", view.wiping, () => set({ wiping: true }))}
             </fieldset>
-            <button class="button quiet" type="button" aria-label="Close comparison" @click=${closeCompare}>
-                Close
-            </button>
+            <button class="button quiet" aria-label="Close comparison" @click=${closeCompare}>Close</button>
         </div>
         ${view.wiping ? wipeView(first, second) : pairView(first, second)} ${differencesView(first, second)}
     `;
 }
 
-function modeView(title, wiping) {
-    const take = () => {
-        view.wiping = wiping;
-        changed();
-    };
-    const isChosen = view.wiping === wiping;
-    return html`<label><input type="radio" name="gallery-mode" .checked=${isChosen} @change=${take} />${title}</label>`;
-}
-
 function pairView(first, second) {
+    const figureView = (picture, letter) => html`
+        <figure>
+            ${frameView(picture)}
+            <figcaption class="hint">${letter}${picture.seed === null ? nothing : `, seed ${picture.seed}`}</figcaption>
+        </figure>
+    `;
     return html`
-        <div class="gallery-pair" .style=${sizeStyle(first)}>
-            ${[first, second].map(
-                (picture, index) => html`
-                    <figure>
-                        ${frameView(picture)}
-                        <figcaption class="hint">
-                            ${"AB"[index]}${picture.seed === null ? nothing : `, seed ${picture.seed}`}
-                        </figcaption>
-                    </figure>
-                `,
-            )}
-        </div>
+        <div class="gallery-pair" .style=${sizeStyle(first)}>${figureView(first, "A")} ${figureView(second, "B")}</div>
     `;
 }
 
 function wipeView(first, second) {
-    const slide = ({ target }) => {
-        view.divider = target.valueAsNumber;
-        changed();
-    };
+    const label = "How much of A is shown, in percent";
+    const move = (divider) => set({ divider });
+    const divider = slider({ minimum: 0, maximum: 100, step: 0.5 }, { label, value: view.divider, set: move });
     return html`
         <div class="gallery-wipe" .style="${sizeStyle(first)}; --gallery-divider: ${view.divider}%">
             <div class="gallery-layers">${[first, second].map(frameView)}</div>
-            <div class="gallery-slide">
-                <span>A</span>
-                <input
-                    type="range"
-                    min="0"
-                    max="100"
-                    step="0.5"
-                    aria-label="How much of A is shown, in percent"
-                    .value=${String(view.divider)}
-                    @input=${slide}
-                />
-                <span>B</span>
-            </div>
+            <div class="gallery-slide"><span>A</span> ${divider} <span>B</span></div>
         </div>
     `;
 }
 
-function frameView(picture) {
-    return imageView(picture, "gallery-frame", nameOf(picture));
-}
+const frameView = (picture) => imageView(picture, "gallery-frame", nameOf(picture));
 
 function differencesView(first, second) {
     const rows = differences(first, second);
     if (rows.length === 0) return html`<p class="hint">Both were drawn from the same inputs.</p>`;
+    const rowView = ({ label, texts }) => html`
+        <tr>
+            <th scope="row">${label}</th>
+            ${texts.map((text) => html`<td>${text}</td>`)}
+        </tr>
+    `;
     return html`
         <table class="gallery-differences">
             <caption class="visually-hidden">
@@ -165,14 +123,7 @@ function differencesView(first, second) {
                 </tr>
             </thead>
             <tbody>
-                ${rows.map(
-                    ({ label, texts }) => html`
-                        <tr>
-                            <th scope="row">${label}</th>
-                            ${texts.map((text) => html`<td>${text}</td>`)}
-                        </tr>
-                    `,
-                )}
+                ${rows.map(rowView)}
             </tbody>
         </table>
     `;

@@ -1,7 +1,7 @@
 /**
- * Keeps an eye on the server: whether it answers, what it is, and what can be asked of it.
+ * Checks the server: whether it answers, what it is, and which inputs it has.
  *
- * One check at a time and one timer. A check asks for what is not known yet, and for the server's health.
+ * One check at a time and one timer. A check asks for the server's health, and for what is not known yet.
  */
 
 import { about, health, loras, openapi, setToken, setupLog, token, unauthorised } from "./api.js";
@@ -9,23 +9,20 @@ import { healthFailure, setupFailure, textOf } from "./cog.js";
 import { readSchema } from "./schema.js";
 import { changed, note, now, state } from "./store.js";
 
-const CALM_MS = 3000; // between checks while all is well, or nobody answers
+const CALM_MS = 3000; // between checks while the server is ready, or does not answer
 const ALERT_MS = 1000; // while that may change soon; also how often a countdown ticks
-const HIDDEN_MS = 10_000; // while nobody sees the page
-const BRIEF_MS = 2000; // a silence that nobody is told of, if the next check is answered
+const HIDDEN_MS = 10_000; // while the page is hidden
+const BRIEF_MS = 2000; // a single check that fails within this time is not shown
 
 let timer = null;
 let checking = false;
 let again = false; // whether to check once more when the check that runs has ended
 let silentSince = null; // when the first check began that was not answered; null while they are
-let busyLooks = 0; // how often in a row somebody else had the slot
+let busyLooks = 0; // checks in a row that found the slot taken by another client
 let learnt = null; // the token with which schema and library were read; null before that
 let refused = null; // the token that was refused
 
-/** Whether a drawing may be asked for now. */
-export function canDraw() {
-    return ["ready", "busy"].includes(state.connection.kind);
-}
+export const canDraw = () => ["ready", "busy"].includes(state.connection.kind);
 
 /** Check from now on. */
 export function watch() {
@@ -54,18 +51,17 @@ export async function checkNow() {
 /** Send this token from now on, and see whether the server takes it; "" forgets the one that was kept. */
 export function useToken(text) {
     setToken(text);
-    refused = null;
-    learnt = null;
+    refused = learnt = null;
     checkNow();
 }
 
-/** The server has refused this token; meanwhile another one may have been entered. */
+/** A request with this token was refused; meanwhile another one may have been entered. */
 export function refuseToken(text) {
     refused = text;
     checkNow();
 }
 
-/** Tick, or check: a countdown has its next check in `until`. */
+/** Tick while a countdown, which ends at `until`, is shown; then check. */
 function wake() {
     if ((state.connection.until ?? 0) - now() > ALERT_MS / 2) {
         changed();
@@ -84,8 +80,7 @@ async function check() {
     const began = now();
     try {
         if (learnt === null) state.about = await about();
-        const said = await health();
-        const told = await judge(said);
+        const told = await judge(await health());
         silentSince = null;
         show(told);
     } catch (error) {
@@ -95,46 +90,38 @@ async function check() {
             if (refused === token()) show({ kind: "unauthorised", sentence: error.message });
             return;
         }
-        if (error.kind === undefined) console.error(error); // a bug; the sentence below says that something is wrong
+        if (error.kind === undefined) console.error(error); // a bug, which is shown like a refusal
         const brief = silentSince === null && now() - began < BRIEF_MS;
         silentSince ??= began;
         if (brief) return;
         learnt = refused = null; // another server may come back
         const until = now() + (error.seconds ?? CALM_MS / 1000) * 1000;
-        show({ kind: kindOf(error), sentence: error.message, since: silentSince, until });
+        const silent = navigator.onLine ? "gone" : "offline";
+        const kind = error.kind === "gone" ? silent : "unhealthy"; // a server that refuses is there all the same
+        show({ kind, sentence: error.message, since: silentSince, until });
     }
 }
 
-/** What a check that failed means: a server that refuses is there all the same. */
-function kindOf(error) {
-    if (error.kind !== "gone") return "unhealthy";
-    return navigator.onLine ? "gone" : "offline";
-}
-
-/** What a server's health means for the page. */
+/** The state of a server by its health. */
 async function judge({ status, setup, user_healthcheck_error: fault }) {
-    // The slot is free a moment after the answer: only what is seen twice is somebody else's prediction.
+    // The slot is freed a moment after our own answer, so only two checks in a row tell of another client.
     const ours = state.jobs.some((job) => job.status === "drawing");
     busyLooks = status === "BUSY" && !ours ? busyLooks + 1 : 0;
-    switch (status) {
-        case "STARTING": {
-            learnt = null;
-            return { kind: "starting", log: await startLog(), since: Date.parse(setup?.started_at) || undefined };
-        }
-        case "SETUP_FAILED": {
-            const logs = textOf(setup?.logs);
-            const log = (await startLog()) || logs;
-            const why = log ? "Its log says why." : "The server does not say why.";
-            return { kind: "setup-failed", sentence: setupFailure(logs) || why, log };
-        }
-        case "UNHEALTHY":
-        case "DEFUNCT":
-            return { kind: "unhealthy", sentence: healthFailure(textOf(fault)) };
-        case "READY":
-        case "BUSY":
-            break;
-        default:
-            return { kind: "unhealthy", sentence: "The server does not say whether it can draw." };
+    if (status === "STARTING") {
+        learnt = null;
+        return { kind: "starting", log: await startLog(), since: Date.parse(setup?.started_at) || undefined };
+    }
+    if (status === "SETUP_FAILED") {
+        const logs = textOf(setup?.logs);
+        const log = (await startLog()) || logs;
+        const why = log ? "Its log says why." : "The server does not say why.";
+        return { kind: "setup-failed", sentence: setupFailure(logs) || why, log };
+    }
+    if (["UNHEALTHY", "DEFUNCT"].includes(status)) {
+        return { kind: "unhealthy", sentence: healthFailure(textOf(fault)) };
+    }
+    if (!["READY", "BUSY"].includes(status)) {
+        return { kind: "unhealthy", sentence: "The server does not say whether it can draw." };
     }
     if (token() === refused || (state.about.tokens && !token())) throw unauthorised(token());
     if (learnt !== token() && !(await learn())) {
@@ -143,7 +130,7 @@ async function judge({ status, setup, user_healthcheck_error: fault }) {
     return { kind: busyLooks > 1 ? "busy" : "ready" };
 }
 
-/** Read what can be asked for; false where the document is none of a Cog server. */
+/** Read the schema and the library; false where the document is none of a Cog server. */
 async function learn() {
     const asked = token();
     const [said, names] = await Promise.all([openapi(), libraryNames()]);
@@ -157,7 +144,7 @@ async function learn() {
     return true;
 }
 
-/** The names of the library's LoRAs; where they cannot be had, all else can be asked for. */
+/** The names of the library's LoRAs; if they cannot be read, a note says so, and the page goes on without. */
 async function libraryNames() {
     try {
         return await loras();
@@ -168,12 +155,10 @@ async function libraryNames() {
     }
 }
 
-/** What the predictor has printed, where the page is beside the server that it belongs to. */
-async function startLog() {
-    return state.about.log ? setupLog().catch(() => "") : "";
-}
+/** The log of the setup, which the page's server has if it has started the predictor itself. */
+const startLog = async () => (state.about.log ? setupLog().catch(() => "") : "");
 
-/** Show how it is; `since` is when that began, unless it is told. */
+/** Show a state; `since` is when it began, by default when it was first shown. */
 function show({ kind, sentence = "", log = "", since, until = null }) {
     const before = state.connection;
     since ??= before.kind === kind ? before.since : now();

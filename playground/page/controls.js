@@ -1,9 +1,8 @@
-/**
- * The controls of fields, by type.
- */
+/** The controls of fields, by type. */
 
+import { labelledButton, radioView, slider } from "./browser.js";
 import { describedBy, edit, headView, icon, isWrong, keepSeed, leave, typedText, valueOf } from "./field.js";
-import { isBounded, isGiven, jsonText, meaningOf } from "./schema.js";
+import { isBounded, isGiven, isNumeric, jsonText, meaningOf } from "./schema.js";
 import { selectedPicture, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 
@@ -17,11 +16,11 @@ export function controlView(field) {
     const { name, type, secret } = field;
     if (choices(field)) return choiceView(field);
     if (type === "boolean") return headView(field, { end: switchView(field) });
-    if (type === "integer" || type === "number") return name === "seed" ? seedView(field) : rangeView(field);
+    if (isNumeric(type)) return name === "seed" ? seedView(field) : rangeView(field);
     return secret ? secretView(field) : textView(field);
 }
 
-/** What may be chosen; a switch could not say that a required one was switched off. */
+/** The choices of a field. A required boolean has two: a switch could not show that none was made yet. */
 function choices({ enum: values, type, required }) {
     return values ?? (type === "boolean" && required ? [true, false] : null);
 }
@@ -49,7 +48,7 @@ function textView(field) {
     `;
 }
 
-/** Lines that a text takes; browsers that grow a field by its content need none of this. */
+/** Lines that a text takes, for browsers that do not grow a field by its content. */
 function rowsOf(text) {
     return text.split("\n").reduce((rows, line) => rows + Math.max(1, Math.ceil(line.length / COLUMNS)), 0);
 }
@@ -79,19 +78,9 @@ function rangeView(field) {
     const { name, minimum, default: usual } = field;
     const value = valueOf(field);
     const shown = Number.isFinite(value) ? value : (usual ?? minimum);
-    const slider = html`
-        <input
-            class="form-range"
-            type="range"
-            min=${minimum}
-            max=${field.maximum}
-            step=${field.step}
-            aria-labelledby="label-${name}"
-            .value=${String(shown)}
-            @input=${({ target }) => edit(field, Number(target.value))}
-        />
-    `;
-    return html`${headView(field, { end: numberView(field) })} ${isBounded(field) ? slider : nothing}`;
+    const set = (number) => edit(field, number);
+    const range = slider(field, { kind: "form-range", labelledBy: `label-${name}`, value: shown, set });
+    return html`${headView(field, { end: numberView(field) })} ${isBounded(field) ? range : nothing}`;
 }
 
 function numberView(field) {
@@ -110,14 +99,12 @@ function numberView(field) {
 }
 
 /**
- * What a number is typed into. To the browser it is a text: of what is no number, its own kind for numbers says
- * nothing. The arrow keys are as there.
+ * A field that a number is typed into. Its type is "text", as one of type "number" hides text that is no number; the
+ * arrow keys are handled here.
  *
  * @param {{type: string, minimum: number|null, maximum: number|null, step: number, default: *}} field
- * @param {object} control
- * @param {number|undefined} control.value
- * @param {*} control.text what is bound to it, of the directive `typed`
- * @param {function(number|undefined): void} control.set gets NaN for what is no number
+ * @param {object} control `value`: a number or undefined; `text`: its text, of the directive `typed`; `set` gets
+ *     undefined for an empty text, NaN for one that is no number
  */
 export function numberInput(field, control) {
     const { id, placeholder = nothing, label = nothing, required = false, value, text, set } = control;
@@ -171,25 +158,13 @@ function seedView(field) {
         ${headView(field)}
         <div class="form-seed">
             ${numberView(field)}
-            <button
-                class="icon-button"
-                type="button"
-                aria-label="Lock the seed"
-                title=${seedLocked ? "The seed stays; press to let it change" : "Keep the seed of the picture"}
-                aria-pressed=${seedLocked}
-                @click=${lock}
-            >
-                ${icon(seedLocked ? "locked" : "unlocked")}
-            </button>
-            <button
-                class="icon-button"
-                type="button"
-                aria-label="Random seed"
-                title=${seedLocked ? "Another seed, which then stays" : "A new seed each time"}
-                @click=${() => edit(field, undefined)}
-            >
-                ${icon("random")}
-            </button>
+            ${labelledButton(icon(seedLocked ? "locked" : "unlocked"), "Lock the seed", lock, {
+                title: seedLocked ? "The seed stays; press to let it change" : "Keep the seed of the picture",
+                pressed: seedLocked,
+            })}
+            ${labelledButton(icon("random"), "Random seed", () => edit(field, undefined), {
+                title: seedLocked ? "Another seed, which then stays" : "A new seed each time",
+            })}
         </div>
     `;
 }
@@ -214,28 +189,25 @@ function switchView(field) {
 function choiceView(field) {
     const values = choices(field);
     const texts = values.map(choiceText);
-    if (texts.filter((text) => RATIO.test(text)).length > 2) return framesView(field, values);
+    if (texts.filter((text) => RATIO.test(text)).length > 2) {
+        return html`${headView(field, { isLabel: false })}${radiosView(field, values, "form-frames")}`;
+    }
     const isShort = values.length <= MOST_SEGMENTS && texts.join("").length <= MOST_SEGMENT_CHARACTERS;
-    return isShort ? segmentsView(field, values) : selectView(field, values);
+    if (!isShort) return selectView(field, values);
+    return headView(field, { end: radiosView(field, values, "form-segments"), isLabel: false });
 }
 
-function choiceText(value) {
-    return typeof value === "boolean" ? (value ? "Yes" : "No") : String(value);
-}
+const choiceText = (value) => (typeof value === "boolean" ? (value ? "Yes" : "No") : String(value));
 
-function segmentsView(field, values) {
-    const labels = values.map((value) => html`<label>${radioView(field, value)}${choiceText(value)}</label>`);
-    return headView(field, { end: radiosView(field, "form-segments", labels), isLabel: false });
-}
-
-function framesView(field, values) {
-    const labels = values.map(
-        (value) => html`<label>${radioView(field, value)}${frameIcon(value)}<span>${value}</span></label>`,
-    );
-    return html`${headView(field, { isLabel: false })}${radiosView(field, "form-frames", labels)}`;
-}
-
-function radiosView({ name }, kind, labels) {
+/** Radio buttons: "form-segments" in a row, "form-frames" with the shapes that their values name. */
+function radiosView(field, values, kind) {
+    const { name } = field;
+    const chosen = valueOf(field) ?? field.default;
+    const hasFrames = kind === "form-frames";
+    const radioOf = (value) => {
+        const label = hasFrames ? [frameIcon(value), html`<span>${value}</span>`] : choiceText(value);
+        return radioView(`field-${name}`, label, chosen === value, () => edit(field, value));
+    };
     return html`
         <div
             class="segmented ${kind}"
@@ -244,19 +216,8 @@ function radiosView({ name }, kind, labels) {
             aria-invalid=${isWrong(name)}
             aria-describedby=${describedBy(name)}
         >
-            ${labels}
+            ${values.map(radioOf)}
         </div>
-    `;
-}
-
-function radioView(field, value) {
-    return html`
-        <input
-            type="radio"
-            name="field-${field.name}"
-            .checked=${(valueOf(field) ?? field.default) === value}
-            @change=${() => edit(field, value)}
-        />
     `;
 }
 

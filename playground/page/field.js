@@ -1,9 +1,7 @@
-/**
- * What each field of the form has, whatever its control: a value, a head, and a sentence on what is wrong with it.
- */
+/** The parts that each field of the form has, whatever its control: a value, a head, and a sentence on its problem. */
 
-import { focusOn, sizeText } from "./browser.js";
-import { differs, fieldNamed, isGiven, isSame, isSent, meaningOf, own, problemOf } from "./schema.js";
+import { focusOn, labelledButton, sizeText } from "./browser.js";
+import { differs, fieldNamed, isGiven, isSame, isSecret, isSent, meaningOf, own, problemOf } from "./schema.js";
 import { announce, changed, note, state } from "./store.js";
 import { directive, Directive } from "./vendor/directive.js";
 import { html, noChange, nothing, svg } from "./vendor/lit-html.js";
@@ -13,14 +11,12 @@ const MOST_BYTES = 70_000_000;
 
 const explained = new Set(); // names of fields whose description is open
 
-// Its value
+// Values
 
 /** The value of a field in the form; undefined where it has its default. */
-export function valueOf({ name }) {
-    return own(state.inputs, name);
-}
+export const valueOf = ({ name }) => own(state.inputs, name);
 
-/** Set a field, or give it back its default; what was said of its value before is over. */
+/** Set a field, or give it back its default; the problem of its old value goes. */
 export function edit(field, value) {
     const { name } = field;
     if (name === "image" && value !== state.inputs.image && state.inputs.mask) {
@@ -34,15 +30,13 @@ export function edit(field, value) {
     changed();
 }
 
-/** What the form keeps of a value: nothing where it is not sent. */
-function keptOf(field, value) {
-    return isSent(field, value) ? value : undefined;
-}
+/** The value that the form keeps: undefined in place of one that is not sent. */
+const keptOf = (field, value) => (isSent(field, value) ? value : undefined);
 
-/** What was typed is looked at when the field is left: before, a number is not yet whole. */
+/** Check a value when its field is left: while it is typed, a number is not yet whole. */
 export function leave(field) {
     const value = valueOf(field);
-    // A required field is not wrong as long as others are filled in first.
+    // An empty required field is no problem yet: others may be filled in first.
     const problem = isGiven(value) ? problemOf(field, value) : null;
     if (problem) state.problems[field.name] = problem;
     changed();
@@ -60,11 +54,7 @@ export function setImage(file) {
     note(`The picture is now the image to draw from${isMaskGone ? "; the mask of the old one is gone" : ""}.`);
 }
 
-/**
- * Have the next pictures drawn from the seed of one; if that has none, from the seed of the form or of the next one.
- *
- * @param {{seed: number|null}|null} picture null: each gets a seed of its own again
- */
+/** Draw from the seed of a picture from now on, or, if it has none, from the form's or the next; null ends that. */
 export function keepSeed(picture) {
     const field = soughtField("seed", "a seed");
     if (field === undefined) return;
@@ -81,12 +71,7 @@ function soughtField(name, what) {
     return fieldNamed(state.schema.fields, name) ?? note(`This server has no input for ${what}.`);
 }
 
-/**
- * Why a file cannot go along with those of the form; null when it can.
- *
- * @param {File} file
- * @param {*} replaced what is there in its place now
- */
+/** Why a file cannot be sent beside those of the form, of which it replaces one; null when it can. */
 export function sizeProblem(file, replaced = null) {
     const others = [...Object.values(state.inputs), ...state.loras.map((lora) => lora.file)];
     const sizes = others.filter((other) => other instanceof Blob && other !== replaced).map(({ size }) => size);
@@ -98,11 +83,27 @@ export function sizeProblem(file, replaced = null) {
     );
 }
 
-// What is typed into it
+// All values together
+
+/** @returns {Recipe} of the form as it is now. */
+export function snapshot() {
+    return { inputs: { ...state.inputs }, loras: state.loras.map((lora) => ({ ...lora })) };
+}
+
+/** Put a recipe into the form. Secrets that were typed there stay, as recipes are kept without them. */
+export function restore({ inputs, loras }) {
+    const secrets = Object.entries(state.inputs).filter(([name]) => isSecret(name, state.schema.fields));
+    state.inputs = { ...Object.fromEntries(secrets), ...inputs };
+    state.loras = loras.map((lora) => ({ ...lora }));
+    state.problems = {};
+    changed();
+}
+
+// Typed text
 
 /**
- * For the value of a control that is typed into: what was typed stays as long as it means the value, as "1." means 1;
- * else it gets the value's own text, the first argument. The second one says whether a text means the value.
+ * For the value of a control that is typed into: typed text stays as long as it means the value, as "1." means 1; else
+ * the control gets the first argument, the value's own text. The second one says whether a text means the value.
  */
 export const typed = directive(
     class extends Directive {
@@ -113,28 +114,29 @@ export const typed = directive(
         update({ element }, [text, isMeantBy]) {
             const stays = this.isFilled && isMeantBy(element.value);
             this.isFilled = true;
-            // lit sets an object at each rendering, also where it has set the same text before.
+            // lit skips a text that it has set before, but never an object.
             return stays ? noChange : Object(text);
         }
     },
 );
 
-/** What is bound to the value of a field's control, so that it says what will be sent. */
+/** The binding for the value of a field's control, so that it shows the value that will be sent. */
 export function typedText(field, text) {
     return typed(text, (shown) => isSame(keptOf(field, meaningOf(field, shown)), valueOf(field)));
 }
 
-// What is seen of it
+// Its parts
 
 /** The line above a control, or with a small control at its end. */
 export function headView(field, { end = nothing, isLabel = true } = {}) {
     const { name, label, required } = field;
     const value = valueOf(field);
+    const id = `label-${name}`;
     return html`
         <div class="form-head">
             ${isLabel
-                ? html`<label class="field-label" id="label-${name}" for="field-${name}">${label}</label>`
-                : html`<span class="field-label" id="label-${name}">${label}</span>`}
+                ? html`<label class="field-label" id=${id} for="field-${name}">${label}</label>`
+                : html`<span class="field-label" id=${id}>${label}</span>`}
             ${required ? html`<span class="hint form-required">required</span>` : nothing} ${explainView(field)}
             <span class="form-space"></span>
             ${differs(field, value) && !(value instanceof Blob) ? resetView(field) : nothing} ${end}
@@ -149,61 +151,39 @@ function explainView({ name, label, description }) {
         isOpen ? explained.delete(name) : explained.add(name);
         changed();
     };
-    return html`
-        <button
-            class="icon-button form-small"
-            type="button"
-            aria-label="About ${label}"
-            title=${description}
-            aria-expanded=${isOpen}
-            aria-controls=${isOpen ? `about-${name}` : nothing}
-            @click=${toggle}
-        >
-            ${icon("about")}
-        </button>
-    `;
+    const options = { kind: "icon-button form-small", title: description, opens: `about-${name}`, isOpen };
+    return labelledButton(icon("about"), `About ${label}`, toggle, options);
 }
 
 function resetView(field) {
-    const reset = () => {
-        edit(field, undefined);
-        focusField(field); // the button goes
+    const options = {
+        kind: "icon-button form-small form-reset",
+        title: `Back to ${isGiven(field.default) ? field.default : "none"}`,
     };
-    return html`
-        <button
-            class="icon-button form-small form-reset"
-            type="button"
-            aria-label="Reset ${field.label}"
-            title="Back to ${isGiven(field.default) ? field.default : "none"}"
-            @click=${reset}
-        >
-            ${icon("reset")}
-        </button>
-    `;
+    return labelledButton(icon("reset"), `Reset ${field.label}`, () => restoreDefault(field), options);
+}
+
+/** Give a field back its default, and the focus, as the button for this goes. */
+export function restoreDefault(field) {
+    edit(field, undefined);
+    focusField(field);
 }
 
 /** The description of a field, while it is open. */
 export function aboutView({ name, description }) {
     if (!explained.has(name)) return nothing;
-    return html`<p class="hint form-about" id="about-${name}">${withCode(description)}</p>`;
+    const withCode = description.split("`").map((part, index) => (index % 2 ? html`<code>${part}</code>` : part));
+    return html`<p class="hint form-about" id="about-${name}">${withCode}</p>`;
 }
 
-/** A description with its `code` marked. */
-function withCode(text) {
-    return text.split("`").map((part, index) => (index % 2 ? html`<code>${part}</code>` : part));
-}
-
-/** What is wrong with an input, below its control. */
+/** The problem of an input, below its control. */
 export function problemView(name) {
     return isWrong(name) ? html`<p class="problem" id="problem-${name}">${state.problems[name]}</p>` : nothing;
 }
 
-/** Whether something is wrong with an input. */
-export function isWrong(name) {
-    return Object.hasOwn(state.problems, name);
-}
+export const isWrong = (name) => Object.hasOwn(state.problems, name);
 
-/** The ids of what tells more about a control. */
+/** The ids of the texts that tell more about a control. */
 export function describedBy(name) {
     const ids = [explained.has(name) && `about-${name}`, isWrong(name) && `problem-${name}`].filter(Boolean);
     return ids.length > 0 ? ids.join(" ") : nothing;
@@ -223,7 +203,6 @@ const ICONS = {
     random: svg`<path d="M4 7h3c5 0 5 10 10 10h3M4 17h3q3 0 4-4M13 9q1-2 4-2h3M17 4l3 3-3 3m0 4 3 3-3 3"></path>`,
 };
 
-/** A drawing on a button. */
-export function icon(name) {
-    return html`<svg class="form-icon" viewBox="0 0 24 24" aria-hidden="true">${ICONS[name]}</svg>`;
-}
+export const icon = (name) => html`
+    <svg class="form-icon" viewBox="0 0 24 24" aria-hidden="true">${ICONS[name]}</svg>
+`;

@@ -1,9 +1,8 @@
-/**
- * The control of a field for a file: chosen, dropped, pasted, painted, or an address.
- */
+/** The control of a field for a file: chosen, dropped, pasted, painted, or an address. */
 
-import { dropTarget, isPicture, sizeText, urlOf } from "./browser.js";
-import { describedBy, edit, focusField, headView, isWrong, leave, sizeProblem, typedText, valueOf } from "./field.js";
+import { dropTarget, fileButton, labelledButton, isPicture, sizeText, urlOf } from "./browser.js";
+import { describedBy, edit, focusField, headView, isWrong, leave } from "./field.js";
+import { restoreDefault, sizeProblem, typedText, valueOf } from "./field.js";
 import { isLoraFile } from "./lora.js";
 import { addLora } from "./loras.js";
 import { paintMask } from "./mask.js";
@@ -15,7 +14,6 @@ const PICTURES = /image|mask|photo|picture/; // in names of inputs: for these, t
 
 let painting = false; // whether the dialog for a mask is open, or about to be
 
-/** A field for a file, with its head. */
 export function fileView(field) {
     const value = valueOf(field);
     const { dragover, dragleave, drop } = dropTarget("form-over", (transfer) => takeDropped(field, transfer));
@@ -34,12 +32,7 @@ export function fileView(field) {
     `;
 }
 
-/**
- * Take a file that was pasted: one of a LoRA into the list, another one into a field for files.
- *
- * @param {File} file
- * @param {string|undefined} name of the field that it was pasted into
- */
+/** Take a pasted file: a LoRA's into the list, another one into the named field, or else the first that takes files. */
 export function takePasted(file, name) {
     if (isLoraFile(file)) return void addLora(file);
     const shown = state.schema.fields.filter((field) => field.format === "uri" && isShown(field, state.inputs));
@@ -48,25 +41,14 @@ export function takePasted(file, name) {
 }
 
 function chosenView(field, file) {
-    const remove = () => {
-        edit(field, undefined);
-        focusField(field);
-    };
     const picture = html`<img class="thumb form-thumb" src=${urlOf(file)} alt="${field.label}: ${file.name}" />`;
+    const style = { kind: "icon-button form-small", title: "Remove" };
     return html`
         ${isPicture(file) ? picture : nothing}
         <div class="form-chosen">
             <div class="form-head">
                 <p class="form-name">${file.name} <span class="quiet">${sizeText(file.size)}</span></p>
-                <button
-                    class="icon-button form-small"
-                    type="button"
-                    aria-label="Remove ${field.label}"
-                    title="Remove"
-                    @click=${remove}
-                >
-                    ✕
-                </button>
+                ${labelledButton("✕", `Remove ${field.label}`, () => restoreDefault(field), style)}
             </div>
             <div class="row">${paintView(field)} ${uploadView(field, "Replace")}</div>
         </div>
@@ -102,24 +84,15 @@ function emptyView(field, address) {
 
 function uploadView(field, text) {
     const { name, label } = field;
-    const choose = ({ target }) => {
-        take(field, target.files[0]);
-        target.value = ""; // so that the same file can be chosen again
-        focusField(field); // its controls are others once there is a file
-    };
-    return html`
-        <span class="form-upload">
-            <input
-                class="visually-hidden"
-                type="file"
-                id="file-${name}"
-                accept=${PICTURES.test(name) ? "image/*" : nothing}
-                aria-label="${label}: ${text}"
-                @change=${choose}
-            />
-            <label class="button" for="file-${name}">${text}</label>
-        </span>
-    `;
+    return fileButton(text, {
+        id: `file-${name}`,
+        label: `${label}: ${text}`,
+        accept: PICTURES.test(name) ? "image/*" : nothing,
+        take: ([file]) => {
+            take(field, file);
+            focusField(field); // its controls are others once there is a file
+        },
+    });
 }
 
 function paintView(field) {

@@ -1,6 +1,4 @@
-/**
- * The form, made of the document alone: a control for every input, in groups.
- */
+/** The form, made of the document alone: a control for every input, in groups. */
 
 import { afterRender } from "./browser.js";
 import { controlView } from "./controls.js";
@@ -13,7 +11,7 @@ import { announce, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 import { repeat } from "./vendor/repeat.js";
 
-/** The whole form, without the bar that draws: its events `submit` go up to whoever draws. */
+/** The whole form, without the button that submits it; main.js handles its event `submit`. */
 export function formView() {
     const { fields, groups } = state.schema;
     const shown = new Set(fields.filter((field) => isShown(field, state.inputs)).map(({ name }) => name));
@@ -30,11 +28,7 @@ export function formView() {
     `;
 }
 
-/**
- * Look at what is shown before it is sent: what is wrong is told at its field, and the first such field gets the focus.
- *
- * @returns {boolean} whether it can be sent
- */
+/** Whether the form can be sent; if not, each wrong field says why, and the first one gets the focus. */
 export function checkForm() {
     state.problems = problemsOf(state.inputs, state.schema.fields);
     const isAdded = addTyped();
@@ -53,7 +47,7 @@ export function focusProblem() {
     return true;
 }
 
-/** Every input as it is by default. */
+/** Give every input its default. */
 export function reset() {
     clearTyped();
     Object.assign(state, { inputs: {}, loras: [], problems: {}, seedLocked: false });
@@ -62,20 +56,20 @@ export function reset() {
 
 function groupView(group, isAlone) {
     const fields = group.fields.filter((field) => isShown(field, state.inputs));
-    const isHidden = group.name === "size" && fields.length === 0;
-    if (fields.length === 0 && !isHidden) return nothing;
+    const isIdle = group.name === "size" && fields.length === 0;
+    if (fields.length === 0 && !isIdle) return nothing;
     const title = isAlone && group.name === "other" ? "Inputs" : group.title;
     const isRepeated = fields.length === 1 && fields[0].label === title;
     return html`
         <fieldset class="form-group">
             <legend class=${isRepeated ? "visually-hidden" : "form-legend"}>${title}</legend>
-            ${isHidden ? html`<p class="hint">The image's own size counts.</p>` : nothing}
+            ${isIdle ? html`<p class="hint">The image's own size counts.</p>` : nothing}
             ${group.name === "loras" ? loraFields(fields) : fieldViews(fields)}
         </fieldset>
     `;
 }
 
-/** The list stands for one input; the second input of this kind is out of the way, for those who know it. */
+/** The list of LoRAs in place of its input, and the second input for LoRAs folded away. */
 function loraFields(fields) {
     if (!fieldNamed(fields, LORAS)) return fieldViews(fields);
     const isSet = (field) => differs(field, valueOf(field));
@@ -93,9 +87,7 @@ function loraFields(fields) {
 }
 
 /** Each field keeps its elements, and with them the focus, while others come and go. */
-function fieldViews(fields) {
-    return repeat(fields, ({ name }) => name, fieldView);
-}
+const fieldViews = (fields) => repeat(fields, ({ name }) => name, fieldView);
 
 function fieldView(field) {
     const { name, format } = field;

@@ -1,15 +1,12 @@
-/**
- * The stage: the selected picture as large as there is room, what can be done with it, and pictures from elsewhere.
- */
+/** The stage: the selected picture as large as there is room, its actions, and pictures from elsewhere. */
 
 import { copyText, dropTarget, isPicture, sizeText, urlOf } from "./browser.js";
 import { compareButton, comparedPicture, compareView, isPicking, leavePicking } from "./compare.js";
 import { draw } from "./draw.js";
-import { keepSeed, setImage } from "./field.js";
+import { keepSeed, restore, setImage, snapshot } from "./field.js";
 import { hasEnded } from "./jobs.js";
 import { readMetadata, recipeOf } from "./metadata.js";
 import { fieldOf, imageView, inputOf, loraText, promptOf, sizeOf, sizeStyle } from "./pictures.js";
-import { restore, snapshot } from "./recipe.js";
 import { announce, note, selectedPicture, state } from "./store.js";
 import { removePicture } from "./strip.js";
 import { html, nothing } from "./vendor/lit-html.js";
@@ -21,19 +18,13 @@ const { dragover, dragleave, drop } = dropTarget("gallery-dropping", takeDropped
 
 let copied = null; // the id of the picture whose seed was copied last
 
-/** The selected picture, or two to compare, or what to do where there is none. Takes pictures dropped on it. */
+/** The selected picture, or two to compare, or a hint where there is none. Takes pictures dropped on it. */
 export function stageView() {
     const picture = selectedPicture();
     const other = comparedPicture();
     const shown = other === undefined ? pictureView : compareView;
     return html`
-        <div
-            class="gallery-stage"
-            @dragover=${dragover}
-            @dragleave=${dragleave}
-            @drop=${drop}
-            @keydown=${leavePicking}
-        >
+        <div class="gallery-stage" @dragover=${dragover} @dragleave=${dragleave} @drop=${drop} @keydown=${leavePicking}>
             ${picture === null ? emptyView() : shown(picture, other)}
         </div>
     `;
@@ -41,6 +32,15 @@ export function stageView() {
 
 function pictureView(picture) {
     const { blob, name, recipe, seed } = picture;
+    const file = new File([blob], name, { type: blob.type });
+    const drawAgain = () => {
+        restore(recipe);
+        draw(snapshot()); // with the secrets of the form
+    };
+    const useInputs = () => {
+        restore(recipe);
+        announce("The form has the inputs of this picture.");
+    };
     return html`
         <figure class="gallery-figure" .style=${sizeStyle(picture)}>
             ${imageView(picture, "gallery-picture", promptOf(picture))}
@@ -55,35 +55,36 @@ function pictureView(picture) {
         </figure>
         <div class="row gallery-actions">
             <a class="button" href=${urlOf(blob)} download=${name}>Download</a>
-            <button class="button" type="button" @click=${() => drawAgain(recipe)}>Same again</button>
-            <button class="button" type="button" @click=${() => useInputs(recipe)}>Use its inputs</button>
-            <button class="button" type="button" @click=${() => setImage(fileOf(picture))}>Use as image</button>
-            <button
-                class="button"
-                type="button"
-                aria-pressed=${isSeedKept(picture)}
-                ?disabled=${seed === null}
-                @click=${() => keepSeed(isSeedKept(picture) ? null : picture)}
-            >
-                Keep seed
-            </button>
-            ${compareButton()}
-            <button class="button quiet" type="button" @click=${() => removePicture(picture)}>Delete</button>
+            <button class="button" @click=${drawAgain}>Same again</button>
+            <button class="button" @click=${useInputs}>Use its inputs</button>
+            <button class="button" @click=${() => setImage(file)}>Use as image</button>
+            ${keepSeedButton(picture)} ${compareButton()}
+            <button class="button quiet" @click=${() => removePicture(picture)}>Delete</button>
         </div>
         ${isPicking() ? html`<p class="notice">Choose the picture to compare it with in the history.</p>` : nothing}
     `;
 }
 
-function copyView({ id, seed }) {
-    const copy = () => copySeed(id, seed);
+function keepSeedButton(picture) {
+    const { seed } = picture;
+    const isKept = state.seedLocked && state.inputs.seed === seed;
+    const toggle = () => keepSeed(isKept ? null : picture);
     return html`
-        <button class="button quiet gallery-copy" type="button" aria-label="Copy seed" @click=${copy}>
-            ${copied === id ? "Copied" : "Copy"}
-        </button>
+        <button class="button" aria-pressed=${isKept} ?disabled=${seed === null} @click=${toggle}>Keep seed</button>
     `;
 }
 
-/** What is known of a picture, in a few words each. */
+function copyView({ id, seed }) {
+    const copy = async () => {
+        if (!(await copyText(String(seed)))) return note(`This browser lets no page copy here: the seed is ${seed}.`);
+        copied = id;
+        announce(`The seed ${seed} is copied.`);
+    };
+    const text = copied === id ? "Copied" : "Copy";
+    return html`<button class="button quiet gallery-copy" aria-label="Copy seed" @click=${copy}>${text}</button>`;
+}
+
+/** Facts of a picture, in a few words each. */
 function factsOf(picture) {
     const { blob, loras, metrics } = picture;
     const size = sizeOf(picture);
@@ -106,30 +107,6 @@ function droppedView({ metrics: { safety, seeds } }) {
     const of = seeds?.length > count ? ` of ${seeds.length}` : "";
     const pictures = count === 1 ? `1 picture${of} was` : `${count} pictures${of} were`;
     return html`<p class="hint">${pictures} kept back by the safety check.</p>`;
-}
-
-function fileOf({ blob, name }) {
-    return new File([blob], name, { type: blob.type });
-}
-
-async function copySeed(id, seed) {
-    if (!(await copyText(String(seed)))) return note(`This browser lets no page copy here: the seed is ${seed}.`);
-    copied = id;
-    announce(`The seed ${seed} is copied.`);
-}
-
-function drawAgain(recipe) {
-    restore(recipe);
-    draw(snapshot()); // with the secrets of the form
-}
-
-function useInputs(recipe) {
-    restore(recipe);
-    announce("The form has the inputs of this picture.");
-}
-
-function isSeedKept({ seed }) {
-    return state.seedLocked && state.inputs.seed === seed;
 }
 
 function emptyView() {
@@ -155,21 +132,16 @@ function exampleView(prompt) {
         state.inputs = { ...state.inputs, prompt };
         announce(`The prompt is “${prompt}”.`);
     };
-    return html`<button class="chip" type="button" @click=${take}>${prompt}</button>`;
+    return html`<button class="chip" @click=${take}>${prompt}</button>`;
 }
 
 function takeDropped(carried) {
-    // A picture of this page that was dragged a little is no file of anybody's.
+    // A picture that was dragged from this page itself is nothing new.
     if (carried.getData("text/uri-list").startsWith("blob:")) return;
     if (carried.files.length > 0) receive([...carried.files]);
 }
 
-/**
- * Take the first picture of some files: one that says what it was drawn from brings its inputs back; another one is the
- * image to draw from.
- *
- * @param {File[]} files at least one
- */
+/** Take the first picture of at least one file: the inputs in its metadata, or without these itself as image. */
 export async function receive(files) {
     const file = files.find(isPicture);
     if (file === undefined) return note(`${files[0].name} is not a picture.`);

@@ -1,36 +1,32 @@
-/**
- * A grid: one picture for each pair of values of two inputs, all else being equal.
- */
+/** A grid: one picture for each pair of values of two inputs, all else being equal. */
 
 import { download, focusOn, urlOf } from "./browser.js";
 import { stopPicking } from "./compare.js";
 import { canDraw } from "./connection.js";
+import { snapshot } from "./field.js";
 import { gridPicture } from "./grid_picture.js";
 import { areApart, axesOf, cellRecipes, isWords, readValues } from "./grid_values.js";
 import { keep } from "./history.js";
 import { cancelJobs, enqueue, hasEnded } from "./jobs.js";
 import { LORAS, loraProblem } from "./lora.js";
 import { addTyped, rememberLoras } from "./loras.js";
-import { snapshot } from "./recipe.js";
 import { fieldNamed, own, problemsOf } from "./schema.js";
 import { announce, changed, note, selectedPicture, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 
-/** @typedef {{x: Side, y: Side, title: string, rows: Job[][]}} Run one grid; a row for each value of y */
-
 const MOST_CELLS = 400;
 const ASK_ABOVE = 36; // cells
-const DRAWN_SEEDS = 2 ** 32; // seeds that nobody chose are below
+const DRAWN_SEEDS = 2 ** 32; // random seeds are below
 const EXAMPLES = { lora_scale: "0, 0.5, 1", guidance_scale: "2, 3, 4", num_inference_steps: "4, 14, 28" };
 
 const grid = {
     chosen: {}, // the id of the axis x, and of y
     texts: {}, // the values as they were typed, by axis
-    asking: false, // whether so many cells are meant
-    run: null,
+    asking: false, // whether a person is asked if so many cells shall be drawn
+    run: null, // {x, y, title, rows}: two sides, and a row of jobs for each value of y
 };
 
-/** The tab: what changes along x and y, and the cells, which fill while other tabs are open too. */
+/** The tab: the inputs that change along x and y, and the cells, which fill while other tabs are open too. */
 export function gridView() {
     const sides = readSides();
     if (sides === null) return html`<p>A grid needs two inputs that can change, and this server has fewer.</p>`;
@@ -38,14 +34,14 @@ export function gridView() {
         <div class="stack grid">
             <form class="stack panel" id="grid-form" @submit=${submit}>
                 <div class="grid-sides">${sideView("x", "Columns", sides)} ${sideView("y", "Rows", sides)}</div>
-                ${grid.asking ? askView(sides) : startView(sides)}
+                ${startView(sides)}
             </form>
             ${grid.run ? runView(grid.run) : nothing}
         </div>
     `;
 }
 
-// What is asked for
+// The sides
 
 /** The chosen axes with the values that they have now; null where no two of them can be in one grid. */
 function readSides() {
@@ -57,13 +53,13 @@ function readSides() {
     return x === undefined ? null : { all, x: readSide(x), y: readSide(beside(x)) };
 }
 
+/** A side: an axis with its values, and these as they are shown, `texts`. */
 function readSide(axis) {
     const text = own(grid.texts, axis.id) ?? usualValues(axis);
     const { values, problem } = readValues(text, axis);
     return { axis, text, values, problem, texts: values.map(axis.show) };
 }
 
-/** Values to begin with. */
 function usualValues({ id, field }) {
     if (Object.hasOwn(EXAMPLES, id)) return EXAMPLES[id];
     if (id.startsWith("scale_")) return EXAMPLES.lora_scale;
@@ -77,31 +73,23 @@ function usualValues({ id, field }) {
     return String(own(state.inputs, id) ?? field.default ?? "");
 }
 
-function countCells({ x, y }) {
-    return x.values.length * y.values.length;
-}
-
-function canStart(sides) {
-    return !isRunning() && canDraw() && gridProblem(sides) === null;
-}
+const countCells = ({ x, y }) => x.values.length * y.values.length;
+const canStart = (sides) => !isRunning() && canDraw() && gridProblem(sides) === null;
+const isRunning = () => grid.run?.rows.flat().some((job) => !hasEnded(job)) ?? false;
 
 /** Why the cells cannot be drawn as the form is now; null when they can. */
 function gridProblem(sides) {
     const count = countCells(sides);
     if (count > MOST_CELLS) return `A grid has at most ${MOST_CELLS} pictures; these would be ${count}.`;
     const cells = cellRecipes(snapshot(), sides.x, sides.y).flat();
-    return cells.flatMap(recipeProblems).find((problem) => problem !== null) ?? null;
+    const problems = cells.flatMap(({ inputs, loras }) => [
+        ...loras.map(loraProblem),
+        ...Object.values(problemsOf(inputs, state.schema.fields)),
+    ]);
+    return problems.find((problem) => problem !== null) ?? null;
 }
 
-function recipeProblems({ inputs, loras }) {
-    return [...loras.map(loraProblem), ...Object.values(problemsOf(inputs, state.schema.fields))];
-}
-
-function isRunning() {
-    return grid.run?.rows.flat().some((job) => !hasEnded(job)) ?? false;
-}
-
-// What a person does
+// Actions
 
 function set(values) {
     Object.assign(grid, { asking: false, ...values });
@@ -115,17 +103,17 @@ function submit(event) {
     if (sides.x.problem || sides.y.problem) {
         document.getElementById(sides.x.problem ? "grid-x-values" : "grid-y-values").focus();
     } else if (canStart(sides)) {
-        if (countCells(sides) > ASK_ABOVE && !grid.asking) ask();
+        if (countCells(sides) > ASK_ABOVE && !grid.asking) ask(true);
         else start(sides);
     }
 }
 
-function ask() {
-    grid.asking = true;
+/** Ask whether so many cells shall be drawn, or no longer. */
+function ask(asking) {
+    grid.asking = asking;
     focusOn(".grid-start");
 }
 
-/** Have every cell drawn, row by row. */
 function start({ x, y }) {
     const recipe = snapshot();
     const { fields } = state.schema;
@@ -133,8 +121,10 @@ function start({ x, y }) {
     const changing = [x.axis.id, y.axis.id];
     const fixed = (name) => (changing.includes(name) ? undefined : fieldNamed(fields, name));
     const seed = fixed("seed");
-    // Cells can be compared where only what the axes say differs; for a seed below 0 the server would draw one.
-    if (seed && !(recipe.inputs.seed >= 0)) recipe.inputs.seed = anySeed(seed);
+    // All cells get one seed, so that only the axes make them differ; below 0, the server would draw one for each.
+    if (seed && !(recipe.inputs.seed >= 0)) {
+        recipe.inputs.seed = Math.floor(Math.random() * Math.min(DRAWN_SEEDS, (seed.maximum ?? Infinity) + 1));
+    }
     const rows = cellRecipes(recipe, x, y).map((row) => row.map((cell) => enqueue(cell, "cell")));
     const title = [fixed("prompt") && recipe.inputs.prompt, seed && `Seed ${recipe.inputs.seed}`];
     const run = { x, y, title: title.filter(Boolean).join(" · "), rows };
@@ -144,15 +134,6 @@ function start({ x, y }) {
         announce(`The grid has ended: ${drawnOf(run)}.`);
     });
     focusOn(".grid-cancel");
-}
-
-function anySeed({ maximum }) {
-    return Math.floor(Math.random() * Math.min(DRAWN_SEEDS, (maximum ?? Infinity) + 1));
-}
-
-function cancelGrid() {
-    cancelJobs(grid.run.rows.flat());
-    focusOn(".grid-start"); // the button goes
 }
 
 /** Show the picture of a cell in the stage, among the others. */
@@ -185,15 +166,14 @@ function sideView(side, legend, sides) {
     const other = sides[side === "x" ? "y" : "x"].axis;
     const choices = sides.all.filter((choice) => areApart(choice, other));
     const choose = ({ target }) => set({ chosen: { x: sides.x.axis.id, y: sides.y.axis.id, [side]: target.value } });
+    const optionView = ({ id, label }) => html`<option value=${id} .selected=${id === axis.id}>${label}</option>`;
     return html`
         <fieldset class="stack grid-side">
             <legend class="field-label">${legend}</legend>
             <div class="field">
                 <label class="visually-hidden" for="grid-${side}">Input of the ${legend.toLowerCase()}</label>
                 <select id="grid-${side}" @change=${choose}>
-                    ${choices.map(
-                        ({ id, label }) => html`<option value=${id} .selected=${id === axis.id}>${label}</option>`,
-                    )}
+                    ${choices.map(optionView)}
                 </select>
             </div>
             <div class="field">
@@ -239,35 +219,27 @@ function hintOf({ id, field }) {
     return "Separated by commas, so decimals have a point; 0:1:0.25 goes from 0 to 1 by 0.25.";
 }
 
+/** The button that begins, or the question whether so many pictures shall be drawn. */
 function startView(sides) {
     const count = countCells(sides);
     const problem = gridProblem(sides);
+    const startButton = (text) => html`
+        <button class="button primary grid-start" type="submit" ?disabled=${!canStart(sides)}>${text}</button>
+    `;
+    if (grid.asking) {
+        return html`
+            <div class="row grid-ask" role="group" aria-label="Many pictures">
+                <span>These are ${count} pictures.</span>
+                ${startButton(`Draw ${count} pictures`)}
+                <button class="button" type="button" @click=${() => ask(false)}>Do not draw</button>
+            </div>
+        `;
+    }
     return html`
         <div class="row">
-            <button class="button primary grid-start" type="submit" ?disabled=${!canStart(sides)}>Draw grid</button>
-            <span class="quiet">${count > 0 ? counting(count) : nothing}</span>
+            ${startButton("Draw grid")}
+            <span class="quiet">${count > 0 ? `${count} picture${count === 1 ? "" : "s"}` : nothing}</span>
             ${problem ? html`<span class="problem">${problem}</span>` : nothing}
-        </div>
-    `;
-}
-
-function counting(count) {
-    return count === 1 ? "1 picture" : `${count} pictures`;
-}
-
-function askView(sides) {
-    const count = countCells(sides);
-    const keepFromDrawing = () => {
-        grid.asking = false;
-        focusOn(".grid-start");
-    };
-    return html`
-        <div class="row grid-ask" role="group" aria-label="Many pictures">
-            <span>These are ${count} pictures.</span>
-            <button class="button primary grid-start" type="submit" ?disabled=${!canStart(sides)}>
-                Draw ${count} pictures
-            </button>
-            <button class="button" type="button" @click=${keepFromDrawing}>Do not draw</button>
         </div>
     `;
 }
@@ -275,23 +247,20 @@ function askView(sides) {
 function runView(run) {
     const jobs = run.rows.flat();
     const drawn = jobs.some(({ pictures }) => pictures.length > 0);
-    const cancel = html`<button class="button grid-cancel" type="button" @click=${cancelGrid}>Cancel grid</button>`;
-    const ended = html`
-        <progress
-            aria-label="Cells that have ended"
-            max=${jobs.length}
-            .value=${jobs.filter(hasEnded).length}
-        ></progress>
-    `;
+    const cancel = () => {
+        cancelJobs(jobs);
+        focusOn(".grid-start"); // the button goes
+    };
+    const cancelButton = html`<button class="button grid-cancel" @click=${cancel}>Cancel grid</button>`;
+    const count = jobs.filter(hasEnded).length;
+    const ended = html`<progress aria-label="Cells that have ended" max=${jobs.length} .value=${count}></progress>`;
     return html`
         <section class="stack" aria-label="Grid">
             <div class="row grid-bar">
                 <h2>${run.title}</h2>
                 <span class="quiet">${drawnOf(run)}</span>
-                ${isRunning() ? cancel : nothing}
-                <button class="button" type="button" ?disabled=${!drawn} @click=${() => exportPng(run)}>
-                    Export PNG
-                </button>
+                ${isRunning() ? cancelButton : nothing}
+                <button class="button" ?disabled=${!drawn} @click=${() => exportPng(run)}>Export PNG</button>
             </div>
             ${isRunning() ? ended : nothing}
             <div class="grid-scroll" tabindex="0" role="region" aria-label="Cells">${tableView(run)}</div>
@@ -299,13 +268,19 @@ function runView(run) {
     `;
 }
 
-/** How far a grid is, in words. */
 function drawnOf({ rows }) {
     const jobs = rows.flat();
     return `${jobs.filter(({ pictures }) => pictures.length > 0).length} of ${jobs.length} drawn`;
 }
 
 function tableView({ x, y, rows }) {
+    const cellText = ({ axis, texts }, index) => `${axis.label} ${texts[index]}`;
+    const rowView = (row, number) => html`
+        <tr>
+            <th scope="row">${y.texts[number]}</th>
+            ${row.map((job, column) => cellView(job, `${cellText(x, column)}, ${cellText(y, number)}`))}
+        </tr>
+    `;
     return html`
         <table class="grid-table">
             <thead>
@@ -319,21 +294,10 @@ function tableView({ x, y, rows }) {
                 </tr>
             </thead>
             <tbody>
-                ${rows.map(
-                    (row, number) => html`
-                        <tr>
-                            <th scope="row">${y.texts[number]}</th>
-                            ${row.map((job, column) => cellView(job, `${cellText(x, column)}, ${cellText(y, number)}`))}
-                        </tr>
-                    `,
-                )}
+                ${rows.map(rowView)}
             </tbody>
         </table>
     `;
-}
-
-function cellText({ axis, texts }, index) {
-    return `${axis.label} ${texts[index]}`;
 }
 
 function cellView(job, name) {
@@ -343,14 +307,14 @@ function cellView(job, name) {
     }
     return html`
         <td>
-            <button class="grid-open" type="button" title="Open" @click=${() => openCell(picture)}>
+            <button class="grid-open" title="Open" @click=${() => openCell(picture)}>
                 <img src=${urlOf(picture.blob)} alt=${name} />
             </button>
         </td>
     `;
 }
 
-/** What a cell says while it has no picture. */
+/** The text of a cell while it has no picture. */
 function reasonOf({ status, error, at, of }) {
     if (status === "failed") return error.startsWith("NSFW") ? "Kept back by the safety check." : error;
     if (status === "drawing") return of === null ? "Drawing" : `Step ${at} of ${of}`;

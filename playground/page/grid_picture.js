@@ -1,22 +1,15 @@
-/**
- * A grid as one picture: its cells at their full size, what their rows and columns are, and a title.
- */
+/** A grid as one picture: its cells at their full size, the names and values of its rows and columns, and a title. */
 
-// What a canvas may have in every browser, a side and in all.
+// The largest canvas that every browser has, in pixels.
 const LARGEST_SIDE = 16_384;
 const LARGEST_AREA = 64_000_000;
 
-/** @typedef {{width: number, height: number}} Size in pixels */
-/** @typedef {{label: string, texts: string[]}} Names of the columns or the rows, and what they are values of */
-/** @typedef {{lines: string[], at: [number, number], bold?: boolean}} Text lines beneath each other, from a place on */
-
 /**
- * Draw a grid. Its pictures are copied pixel by pixel, unless it is larger than a canvas may be.
+ * Draw a grid: its title; the label and the texts of the columns, x, and of the rows, y; and its cells, each a picture
+ * or a text that says why there is none. Pictures are copied pixel by pixel, unless the grid is larger than a canvas
+ * may be. It throws where one is unreadable.
  *
- * @param {{title: string, x: Names, y: Names, cells: (Blob|string)[][]}} grid row by row, at least one picture; a text
- *     says why there is none
  * @returns {Promise<Blob|null>} a PNG; null: the browser has no room for it
- * @throws {Error} where a picture cannot be read
  */
 export async function gridPicture(grid) {
     const canvas = document.createElement("canvas");
@@ -50,7 +43,7 @@ async function largestOf(blobs) {
     return largest;
 }
 
-/** What draws on a canvas in the page's own letters and colours; `em` is the size of the letters. */
+/** Functions that draw on a canvas in the page's own font and colours; `em` is the size of the letters. */
 function penOf(context, em) {
     const { backgroundColor, color, fontFamily } = getComputedStyle(document.body);
     const line = Math.round(1.35 * em);
@@ -82,10 +75,9 @@ function penOf(context, em) {
 }
 
 /**
- * Where everything is, in whole pixels: between two pixels, pictures would be blurred.
+ * The places of everything, in whole pixels: between two pixels, pictures would be blurred.
  *
- * @returns {{texts: Text[], x: function(number): number, y: function(number): number, whole: Size}} x and y of a cell
- *     by its column and row
+ * `x` gives the left of a column, `y` the top of a row, `whole` the size; each text has its lines and where they begin.
  */
 function layout({ title, x: across, y: down }, cell, { em, line, measure }) {
     const gap = Math.round(em / 2);

@@ -1,35 +1,14 @@
-/**
- * What may change along the sides of a grid, and the values that are typed for it. Pure: no page, no state.
- */
+/** The axes that a grid may have, and the values that are typed for them. Pure: no page, no state. */
 
 import { LARGEST_STRENGTH, LORAS, loraProblem, readLora, writeLora } from "./lora.js";
 import { isShown, meaningOf, problemOf, readNumber } from "./schema.js";
-
-/**
- * @typedef {object} Axis what may change along a side
- * @property {string} id as it is part of a file's name
- * @property {string} label
- * @property {{type: string, enum: Array|null}} field how its values are typed
- * @property {string[]} changes the ids of all that it changes
- * @property {string[]} restsOn the names of the inputs that decide whether it counts
- * @property {function(*): string|null} problem the sentence on a value that cannot be
- * @property {function(Recipe, *): Recipe} put the recipe with a value in it
- * @property {function(*): string} show a value as people read it
- */
-/** @typedef {{axis: Axis, values: Array, texts: string[]}} Side the texts are the values as they are shown */
 
 const MOST_VALUES = 100; // of an axis
 
 const NUMBER = String.raw`[+-]?(?:\d+(?:\.\d*)?|\.\d+)`;
 const RANGE = new RegExp(`^(${NUMBER})\\s*[-–:]\\s*(${NUMBER})(?:\\s*:\\s*(${NUMBER}))?$`); // 1-4, 0:1:0.25
 
-/**
- * What may change beside what a recipe says: inputs that count, the LoRA, and the strength of each that is chosen.
- *
- * @param {Field[]} fields of the schema
- * @param {Recipe} recipe
- * @returns {Axis[]}
- */
+/** @returns {Axis[]} of a recipe: inputs that count, the LoRA, and the strength of each that is chosen. */
 export function axesOf(fields, { inputs, loras }) {
     const scales = loras.map((_, index) => scaleAxis(loras, index));
     return fields
@@ -43,14 +22,7 @@ export function areApart(one, other) {
     return !touches(one, [...other.changes, ...other.restsOn]) && !touches(other, one.restsOn);
 }
 
-/**
- * What each cell is drawn from.
- *
- * @param {Recipe} recipe what is the same in all of them
- * @param {Side} x
- * @param {Side} y
- * @returns {Recipe[][]} a row for each value of y
- */
+/** @returns {Recipe[][]} of the cells, a row for each value of y: the recipe with the values of both sides. */
 export function cellRecipes(recipe, x, y) {
     return y.values.map((row) => x.values.map((column) => y.axis.put(x.axis.put(recipe, column), row)));
 }
@@ -59,8 +31,6 @@ export function cellRecipes(recipe, x, y) {
  * The values of an axis as they are typed: separated by commas, numbers in ranges such as 1-4 and 0:1:0.25 too, and
  * words one per line.
  *
- * @param {string} text
- * @param {Axis} axis
  * @returns {{values: Array, problem: string|null}} the problem is the sentence on the first value that is wrong
  */
 export function readValues(text, { field, problem }) {
@@ -81,30 +51,29 @@ export function readValues(text, { field, problem }) {
 }
 
 /** Whether values are any words, which may have commas in them. */
-export function isWords({ type, enum: choices }) {
-    return type === "string" && !choices;
-}
+export const isWords = ({ type, enum: choices }) => type === "string" && !choices;
 
 function isAxis({ name, type, format, secret }) {
     const isPlain = ["string", "boolean", "number", "integer"].includes(type) && format !== "uri";
     return isPlain && !secret && name !== "num_outputs";
 }
 
+/** The axis of an input; the other axes below have the same properties. */
 function inputAxis(field) {
     const { name, label, rules } = field;
     return {
-        id: name,
+        id: name, // also a part of a file's name
         label,
-        field,
-        changes: [name],
-        restsOn: rules.map(({ of }) => of),
-        problem: (value) => problemOf({ ...field, required: true }, value),
-        put: ({ inputs, loras }, value) => ({ inputs: { ...inputs, [name]: value }, loras }),
-        show: String,
+        field, // its type and choices say how values are typed
+        changes: [name], // the ids of all that it changes
+        restsOn: rules.map(({ of }) => of), // the inputs that decide whether it counts
+        problem: (value) => problemOf({ ...field, required: true }, value), // the sentence on a wrong value, or null
+        put: ({ inputs, loras }, value) => ({ inputs: { ...inputs, [name]: value }, loras }), // a value into a recipe
+        show: String, // a value as people read it
     };
 }
 
-/** Which LoRA is the only one, and thereby the strengths of those that are chosen. */
+/** The only LoRA, in place of those that are chosen and of their strengths. */
 function loraAxis(scales) {
     return {
         id: LORAS,
@@ -114,7 +83,10 @@ function loraAxis(scales) {
         restsOn: [],
         problem: (text) => loraProblem(readLora(text)),
         put: ({ inputs }, text) => ({ inputs, loras: [readLora(text)] }),
-        show: (text) => shownLora(readLora(text)),
+        show: (text) => {
+            const lora = readLora(text);
+            return writeLora({ ...lora, path: shownPath(lora.path) });
+        },
     };
 }
 
@@ -130,26 +102,19 @@ function scaleAxis(loras, index) {
         field: { type: "number", enum: null },
         changes: [id],
         restsOn: [],
-        problem: (scale) => {
-            return Math.abs(scale) <= LARGEST_STRENGTH
+        problem: (scale) =>
+            Math.abs(scale) <= LARGEST_STRENGTH
                 ? null
-                : `Scale of ${name} must be a number from ${-LARGEST_STRENGTH} to ${LARGEST_STRENGTH}.`;
-        },
+                : `Scale of ${name} must be a number from ${-LARGEST_STRENGTH} to ${LARGEST_STRENGTH}.`,
         put: (recipe, scale) => ({ inputs: recipe.inputs, loras: recipe.loras.map(withScale(scale)) }),
         show: String,
     };
 }
 
-function shownLora(lora) {
-    return writeLora({ ...lora, path: shownPath(lora.path) });
-}
+/** A reference as it may be shown: an address without its login and its query. */
+const shownPath = (path) => path.replace(/[?#].*/, "").replace(/^https?:\/\/([^/]*@)?/i, "");
 
-/** A reference as it may be shown: of an address, neither who asks nor what it is asked with. */
-function shownPath(path) {
-    return path.replace(/[?#].*/, "").replace(/^https?:\/\/([^/]*@)?/i, "");
-}
-
-/** The values that one item means; itself, or NaN, where it means none. */
+/** The values that one item means; where it means none, NaN or itself. */
 function itemValues(item, field) {
     if (field.enum) return [field.enum.find((choice) => String(choice) === item) ?? item];
     if (field.type === "boolean") return [meaningOf(field, item.toLowerCase())];

@@ -1,15 +1,14 @@
 /**
- * The pictures that were drawn, whole, in this browser's IndexedDB: their bytes, and the files they were drawn from.
+ * Keeps the pictures that were drawn in this browser's IndexedDB: their bytes, and the files they were drawn from.
  *
- * A file is kept once, however many pictures were drawn from it: one LoRA for two hundred pictures would fill the disk.
- * So a picture's record names its files by keys, and a file goes with the last picture that names it.
- * Where the browser keeps nothing (a private window, a full disk), the page goes on with what it has in memory.
+ * A file is stored once, as two hundred copies of one LoRA would fill the disk. A picture's record names its files by
+ * keys, and a file is deleted with the last picture that names it.
+ * Where the browser stores nothing (a private window, a full disk), the page goes on with what it has in memory.
  */
 
 import { note, state } from "./store.js";
 
-/** So many pictures are kept; the oldest go. */
-export const MOST = 200;
+export const MOST = 200; // pictures that are kept
 
 const NAME = "flux-sprites";
 const PICTURES = "pictures";
@@ -19,7 +18,7 @@ const keys = new WeakMap(); // of files that have been given one
 let database = null; // a promise, from the first use on
 let told = false; // that nothing is kept
 
-/** @returns {Promise<Picture[]>} those kept, the newest first; what cannot be read is left out. */
+/** @returns {Promise<Picture[]>} those kept, the newest first, without those that cannot be read. */
 export function load() {
     return attempt([], async () => {
         const [records, files] = await transact("readonly", (...stores) => Promise.all(stores.map(readable)));
@@ -29,50 +28,32 @@ export function load() {
     });
 }
 
-/**
- * Keep pictures, and let the oldest go where there are too many, on the page too.
- *
- * @param {Picture[]} pictures
- */
+/** Keep pictures; of more than `MOST`, delete the oldest, on the page too. */
 export function keep(pictures) {
     state.pictures.splice(MOST);
-    return attempt(undefined, () =>
-        transact("readwrite", async (records, files) => {
-            for (const picture of pictures) {
-                const named = new Map();
-                const recipe = withFiles(picture.recipe, (value) => {
-                    if (!(value instanceof Blob)) return value;
-                    named.set(keyOf(value), value);
-                    return { key: keyOf(value) };
-                });
-                for (const [key, file] of named) {
-                    if ((await done(files.getKey(key))) === undefined) await done(files.put(file, key));
-                }
-                await done(records.put({ ...picture, recipe, files: [...named.keys()] }));
+    return change(async (records, files) => {
+        for (const picture of pictures) {
+            const named = new Map();
+            const recipe = withFiles(picture.recipe, (value) => {
+                if (!(value instanceof Blob)) return value;
+                named.set(keyOf(value), value);
+                return { key: keyOf(value) };
+            });
+            for (const [key, file] of named) {
+                if ((await done(files.getKey(key))) === undefined) await done(files.put(file, key));
             }
-            const oldest = (await done(records.index("at").getAllKeys())).slice(0, -MOST);
-            await remove(oldest, records, files);
-        }),
-    );
+            await done(records.put({ ...picture, recipe, files: [...named.keys()] }));
+        }
+        const oldest = (await done(records.index("at").getAllKeys())).slice(0, -MOST);
+        await remove(oldest, records, files);
+    });
 }
 
-/**
- * Keep a picture no longer.
- *
- * @param {string} id
- */
-export function forget(id) {
-    return attempt(undefined, () => transact("readwrite", (...stores) => remove([id], ...stores)));
-}
+export const forget = (id) => change((...stores) => remove([id], ...stores));
+export const clear = () => change((...stores) => Promise.all(stores.map((store) => done(store.clear()))));
+const change = (work) => attempt(undefined, () => transact("readwrite", work));
 
-/** Keep none of them any longer. */
-export function clear() {
-    return attempt(undefined, () =>
-        transact("readwrite", (...stores) => Promise.all(stores.map((store) => done(store.clear())))),
-    );
-}
-
-/** What `work` resolves to; where the browser refuses, `instead`, and the person is told once. */
+/** The result of `work`; if the browser refuses, `instead`, and a note says so once. */
 async function attempt(instead, work) {
     try {
         return await work();
@@ -83,7 +64,7 @@ async function attempt(instead, work) {
     }
 }
 
-/** Work on both stores in one transaction; resolves once it is written, as a full disk may show only then. */
+/** The result of `work` on both stores in one transaction, once that is written: a full disk may show only then. */
 async function transact(mode, work) {
     database ??= open().catch((error) => {
         database = null; // it may be opened the next time
@@ -108,7 +89,7 @@ async function open() {
         request.result.createObjectStore(FILES);
     };
     const opened = await done(request);
-    // A newer page in another tab need not wait for this one; what has been deleted is made anew when it is needed.
+    // Close it when a newer page in another tab upgrades it, or when it is deleted; the next use opens it again.
     opened.onversionchange = opened.onclose = () => {
         opened.close();
         database = null;
@@ -116,7 +97,7 @@ async function open() {
     return opened;
 }
 
-/** What a request of IndexedDB answers. One that fails does not undo the rest of its transaction. */
+/** The result of a request to IndexedDB. One that fails does not undo the rest of its transaction. */
 function done(request) {
     return new Promise((resolve, reject) => {
         request.onsuccess = () => resolve(request.result);
@@ -127,7 +108,7 @@ function done(request) {
     });
 }
 
-/** What of a store can be read, by key. One by one: a single damaged record would fail a question for all of them. */
+/** The entries of a store by key, null for those that cannot be read. One by one: one such would fail `getAll`. */
 async function readable(store) {
     const read = async (key) => [key, await done(store.get(key)).catch(() => null)];
     return new Map(await Promise.all((await done(store.getAllKeys())).map(read)));
@@ -142,7 +123,7 @@ async function remove(ids, records, files) {
     }
 }
 
-/** @returns {Picture|null} of its record; null where it is none that this page knows, or a file of it is missing. */
+/** @returns {Picture|null} of its record; null where that has another form, or a file of it is missing. */
 function revived(record, files) {
     if (!isRecord(record) || !record.files.every((key) => files.get(key) instanceof Blob)) return null;
     const { files: named, ...picture } = record;
@@ -161,7 +142,7 @@ function isRecord(record) {
     );
 }
 
-/** Whether its bytes are still there: a browser may have lost them, and says so only when they are read. */
+/** Whether a Blob's bytes are still there: a browser that has lost them says so only when they are read. */
 async function hasBytes(blob) {
     try {
         return (await blob.slice(0, 1).arrayBuffer()).byteLength === 1;
@@ -170,7 +151,7 @@ async function hasBytes(blob) {
     }
 }
 
-/** The recipe with each value, and each file of a LoRA, replaced by what `replace` makes of it. */
+/** The recipe with each value, and each file of a LoRA, passed through `replace`. */
 function withFiles({ inputs, loras }, replace) {
     return {
         inputs: Object.fromEntries(Object.entries(inputs).map(([name, value]) => [name, replace(value)])),

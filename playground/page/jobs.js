@@ -1,6 +1,6 @@
 /**
- * The queue of what is drawn: beside a Cog server one at a time, at a front some at once. What is done with a job that
- * has ended is up to whoever gave it.
+ * The queue of drawings: at a Cog server one at a time, at a front some at once. It does nothing with a job that has
+ * ended; its caller does.
  */
 
 import { cancel, draw, pause } from "./api.js";
@@ -14,42 +14,33 @@ const AT_ONCE_AT_A_FRONT = 4;
 const KEPT = 100; // jobs that have ended
 const SECONDS_TO_ASK_AGAIN = 5; // where the server does not say how many
 const TICK_MS = 1000;
-// How long to wait after 409. The slot of a prediction that has just ended is free within milliseconds, that of a
-// cancelled one after its next step: so the first waits are short, and nobody is told of them.
+// Waits after each 409 in a row. A prediction that has just ended frees its slot within milliseconds, a cancelled one
+// after its next step: so the first waits are short, and not shown.
 const BUSY_MS = [50, 200, 1000];
 const ACCEPTED_MS = 500; // a request that is not refused for so long is being drawn
 
-const SUFFIXES = { "image/jpeg": "jpg" };
-
 let clock = null;
 
-/**
- * Draw, after what is drawn already.
- *
- * @param {Recipe} recipe its files are read when its turn comes
- * @param {"draw"|"cell"} kind by which views tell a drawing from a cell of a grid
- * @returns {Job} its promise `done` resolves to itself once it has ended, however it does
- */
+/** @returns {Job} one prediction, the last in the queue. Its moments are in ms since the epoch, by `now`. */
 export function enqueue(recipe, kind = "draw") {
     const { promise, resolve } = Promise.withResolvers();
     const job = {
-        id: newId(),
-        recipe,
-        kind,
-        status: "queued",
-        at: null,
-        of: null,
-        log: "",
-        error: null,
-        problems: {},
-        until: null,
-        startedAt: null,
+        id: newId(), // of the prediction
+        recipe, // its files are read when its turn comes
+        kind, // "draw": of the form, or "cell": of a grid
+        status: "queued", // then "drawing", or "waiting" for the server; "succeeded", "failed" or "canceled"
+        at: null, // steps that are done, once the server has told them
+        of: null, // steps in all
+        log: "", // what the predictor has printed
+        error: null, // the sentence on why it waits, failed or was cancelled
+        problems: {}, // by input, the server's sentence on it
+        until: null, // when it is asked for again, where the server said when
+        startedAt: null, // when the server began with it
         endedAt: null,
-        answer: null,
+        answer: null, // as JSON, its data URIs cut
         pictures: [],
-        dropped: 0,
-        abort: new AbortController(),
-        done: promise,
+        abort: new AbortController(), // breaks its requests off
+        done: promise, // of the job itself, once it has ended, however it does
         resolve,
     };
     state.jobs = [...state.jobs.filter(hasEnded).slice(-KEPT), ...state.jobs.filter((other) => !hasEnded(other)), job];
@@ -67,23 +58,17 @@ export function cancelJobs(jobs) {
     advance();
 }
 
-/** Cancel whatever has not ended. */
-export function cancelAll() {
-    cancelJobs(state.jobs);
-}
+export const cancelAll = () => cancelJobs(state.jobs);
 
-/** @returns {Job|undefined} the one that is drawn, else the one that is asked for again. */
-export function current() {
-    return state.jobs.find((job) => job.status === "drawing") ?? state.jobs.find(isAsked);
-}
+/** @returns {Job|undefined} the one that is drawn, else the one that waits for the server. */
+export const current = () => state.jobs.find((job) => job.status === "drawing") ?? state.jobs.find(isAsked);
 
-/** Whether nothing more will come of a job. */
-export function hasEnded(job) {
-    return !isAsked(job) && job.status !== "queued";
-}
+/** Whether a job has succeeded, failed or been cancelled. */
+export const hasEnded = (job) => !isAsked(job) && job.status !== "queued";
 
-/** What a job that succeeded has brought, in a sentence or two. */
-export function outcome({ pictures, dropped, startedAt, endedAt }) {
+/** The result of a job that succeeded, in a sentence or two. */
+export function outcome({ pictures, startedAt, endedAt }) {
+    const dropped = pictures[0].metrics.safety.dropped.length;
     const count = pictures.length === 1 ? "1 picture" : `${pictures.length} pictures`;
     const drawn = `${count} drawn in ${((endedAt - startedAt) / 1000).toFixed(1)} seconds.`;
     return dropped > 0 ? `${drawn} The safety check kept ${dropped} of ${dropped + pictures.length} back.` : drawn;
@@ -97,14 +82,12 @@ function newId() {
     return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-/** Begin what can be begun, and keep the clock going while something is. */
+/** Begin the jobs for which there is room, and keep the clock going while one runs or waits for the server. */
 function advance() {
     const room = state.about?.server === "front" ? AT_ONCE_AT_A_FRONT : 1;
     const free = room - state.jobs.filter(isAsked).length;
-    state.jobs
-        .filter((job) => job.status === "queued")
-        .slice(0, Math.max(0, free))
-        .forEach(run);
+    const queued = state.jobs.filter((job) => job.status === "queued");
+    queued.slice(0, Math.max(0, free)).forEach(run);
     clearInterval(clock);
     if (state.jobs.some(isAsked)) clock = setInterval(changed, TICK_MS);
     changed();
@@ -120,10 +103,8 @@ function end(job, status, error = null) {
     job.resolve(job);
 }
 
-/** Tell the server that nobody waits any more; it may have ended by itself, or not answer. */
-function dismiss(job) {
-    cancel(job.id).catch(() => {});
-}
+/** Have the server cancel a job; the job may have ended by itself, or the server may not answer. */
+const dismiss = (job) => cancel(job.id).catch(() => {});
 
 /** Everything from a job's turn to its end; never rejects. */
 async function run(job) {
@@ -144,12 +125,12 @@ async function run(job) {
     advance();
 }
 
-/** Ask until the server has drawn; whoever waits is told for what, in `error`. */
+/** Ask until the server has drawn; while the job waits, its `error` says why. */
 async function drawWhenPossible(job, input, signal) {
     for (let refusals = 0; ; refusals++) {
         let begun;
         try {
-            // While others have the slot, it is refused within milliseconds, and goes on waiting.
+            // If the slot is taken, the answer comes within milliseconds, and the job goes on waiting.
             if (job.status === "waiting") begun = setTimeout(() => isAsked(job) && begin(job), ACCEPTED_MS);
             job.until = null;
             return await draw(job.id, input, state.about, { signal, onProgress: (told) => follow(job, told) });
@@ -170,7 +151,7 @@ async function drawWhenPossible(job, input, signal) {
     }
 }
 
-/** What is told while it is drawn. A bar says `| 19/40 [`; the last one counts. */
+/** Take the log of a job while it is drawn. A bar in it says `| 19/40 [`; the last one counts. */
 function follow(job, { status, logs }) {
     if (!isAsked(job)) return;
     if (status === "starting" && state.about.server === "front") {
@@ -185,22 +166,20 @@ function follow(job, { status, logs }) {
     changed();
 }
 
-/** The end that the server tells. */
+/** End a job as the server's answer says. */
 function take(job, answer) {
     job.log = textOf(answer.logs) || job.log; // where there is no output, Cog leaves the log out
     if (answer.status === "canceled") return end(job, "canceled", "The server has cancelled the prediction.");
     if (answer.status !== "succeeded") return end(job, "failed", drawingFailure(textOf(answer.error)));
     const items = [answer.output].flat().map(textOf);
-    const metrics = readMetrics(answer.metrics);
-    job.pictures = picturesOf(job, items, metrics);
-    job.dropped = metrics.safety.dropped.length;
+    job.pictures = picturesOf(job, items, readMetrics(answer.metrics));
     if (job.pictures.length > 0) return end(job, "succeeded");
     const isAddress = items.some((item) => /^https?:/.test(item));
     const unfetched = "The server answered with an address instead of a picture, which this page does not fetch.";
     end(job, "failed", isAddress ? unfetched : "The server sent no picture.");
 }
 
-/** What is shown of an answer's metrics, each of its type: another server may say anything there, or nothing. */
+/** An answer's metrics, those that the page uses of their types: another server may say anything there, or nothing. */
 function readMetrics(metrics) {
     const { seed, seeds, safety, loras, predict_time: seconds, ...others } = metrics ?? {};
     const list = (value) => (Array.isArray(value) ? value : []);
@@ -208,14 +187,14 @@ function readMetrics(metrics) {
     return {
         ...others,
         seed: seedOf(seed),
-        seeds: list(seeds).map(seedOf),
-        safety: { dropped: list(safety?.dropped) },
+        seeds: list(seeds).map(seedOf), // of all pictures
+        safety: { dropped: list(safety?.dropped) }, // the places of those that were kept back
         loras: list(loras).filter((lora) => typeof lora?.path === "string"),
         predict_time: Number.isFinite(seconds) ? seconds : null,
     };
 }
 
-/** The pictures of an output. Those that the safety check kept back have a seed, and no file. */
+/** The pictures of an output. Those that the safety check kept back have a seed, but no file. */
 function picturesOf(job, items, metrics) {
     const { seeds: all, safety, loras } = metrics;
     const seeds = all.filter((_, index) => !safety.dropped.includes(index));
@@ -223,21 +202,21 @@ function picturesOf(job, items, metrics) {
     return files.map((file, index) => {
         const blob = fromDataUri(file);
         const seed = seeds[index] ?? null;
-        const suffix = SUFFIXES[blob.type] ?? blob.type.split("/").at(-1);
+        const suffix = blob.type.replace(/.*\//, "").replace(/^jpeg$/, "jpg");
         return {
             id: `${job.id}.${index}`,
-            blob,
+            blob, // its bytes as they came
             name: `flux-${seed ?? job.id}.${suffix}`,
-            seed,
+            seed, // null where the server does not tell it
             recipe: alone(job.recipe, seed),
-            loras,
-            metrics,
+            loras, // {path, scale, name} of each, as the server tells of them
+            metrics, // of its job
             at: Date.now(),
         };
     });
 }
 
-/** The recipe of one picture out of several, to be kept with it. */
+/** The recipe that draws one picture of several, without secrets. */
 function alone({ inputs, loras }, seed) {
     const { fields } = state.schema;
     const its = Object.entries(seed === null ? {} : { seed, num_outputs: 1 });
@@ -245,18 +224,12 @@ function alone({ inputs, loras }, seed) {
     return { inputs: { ...withoutSecrets(inputs, fields), ...known }, loras };
 }
 
-/** Why there is no answer. */
+/** End a job that has no answer. */
 function fail(job, error) {
     if (error.kind === "unauthorised") refuseToken(error.token);
-    if (error.kind === "gone") dismiss(job); // else a cluster would draw on for nobody
+    if (error.kind === "gone") dismiss(job); // else a cluster would go on drawing it
     job.problems = error.problems ?? {};
-    end(job, "failed", byLabel(job.problems) || error.message);
-}
-
-/** What the server says of inputs, in one text. */
-function byLabel(problems) {
     const labelOf = (name) => fieldNamed(state.schema.fields, name)?.label ?? name;
-    return Object.entries(problems)
-        .map(([name, sentence]) => `${labelOf(name)}: ${sentence}`)
-        .join(" ");
+    const sentences = Object.entries(job.problems).map(([name, sentence]) => `${labelOf(name)}: ${sentence}`);
+    end(job, "failed", sentences.join(" ") || error.message);
 }

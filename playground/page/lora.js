@@ -1,25 +1,21 @@
 /**
- * What a LoRA of the list may be, how it is written as text, and which references stay private. Pure.
+ * The bounds of a LoRA, its form as text, and which references are private. Pure: no page, no state.
  *
  * The bounds are the server's, so that it refuses nothing that is taken here.
  */
 
 import { readNumber } from "./schema.js";
 
-/** The input that carries the list. */
-export const LORAS = "replicate_weights";
-/** The most LoRAs of one picture. */
-export const MOST_LORAS = 8;
-/** How the names of files of LoRAs end. */
-export const SUFFIXES = [".safetensors", ".tar", ".tar.gz", ".tgz", ".zip"];
-/** The largest strength, in either direction. */
-export const LARGEST_STRENGTH = 10;
+export const LORAS = "replicate_weights"; // the input that carries the list
+export const MOST_LORAS = 8; // of one picture
+export const SUFFIXES = [".safetensors", ".tar", ".tar.gz", ".tgz", ".zip"]; // of files of LoRAs
+export const LARGEST_STRENGTH = 10; // in either direction
 
 const LONGEST_REFERENCE = 8192; // characters
 const LONGEST_SHOWN = 80; // characters of a reference within a sentence
-// What nobody should pass on: a data URI, and an address with a login, a query or a fragment, encoded ones included.
-// Each is how it begins within a word, and what stands behind that: one pattern for both would be tried from every
-// beginning to the word's end, and a stranger's long word would take an hour.
+// Private are a data URI, and an address with a login, a query or a fragment, encoded ones included.
+// Each is two patterns, for its beginning within a word and for what follows: a single pattern would be tried from
+// every beginning to the word's end, and a stranger's long word would take an hour.
 const PRIVATE = [
     [/\bdata:/i, /,/],
     [/https?:|\/\/|\.[a-z]{2,}(:\d+)?\//i, /[?#@]|%(25)*(3f|23|40)/i],
@@ -27,12 +23,7 @@ const PRIVATE = [
     [/:/, /@[\w-]+\.[a-z]/i], // user:password@example.com
 ];
 
-/**
- * The LoRA of a text `path*scale`; without a factor the strength is 1.
- *
- * @param {string} text such as "zorp*0.8"
- * @returns {Lora}
- */
+/** @returns {Lora} of a text such as "zorp*0.8"; without a factor the strength is 1. */
 export function readLora(text) {
     const star = text.lastIndexOf("*");
     const scale = star === -1 ? NaN : readNumber(text.slice(star + 1));
@@ -40,21 +31,12 @@ export function readLora(text) {
     return { path: text.slice(0, star).trim(), scale, file: null };
 }
 
-/**
- * The text of which `readLora` makes the same LoRA, if it is no file.
- *
- * @param {Lora} lora
- * @returns {string} such as "zorp*0.8", or "zorp" at strength 1
- */
+/** The text of a LoRA that is no file, such as "zorp*0.8", or "zorp" at strength 1: `readLora` reads it back. */
 export function writeLora({ path, scale }) {
     return scale === 1 && readLora(path).path === path ? path : `${path}*${scale}`;
 }
 
-/**
- * What is wrong with a LoRA, as one sentence; null when nothing is.
- *
- * @param {{path: *, scale: *}} lora of which nothing is known yet
- */
+/** What is wrong with a LoRA, whose path and scale may be anything, as one sentence; null when nothing is. */
 export function loraProblem({ path, scale }) {
     if (typeof path !== "string" || path.trim() === "") return "A LoRA must be named.";
     if (/^\s*data:/i.test(path)) return "A data: URI is not taken here; choose or drop the file itself.";
@@ -66,12 +48,9 @@ export function loraProblem({ path, scale }) {
     return `The strength of ${name} must be a number from ${-LARGEST_STRENGTH} to ${LARGEST_STRENGTH}.`;
 }
 
-/** Whether a file may be one of a LoRA, by its name. */
-export function isLoraFile({ name }) {
-    return SUFFIXES.some((suffix) => name.toLowerCase().endsWith(suffix));
-}
+export const isLoraFile = ({ name }) => SUFFIXES.some((suffix) => name.toLowerCase().endsWith(suffix));
 
-/** Whether a text has something in it that may be neither shared nor remembered, such as a login. */
+/** Whether a text must be neither shared nor remembered, as it has a login or the like in it. */
 export function isPrivate(text) {
     return text.split(/\s+/).some((word) =>
         PRIVATE.some(([beginning, rest]) => {

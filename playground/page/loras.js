@@ -1,8 +1,6 @@
-/**
- * The list of chosen LoRAs: adding, strengths, and what is remembered of those that were drawn with.
- */
+/** The list of chosen LoRAs: adding, strengths, and the LoRAs of earlier drawings. */
 
-import { dropTarget, focusOn, sizeText } from "./browser.js";
+import { dropTarget, fileButton, focusOn, labelledButton, sizeText, slider } from "./browser.js";
 import { numberInput } from "./controls.js";
 import { edit, isWrong, problemView, sizeProblem, typed, valueOf } from "./field.js";
 import { isLoraFile, isPrivate, LARGEST_STRENGTH, loraProblem, LORAS, MOST_LORAS, readLora, SUFFIXES } from "./lora.js";
@@ -12,23 +10,25 @@ import { html, nothing } from "./vendor/lit-html.js";
 import { repeat } from "./vendor/repeat.js";
 
 const STRENGTH = { type: "number", minimum: -LARGEST_STRENGTH, maximum: LARGEST_STRENGTH, step: 0.05, default: 1 };
-const [LEAST_AIMED_AT, MOST_AIMED_AT] = [-1, 2]; // strengths of the slider; larger ones are typed
+const AIMED_AT = { minimum: -1, maximum: 2, step: 0.05 }; // by the slider; larger strengths are typed
 const CHIPS = 12; // names that are shown before anything is typed
 const ENDINGS = `${SUFFIXES.slice(0, -1).join(", ")} or ${SUFFIXES.at(-1)}`;
 // Of ".tar.gz", browsers know the end alone.
 const ACCEPTED = SUFFIXES.map((suffix) => suffix.slice(suffix.lastIndexOf("."))).join();
+const FILES = { id: "loras-file", label: "Files of LoRAs", accept: ACCEPTED, multiple: true, take: addFiles };
 const EXAMPLE = 'a list such as [{"path": "owner/name", "scale": 0.8}]';
 
 const KEY = "flux-sprites.loras";
 const MOST_RECENT = 12;
 
+const { dragover, dragleave, drop } = dropTarget("loras-over", takeDropped);
+
 let written = ""; // in the field for one more
 let recent = readRecent();
-const learned = new Map(); // trigger words by path, also of what is not kept beyond this visit
+const learned = new Map(); // trigger words by path, also of LoRAs that are not kept beyond this visit
 
-/** The chosen LoRAs, the field that adds one, and what is wrong with the input that carries them. */
+/** The chosen LoRAs, the field that adds one, and the problem of the input that carries them. */
 export function lorasView() {
-    const { dragover, dragleave, drop } = dropTarget("loras-over", takeDropped);
     const full = html`<p class="hint">These are ${MOST_LORAS} LoRAs, the most that a picture can have.</p>`;
     const list = html`<ol class="loras-list">${repeat(state.loras, (lora) => lora, loraView)}</ol>`;
     return html`
@@ -40,37 +40,24 @@ export function lorasView() {
     `;
 }
 
-/** The words that wake the chosen LoRAs, of those that are known, to put into the prompt or take out of it. */
+/** The known trigger words of the chosen LoRAs, to put into the prompt or take out of it. */
 export function wordsView(field) {
     const prompt = String(valueOf(field) ?? field.default ?? "");
     const words = [...new Set(state.loras.flatMap(({ path }) => triggerWords(path)))];
     if (words.length === 0) return nothing;
-    const toggle = (word) => edit(field, prompt.includes(word) ? withoutWord(prompt, word) : withWord(prompt, word));
+    const wordView = (word) => {
+        const pressed = prompt.includes(word);
+        const toggle = () => edit(field, pressed ? withoutWord(prompt, word) : withWord(prompt, word));
+        return labelledButton(word, `${word} in the prompt`, toggle, { kind: "chip", pressed });
+    };
     return html`
-        <div class="row form-words" role="group" aria-label="Trigger words">
-            ${words.map(
-                (word) => html`
-                    <button
-                        class="chip"
-                        type="button"
-                        aria-label="${word} in the prompt"
-                        aria-pressed=${prompt.includes(word)}
-                        @click=${() => toggle(word)}
-                    >
-                        ${word}
-                    </button>
-                `,
-            )}
-        </div>
+        <div class="row form-words" role="group" aria-label="Trigger words">${words.map(wordView)}</div>
     `;
 }
 
 /**
- * Choose one more LoRA, or several that are named in one text: a sum such as `zorp*0.8 + bold`, or a list in JSON.
- * What cannot be chosen is refused with a sentence beside the field.
- *
- * @param {string|File} source a reference, or a file of weights
- * @returns {boolean} whether it was chosen
+ * Choose a LoRA's file, or what a text names: one LoRA, a sum such as `zorp*0.8 + bold`, or a list in JSON. If they
+ * cannot be chosen, a sentence beside the field says why, and it returns false.
  */
 export function addLora(source) {
     delete state.problems[LORAS];
@@ -88,7 +75,7 @@ export function addLora(source) {
     }
 }
 
-/** Add what stands in the field though nobody pressed its button; false where it is refused. */
+/** Add what was typed into the field and not added yet; false where it is refused. */
 export function addTyped() {
     if (written.trim() === "") return true;
     if (!addLora(written)) return false;
@@ -96,15 +83,11 @@ export function addTyped() {
     return true;
 }
 
-/** Empty the field for one more. */
 export function clearTyped() {
     written = "";
 }
 
-/** Whether every chosen LoRA can be sent. */
-export function lorasAreRight() {
-    return state.loras.every((lora) => loraProblem(lora) === null);
-}
+export const lorasAreRight = () => state.loras.every((lora) => loraProblem(lora) === null);
 
 // One LoRA
 
@@ -123,25 +106,10 @@ function loraView(lora, index) {
                 <span class="loras-name" title=${lora.path}>
                     ${lora.path} ${lora.file ? html`<span class="quiet">${sizeText(lora.file.size)}</span>` : nothing}
                 </span>
-                <button
-                    class="icon-button"
-                    type="button"
-                    aria-label="Remove ${lora.path}"
-                    @click=${() => remove(lora)}
-                >
-                    ✕
-                </button>
+                ${labelledButton("✕", `Remove ${lora.path}`, () => remove(lora))}
             </div>
             <div class="form-slider">
-                <input
-                    type="range"
-                    min=${LEAST_AIMED_AT}
-                    max=${MOST_AIMED_AT}
-                    step=${STRENGTH.step}
-                    aria-label=${label}
-                    .value=${String(Number.isFinite(lora.scale) ? lora.scale : STRENGTH.default)}
-                    @input=${({ target }) => set(Number(target.value))}
-                />
+                ${slider(AIMED_AT, { label, value: Number.isFinite(lora.scale) ? lora.scale : STRENGTH.default, set })}
                 ${numberInput(STRENGTH, {
                     id,
                     label,
@@ -168,13 +136,16 @@ function remove(lora) {
 
 function addView() {
     const names = namesToAdd();
+    const press = () => {
+        addTyped();
+        focusOn(`#field-${LORAS}`); // the button goes with the text
+    };
+    const addButton = html`<button class="button" type="button" @click=${press}>Add</button>`;
     return html`
         <div class="loras-add">
             ${nameView()}
             <datalist id="loras-names">${names.map((name) => html`<option value=${name}></option>`)}</datalist>
-            ${written.trim() === ""
-                ? filesView()
-                : html`<button class="button" type="button" @click=${press}>Add</button>`}
+            ${written.trim() === "" ? fileButton("File…", FILES) : addButton}
         </div>
         ${written === "" && names.length > 0 ? chipsView(names.slice(0, CHIPS)) : nothing}
     `;
@@ -198,7 +169,6 @@ function nameView() {
             list="loras-names"
             aria-label="Add a LoRA"
             placeholder="Name or address"
-            autocomplete="off"
             autocapitalize="none"
             spellcheck="false"
             aria-invalid=${isWrong(LORAS)}
@@ -210,53 +180,15 @@ function nameView() {
     `;
 }
 
-/** The button goes with the text, so the focus goes back to the field. */
-function press() {
-    addTyped();
-    focusOn(`#field-${LORAS}`);
-}
-
-function filesView() {
-    const choose = ({ target }) => {
-        addFiles([...target.files]);
-        target.value = ""; // so that the same file can be chosen again
-    };
-    return html`
-        <span class="form-upload">
-            <input
-                class="visually-hidden"
-                type="file"
-                id="loras-file"
-                multiple
-                accept=${ACCEPTED}
-                aria-label="Files of LoRAs"
-                @change=${choose}
-            />
-            <label class="button" for="loras-file">File…</label>
-        </span>
-    `;
-}
-
 function chipsView(names) {
-    return html`
-        <div class="row" role="group" aria-label="LoRAs to add">
-            ${names.map(
-                (name) => html`
-                    <button
-                        class="chip loras-chip"
-                        type="button"
-                        aria-label="Add ${name}"
-                        @click=${() => addLora(name)}
-                    >
-                        <span aria-hidden="true">+</span> ${name}
-                    </button>
-                `,
-            )}
-        </div>
-    `;
+    const chipView = (name) => {
+        const text = html`<span aria-hidden="true">+</span> ${name}`;
+        return labelledButton(text, `Add ${name}`, () => addLora(name), { kind: "chip loras-chip" });
+    };
+    return html`<div class="row" role="group" aria-label="LoRAs to add">${names.map(chipView)}</div>`;
 }
 
-/** The server's library and what was drawn with lately, without what is chosen; by typing, that can be added again. */
+/** The server's library and the LoRAs of earlier drawings, without those chosen, which can be typed again. */
 function namesToAdd() {
     const chosen = new Set(state.loras.map(({ path }) => path));
     return [...new Set([...state.library, ...recent.map(({ path }) => path)])].filter((name) => !chosen.has(name));
@@ -268,15 +200,13 @@ function takeDropped(transfer) {
     else if (text) addLora(text);
 }
 
-/** As many as there is room for; the sentence is about the first that has none. */
+/** Add as many as there is room for; the sentence is about the first that has none. */
 function addFiles(files) {
     files.every(addLora);
 }
 
 function fromFile(file) {
-    if (!isLoraFile(file)) {
-        throw new Error(`${file.name} is no file of a LoRA; it must end in ${ENDINGS}.`);
-    }
+    if (!isLoraFile(file)) throw new Error(`${file.name} is no file of a LoRA; it must end in ${ENDINGS}.`);
     const problem = sizeProblem(file);
     if (problem) throw new Error(problem);
     return { path: file.name, scale: 1, file };
@@ -287,7 +217,7 @@ function takeApart(text) {
     const bare = text.trim();
     if (/^[[{]/.test(bare)) return fromJson(bare);
     const terms = bare.split(/\s\+\s/).map(readLora);
-    // What has a blank in it may be a file whose name has a plus in it; the server says whether it can be fetched.
+    // A name with a blank may be one file with a plus in its name; the server says whether it can be fetched.
     const isSum = terms.every(({ path }) => /^\S+$/.test(path));
     return (isSum ? terms : [readLora(bare)]).map(checked);
 }
@@ -310,15 +240,11 @@ function checked(lora) {
     return lora;
 }
 
-// What is remembered
+// LoRAs of earlier drawings
 
-/**
- * Learn from a job that succeeded: its LoRAs can be chosen again by a click, and their trigger words are known.
- *
- * @param {Job} job
- */
+/** Learn from a job that succeeded: its LoRAs can be chosen again by a click, and their trigger words are known. */
 export function rememberLoras({ recipe, answer }) {
-    // The answer tells of them in the list's order, by names that may be spelled otherwise than what was asked for.
+    // The answer lists them in the same order, but may spell their names otherwise.
     const told = answer?.metrics?.loras ?? [];
     recipe.loras.forEach(({ path }, index) => learned.set(path, wordsOf(told[index])));
     const paths = recipe.loras.filter(({ path, file }) => !file && !isPrivate(path)).map(({ path }) => path);
@@ -326,7 +252,6 @@ export function rememberLoras({ recipe, answer }) {
     setRecent(newest.map((path) => ({ path, words: triggerWords(path) })));
 }
 
-/** Forget all that was learnt from jobs. */
 export function forgetLoras() {
     learned.clear();
     setRecent([]);
@@ -348,14 +273,10 @@ function wordsOf(told) {
     return words.filter((word) => typeof word === "string" && word !== "");
 }
 
-/** What wakes a LoRA in a prompt, as the last answer with it said. */
-function triggerWords(path) {
-    return learned.get(path) ?? recent.find((known) => known.path === path)?.words ?? [];
-}
+/** The trigger words of a LoRA, as the last answer with it said. */
+const triggerWords = (path) => learned.get(path) ?? recent.find((known) => known.path === path)?.words ?? [];
 
-function withWord(prompt, word) {
-    return [prompt.trim(), word].filter(Boolean).join(", ");
-}
+const withWord = (prompt, word) => [prompt.trim(), word].filter(Boolean).join(", ");
 
 function withoutWord(prompt, word) {
     const at = prompt.indexOf(word);

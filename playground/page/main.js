@@ -1,19 +1,17 @@
-/**
- * The page: its layout, its keys, and what is done with a shared address.
- */
+/** The page: its layout, its keys, and shared addresses. */
 
 import { COMMAND, copyText, isPicture, tabsView } from "./browser.js";
 import { codeView, jsonView } from "./code.js";
 import { closeCompare, comparedPicture } from "./compare.js";
 import { watch } from "./connection.js";
 import { draw } from "./draw.js";
+import { restore, snapshot } from "./field.js";
 import { takePasted } from "./file_field.js";
 import { checkForm, formView, reset } from "./form.js";
 import { receive, stageView } from "./gallery.js";
 import { gridView } from "./grid.js";
 import { load } from "./history.js";
 import { cancelAll, cancelJobs, current } from "./jobs.js";
-import { restore, snapshot } from "./recipe.js";
 import { fromFragment, toFragment, unshared } from "./share.js";
 import { connectionView, logView, progressView, statePanel } from "./status.js";
 import { changed, note, onChange, state } from "./store.js";
@@ -35,8 +33,9 @@ function pageView() {
     return html`
         <header class="page-header">
             <h1>flux-sprites<small>playground</small></h1>
-            ${connectionView()} ${state.schema ? shareButton() : nothing}
-            ${state.about?.server === "front" ? apiLink() : nothing}
+            ${connectionView()}
+            ${state.schema ? html`<button class="button quiet" @click=${share}>Share</button>` : nothing}
+            ${state.about?.server === "front" ? apiLink : nothing}
         </header>
         <main class="page-main">
             ${noticesView()} ${state.schema ? formSide() : nothing}
@@ -46,10 +45,9 @@ function pageView() {
     `;
 }
 
-const shareButton = () => html`<button class="button quiet" type="button" @click=${share}>Share</button>`;
-const apiLink = () => html`<a class="button quiet" href="../docs" target="_blank">API</a>`;
+const apiLink = html`<a class="button quiet" href="../docs" target="_blank">API</a>`;
 
-/** What is to be known before anything else, if there is something. */
+/** The state of a server that cannot draw, and the notes, if there are any. */
 function noticesView() {
     const panel = statePanel();
     if (panel === nothing && state.notes.length === 0) return nothing;
@@ -64,17 +62,20 @@ function formSide() {
                 <button class="button primary" type="submit" form="form">
                     Draw <kbd aria-hidden="true">${COMMAND} ↵</kbd>
                 </button>
-                <button class="button quiet" type="button" @click=${reset}>Reset all</button>
+                <button class="button quiet" @click=${reset}>Reset all</button>
             </div>
         </div>
     `;
 }
 
 function tabs() {
-    const titles = Object.fromEntries(Object.entries(TABS).map(([name, { title }]) => [name, title]));
+    const choose = (tab) => {
+        state.tab = tab;
+        changed();
+    };
     return html`
         <div class="page-bar">
-            ${tabsView({ label: "What is shown", id: "page", tabs: titles, chosen: state.tab, choose: show })}
+            ${tabsView({ label: "What is shown", id: "page", tabs: TABS, chosen: state.tab, choose })}
             ${progressView()}
         </div>
         <div role="tabpanel" id="page-panel" aria-labelledby="page-tab-${state.tab}">${TABS[state.tab].view()}</div>
@@ -89,17 +90,12 @@ function noteView(sentence) {
     return html`
         <div class="notice">
             <p>${sentence}</p>
-            <button class="icon-button" type="button" aria-label="Dismiss" @click=${dismiss}>✕</button>
+            <button class="icon-button" aria-label="Dismiss" @click=${dismiss}>✕</button>
         </div>
     `;
 }
 
-function show(tab) {
-    state.tab = tab;
-    changed();
-}
-
-/** Draw what the form says; on a narrow screen, go to where it will be seen. */
+/** Draw what the form says; on a narrow screen, scroll to where the picture will be. */
 function drawForm() {
     if (state.schema === null || !checkForm()) return;
     if (state.tab !== "log") state.tab = "picture";
@@ -119,7 +115,7 @@ async function share() {
     note(`The address of these inputs ${where}${without}`);
 }
 
-let shared = location.hash; // of the address, until the schema tells what it means
+let shared = location.hash; // of the address, until the schema is there to read it
 
 function takeShared() {
     const recipe = shared && state.schema ? fromFragment(shared, state.schema.fields) : null;
@@ -166,7 +162,7 @@ window.addEventListener("hashchange", () => {
     shared = location.hash;
     changed();
 });
-// A page that is closed has no use for what it drew; one that the browser holds for the way back has.
+// A closed page needs its drawings no more; one that the browser keeps for the way back (persisted) does.
 window.addEventListener("pagehide", ({ persisted }) => {
     if (!persisted) cancelAll();
 });

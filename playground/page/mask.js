@@ -1,38 +1,30 @@
 /**
  * A dialog in which a mask is painted over an image: white is drawn anew, black is kept.
  *
- * A mask is one byte for each pixel. A stroke takes the larger of what is there and what the brush says (the smaller,
- * where it erases), so a soft brush that passes twice gets no harder. Bytes rather than a canvas: what undo brings back
- * is the same to the bit, in every browser.
+ * A mask is one byte for each pixel. A stroke sets it to the larger of itself and the brush's (the smaller, where it
+ * erases), so a soft brush that passes twice gets no harder. Bytes rather than a canvas: undo restores them to the bit,
+ * in every browser.
  */
 
-import { COMMAND } from "./browser.js";
+import { COMMAND, radioView, slider } from "./browser.js";
 import { html, nothing, render } from "./vendor/lit-html.js";
-
-/** @typedef {{width: number, height: number, bytes: Uint8Array}} Raster row by row, 0 (kept) to 255 (drawn anew) */
-/** @typedef {{x: number, y: number, width: number, height: number}} Area in whole pixels, within a raster */
-/** @typedef {{x: number, y: number}} Point in pixels */
-/** @typedef {{size: number, hardness: number, erases: boolean}} Brush size: across, in pixels; hardness: 0 to 1 */
-/** @typedef {{area: Area, bytes: Uint8Array}} Piece what lay, or is to lie, in an area */
 
 const LONGEST_SIDE = 1440; // the predictor draws no larger, and scales masks down to that
 const TRACE = 8; // up to here a grey counts as black for the predictor
 const UNDO_BYTES = 64 * 2 ** 20; // thirty changes of whole masks of the largest size
 const LARGER = 1.25; // by which a key changes the size of the brush
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-const COMMAND_KEY = COMMAND === "⌘" ? "Meta" : "Control"; // its name for those who cannot see it
+const COMMAND_KEY = COMMAND === "⌘" ? "Meta" : "Control"; // its name for screen readers
 const KEYBOARD = "keyboard"; // in place of a pointer's id
 const HINT = "What is painted is drawn anew; all else is kept.";
 const NOTHING = "Nothing is painted yet: paint over what is to be drawn anew.";
 const MISFIT = "The mask that was chosen does not fit this image, so this one starts empty.";
 
 /**
- * Have a person paint a mask.
+ * The mask that a person paints over an image, going on with `mask` if that is not null. It throws where the browser
+ * cannot read the image.
  *
- * @param {Blob} image that it belongs to
- * @param {Blob|null} mask to go on with
  * @returns {Promise<File|null>} "mask.png" in greys, of the image's aspect, no side longer than 1440; null: cancelled
- * @throws {Error} a sentence: the image is none that this browser can show
  */
 export async function paintMask(image, mask) {
     const picture = await canvasOf(image);
@@ -43,11 +35,11 @@ export async function paintMask(image, mask) {
         dialog,
         picture,
         surface: null, // the canvas over the picture, on which the mask is seen
-        raster: { width, height, bytes: bytes ?? new Uint8Array(width * height) },
-        brush: { size: Math.ceil(Math.max(width, height) / 10), hardness: 0.8, erases: false },
+        raster: { width, height, bytes: bytes ?? new Uint8Array(width * height) }, // row by row, 0 (kept) to 255
+        brush: { size: Math.ceil(Math.max(width, height) / 10), hardness: 0.8, erases: false }, // size: in pixels
         cursor: { x: width / 2, y: height / 2 },
-        stroke: null, // {pointer, before, area}: who draws it, the bytes when it began, and where it changed them
-        done: [], // pieces that undo, the newest last
+        stroke: null, // {pointer, before, area}: the pointer's id, the bytes when it began, and the area it changed
+        done: [], // pieces {area, bytes} that undo, the newest last
         undone: [], // pieces that do again
         problem: mask && !bytes ? MISFIT : "",
     };
@@ -66,17 +58,9 @@ export async function paintMask(image, mask) {
 
 // Files and pixels
 
-async function opened(blob) {
-    try {
-        return await createImageBitmap(blob);
-    } catch {
-        throw new Error(`${blob.name ?? "The image"} is no picture that this browser can show.`);
-    }
-}
-
 /** A picture on white, as the predictor sees it, at the size that is drawn. */
 async function canvasOf(blob) {
-    const bitmap = await opened(blob);
+    const bitmap = await createImageBitmap(blob);
     const scale = Math.min(1, LONGEST_SIDE / Math.max(bitmap.width, bitmap.height));
     const size = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * scale)));
     return laid(bitmap, size, "white");
@@ -94,9 +78,9 @@ function laid(bitmap, [width, height], colour) {
     return canvas;
 }
 
-/** The greys of a mask, [height × width], transparency as black; null where it cannot be read or has another aspect. */
+/** The greys of a mask, [height × width], transparency as black; null if it is unreadable or of another aspect. */
 async function greysOf(blob, { width, height }) {
-    // Its numbers count, whatever a colour profile would make of them.
+    // The mask's numbers count, without its colour profile.
     const bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none" }).catch(() => null);
     if (bitmap === null) return null;
     const longest = Math.max(width, height, bitmap.width, bitmap.height); // sides may have been rounded by a pixel
@@ -106,7 +90,6 @@ async function greysOf(blob, { width, height }) {
     return new Uint8Array(width * height).map((_, at) => luminance(4 * at));
 }
 
-/** A raster as a PNG. */
 async function pngOf({ width, height, bytes }) {
     const canvas = Object.assign(document.createElement("canvas"), { width, height });
     const context = canvas.getContext("2d", { alpha: false });
@@ -120,13 +103,10 @@ async function pngOf({ width, height, bytes }) {
 // The raster
 
 /**
- * Draw a straight piece of a stroke: each pixel gets what the brush says at its distance from the line.
+ * Draw a straight piece of a stroke, or a dot: each pixel gets what the brush says at its distance from the line.
  *
- * @param {Raster} raster that is changed
- * @param {Point} from
- * @param {Point} to the same point: a dot
- * @param {Brush} brush
- * @returns {Area|null} in which pixels may have changed; null: all of the line lies outside
+ * @returns {{x: number, y: number, width: number, height: number}|null} the area whose pixels may have changed; null:
+ *     all of the line lies outside
  */
 function drawLine({ width, height, bytes }, from, to, { size, hardness, erases }) {
     const reach = size / 2 + 0.5; // half a pixel more, as the edge of a hard brush is smooth for one
@@ -156,15 +136,11 @@ function drawLine({ width, height, bytes }, from, to, { size, hardness, erases }
 }
 
 /** 0 to 1 without a corner at either end. */
-function smooth(share) {
-    return share * share * (3 - 2 * share);
-}
+const smooth = (share) => share * share * (3 - 2 * share);
 
-function wholeOf({ width, height }) {
-    return { x: 0, y: 0, width, height };
-}
+const wholeOf = ({ width, height }) => ({ x: 0, y: 0, width, height });
 
-/** The smallest area around two. */
+/** The smallest area that holds two. */
 function around(one, other) {
     const x = Math.min(one.x, other.x);
     const y = Math.min(one.y, other.y);
@@ -173,19 +149,17 @@ function around(one, other) {
     return { x, y, width: right - x, height: bottom - y };
 }
 
-/** Where in a raster each row of an area begins. */
-function rowsOf(area, width) {
-    return Array.from({ length: area.height }, (_, row) => (area.y + row) * width + area.x);
-}
+/** The places in a raster at which the rows of an area begin. */
+const rowsOf = (area, width) => Array.from({ length: area.height }, (_, row) => (area.y + row) * width + area.x);
 
-/** @returns {Piece} a copy of what lies in an area */
+/** A copy of an area. */
 function cut({ width, bytes }, area) {
     const copy = new Uint8Array(area.width * area.height);
     rowsOf(area, width).forEach((start, row) => copy.set(bytes.subarray(start, start + area.width), row * area.width));
     return { area, bytes: copy };
 }
 
-/** Lay a piece down. @returns {Piece} what lay there */
+/** Lay a piece down, and return what was there before. */
 function exchange(raster, { area, bytes }) {
     const before = cut(raster, area);
     rowsOf(area, raster.width).forEach((start, row) => {
@@ -194,7 +168,7 @@ function exchange(raster, { area, bytes }) {
     return before;
 }
 
-// What a person does
+// Actions
 
 function begin(easel, pointer, point) {
     easel.stroke = { pointer, before: easel.raster.bytes.slice(), area: null };
@@ -224,7 +198,7 @@ function end(easel, pointer) {
     update(easel);
 }
 
-/** Keep what an area was before it changed, and forget the oldest for which there is no room. */
+/** Keep the bytes of an area from before it changed; the oldest pieces go where there is no room. */
 function remember({ raster, done, undone }, area, before) {
     undone.length = 0;
     done.push(cut({ ...raster, bytes: before }, area));
@@ -232,7 +206,7 @@ function remember({ raster, done, undone }, area, before) {
     done.splice(0, done.findLastIndex(({ bytes }) => (size += bytes.length) > UNDO_BYTES) + 1);
 }
 
-/** Undo, from `done` to `undone`, or do again, the other way round. */
+/** Undo (from `done` to `undone`), or do again (the other way round). */
 function step(easel, from, to) {
     if (easel.stroke || from.length === 0) return;
     const piece = exchange(easel.raster, from.pop());
@@ -241,7 +215,6 @@ function step(easel, from, to) {
     update(easel);
 }
 
-/** Change each byte of the mask. */
 function change(easel, byte) {
     if (easel.stroke) return;
     const before = easel.raster.bytes;
@@ -308,21 +281,11 @@ function onKey(easel, event) {
     event.preventDefault();
 }
 
-function largestBrush({ raster }) {
-    return Math.max(raster.width, raster.height);
-}
+const largestBrush = ({ raster }) => Math.max(raster.width, raster.height);
 
-// What is seen
+// Views
 
-function update(easel) {
-    const { dialog, raster, cursor, brush } = easel;
-    render(view(easel), dialog);
-    const { style } = dialog.querySelector(".mask-picture");
-    style.setProperty("--mask-aspect", raster.width / raster.height);
-    style.setProperty("--mask-x", `${(cursor.x / raster.width) * 100}%`);
-    style.setProperty("--mask-y", `${(cursor.y / raster.height) * 100}%`);
-    style.setProperty("--mask-size", `${(brush.size / raster.width) * 100}%`);
-}
+const update = (easel) => render(view(easel), easel.dialog);
 
 /** Show an area of the mask in the surface's colour, as opaque as it is white. */
 function tint({ raster, surface }, area) {
@@ -341,21 +304,25 @@ function tint({ raster, surface }, area) {
 }
 
 function view(easel) {
-    const { dialog, picture, problem } = easel;
+    const { dialog, picture, problem, cursor, brush } = easel;
+    const { width, height } = picture;
+    const percent = (part, whole) => `${(part / whole) * 100}%`;
+    const place = `--mask-x: ${percent(cursor.x, width)}; --mask-y: ${percent(cursor.y, height)}`;
+    const style = `--mask-aspect: ${width / height}; --mask-size: ${percent(brush.size, width)}; ${place}`;
     return html`
         <header class="mask-header">
             <h2 id="mask-title">Paint a mask</h2>
             <p class=${problem ? "problem" : "hint"} role="status">${problem || HINT}</p>
-            <button class="button" type="button" @click=${() => dialog.close()}>Cancel</button>
-            <button class="button primary" type="button" @click=${() => accept(easel)}>Use mask</button>
+            <button class="button" @click=${() => dialog.close()}>Cancel</button>
+            <button class="button primary" @click=${() => accept(easel)}>Use mask</button>
         </header>
         <div class="mask-stage">
-            <div class="mask-picture">
+            <div class="mask-picture" .style=${style}>
                 ${picture}
                 <canvas
                     class="mask-surface"
-                    width=${picture.width}
-                    height=${picture.height}
+                    width=${width}
+                    height=${height}
                     tabindex="0"
                     autofocus
                     role="application"
@@ -382,7 +349,8 @@ function toolsView(easel) {
         <footer class="mask-tools">
             <fieldset class="segmented">
                 <legend class="visually-hidden">What the brush does</legend>
-                ${modeView(easel, "Paint", false)} ${modeView(easel, "Erase", true)}
+                ${radioView("mask-mode", "Paint", !brush.erases, () => choose(easel, { erases: false }))}
+                ${radioView("mask-mode", "Erase", brush.erases, () => choose(easel, { erases: true }))}
             </fieldset>
             ${sliderView("Brush size", brush.size, 1, largestBrush(easel), "px", (size) => choose(easel, { size }))}
             ${sliderView("Hardness", percent, 0, 100, "%", (share) => choose(easel, { hardness: share / 100 }))}
@@ -401,25 +369,12 @@ function toolsView(easel) {
     `;
 }
 
-function modeView(easel, label, erases) {
-    const isChosen = easel.brush.erases === erases;
-    const take = () => choose(easel, { erases });
-    return html`<label><input type="radio" name="mask-mode" .checked=${isChosen} @change=${take} />${label}</label>`;
-}
-
-function sliderView(label, value, least, most, unit, act) {
+function sliderView(label, value, minimum, maximum, unit, set) {
+    const valueText = `${value} ${unit}`;
     return html`
         <label class="mask-slider">
-            <span>${label} <span class="quiet">${value} ${unit}</span></span>
-            <input
-                type="range"
-                min=${least}
-                max=${most}
-                aria-label=${label}
-                aria-valuetext="${value} ${unit}"
-                .value=${String(value)}
-                @input=${(event) => act(event.target.valueAsNumber)}
-            />
+            <span>${label} <span class="quiet">${valueText}</span></span>
+            ${slider({ minimum, maximum, step: 1 }, { label, valueText, value, set })}
         </label>
     `;
 }
@@ -427,8 +382,6 @@ function sliderView(label, value, least, most, unit, act) {
 /** A button that keeps the focus when there is nothing for it to do. */
 function buttonView(label, act, isPossible = true, keys = nothing) {
     return html`
-        <button class="button" type="button" aria-disabled=${!isPossible} aria-keyshortcuts=${keys} @click=${act}>
-            ${label}
-        </button>
+        <button class="button" aria-disabled=${!isPossible} aria-keyshortcuts=${keys} @click=${act}>${label}</button>
     `;
 }

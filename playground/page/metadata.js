@@ -1,28 +1,23 @@
 /**
- * What a picture of ours says of itself → a recipe that draws it again.
+ * The metadata of a picture of ours → a recipe that draws it again.
  *
  * The predictor writes the inputs of a picture as JSON in UTF-8: as PNG text "Description", or as EXIF ImageDescription
  * of a JPEG or a WebP. Any file may be dropped on the page, so nothing here trusts a length or an offset.
  */
 
 import { loraProblem, LORAS, MOST_LORAS } from "./lora.js";
-import { accepts, fieldNamed, isGiven } from "./schema.js";
+import { accepts, fieldNamed, isGiven, readJson } from "./schema.js";
 
 const LARGEST_FILE = 64 * 2 ** 20; // bytes
 const LONGEST_TEXT = 2 ** 20; // bytes, as large as Pillow reads them
-// What `script/predict --like` takes, too, but for the LoRAs. Whoever made the picture may be a stranger, who is to
-// have no image fetched, and no check switched off.
+// The inputs that `script/predict --like` takes too, besides the LoRAs. A stranger may have made the picture, and must
+// not have an image fetched or a check switched off.
 const DRAWN_BY = [
     ...["prompt", "model", "seed", "num_inference_steps", "guidance_scale", "go_fast", "prompt_strength"],
     ...["aspect_ratio", "megapixels", "width", "height"],
 ];
 
-/**
- * How a picture says that it was made.
- *
- * @param {Blob} blob any file
- * @returns {Promise<Object<string, *>|null>} null where it says nothing of that kind
- */
+/** @returns {Promise<Object<string, *>|null>} the inputs in a picture; null where any other file has none. */
 export async function readMetadata(blob) {
     try {
         if (blob.size > LARGEST_FILE) return null;
@@ -34,10 +29,8 @@ export async function readMetadata(blob) {
 }
 
 /**
- * The recipe that draws a picture again, as far as the picture says it.
+ * The recipe that draws a picture again, from the inputs of `readMetadata`.
  *
- * @param {Object<string, *>} made of `readMetadata`
- * @param {Field[]} fields of the schema
  * @returns {{recipe: Recipe, notes: string[]}} notes: sentences about what is to be added or was left out
  */
 export function recipeOf(made, fields) {
@@ -78,22 +71,16 @@ function lorasOf(text) {
     return { loras, notes };
 }
 
-/** The list of objects that a text in JSON holds, of a length that the server takes, or null. */
+/** The list of objects in a text of JSON, if the server takes as many; else null. */
 function entriesOf(text) {
-    try {
-        const entries = JSON.parse(text);
-        const isList = Array.isArray(entries) && entries.length <= MOST_LORAS;
-        return isList && entries.every((entry) => typeof entry === "object" && entry !== null) ? entries : null;
-    } catch {
-        return null;
-    }
+    const entries = readJson(text, null);
+    const isList = Array.isArray(entries) && entries.length <= MOST_LORAS;
+    return isList && entries.every((entry) => typeof entry === "object" && entry !== null) ? entries : null;
 }
 
-function brief(text) {
-    return text.length > 80 ? `${text.slice(0, 80)}…` : text;
-}
+const brief = (text) => (text.length > 80 ? `${text.slice(0, 80)}…` : text);
 
-/** The text in a file of one of three formats. It throws, or gives what is no JSON, where there is none. */
+/** The text in a file of one of three formats. Where there is none, it throws, or returns something else than JSON. */
 async function description(view) {
     if (text4(view, 0) === "\x89PNG") return pngText(view);
     if (view.getUint16(0) === 0xffd8) return exifText(jpegExif(view));
@@ -118,7 +105,7 @@ async function pngText(view) {
     throw new Error("no Description");
 }
 
-/** The segment of a JPEG that has its EXIF data; what comes behind the start of the scan is pixels. */
+/** The segment of a JPEG that has its EXIF data; behind the start of the scan are only pixels. */
 function jpegExif(view) {
     for (let at = 2; view.getUint16(at) !== 0xffda; at += 2 + view.getUint16(at + 2)) {
         const isExif = view.getUint16(at) === 0xffe1 && text4(view, at + 4) === "Exif";
@@ -127,7 +114,6 @@ function jpegExif(view) {
     throw new Error("no EXIF");
 }
 
-/** The chunk of a WebP that has its EXIF data. */
 function webpExif(view) {
     for (let at = 12; ; ) {
         const size = view.getUint32(at + 4, true);
@@ -152,19 +138,18 @@ function exifText(exif) {
     throw new Error("no ImageDescription");
 }
 
-/** Bytes of a view, which end with it: what lies behind it in its buffer is another part of the file. */
+/** Bytes of a view. They must end within it: behind it, its buffer has another part of the file. */
 function bytesOf(view, at, length) {
     if (at + length > view.byteLength) throw new RangeError("the file ends early");
     return new Uint8Array(view.buffer, view.byteOffset + at, length);
 }
 
-/** Four bytes as characters. */
 function text4(view, at) {
     // A file may have millions of empty chunks, for each of which a Uint8Array would take seconds in all.
     return String.fromCharCode(...[0, 1, 2, 3].map((offset) => view.getUint8(at + offset)));
 }
 
-/** What stands before the first byte that is 0, and behind it. */
+/** The bytes before the first byte that is 0, and those behind it. */
 function untilZero(bytes) {
     const zero = bytes.indexOf(0);
     return zero === -1 ? [bytes, bytes.subarray(bytes.length)] : [bytes.subarray(0, zero), bytes.subarray(zero + 1)];
@@ -175,7 +160,7 @@ function bounded(bytes) {
     return bytes;
 }
 
-/** Bytes as zlib packed them: a small file may unpack into gigabytes, so it is stopped at the longest text. */
+/** Bytes that zlib packed, unpacked; it stops at the longest text, as a small file may unpack into gigabytes. */
 async function inflated(bytes) {
     const reader = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate")).getReader();
     const parts = [];
@@ -192,10 +177,6 @@ async function inflated(bytes) {
 }
 
 /** The real Latin-1, in which each byte is a character; browsers' "latin1" is Windows-1252. */
-function latin1(bytes) {
-    return Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
-}
+const latin1 = (bytes) => Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
 
-function utf8(bytes) {
-    return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
-}
+const utf8 = (bytes) => new TextDecoder("utf-8", { fatal: true }).decode(bytes);

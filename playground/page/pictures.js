@@ -1,6 +1,4 @@
-/**
- * What is said of a picture, and the picture itself with its size.
- */
+/** Texts about a picture, and the picture itself with its size. */
 
 import { urlOf } from "./browser.js";
 import { fieldNamed, own } from "./schema.js";
@@ -10,34 +8,23 @@ import { html } from "./vendor/lit-html.js";
 const sizes = new WeakMap(); // {width, height} in pixels, by Blob, once it was shown
 
 /** @returns {Field|undefined} an input of the server, by its name */
-export function fieldOf(name) {
-    return fieldNamed(state.schema?.fields ?? [], name);
-}
+export const fieldOf = (name) => fieldNamed(state.schema?.fields ?? [], name);
 
-/** What an input of a picture was: a recipe has only what differs from the defaults. */
-export function inputOf({ recipe }, name) {
-    return own(recipe.inputs, name) ?? fieldOf(name)?.default;
-}
+/** The value of an input of a picture; a recipe holds only those that differ from the defaults. */
+export const inputOf = ({ recipe }, name) => own(recipe.inputs, name) ?? fieldOf(name)?.default;
 
-/** What a picture shows, as far as anybody has said it. */
-export function promptOf(picture) {
-    return String(inputOf(picture, "prompt") ?? "");
-}
+/** The prompt of a picture; "" where it has none. */
+export const promptOf = (picture) => String(inputOf(picture, "prompt") ?? "");
 
-/** The prompt and the seed. */
 export function nameOf(picture) {
     return picture.seed === null ? promptOf(picture) : `${promptOf(picture)}, seed ${picture.seed}`;
 }
 
 /** A LoRA with its strength, "zorp × 0.8". */
-export function loraText({ path, scale = 1 }) {
-    return `${path} × ${Math.round(scale * 100) / 100}`;
-}
+export const loraText = ({ path, scale = 1 }) => `${path} × ${Math.round(scale * 100) / 100}`;
 
 /** @returns {{width: number, height: number}|undefined} in pixels; undefined before it was shown */
-export function sizeOf({ blob }) {
-    return sizes.get(blob);
-}
+export const sizeOf = ({ blob }) => sizes.get(blob);
 
 /** The size for the style sheet, as a declaration of its variables; empty before the picture was shown. */
 export function sizeStyle(picture) {
@@ -45,13 +32,7 @@ export function sizeStyle(picture) {
     return size ? `--gallery-width: ${size.width}; --gallery-height: ${size.height}` : "";
 }
 
-/**
- * The picture as it is, the size of which is known from then on.
- *
- * @param {Picture} picture
- * @param {string} className
- * @param {string} alt what stands in for it
- */
+/** The picture as an element; once it has loaded, `sizeOf` knows its size. */
 export function imageView(picture, className, alt) {
     const learn = ({ target: { naturalWidth: width, naturalHeight: height } }) => {
         if (sizes.has(picture.blob)) return;

@@ -1,51 +1,27 @@
 /**
- * The document of a Cog server → what its form is made of. Pure: no page, no state.
+ * The OpenAPI document of a Cog server → the fields of its form, and the rules for their values. Pure: no page, no
+ * state.
  *
- * Every input of the document becomes a field, whatever the project. What its document cannot say (which input counts
- * beside which) is added where the document is recognised as this project's.
+ * Every input of the document becomes a field, whatever the project. Rules between inputs, which the document cannot
+ * say, are added where it is recognised as this project's.
  */
 
-/**
- * @typedef {object} Field one input
- * @property {string} name as it is sent
- * @property {string} label as people read it
- * @property {string} description in the document's words, which may have `code` in them
- * @property {"string"|"integer"|"number"|"boolean"|"array"|"object"} type
- * @property {string|null} format "uri" for a file or its address
- * @property {boolean} secret whether its value may be neither seen nor kept
- * @property {Array|null} enum the choices
- * @property {*} default null when there is none
- * @property {number|null} minimum
- * @property {number|null} maximum
- * @property {number} step from one value of a slider to the next
- * @property {boolean} required whether it must be given where it is shown
- * @property {number} order
- * @property {Rule[]} rules all of which hold where it is shown
- * @property {Idle|null} idle
- */
-/** @typedef {{of: string, fallback: *, holds: function(*): boolean}} Rule on the value, or default, of another input */
-/** @typedef {Rule & {sentence: string}} Idle where the rule holds, the field changes nothing, as the sentence says */
-/** @typedef {{name: string, title: string, fields: Field[]}} Group */
-
+// The name, the title and the inputs of each.
 const GROUPS = [
-    { name: "prompt", title: "Prompt", inputs: ["prompt"] },
-    { name: "image", title: "Image and mask", inputs: ["image", "mask", "prompt_strength"] },
-    { name: "loras", title: "LoRAs", inputs: ["replicate_weights", "lora_scale", "extra_lora", "extra_lora_scale"] },
-    { name: "size", title: "Size", inputs: ["aspect_ratio", "megapixels", "width", "height"] },
-    {
-        name: "sampling",
-        title: "Sampling",
-        inputs: ["model", "num_outputs", "num_inference_steps", "guidance_scale", "seed", "go_fast"],
-    },
-    { name: "output", title: "Output", inputs: ["output_format", "output_quality", "disable_safety_checker"] },
+    ["prompt", "Prompt", ["prompt"]],
+    ["image", "Image and mask", ["image", "mask", "prompt_strength"]],
+    ["loras", "LoRAs", ["replicate_weights", "lora_scale", "extra_lora", "extra_lora_scale"]],
+    ["size", "Size", ["aspect_ratio", "megapixels", "width", "height"]],
+    ["sampling", "Sampling", ["model", "num_outputs", "num_inference_steps", "guidance_scale", "seed", "go_fast"]],
+    ["output", "Output", ["output_format", "output_quality", "disable_safety_checker"]],
 ];
 
 const CUSTOM = "custom";
-const withImage = ["image", isGiven];
+const withImage = ["image", (value) => isGiven(value)];
 const withoutImage = ["image", (value) => !isGiven(value)];
 const customSize = ["aspect_ratio", (value) => value === CUSTOM];
 const namedSize = ["aspect_ratio", (value) => value !== CUSTOM];
-// Of this project's contract: an input is shown while all these hold of others.
+// Of this project's contract: an input is shown while all these rules on other inputs hold.
 const RULES = {
     mask: [withImage],
     prompt_strength: [withImage],
@@ -60,19 +36,13 @@ const IDLE = {
     output_quality: ["output_format", (value) => value === "png", "It changes nothing now: png loses nothing."],
 };
 
-// A slider over more values than this would leap over most of them.
-const MOST_SLIDER_STEPS = 10_000;
+const MOST_SLIDER_STEPS = 10_000; // a slider over more values would skip most of them
 const EASY_STEPS = 50; // at least so many values of a slider, by steps of 1, 0.1, 0.01 …
 
 const NUMBER = /^[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?$/i;
 const ADDRESS = /^(https?:\/\/[^\s/]|data:)/i;
 
-/**
- * The fields of a form, in the document's order and in groups.
- *
- * @param {object} document OpenAPI, as a Cog server gives it
- * @returns {{fields: Field[], groups: Group[], ours: boolean}} `ours`: it is this project's
- */
+/** The fields of a document, sorted and in groups `{name, title, fields}`; and `ours`: it is this project's. */
 export function readSchema(document) {
     const { schemas } = document.components;
     const { properties = {}, required = [] } = schemas.Input;
@@ -86,36 +56,23 @@ export function readSchema(document) {
     return { fields, groups: grouped(fields), ours };
 }
 
-/**
- * Whether an input counts beside what the others say; what does not is neither shown nor sent.
- *
- * @param {Field} field
- * @param {Object<string, *>} inputs of a recipe
- */
-export function isShown(field, inputs) {
-    return field.rules.every((rule) => ruleHolds(rule, inputs));
-}
+/** Whether an input counts beside the values of others; one that does not is neither shown nor sent. */
+export const isShown = (field, inputs) => field.rules.every((rule) => ruleHolds(rule, inputs));
 
-/** The sentence on an input that is sent and changes nothing beside what the others say; null for one that does. */
+/** The sentence on an input that is sent and changes nothing beside the values of others; null for one that does. */
 export function idleSentence(field, inputs) {
     return field.idle && ruleHolds(field.idle, inputs) ? field.idle.sentence : null;
 }
 
-function ruleHolds({ of, fallback, holds }, inputs) {
-    return holds(inputs[of] ?? fallback);
-}
+const ruleHolds = ({ of, fallback, holds }, inputs) => holds(inputs[of] ?? fallback);
 
-/** @returns {Field|undefined} of several, the one of an input. */
-export function fieldNamed(fields, name) {
-    return fields.find((field) => field.name === name);
-}
+/** @returns {Field|undefined} the one of an input. */
+export const fieldNamed = (fields, name) => fields.find((field) => field.name === name);
 
-/** What an object has under a name itself; names such as "constructor" come with every object. */
-export function own(object, name) {
-    return Object.hasOwn(object, name) ? object[name] : undefined;
-}
+/** The value of an object's own property: every object inherits some, such as "constructor". */
+export const own = (object, name) => (Object.hasOwn(object, name) ? object[name] : undefined);
 
-/** Whether a value is another one than the default. An empty text stands for none. */
+/** Whether a value differs from the default. An empty text stands for none. */
 export function differs(field, value) {
     if (value === undefined || value === null) return false;
     const plain = (it) => (isGiven(it) ? it : null);
@@ -123,25 +80,18 @@ export function differs(field, value) {
 }
 
 /** Whether a value must be sent: one of a required field always, others where they differ from the default. */
-export function isSent(field, value) {
-    return field.required ? isGiven(value) : differs(field, value);
-}
+export const isSent = (field, value) => (field.required ? isGiven(value) : differs(field, value));
 
-/** Whether two values are the same in JSON; files are so only if they are one, and NaN is NaN. */
+/** Whether two values are the same in JSON. A file is the same only as itself; NaN is the same as NaN. */
 export function isSame(one, other) {
     const isJson = (it) => typeof it === "object" && !(it instanceof Blob);
     return Object.is(one, other) || (isJson(one) && isJson(other) && JSON.stringify(one) === JSON.stringify(other));
 }
 
-/** Whether there is a value at all. */
-export function isGiven(value) {
-    return value !== undefined && value !== null && value !== "";
-}
+export const isGiven = (value) => value !== undefined && value !== null && value !== "";
 
 /** Whether the value of an input must be neither seen nor kept. */
-export function isSecret(name, fields) {
-    return fieldNamed(fields, name)?.secret === true;
-}
+export const isSecret = (name, fields) => fieldNamed(fields, name)?.secret === true;
 
 /** The inputs without those whose values must not be kept. */
 export function withoutSecrets(inputs, fields) {
@@ -150,96 +100,69 @@ export function withoutSecrets(inputs, fields) {
 
 /** Whether a field is a number with both bounds, few enough values apart for a slider. */
 export function isBounded({ type, minimum, maximum, step }) {
-    const number = type === "integer" || type === "number";
-    return number && minimum !== null && maximum !== null && (maximum - minimum) / step <= MOST_SLIDER_STEPS;
+    return isNumeric(type) && minimum !== null && maximum !== null && (maximum - minimum) / step <= MOST_SLIDER_STEPS;
 }
+
+export const isNumeric = (type) => type === "integer" || type === "number";
 
 /** The number that a text writes in decimals; NaN where it writes none. */
-export function readNumber(text) {
-    return NUMBER.test(text.trim()) ? Number(text) : NaN;
-}
+export const readNumber = (text) => (NUMBER.test(text.trim()) ? Number(text) : NaN);
 
 /**
- * The value that a text means to a field.
- *
- * @param {Field} field
- * @param {string} text
- * @returns {*} undefined for none; where it means nothing, NaN to a field of numbers, and to others the text itself
+ * The value that a text means to a field: undefined for an empty one; where it means nothing, NaN for a field of
+ * numbers, and for others the text itself.
  */
 export function meaningOf({ type, format }, text) {
-    const isText = type === "string" && format !== "uri";
     const bare = text.trim();
-    if (isText) return text;
+    if (type === "string" && format !== "uri") return text;
     if (bare === "") return undefined;
-    if (type === "integer" || type === "number") return readNumber(text);
+    if (isNumeric(type)) return readNumber(text);
     if (type === "boolean") return ["true", "false"].includes(bare) ? bare === "true" : text;
-    return format === "uri" ? bare : readJson(text);
+    return format === "uri" ? bare : readJson(text, text);
 }
 
-/** The text that means a value, of which lists and objects are written in JSON. */
-export function jsonText(value) {
-    return typeof value === "object" ? JSON.stringify(value) : String(value);
-}
+/** The text that means a value; lists and objects are written in JSON. */
+export const jsonText = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));
 
-function readJson(text) {
+/** The value of a text in JSON; `otherwise` where it is none. */
+export function readJson(text, otherwise) {
     try {
         return JSON.parse(text);
     } catch {
-        return text;
+        return otherwise;
     }
 }
 
-/**
- * What is wrong with a value, as one sentence; null when nothing is.
- *
- * @param {Field} field one that is shown
- * @param {*} value as `meaningOf` gives it, or a file
- */
+/** What is wrong with a value of a field that is shown, as one sentence; null when nothing is. */
 export function problemOf(field, value) {
     if (!isGiven(value)) return field.required ? `${field.label} must be given.` : null;
     const wanted = wantedInPlaceOf(value, field);
     return wanted === null ? null : `${field.label} must be ${wanted}.`;
 }
 
-/**
- * What is wrong with the inputs of a recipe.
- *
- * @param {Object<string, *>} inputs
- * @param {Field[]} fields
- * @returns {Object<string, string>} a sentence by the name of each input that is wrong
- */
+/** @returns {Object<string, string>} by the name of each wrong input of a recipe, the sentence on it. */
 export function problemsOf(inputs, fields) {
     const shown = fields.filter((field) => isShown(field, inputs));
     const problems = shown.map((field) => [field.name, problemOf(field, own(inputs, field.name))]);
     return Object.fromEntries(problems.filter(([, problem]) => problem !== null));
 }
 
-/**
- * Whether a field takes a value from elsewhere, such as a shared address. Files and their addresses are never taken.
- *
- * @param {Field} field
- * @param {*} value of JSON
- */
-export function accepts(field, value) {
-    return field.format !== "uri" && isGiven(value) && problemOf(field, value) === null;
-}
+/** Whether a field takes a value from elsewhere, such as a shared address: never a file or its address. */
+export const accepts = (field, value) => field.format !== "uri" && isGiven(value) && problemOf(field, value) === null;
 
-/** What a field must be, where a value is none of that; null where it is. */
+/** The description of the values that a field takes, if this one is not among them; else null. */
 function wantedInPlaceOf(value, field) {
     const { type, format, enum: choices } = field;
     const unless = (isRight, wanted) => (isRight ? null : wanted);
     if (choices) return unless(choices.includes(value), `one of ${choices.join(", ")}`);
-    if (type === "integer" || type === "number") return unless(isNumberOf(field, value), numbersOf(field, value));
+    if (isNumeric(type)) return unless(isNumberOf(field, value), numbersOf(field, value));
     if (type === "boolean") return unless(typeof value === "boolean", "true or false");
     if (type === "array") return unless(Array.isArray(value), 'a list in JSON, such as ["one", "two"]');
-    if (type === "object") return unless(isObject(value), 'an object in JSON, such as {"name": "value"}');
+    const isObject = typeof value === "object" && !Array.isArray(value);
+    if (type === "object") return unless(isObject, 'an object in JSON, such as {"name": "value"}');
     if (format !== "uri") return unless(typeof value === "string", "a text");
     const isFile = value instanceof Blob || (typeof value === "string" && ADDRESS.test(value.trim()));
     return unless(isFile, "a file, or an address that begins with https:// or http://");
-}
-
-function isObject(value) {
-    return typeof value === "object" && !Array.isArray(value);
 }
 
 function isNumberOf({ type, minimum, maximum }, value) {
@@ -249,7 +172,7 @@ function isNumberOf({ type, minimum, maximum }, value) {
 
 function numbersOf({ type, minimum, maximum }, value) {
     const kind = type === "integer" ? "a whole number" : "a number";
-    // A browser counts no further than this without leaving numbers out, which is told to whoever went there.
+    // Beyond these, JavaScript has no exact integers; the bounds are told only for such a number.
     const uncountable = Number.isInteger(value) && !Number.isSafeInteger(value);
     const least = minimum ?? (uncountable ? Number.MIN_SAFE_INTEGER : null);
     const most = maximum ?? (uncountable ? Number.MAX_SAFE_INTEGER : null);
@@ -258,40 +181,38 @@ function numbersOf({ type, minimum, maximum }, value) {
     return most !== null ? `${kind} of at most ${most}` : kind;
 }
 
-/** A property with what it refers to; the document keeps choices in schemas of their own. */
+/** A property with all that it refers to: the document keeps choices in schemas of their own. */
 function resolve(property, schemas) {
     const parts = [...(property.allOf ?? []), ...(property.anyOf ?? [])].filter(({ type }) => type !== "null");
     if (property.$ref) parts.push(schemas[property.$ref.split("/").at(-1)]);
     return Object.assign({}, ...parts.map((part) => resolve(part, schemas)), property);
 }
 
-/** A property, and the same with what it refers to: only its own words are about this input. */
+/** @returns {Field} of a property with all that it refers to; only its own description is about this input. */
 function readField(name, { description }, property, required) {
     const field = {
-        name,
-        label: labelOf(name),
-        description: String(description ?? ""),
+        name, // as it is sent
+        label: labelOf(name), // as people read it
+        description: String(description ?? ""), // may have `code` in it
         type: [property.type].flat().find((type) => type !== "null") ?? "string", // or null, says a newer OpenAPI
-        format: property.format ?? null,
-        secret: property["x-cog-secret"] === true || property.format === "password",
-        enum: property.enum ?? null,
+        format: property.format ?? null, // "uri" for a file or its address
+        secret: property["x-cog-secret"] === true || property.format === "password", // neither shown nor kept
+        enum: property.enum ?? null, // the choices
         default: property.default ?? null,
         minimum: property.minimum ?? null,
         maximum: property.maximum ?? null,
-        required,
+        required, // where it is shown
         order: property["x-order"] ?? 0,
-        rules: [],
-        idle: null,
+        rules: [], // {of, fallback, holds}: on the value, or default, of another input; all hold where it is shown
+        idle: null, // such a rule with a sentence: where it holds, the field changes nothing
     };
     return { ...field, step: stepOf(field) };
 }
 
 /** "num_inference_steps" → "Inference steps". */
 function labelOf(name) {
-    const words = name
-        .replaceAll("_", " ")
-        .replace(/^num /, "")
-        .replace(/\blora(s?)\b/gi, "LoRA$1");
+    const spaced = name.replaceAll("_", " ").replace(/^num /, "");
+    const words = spaced.replace(/\blora(s?)\b/gi, "LoRA$1");
     return words.charAt(0).toUpperCase() + words.slice(1);
 }
 
@@ -311,12 +232,11 @@ function addRules(field, byName) {
 }
 
 function grouped(fields) {
-    const named = GROUPS.map(({ name, title, inputs }) => {
-        const found = inputs.map((input) => fieldNamed(fields, input));
-        return { name, title, fields: found.filter((field) => field !== undefined) };
+    const groups = GROUPS.map(([name, title, inputs]) => {
+        const found = inputs.map((input) => fieldNamed(fields, input)).filter((field) => field !== undefined);
+        return { name, title, fields: found };
     });
-    const placed = new Set(GROUPS.flatMap(({ inputs }) => inputs));
-    const other = fields.filter((field) => !placed.has(field.name));
-    const groups = [...named, { name: "other", title: "Other", fields: other }];
+    const placed = groups.flatMap((group) => group.fields);
+    groups.push({ name: "other", title: "Other", fields: fields.filter((field) => !placed.includes(field)) });
     return groups.filter((group) => group.fields.length > 0);
 }

@@ -1,20 +1,8 @@
-/**
- * Programs that ask for one prediction, each of which runs as it stands. Pure: no page, no state.
- */
+/** Programs that ask for one prediction, each of which runs as it stands. Pure: no page, no state. */
 
 import { LORAS } from "./lora.js";
 import { fieldNamed, isSecret, jsonText } from "./schema.js";
 import { sent } from "./wire.js";
-
-/**
- * @typedef {object} Asked what every program says
- * @property {string} url
- * @property {boolean} tokens whether with the token in `FLUX_TOKEN`
- * @property {[string, *][]} inputs names and values, of those that are sent
- * @property {Map<string, string>} secrets for each input that no program has in it, the variable that has its value
- * @property {Lora[]} loras
- * @property {Map<File, string>} names of files that lie beside the program
- */
 
 // References that mean the same within a sum of LoRAs as by themselves, and factors that one may have.
 const PLAIN = /^[\w./:-]+$/;
@@ -22,41 +10,32 @@ const DECIMAL = /^-?\d{1,20}(\.\d{1,20})?$/;
 const BARE = /^[\w@%+=:,./-]+$/; // words that mean themselves in a shell
 const LARGEST_ARGUMENT = 2 ** 17 - 1; // bytes, on Linux
 
-/**
- * Programs that write the pictures of one prediction to files, `output.0.webp` and so on.
- *
- * @param {Recipe} recipe
- * @param {{address: string, tokens: boolean}} about where it is asked, and whether with the token in `FLUX_TOKEN`
- * @param {{fields: Field[], ours: boolean}} schema
- * @returns {{curl: string, python: string, javascript: string, predict: string|null, unsaid: string|null,
- *     files: [File, string][], variables: string[]}} for bash, Python 3.11 and Node 20; `unsaid` is the sentence why
- *     there is no command for `script/predict`; the files lie beside the program, by these names; it reads the
- *     variables
- */
+/** Programs that write the pictures of one prediction to files, `output.0.webp` and so on. */
 export function snippets(recipe, about, { fields, ours }) {
     const asked = whatIsAsked(recipe, about, fields);
-    const unsaid = ours ? whyUnsaid(asked, fields) : "script/predict draws with the project that it is part of alone.";
+    const options = predictOptions(asked, fields);
+    const unsaid = ours ? whyUnsaid(options) : "script/predict draws with the project that it is part of alone.";
     return {
-        curl: curl(asked),
-        python: python(asked),
-        javascript: javascript(asked),
-        predict: unsaid ? null : predict(asked, fields),
-        unsaid,
-        files: [...asked.names],
+        curl: curl(asked), // for bash
+        python: python(asked), // 3.11
+        javascript: javascript(asked), // for Node 20
+        predict: unsaid ? null : predict(options),
+        unsaid, // the sentence on why there is no command for script/predict, or null
+        files: [...asked.names], // those that lie beside the program, and their names
         variables: [...(about.tokens ? ["FLUX_TOKEN"] : []), ...asked.secrets.values()],
     };
 }
 
-/** @returns {Asked} */
+/** The parts of every program. */
 function whatIsAsked(recipe, { address, tokens }, fields) {
     const inputs = sent(recipe.inputs, fields);
     const secrets = inputs.map(([name]) => name).filter((name) => isSecret(name, fields));
     const loras = fieldNamed(fields, LORAS) ? recipe.loras : [];
     return {
         url: `${address.replace(/\/$/, "")}/predictions`,
-        tokens,
-        inputs,
-        secrets: new Map(secrets.map((name) => [name, name.toUpperCase()])),
+        tokens, // whether it sends the token in `FLUX_TOKEN`
+        inputs, // names and values, of those that are sent
+        secrets: new Map(secrets.map((name) => [name, name.toUpperCase()])), // by input, the variable with its value
         loras,
         names: fileNames([...inputs.map(([, value]) => value), ...loras.map(({ file }) => file)]),
     };
@@ -65,24 +44,20 @@ function whatIsAsked(recipe, { address, tokens }, fields) {
 /** A name for each file among some values, no two of them alike. */
 function fileNames(values) {
     const names = new Map();
-    for (const file of values) {
-        if (!(file instanceof Blob) || names.has(file)) continue;
-        const taken = new Set(names.values());
-        const own = file.name.replace(/^~/, "_"); // which script/predict would take for somebody's home
+    for (const file of new Set(values.filter((value) => value instanceof Blob))) {
+        const own = file.name.replace(/^~/, "_"); // script/predict would read "~" as a home directory
         let name = own;
-        for (let number = 2; taken.has(name); number += 1) name = `${number}-${own}`;
+        for (let number = 2; [...names.values()].includes(name); number += 1) name = `${number}-${own}`;
         names.set(file, name);
     }
     return names;
 }
 
-function mediaType(file) {
-    return file.type || "application/octet-stream";
-}
+const mediaType = (file) => file.type || "application/octet-stream";
 
 // cURL
 
-/** The body comes by a here-document: unlike an argument, that may be as large as files are. */
+/** A program for bash. It sends a here-document, which unlike an argument may be as large as files are. */
 function curl({ url, tokens, inputs, secrets, loras, names }) {
     const uri = (file) => `data:${mediaType(file)};base64,$(base64 <${quoted(names.get(file))} | tr -d '\\n')`;
     const text = (name, value) => {
@@ -116,8 +91,8 @@ done < <(grep -o 'data:image/[a-z+.-]*;base64,[^"]*' answer.json)
 }
 
 /**
- * JSON that a here-document leaves as it is: what a shell or a terminal would read in it, \u says. The backslashes that
- * are left stand before a letter or a quote, where they are none to a shell.
+ * JSON that a here-document leaves as it is: characters that mean something to a shell or a terminal are written as \u.
+ * The backslashes that are left stand before a letter or a quote, where a shell keeps them.
  */
 function plainJson(value) {
     return JSON.stringify(value).replace(/\\\\|[!$`\x7f-\x9f]/g, (found) => {
@@ -236,11 +211,10 @@ for (const [number, picture] of [output].flat().entries()) {
 
 // script/predict
 
-function predict({ inputs, loras, names }, fields) {
-    const options = predictOptions({ inputs, loras, names }, fields);
-    const words = options.map(([name, text]) => `-i ${name}=${quoted(text)}`);
-    const line = ["script/predict", ...words].join(" ");
-    return `${line.length <= 100 ? line : ["script/predict", ...words].join(" \\\n    ")}\n`;
+function predict(options) {
+    const words = ["script/predict", ...options.map(([name, text]) => `-i ${name}=${quoted(text)}`)];
+    const line = words.join(" ");
+    return `${line.length <= 100 ? line : words.join(" \\\n    ")}\n`;
 }
 
 /** The text for each input, in which @ names a file; null where LoRAs that are files have no place or strength. */
@@ -254,9 +228,7 @@ function predictOptions({ inputs, loras, names }, fields) {
     const { minimum, maximum } = fieldNamed(fields, "lora_scale") ?? {};
     if (named.length > 0) said.set(LORAS, sumOf(named));
     for (const { scale, file } of files) {
-        const [input, strength] = said.has(LORAS)
-            ? ["extra_lora", "extra_lora_scale"]
-            : [LORAS, "lora_scale"];
+        const [input, strength] = said.has(LORAS) ? ["extra_lora", "extra_lora_scale"] : [LORAS, "lora_scale"];
         const product = Number((scale * factor).toPrecision(15));
         if (said.has(input) || product < minimum || product > maximum) return null;
         said.set(input, at(file)).set(strength, String(product));
@@ -274,8 +246,7 @@ function sumOf(loras) {
 }
 
 /** Why there is no command for `script/predict`; null where there is one. */
-function whyUnsaid(asked, fields) {
-    const options = predictOptions(asked, fields);
+function whyUnsaid(options) {
     if (options === null) {
         return (
             "script/predict takes a LoRA's file as replicate_weights or extra_lora alone, at that input's strength; " +

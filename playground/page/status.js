@@ -1,6 +1,4 @@
-/**
- * How the server is and what is being drawn, in words. Views of the state alone.
- */
+/** The states of the server and of the drawings, in words. Views of the state alone. */
 
 import { token } from "./api.js";
 import { logLines } from "./cog.js";
@@ -11,45 +9,36 @@ import { html, nothing } from "./vendor/lit-html.js";
 
 const LINES = 400; // of a log
 
-const WORDS = {
-    connecting: "Connecting",
-    offline: "Offline",
-    gone: "No answer",
-    starting: "Starting",
-    ready: "Ready",
-    drawing: "Drawing",
-    busy: "Busy",
-    "setup-failed": "Setup failed",
-    unhealthy: "Unhealthy",
-    unauthorised: "Token wanted",
-};
-const TITLES = {
-    connecting: "Connecting to the server",
-    offline: "This computer is offline",
-    gone: "The server does not answer",
-    starting: "The server is starting",
-    "setup-failed": "The server could not be set up",
-    unhealthy: "The server cannot draw now",
-    unauthorised: "A token is wanted",
+// For each state of the server: a word, and, where nothing can be drawn, a title.
+const STATES = {
+    connecting: ["Connecting", "Connecting to the server"],
+    offline: ["Offline", "This computer is offline"],
+    gone: ["No answer", "The server does not answer"],
+    starting: ["Starting", "The server is starting"],
+    ready: ["Ready"],
+    drawing: ["Drawing"],
+    busy: ["Busy"],
+    "setup-failed": ["Setup failed", "The server could not be set up"],
+    unhealthy: ["Unhealthy", "The server cannot draw now"],
+    unauthorised: ["Token wanted", "A token is wanted"],
 };
 
-/** The state of the server in a word, for the header. Read aloud is what keeps from drawing; drawings are announced. */
+/** The state of the server in a word, for the header. Screen readers are told only why nothing can be drawn. */
 export function connectionView() {
     const { kind } = state.connection;
     const draws = canDraw() && state.jobs.some((job) => job.status === "drawing");
     const shown = draws ? "drawing" : kind;
     return html`
-        <span class="status-pill" role="status" aria-live="off" data-kind=${shown}>${WORDS[shown]}</span>
-        <span class="visually-hidden" aria-live="polite">${TITLES[kind] ?? "The server can draw"}</span>
+        <span class="status-pill" role="status" aria-live="off" data-kind=${shown}>${STATES[shown][0]}</span>
+        <span class="visually-hidden" aria-live="polite">${STATES[kind][1] ?? "The server can draw"}</span>
         ${token() && kind !== "unauthorised" ? forgetButton() : nothing}
     `;
 }
 
-/** What keeps from drawing, and what can be done; nothing when all is well. */
+/** Why nothing can be drawn now, and what a person can do; `nothing` when all is well. */
 export function statePanel() {
-    const { kind } = state.connection;
-    if (!(kind in TITLES)) return nothing;
-    const title = TITLES[kind];
+    const [, title] = STATES[state.connection.kind];
+    if (!title) return nothing;
     return html`
         <section class="panel stack" aria-label=${title}>
             <h2>${title}</h2>
@@ -59,29 +48,22 @@ export function statePanel() {
 }
 
 function adviceView({ kind, sentence, log, since, until }) {
-    switch (kind) {
-        case "connecting":
-            return unknownBar("Connecting");
-        case "starting":
-            return html`
-                ${unknownBar("Starting")}
-                <p class="quiet">Its models have been loading for ${elapsed(since)}; the page goes on by itself.</p>
-                ${logBox("Log of the setup", log)}
-            `;
-        case "setup-failed":
-            return html`<p class="problem">${sentence}</p>
-                ${logBox("Log of the setup", log)}`;
-        case "unhealthy":
-            return html`<p class="problem">${sentence}</p>
-                ${until === null ? goesOn : nextTry(until)}`;
-        case "unauthorised":
-            return tokenForm(sentence);
+    if (kind === "connecting") return unknownBar("Connecting");
+    if (kind === "unauthorised") return tokenForm(sentence);
+    if (kind === "starting") {
+        return html`
+            ${unknownBar("Starting")}
+            <p class="quiet">Its models have been loading for ${elapsed(since)}; the page goes on by itself.</p>
+            ${logBox("Log of the setup", log)}
+        `;
     }
-    return html`<p>${sentence}</p>
-        ${nextTry(until)}`;
+    const problem = html`<p class="problem">${sentence}</p>`;
+    if (kind === "setup-failed") return [problem, logBox("Log of the setup", log)];
+    if (kind === "unhealthy") return [problem, until === null ? goesOn : nextTry(until)];
+    return [html`<p>${sentence}</p>`, nextTry(until)];
 }
 
-/** What is drawn and what waits; when nothing does, how the last drawing ended. Always as high. */
+/** The drawing that runs or waits, or else how the last one ended. Its height stays the same. */
 export function progressView() {
     if (!state.schema && state.jobs.length === 0) return nothing;
     const job = current();
@@ -91,7 +73,7 @@ export function progressView() {
     `;
 }
 
-/** The log of what is drawn, or was drawn last. */
+/** The log of the drawing that runs, or of the last one. */
 export function logView() {
     const box = logBox("Log", (current() ?? state.jobs.at(-1))?.log);
     return box === nothing ? html`<p class="quiet">Nothing has been said yet.</p>` : box;
@@ -103,7 +85,7 @@ function nextTry(until) {
     const seconds = secondsUntil(until);
     return html`
         <div class="row">
-            <button class="button" type="button" @click=${checkNow}>Try now</button>
+            <button class="button" @click=${checkNow}>Try now</button>
             <span class="quiet status-digits">${seconds > 0 ? `Next try in ${seconds} s` : "Trying"}</span>
         </div>
     `;
@@ -140,29 +122,29 @@ function tokenForm(sentence) {
     `;
 }
 
-const forgetButton = () =>
-    html`<button class="button quiet" type="button" @click=${() => useToken("")}>Forget token</button>`;
+const forgetButton = () => html`
+    <button class="button quiet" type="button" @click=${() => useToken("")}>Forget token</button>
+`;
 
 /** A bar without an end in sight. */
 const unknownBar = (name) => html`<progress class="status-unknown" aria-label=${name}></progress>`;
 
 function running(job) {
-    const known = job.status === "drawing" && job.of !== null;
-    const more = counted("drawing") - (job.status === "drawing" ? 1 : 0);
+    const isDrawing = job.status === "drawing";
+    const more = counted("drawing") - (isDrawing ? 1 : 0);
+    const cancelAllButton = html`<button class="button quiet" @click=${cancelAll}>Cancel all</button>`;
     return html`
         <div class="status-line" data-status=${job.status}>
             <p>
-                ${job.status === "waiting" ? waiting(job) : drawing(job)}
+                ${isDrawing ? drawing(job) : waiting(job)}
                 <span class="quiet">${more > 0 ? `${more} more drawn beside it.` : nothing}</span>
             </p>
-            ${counted("drawing", "waiting", "queued") > 1
-                ? html`<button class="button quiet" type="button" @click=${cancelAll}>Cancel all</button>`
-                : nothing}
-            <button class="button" type="button" @click=${() => cancelJobs([job])}>Cancel</button>
+            ${counted("drawing", "waiting", "queued") > 1 ? cancelAllButton : nothing}
+            <button class="button" @click=${() => cancelJobs([job])}>Cancel</button>
         </div>
-        ${known
+        ${isDrawing && job.of !== null
             ? html`<progress aria-label="Drawing" max=${job.of} value=${job.at}></progress>`
-            : unknownBar(job.status === "waiting" ? "Waiting" : "Drawing")}
+            : unknownBar(isDrawing ? "Drawing" : "Waiting")}
     `;
 }
 
@@ -195,15 +177,9 @@ function waiting({ error, until }) {
 const counted = (...statuses) => state.jobs.filter(({ status }) => statuses.includes(status)).length;
 
 function ended(job) {
-    switch (job?.status) {
-        case undefined:
-            return nothing;
-        case "failed":
-            return html`<p class="problem">${job.error}</p>`;
-        case "canceled":
-            return html`<p class="quiet">${job.error ?? "Cancelled."}</p>`;
-    }
-    return html`<p class="quiet">${outcome(job)}</p>`;
+    if (job === undefined) return nothing;
+    if (job.status === "failed") return html`<p class="problem">${job.error}</p>`;
+    return html`<p class="quiet">${job.status === "canceled" ? (job.error ?? "Cancelled.") : outcome(job)}</p>`;
 }
 
 const secondsUntil = (moment) => Math.ceil(((moment ?? 0) - now()) / 1000);
@@ -217,6 +193,6 @@ function elapsed(since) {
 function logBox(title, log) {
     const text = logLines(log ?? "").slice(-LINES).join("\n");
     if (text === "") return nothing;
-    // Turned around by the style, so that the end is in sight.
+    // The style turns it around, so that its end is in sight.
     return html`<div class="status-log" role="region" aria-label=${title} tabindex="0"><pre>${text}</pre></div>`;
 }

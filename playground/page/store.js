@@ -1,5 +1,5 @@
 /**
- * What the page knows, in one object. Whoever changes it calls `changed`, and the page is rendered anew.
+ * The state of the page, in one object. Code that changes it calls `changed`, which renders the page anew.
  * This module knows neither HTTP nor the document.
  */
 
@@ -8,50 +8,16 @@ export const now = () => performance.timeOrigin + performance.now();
 
 /** @typedef {{path: string, scale: number, file: File|null}} Lora */
 /** @typedef {{inputs: Object<string, *>, loras: Lora[]}} Recipe what a person asks for; values may be a File */
-
-/**
- * @typedef {object} Job one prediction, from the moment it is asked for; moments are in ms since the epoch, by `now`
- * @property {string} id of the prediction
- * @property {Recipe} recipe
- * @property {"draw"|"cell"} kind a drawing, or a cell of a grid
- * @property {"queued"|"waiting"|"drawing"|"succeeded"|"failed"|"canceled"} status waiting: the server has no room yet
- * @property {number|null} at steps that are done, once the server has told them
- * @property {number|null} of steps in all
- * @property {string} log what the predictor has printed
- * @property {string|null} error the sentence on why it waits, failed or was cancelled
- * @property {Object<string, string>} problems by input, what the server said of it
- * @property {number|null} until when it is asked for again, where the server said when
- * @property {number|null} startedAt when the server began with it
- * @property {number|null} endedAt
- * @property {object|null} answer as JSON, its data URIs cut
- * @property {Picture[]} pictures
- * @property {number} dropped how many pictures the safety check kept back
- * @property {AbortController} abort breaks its requests off
- * @property {Promise<Job>} done resolves to the job itself once it has ended, however it does
- * @property {function(Job): void} resolve of that promise
- */
-
-/**
- * @typedef {object} Picture
- * @property {string} id the job's, and its place among the job's pictures
- * @property {Blob} blob its bytes as they came
- * @property {string} name of its file, such as "flux-7.webp"
- * @property {number|null} seed null where the server does not tell it
- * @property {Recipe} recipe that draws it alone, without secrets
- * @property {{path: string, scale: number, name: string}[]} loras as the server tells of them
- * @property {{seed: number|null, seeds: (number|null)[], safety: {dropped: number[]}, predict_time: number|null}}
- *     metrics of its job: all pictures' seeds, the places of those that were kept back, seconds; and what else is told
- * @property {number} at when it came, in ms since the epoch
- */
+// A Job is made in `enqueue` of jobs.js, a Picture in `picturesOf` there, a Field in `readField` of schema.js.
 
 export const state = {
-    about: null, // what about.json said of the server
+    about: null, // about.json: {server, progress, address, tokens, log}
     connection: { kind: "connecting", sentence: "", log: "", since: now(), until: null },
     schema: null, // {fields, groups}, of schema.js
     library: [], // names of LoRAs
     inputs: {}, // what the form says where it differs from the defaults
     loras: [],
-    problems: {}, // by input, what the server said of it
+    problems: {}, // by input, the sentence on what is wrong with it
     seedLocked: false,
     jobs: [], // the newest last
     pictures: [], // the newest first
@@ -65,12 +31,12 @@ export const state = {
 let listener = () => {};
 let scheduled = false;
 
-/** Call `render` after changes, once for all that are made in one turn. */
+/** Call `render` after changes. */
 export function onChange(render) {
     listener = render;
 }
 
-/** Have the page rendered anew. */
+/** Have the page rendered anew, once for all changes of one turn. */
 export function changed() {
     if (scheduled) return;
     scheduled = true;
@@ -80,9 +46,9 @@ export function changed() {
     });
 }
 
-/** Tell a screen reader. */
+/** Have a screen reader say a sentence. */
 export function announce(sentence) {
-    // The same text again would be no change, and nobody would hear it.
+    // A screen reader says only what changes, so the same sentence again gets a blank.
     state.said = state.said === sentence ? `${sentence}\u00a0` : sentence;
     changed();
 }

@@ -1,21 +1,18 @@
-/**
- * All pictures in a strip, from which one is chosen or deleted.
- */
+/** All pictures in a strip, from which one is chosen or deleted. */
 
 import { focusOn, urlOf } from "./browser.js";
-import { isPicking, leavePicking, pick, stopPicking } from "./compare.js";
+import { isPicking, leavePicking, stopPicking } from "./compare.js";
 import { clear, forget, MOST } from "./history.js";
 import { forgetLoras } from "./loras.js";
 import { nameOf, promptOf } from "./pictures.js";
-import { announce, changed, selectedPicture, state } from "./store.js";
+import { announce, selectedPicture, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 import { repeat } from "./vendor/repeat.js";
 
 const NONE = ".gallery-empty"; // what the stage shows where there is no picture
 
-let confirming = false; // whether all of them are meant
+let confirming = false; // whether a person is asked if all shall be deleted
 
-/** All pictures, the newest first. */
 export function stripView() {
     if (state.pictures.length === 0) return nothing;
     return html`
@@ -23,7 +20,7 @@ export function stripView() {
             <div class="row gallery-bar">
                 <h2>History</h2>
                 <span class="quiet">${state.pictures.length} of ${MOST}</span>
-                ${confirming ? confirmView() : clearView()}
+                ${confirming ? confirmView() : clearButton}
             </div>
             <div class="gallery-strip" role="group" aria-label="Pictures" @keydown=${onStripKey}>
                 ${repeat(state.pictures, ({ id }) => id, thumbView)}
@@ -32,11 +29,7 @@ export function stripView() {
     `;
 }
 
-/**
- * Delete a picture, where it is kept and then here. Where it was selected, the one after it is from then on.
- *
- * @param {Picture} picture
- */
+/** Delete a picture, from the browser's storage and then here; if it was selected, the one after it is then. */
 export async function removePicture(picture) {
     await forget(picture.id);
     const place = state.pictures.indexOf(picture);
@@ -47,12 +40,10 @@ export async function removePicture(picture) {
     if (state.pictures.length === 0) focusOn(NONE);
 }
 
-/** The picture after the one at a place, or of the last one the one before it. */
-function neighbour(place) {
-    return state.pictures[place + 1] ?? state.pictures[place - 1];
-}
+/** The picture after the one at a place, or before the last one. */
+const neighbour = (place) => state.pictures[place + 1] ?? state.pictures[place - 1];
 
-/** Take pictures from the page; none of them is compared any longer, nor is one that is left alone. */
+/** Take pictures from the page, and end a comparison that lacks a picture then. */
 function takeAway(gone) {
     state.pictures = state.pictures.filter((picture) => !gone.includes(picture));
     const others = state.pictures.filter((picture) => picture !== selectedPicture());
@@ -65,7 +56,6 @@ function thumbView(picture) {
     return html`
         <button
             class="gallery-thumb"
-            type="button"
             data-id=${picture.id}
             title=${promptOf(picture)}
             tabindex=${isSelected ? 0 : -1}
@@ -79,11 +69,11 @@ function thumbView(picture) {
 
 /** Show a picture, or compare it where that was asked for. */
 function choose(picture) {
-    if (isPicking()) pick(picture);
+    if (isPicking()) state.compare = picture.id;
     else state.selected = picture.id;
     if (state.compare === state.selected) state.compare = null;
     state.tab = "picture";
-    changed();
+    stopPicking();
 }
 
 /** Arrows, Home and End go along the strip, and show what they come to; Delete deletes. */
@@ -112,13 +102,9 @@ function focusThumb({ id }) {
     focusOn(`.gallery-thumb[data-id="${CSS.escape(id)}"]`);
 }
 
-function clearView() {
-    const ask = () => {
-        confirming = true;
-        focusOn(".gallery-keep");
-    };
-    return html`<button class="button quiet gallery-clear" type="button" @click=${ask}>Clear history</button>`;
-}
+const clearButton = html`
+    <button class="button quiet gallery-clear" @click=${() => askToClear(true)}>Clear history</button>
+`;
 
 function confirmView() {
     const count = state.pictures.length;
@@ -126,31 +112,28 @@ function confirmView() {
     return html`
         <span class="row" role="group" aria-label="Clear history">
             <span>${pictures}, and forget which LoRAs were used?</span>
-            <button class="button" type="button" @click=${removeAll}>Delete all</button>
-            <button class="button quiet gallery-keep" type="button" @click=${keepAll}>Keep them</button>
+            <button class="button" @click=${removeAll}>Delete all</button>
+            <button class="button quiet gallery-keep" @click=${() => askToClear(false)}>Keep them</button>
         </span>
     `;
 }
 
-function keepAll() {
-    confirming = false;
-    focusOn(".gallery-clear");
+function askToClear(isAsked) {
+    confirming = isAsked;
+    focusOn(isAsked ? ".gallery-keep" : ".gallery-clear");
 }
 
-/** Escape leaves what was begun here, before it means anything else to the page. */
+/** Escape ends the question or the choice of a picture, and then goes no further. */
 function onEscape(event) {
     if (event.key === "Escape" && confirming) {
         event.stopPropagation();
-        keepAll();
+        askToClear(false);
     } else {
         leavePicking(event);
     }
 }
 
-/**
- * Delete the pictures that are here now, where they are kept and then here, and what is known of their LoRAs; what is
- * drawn meanwhile stays.
- */
+/** Delete the pictures that are here now, and all known LoRAs; pictures that are drawn meanwhile stay. */
 async function removeAll() {
     const asked = [...state.pictures];
     confirming = false;

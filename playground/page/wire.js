@@ -1,26 +1,18 @@
-/**
- * A recipe as it goes over the wire, the input of a prediction, and what comes back in such texts. Pure: no page, no
- * state.
- */
+/** A recipe as the input of a prediction, with files as data URIs, and the way back. Pure: no page, no state. */
 
 import { LORAS } from "./lora.js";
 import { fieldNamed, isSent, isShown, own } from "./schema.js";
 
 const [SHOWN, LONGEST_SHOWN] = [60, 120]; // characters of a data URI: of a longer one, so many
 
-/** The names and values of inputs that are sent: what is shown and differs from the defaults, or is required. */
+/** The names and values of inputs that are sent: those that are shown, and differ from the default or are required. */
 export function sent(inputs, fields) {
     const shown = fields.filter((field) => isShown(field, inputs));
     const values = shown.map((field) => [field, own(inputs, field.name)]);
     return values.filter(([field, value]) => isSent(field, value)).map(([{ name }, value]) => [name, value]);
 }
 
-/**
- * The input of a prediction: what is sent, files as data URIs.
- *
- * @param {Recipe} recipe
- * @param {Field[]} fields of the schema
- */
+/** The input of a prediction: the inputs that are sent, files as data URIs. */
 export async function encode({ inputs, loras }, fields) {
     const input = {};
     for (const [name, value] of sent(inputs, fields)) {
@@ -47,7 +39,6 @@ function cut(text) {
     return isLong ? `${text.slice(0, SHOWN)}… (${text.length} characters)` : text;
 }
 
-/** A file as a data URI. */
 function toDataUri(file) {
     return new Promise((resolve, reject) => {
         const reader = new FileReader();
@@ -57,11 +48,7 @@ function toDataUri(file) {
     });
 }
 
-/**
- * The bytes of a data URI, with their type.
- *
- * @throws {Error} a sentence: they are not in base64
- */
+/** The bytes of a data URI, with their type; where they are not in base64, it throws a sentence. */
 export function fromDataUri(text) {
     const [head, content] = text.split(",", 2);
     let characters;
