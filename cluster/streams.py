@@ -1,7 +1,7 @@
 """A prediction's progress as server-sent events, in Replicate's form.
 
-However many clients hear of one prediction, the database is asked once each half second, and they are woken when it has
-changed. This module knows what has been told; it knows nothing of HTTP, and of who may hear it.
+All streams of one prediction share one query each half second, and are woken when something has changed. This module
+knows what has been sent; it knows nothing of HTTP or of authorisation.
 """
 
 import asyncio
@@ -25,14 +25,13 @@ SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class _Watch:
-    """What is known of one prediction, for as long as anybody hears of it."""
+    """The newest state of one prediction, while any client listens."""
 
     def __init__(self, predictions: Predictions, prediction_id: str) -> None:
         self.known: Prediction | None = None
         self.logs, self.outputs = "", []
-        # Nothing more will be known.
         self.over = False
-        # Set, and replaced by another one, when there is news.
+        # Set, and replaced by a new one, at each change.
         self.news = asyncio.Event()
         self.listeners = 0
         self.task = spawn(self._look(predictions, prediction_id))
@@ -68,7 +67,7 @@ class Streams:
     watches: dict[str, _Watch] = field(default_factory=dict, init=False)
 
     async def events(self, prediction_id: str, base: str) -> AsyncIterator[str]:
-        """Logs and outputs as they come, an error, the end; files among the outputs are URLs that begin with `base`."""
+        """Logs and outputs as they come, an error, the end; `base` is the front's address in URLs of files."""
         told, shown, count = 0, 0, 0
 
         def event(kind: str, data: str) -> str:
