@@ -1,4 +1,4 @@
-"""Bodies of requests: bounded while they come, each and in sum, and taken apart beside the event loop.
+"""Bodies of requests: limited while they are received, each and in sum, and parsed in threads.
 
 This module knows HTTP's bodies and multipart; it knows nothing of what a body asks for.
 """
@@ -19,10 +19,10 @@ from starlette.requests import Request
 from cluster.predictions import QueueFull
 from settings import GIB, MIB
 
-# What one front holds of bodies and of inputs that wait; the last quarter is for small bodies.
+# The most that one front holds of bodies and of waiting inputs; the last quarter is for small bodies.
 HELD_BYTES = GIB
 SMALL_BYTES = MIB
-# A client must send so much within each so many seconds, or all that is left: what it has sent takes memory.
+# The slowest pace at which a client may send a body, which takes memory meanwhile.
 PACE_BYTES, PACE_SECONDS = MIB // 4, 30
 # A form has a file, a description of it, and little else.
 MAX_PARTS = 8
@@ -30,7 +30,7 @@ NO_FORM = "The body must be a form, multipart/form-data, "
 
 T = TypeVar("T")
 
-# What is wrong with a form is told to its client.
+# Errors in a form are for its client.
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
@@ -46,21 +46,20 @@ class Unread(Exception):  # noqa: N818 (an answer, not an accident)
 class Bodies:
     """Reads the bodies of one front."""
 
-    # The largest, in bytes.
+    # The largest body, in bytes.
     limit: int
-    # How many bytes of memory the inputs take that the front has accepted and not ended.
+    # The bytes of memory of the inputs of unfinished predictions.
     waiting: Callable[[], int]
-    # How many bytes the bodies have that are being read.
+    # The bytes of bodies that are being read.
     held: int = field(default=0, init=False)
-    # Parsing a large body holds Python's lock for tenths of a second at a time: two at once would keep the event loop
-    # from it for twice as long.
+    # For large bodies: parsing one holds the GIL for tenths of a second, two at once for twice as long.
     one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
-    # Their own: those of asyncio may all wait for slow files.
+    # Not asyncio's, which may all wait for slow files.
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "bodies"), init=False)
 
     @asynccontextmanager
     async def read(self, request: Request, parse: Callable[[bytes], T]) -> AsyncIterator[T]:
-        """What `parse`, called in a thread, makes of a body; within the context the body counts as held.
+        """A body as `parse`, called in a thread, returns it; within the context the body counts as held.
 
         Raises:
             Unread: it is too large, or comes too slowly; QueueFull where there is no room for it; ClientDisconnect; and
@@ -127,7 +126,7 @@ def read_form(content: bytes, content_type: str) -> dict[str, Part]:
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
         raise ValueError(f"{NO_FORM}with the boundary in its Content-Type, which is {content_type[:80]!r}.")
-    # The parser takes long for each boundary, also where one only seems to be.
+    # Each boundary takes the parser long, even a false one.
     if content.count(b"--" + boundary) > MAX_PARTS + 1:
         raise ValueError(f"{NO_FORM}of at most {MAX_PARTS} parts; it has more.")
     parts, ended, name = [], False, b""
@@ -151,7 +150,7 @@ def read_form(content: bytes, content_type: str) -> dict[str, Part]:
 
     callbacks = {"part_begin": begin, "header_field": field_name, "header_value": field_value, "part_data": body}
     try:
-        # All at once: so each callback comes once for what it tells of.
+        # In one piece, so that each callback gets a whole name, value or content.
         MultipartParser(boundary, {**{f"on_{k}": v for k, v in callbacks.items()}, "on_end": end}).write(content)
     except FormParserError as error:
         raise ValueError(f"{NO_FORM}and is none: {error}.") from None
