@@ -13,7 +13,7 @@ from io import BytesIO
 from typing import TypeVar
 
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
 from starlette.requests import Request
 
 from cluster.predictions import QueueFull
@@ -65,42 +65,37 @@ class Bodies:
             Unread: it is too large, or comes too slowly; QueueFull where there is no room for it; ClientDisconnect; and
                 what `parse` raises.
         """
-        before, size = BytesIO(), 0
+        content = BytesIO()
         try:
-            async for chunk in self._chunks(request):
-                size += len(chunk)
-                self.held += len(chunk)
-                before.write(chunk)
-            async with self.one_at_a_time if size > SMALL_BYTES else nullcontext():
-                parsed = await asyncio.get_running_loop().run_in_executor(self.threads, parse, before.getvalue())
-            before.close()
+            await self._receive(request, content)
+            async with self.one_at_a_time if content.tell() > SMALL_BYTES else nullcontext():
+                parsed = await asyncio.get_running_loop().run_in_executor(self.threads, parse, content.getvalue())
+            content.truncate(0)  # frees the memory; the position stays
             yield parsed
         finally:
-            self.held -= size
+            self.held -= content.tell()
 
-    async def _chunks(self, request: Request) -> AsyncIterator[bytes]:
-        loop, size, mark = asyncio.get_running_loop(), 0, 0
+    async def _receive(self, request: Request, content: BytesIO) -> None:
+        loop, mark = asyncio.get_running_loop(), 0
         too_large = Unread(413, "Body too large", f"The body is larger than {self.limit / MIB:g} MiB, the limit here.")
         if int(request.headers.get("content-length", 0)) > self.limit:
             raise too_large
         try:
             async with asyncio.timeout(PACE_SECONDS) as patience:
                 async for chunk in request.stream():
-                    size += len(chunk)
+                    size = content.tell() + len(chunk)
                     if size > self.limit:
                         raise too_large
                     if size >= mark:
                         mark = size + PACE_BYTES
                         patience.reschedule(loop.time() + PACE_SECONDS)
-                    self._check_room(size, self.held + len(chunk))
-                    yield chunk
+                    room = HELD_BYTES if size <= SMALL_BYTES else HELD_BYTES * 3 // 4
+                    if self.held + len(chunk) + self.waiting() > room:
+                        raise QueueFull("Too many large requests wait. Try again later.")
+                    self.held += content.write(chunk)
         except TimeoutError:
             detail = f"The body did not come: less than {PACE_BYTES >> 10} KiB of it in {PACE_SECONDS} seconds."
             raise Unread(408, "Body too slow", detail) from None
-
-    def _check_room(self, size: int, held: int) -> None:
-        if held + self.waiting() > (HELD_BYTES if size <= SMALL_BYTES else HELD_BYTES * 3 // 4):
-            raise QueueFull("Too many large requests wait. Try again later.")
 
 
 @dataclass
@@ -129,31 +124,24 @@ def read_form(content: bytes, content_type: str) -> dict[str, Part]:
     # Each boundary takes the parser long, even a false one.
     if content.count(b"--" + boundary) > MAX_PARTS + 1:
         raise ValueError(f"{NO_FORM}of at most {MAX_PARTS} parts; it has more.")
-    parts, ended, name = [], False, b""
+    parts, name = [], b""
 
-    def begin() -> None:
-        parts.append(Part({}))
-
-    def field_name(data: bytes, start: int, end: int) -> None:
+    def header_name(data: bytes, start: int, end: int) -> None:
         nonlocal name
         name = data[start:end].lower()
 
-    def field_value(data: bytes, start: int, end: int) -> None:
+    def header_value(data: bytes, start: int, end: int) -> None:
         parts[-1].headers[name] = data[start:end]
 
     def body(data: bytes, start: int, end: int) -> None:
         parts[-1].content += data[start:end]
 
-    def end() -> None:
-        nonlocal ended
-        ended = True
-
-    callbacks = {"part_begin": begin, "header_field": field_name, "header_value": field_value, "part_data": body}
+    callbacks = {"on_header_field": header_name, "on_header_value": header_value, "on_part_data": body}
     try:
-        # In one piece, so that each callback gets a whole name, value or content.
-        MultipartParser(boundary, {**{f"on_{k}": v for k, v in callbacks.items()}, "on_end": end}).write(content)
+        parser = MultipartParser(boundary, {"on_part_begin": lambda: parts.append(Part({})), **callbacks})
+        parser.write(content)  # in one piece, so that each callback gets a whole name, value or content
     except FormParserError as error:
         raise ValueError(f"{NO_FORM}and is none: {error}.") from None
-    if not ended:
+    if parser.state is not MultipartState.END:
         raise ValueError(f"{NO_FORM}and ends before its last boundary.")
     return {part.option(b"name") or "": part for part in parts}

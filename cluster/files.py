@@ -6,7 +6,6 @@ the front, an input by a URL. This module knows files and data URIs; it knows no
 
 import asyncio
 import base64
-import contextlib
 import hashlib
 import logging
 import os
@@ -59,10 +58,8 @@ class Files:
         try:
             await asyncio.to_thread(self.system.pipe_file, self._path(file.id), content)
         except Exception as error:
-            with contextlib.suppress(OSError):
-                await self.delete([file.id])  # a part of it may be there
-            full = isinstance(error, OSError) and error.errno in DISK_FULL
-            state = "is full" if full else "cannot be written to"
+            await self.delete([file.id])  # a part of it may be there
+            state = "is full" if getattr(error, "errno", None) in DISK_FULL else "cannot be written to"
             raise Failure(f"The cluster's store of files {state}; try again later.") from error
         return file
 
