@@ -278,9 +278,8 @@ class Predictions:
     @_transaction
     def beat(self, session: Session, front: str) -> tuple[dict[str, int], list[str]]:
         """Count up a front's beat: the beats of all fronts, and which of its own predictions are to be cancelled."""
-        counted = sa.update(Heartbeat).where(Heartbeat.id == front).values(beat=Heartbeat.beat + 1)
-        if not session.execute(counted).rowcount:
-            session.execute(sa.insert(Heartbeat.__table__), {"id": front, "beat": 0})
+        first = insert(Heartbeat).values(id=front, beat=0)
+        session.execute(first.on_conflict_do_update(index_elements=["id"], set_={"beat": Heartbeat.beat + 1}))
         beats = {row.id: row.beat for row in session.execute(sa.select(Heartbeat.id, Heartbeat.beat))}
         unwanted = sa.or_(Prediction.cancel_requested, Prediction.cancel_at < now())
         ours = sa.and_(Prediction.owner == front, unwanted, Prediction.status.in_(UNFINISHED))

@@ -105,21 +105,17 @@ class ReplicateApi:
 
     async def _create(self, request: Request) -> Response:
         wait = _wait_seconds(request.headers.get("prefer", ""))
-        prediction = await self._accept(request, _lifetime(request.headers.getlist("cancel-after")))
-        if wait is not None:
-            prediction = await self.dispatcher.ended(prediction, wait)
-            if not prediction.finished:
-                shown = self.forms.replicate(prediction, self.addresses.base(request))
-                return JSONResponse({**shown, "status": "starting"}, 202)  # clients take any other status for the end
-        return await self._show(request, prediction, 201)
-
-    async def _accept(self, request: Request, lifetime: timedelta | None) -> Prediction:
-        """The prediction that a request asks for; its body is freed on return."""
+        lifetime = _lifetime(request.headers.getlist("cancel-after"))
         base = self.addresses.base(request)
         async with self.bodies.read(request, lambda content: self._prediction(request, content, base)) as prediction:
             prediction.cancel_at = lifetime and now(lifetime)
             await self.dispatcher.accept(prediction)
-            return prediction
+        if wait is not None:
+            prediction = await self.dispatcher.ended(prediction, wait)
+            if not prediction.finished:
+                shown = self.forms.replicate(prediction, base)
+                return JSONResponse({**shown, "status": "starting"}, 202)  # clients take any other status for the end
+        return await self._show(request, prediction, 201)
 
     def _prediction(self, request: Request, content: bytes, base: str) -> Prediction:
         body = _read(content)

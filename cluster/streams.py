@@ -40,7 +40,11 @@ class _Watch:
         try:
             while known := await predictions.get(prediction_id):
                 if known != self.known:
-                    self._tell(known)
+                    output = known.output
+                    self.known, self.logs, self.over = known, lines(known.whole_log), known.finished
+                    self.outputs = output if isinstance(output, list) else [] if output is None else [output]
+                    self.news.set()
+                    self.news = asyncio.Event()
                 if known.finished:
                     break
                 await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
@@ -49,14 +53,6 @@ class _Watch:
         finally:
             self.over = True
             self.news.set()
-
-    def _tell(self, known: Prediction) -> None:
-        output = known.output
-        self.known, self.logs = known, lines(known.whole_log)
-        self.outputs = output if isinstance(output, list) else [] if output is None else [output]
-        self.over = known.finished
-        self.news.set()
-        self.news = asyncio.Event()
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,9 @@ def notice(unknown: Sequence[str], known: Collection[str]) -> str | None:
     named = [_named(name, known) for name in unknown[:NAMED]]
     if len(unknown) > NAMED:
         named.append(f"{len(unknown) - NAMED} more")
-    *before, last = named
-    names = f"{', '.join(before)} and {last}" if before else last
-    said = "inputs {} are unknown and have" if before else "input {} is unknown and has"
-    return f"The {said.format(names)} no effect.\n"
+    if len(named) == 1:
+        return f"The input {named[0]} is unknown and has no effect.\n"
+    return f"The inputs {', '.join(named[:-1])} and {named[-1]} are unknown and have no effect.\n"
 
 
 def _named(name: str, known: Collection[str]) -> str:
