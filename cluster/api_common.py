@@ -109,11 +109,11 @@ def exception_handlers() -> Mapping[Any, Callable[[Request, Any], Response]]:
     def unread(request: Request, error: Unread) -> Response:
         cogs = "Failed to buffer the request body: length limit exceeded" if error.status == 413 else error.detail
         headers = {"connection": "close"} if error.status == 408 else {}
-        return _refuse(request, error.status, error.title, error.detail, cogs, headers).response()
+        return _refuse(request, error.status, error.title, error.detail, cogs, headers)
 
     def unstorable(request: Request, _: StatementError) -> Response:
         detail = "The request has text or a number in it that the database cannot store."
-        return _refuse(request, 422, "Bad request", detail, detail).response()
+        return _refuse(request, 422, "Bad request", detail, detail)
 
     def unknown(request: Request, error: HTTPException) -> Response:
         if _is_replicates(request):
@@ -125,7 +125,7 @@ def exception_handlers() -> Mapping[Any, Callable[[Request, Any], Response]]:
     return {
         Refused: lambda _, error: error.response(),
         Unread: unread,
-        BadHost: lambda request, error: _refuse(request, 400, "Bad host", str(error), str(error)).response(),
+        BadHost: lambda request, error: _refuse(request, 400, "Bad host", str(error), str(error)),
         QueueFull: lambda request, error: _unavailable(request, str(error)),
         Failure: lambda request, error: _unavailable(request, error.sentence),
         DBAPIError: lambda request, error: _unavailable(request, f"The {describe(error)}; try again."),
@@ -138,16 +138,16 @@ def exception_handlers() -> Mapping[Any, Callable[[Request, Any], Response]]:
 
 def _unavailable(request: Request, detail: str) -> Response:
     cogs, headers = {"error": detail, "status": "failed"}, {"retry-after": str(RETRY_AFTER_SECONDS)}
-    return _refuse(request, 503, "Unavailable", detail, cogs, headers).response()
+    return _refuse(request, 503, "Unavailable", detail, cogs, headers)
 
 
 def _refuse(
     request: Request, status: int, title: str, detail: str, cogs: object, headers: Mapping[str, str] | None = None
-) -> Refused:
+) -> Response:
     """An answer in Replicate's form under /v1, else what Cog would answer."""
     refused = problem(status, title, detail) if _is_replicates(request) else Refused(status, cogs)
     refused.headers |= headers or {}
-    return refused
+    return refused.response()
 
 
 def _is_replicates(request: Request) -> bool:
@@ -166,25 +166,26 @@ class Authorised:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         refused = self._refuse(Request(scope)) if scope["type"] == "http" else None
-        await (refused.response() if refused else self.app)(scope, receive, send)
+        await (refused or self.app)(scope, receive, send)
 
-    def _refuse(self, request: Request) -> Refused | None:
-        server, path = request.scope.get("server"), request.scope["path"]
+    def _refuse(self, request: Request) -> Response | None:
+        server = request.scope.get("server")
         if not self.tokens and server and ipaddress.ip_address(server[0]).is_loopback:
             return _refuse_foreign(request)
-        if OPEN_PATHS.fullmatch(path):
+        if OPEN_PATHS.fullmatch(request.scope["path"]):
             return None
         if not self.tokens:
-            return problem(401, "Unauthenticated", "This cluster has no tokens; API_TOKENS must be set to open it.")
+            detail = "This cluster has no tokens; API_TOKENS must be set to open it."
+            return problem(401, "Unauthenticated", detail).response()
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         # Starlette decodes headers as Latin-1.
         known = any(hmac.compare_digest(token.encode("latin-1"), os.fsencode(known)) for known in self.tokens)
         if known and kind.lower() in ("bearer", "token"):
             return None
-        return problem(401, "Unauthenticated", "You did not pass a valid authentication token")
+        return problem(401, "Unauthenticated", "You did not pass a valid authentication token").response()
 
 
-def _refuse_foreign(request: Request) -> Refused | None:
+def _refuse_foreign(request: Request) -> Response | None:
     """The answer to a request that may be a foreign page's, before its body is read; None to any other."""
     path = request.scope["path"]
     if path == "/-/healthz":  # load balancers send any Host

@@ -186,11 +186,10 @@ class ReplicateApi:
         return Streamed(events, media_type="text/event-stream")
 
     async def _model(self, request: Request) -> Response:
-        owner, name = request.path_params["owner"], request.path_params["name"]
+        address = "/v1/models/{owner}/{name}".format(**request.path_params)
         model = {
-            "url": f"{self.addresses.base(request)}/v1/models/{owner}/{name}",
-            "owner": owner,
-            "name": name,
+            "url": self.addresses.base(request) + address,
+            **request.path_params,
             "description": "FLUX.1 with LoRAs that change from one request to the next.",
             "visibility": "private",
             "run_count": 0,
@@ -223,8 +222,7 @@ class ReplicateApi:
             "created_by": ACCOUNT,
             "configuration": {"hardware": "gpu", "min_instances": 1, "max_instances": 1},
         }
-        owner, name = request.path_params["owner"], request.path_params["name"]
-        return JSONResponse({"owner": owner, "name": name, "current_release": release})
+        return JSONResponse({**request.path_params, "current_release": release})
 
     async def _account(self, _: Request) -> Response:
         return JSONResponse(ACCOUNT)
