@@ -40,8 +40,6 @@ logger = logging.getLogger("ray.serve")
 
 # A prediction has some thirty inputs.
 MAX_VALUES = 10_000
-RETRY_AFTER_SECONDS = 5
-PROBLEM = {"content-type": "application/problem+json"}
 # What needs no token: probes; files and streams, whose addresses cannot be guessed; and the pages, which browsers load
 # without one, and which only explain how to ask.
 OPEN_PATHS = re.compile(
@@ -100,7 +98,8 @@ def answer_inlined(shown: Inlined, status: int) -> Streamed:
 
 def problem(status: int, title: str, detail: str, **more: object) -> Refused:
     """An answer in Replicate's form for what went wrong."""
-    return Refused(status, {"title": title, "detail": detail, "status": status, **more}, PROBLEM)
+    body = {"title": title, "detail": detail, "status": status, **more}
+    return Refused(status, body, {"content-type": "application/problem+json"})
 
 
 def exception_handlers() -> Mapping[Any, Callable[[Request, Any], Response]]:
@@ -137,7 +136,7 @@ def exception_handlers() -> Mapping[Any, Callable[[Request, Any], Response]]:
 
 
 def _unavailable(request: Request, detail: str) -> Response:
-    cogs, headers = {"error": detail, "status": "failed"}, {"retry-after": str(RETRY_AFTER_SECONDS)}
+    cogs, headers = {"error": detail, "status": "failed"}, {"retry-after": "5"}  # seconds
     return _refuse(request, 503, "Unavailable", detail, cogs, headers)
 
 

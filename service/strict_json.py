@@ -92,22 +92,18 @@ def _check(value: Any, zeros: bool, depth: int = 0) -> None:  # noqa: ANN401 (JS
         raise ValueError(_TOO_DEEP)
     match value:
         case str():
-            _check_text(value, zeros)
+            if "\0" in value and not zeros:
+                raise ValueError("it has the character U+0000 in a string, which databases cannot keep.")
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                half = f"half of a surrogate pair, U+{ord(value[error.start]):04X}"
+                raise ValueError(f"it has {half}, in a string, which is no character.") from None
         case list():
             for item in value:
                 _check(item, zeros, depth + 1)
         case dict():
             _check([*value, *value.values()], zeros, depth)
-
-
-def _check_text(text: str, zeros: bool) -> None:
-    if "\0" in text and not zeros:
-        raise ValueError("it has the character U+0000 in a string, which databases cannot keep.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"U+{ord(text[error.start]):04X}"
-        raise ValueError(f"it has half of a surrogate pair, {half}, in a string, which is no character.") from None
 
 
 def compact(value: Any, *, sort: bool = True) -> str:  # noqa: ANN401 (JSON)
