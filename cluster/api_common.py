@@ -103,7 +103,7 @@ def problem(status: int, title: str, detail: str, **more: object) -> Refused:
 
 
 def exception_handlers() -> Mapping[Any, Callable[[Request, Any], Response]]:
-    """What is answered where an endpoint raises: Replicate's form under /v1, else Cog's, which says little."""
+    """The answers to exceptions of endpoints: in Replicate's form under /v1, else in Cog's, which says little."""
 
     def unread(request: Request, error: Unread) -> Response:
         cogs = "Failed to buffer the request body: length limit exceeded" if error.status == 413 else error.detail
@@ -235,7 +235,7 @@ class InputSchema:
         return known, notice([name for name in given if name not in known], self.names)
 
     def problems(self, value: Any) -> list[dict[str, Any]]:  # noqa: ANN401 (JSON)
-        """What is wrong with an input, in pydantic's form; empty where nothing is."""
+        """The faults of an input, in pydantic's form; empty for a valid one."""
         if self.validator.is_valid(value):
             return []
         # A message quotes the value, which takes seconds for a long one. A string may be wrong for its length alone.

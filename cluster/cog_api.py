@@ -28,7 +28,7 @@ from settings import VERSION
 
 UNREADABLE = "Failed to deserialize the JSON body into the target type: "
 NO_EVENTS = "This model does not support streaming responses. Add @cog.streaming to predict() to enable SSE."
-# coglet's answer at `/`, without what is not here, and with Replicate's API and the docs.
+# coglet's answer at `/`, without endpoints that are not here, and with Replicate's API and the docs.
 DISCOVERY = {
     "name": "flux-sprites",
     "version": VERSION,
@@ -86,12 +86,12 @@ class CogApi:
 
     async def _create(self, request: Request) -> Response:
         prediction, created = await self._accept(request)
-        if not created and not prediction.finished:
-            return await self._show(prediction, 202, input=prediction.shown_input)
+        if created and request.headers.get("prefer") == "respond-async":
+            return answer({"id": prediction.id, "status": "starting"}, 202)
         if created:
-            if request.headers.get("prefer") == "respond-async":
-                return answer({"id": prediction.id, "status": "starting"}, 202)
             prediction = await self._ended_or_left(prediction, request)
+        elif not prediction.finished:
+            return await self._show(prediction, 202, input=prediction.shown_input)
         # coglet leaves its logs out where there is no output.
         changes = {} if prediction.status == "succeeded" else {"logs": prediction.notice or ""}
         return await self._show(prediction, 200, **changes)

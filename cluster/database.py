@@ -99,9 +99,8 @@ def migrate(connection: sa.Connection) -> None:
     sqlite = connection.dialect.name == "sqlite"
     if sqlite:
         if (found := connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()) != "ok":
-            raise Unusable(
-                f"DATABASE_URL: the {LASTING[sqlite3.SQLITE_CORRUPT]}: {found.splitlines()[-1].rstrip('.')}."
-            )
+            damage = found.splitlines()[-1].rstrip(".")
+            raise Unusable(f"DATABASE_URL: the {LASTING[sqlite3.SQLITE_CORRUPT]}: {damage}.")
         connection.exec_driver_sql("BEGIN IMMEDIATE")
     else:
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
@@ -120,7 +119,7 @@ def migrate(connection: sa.Connection) -> None:
 
 
 def may_pass(error: DBAPIError) -> bool:
-    """Whether a retry may succeed soon, with nobody's help: a lost connection, a restart, another's lock."""
+    """Whether a retry may succeed soon, by itself: a lost connection, a restart, another's lock."""
     code = _code(error)
     if code is None and isinstance(error, OperationalError):
         return not MISTAKES.search(str(error.orig))

@@ -78,7 +78,7 @@ class Files:
             file.seek(0)
         except FileNotFoundError:
             raise
-        except Exception as error:  # fsspec's, and those of what it opens the store with
+        except Exception as error:  # fsspec's own errors, and its backends'
             raise Failure("The cluster's store of files cannot be read; try again later.") from error
         return size, file
 

@@ -31,7 +31,7 @@ PREDICTION_LIFETIME = timedelta(hours=24)
 
 
 class QueueFull(Exception):  # noqa: N818 (a state, not an accident)
-    """There is no place for another prediction; soon there may be one."""
+    """Another prediction cannot be taken now, but perhaps soon; a sentence."""
 
 
 class Base(MappedAsDataclass, DeclarativeBase):
@@ -358,7 +358,7 @@ class Predictions:
         return list(session.scalars(query.limit(100)))
 
     async def expire(self) -> list[str]:
-        """Delete what has expired: the ids of files whose contents are to be deleted too."""
+        """Delete expired predictions and files: the ids of the files, whose contents are to be deleted too."""
         expired = await self._expire()
         await asyncio.get_running_loop().run_in_executor(self.threads, empty_log, self.engine)
         return expired
