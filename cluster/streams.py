@@ -5,6 +5,7 @@ knows what has been sent; it knows nothing of HTTP or of authorisation.
 """
 
 import asyncio
+import itertools
 import json
 import logging
 from collections.abc import AsyncIterator, Iterator
@@ -64,13 +65,11 @@ class Streams:
 
     async def events(self, prediction_id: str, base: str) -> AsyncIterator[str]:
         """Logs and outputs as they come, an error, the end; `base` is the front's address in URLs of files."""
-        told, shown, count = 0, 0, 0
+        told, shown, numbers = 0, 0, itertools.count(1)
 
         def event(kind: str, data: str) -> str:
-            nonlocal count
-            count += 1
             text = "".join(f"data: {line}\n" for line in data.split("\n"))
-            return f"event: {kind}\nid: {prediction_id}-{count}\n{text}\n"
+            return f"event: {kind}\nid: {prediction_id}-{next(numbers)}\n{text}\n"
 
         with self._watch(prediction_id) as watch:
             over = False
