@@ -1,7 +1,4 @@
-"""Where clients reach this cluster: what the addresses of predictions and files begin with.
-
-This module knows the headers of HTTP that say so, and whose are believed.
-"""
+"""The address at which a client reaches this cluster, by headers that are trusted; URLs in answers begin with it."""
 
 import ipaddress
 import re
@@ -16,7 +13,7 @@ _HOST = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\
 
 
 class BadHost(ValueError):  # noqa: N818 (an answer, not an accident)
-    """A request that does not say where its client reaches this front, in a sentence."""
+    """A request with an unusable Host or X-Forwarded-Proto; a sentence."""
 
 
 def is_host(text: str) -> bool:
@@ -29,18 +26,15 @@ def is_host(text: str) -> bool:
 class Addresses:
     """How the address of a front is found."""
 
-    # Wins where it is set; no slash at its end.
+    # Used for every client if it is set; without a slash at its end.
     public_url: str | None
-    # Whose X-Forwarded-Host and X-Forwarded-Proto count.
+    # Proxies whose X-Forwarded-Host and X-Forwarded-Proto count.
     trusted_proxies: tuple[Network, ...]
 
     def base(self, request: "Request") -> str:
-        """Where the client of a request reaches this front, such as https://example.com.
+        """The address at which a request's client reaches this front, such as https://example.com; BadHost without one.
 
-        Of several values the last counts: it is the trusted proxy's own, and those before are what it was sent.
-
-        Raises:
-            BadHost: a sentence that begins with the header that is wrong.
+        Of several values the last counts: the trusted proxy has added it to those that it received.
         """
         if self.public_url is not None:
             return self.public_url

@@ -1,4 +1,4 @@
-"""Bodies of requests: bounded while they come, each and in sum, and taken apart beside the event loop.
+"""Bodies of requests: limited while they are received, each and in sum, and parsed in threads.
 
 This module knows HTTP's bodies and multipart; it knows nothing of what a body asks for.
 """
@@ -13,16 +13,16 @@ from io import BytesIO
 from typing import TypeVar
 
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
 from starlette.requests import Request
 
 from cluster.predictions import QueueFull
 from settings import GIB, MIB
 
-# What one front holds of bodies and of inputs that wait; the last quarter is for small bodies.
+# The most that one front holds of bodies and of waiting inputs; the last quarter is for small bodies.
 HELD_BYTES = GIB
 SMALL_BYTES = MIB
-# A client must send so much within each so many seconds, or all that is left: what it has sent takes memory.
+# The slowest pace at which a client may send a body, which takes memory meanwhile.
 PACE_BYTES, PACE_SECONDS = MIB // 4, 30
 # A form has a file, a description of it, and little else.
 MAX_PARTS = 8
@@ -30,7 +30,7 @@ NO_FORM = "The body must be a form, multipart/form-data, "
 
 T = TypeVar("T")
 
-# What is wrong with a form is told to its client.
+# Errors in a form are for its client.
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
@@ -46,62 +46,56 @@ class Unread(Exception):  # noqa: N818 (an answer, not an accident)
 class Bodies:
     """Reads the bodies of one front."""
 
-    # The largest, in bytes.
+    # The largest body, in bytes.
     limit: int
-    # How many bytes of memory the inputs take that the front has accepted and not ended.
+    # The bytes of memory of the inputs of unfinished predictions.
     waiting: Callable[[], int]
-    # How many bytes the bodies have that are being read.
+    # The bytes of bodies that are being read.
     held: int = field(default=0, init=False)
-    # Parsing a large body holds Python's lock for tenths of a second at a time: two at once would keep the event loop
-    # from it for twice as long.
+    # For large bodies: parsing one holds the GIL for tenths of a second, two at once for twice as long.
     one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
-    # Their own: those of asyncio may all wait for slow files.
+    # Not asyncio's, which may all wait for slow files.
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "bodies"), init=False)
 
     @asynccontextmanager
     async def read(self, request: Request, parse: Callable[[bytes], T]) -> AsyncIterator[T]:
-        """What `parse`, called in a thread, makes of a body; within the context the body counts as held.
+        """A body as `parse`, called in a thread, returns it; within the context the body counts as held.
 
         Raises:
             Unread: it is too large, or comes too slowly; QueueFull where there is no room for it; ClientDisconnect; and
                 what `parse` raises.
         """
-        before, size = BytesIO(), 0
+        content = BytesIO()
         try:
-            async for chunk in self._chunks(request):
-                size += len(chunk)
-                self.held += len(chunk)
-                before.write(chunk)
-            async with self.one_at_a_time if size > SMALL_BYTES else nullcontext():
-                parsed = await asyncio.get_running_loop().run_in_executor(self.threads, parse, before.getvalue())
-            before.close()
+            await self._receive(request, content)
+            async with self.one_at_a_time if content.tell() > SMALL_BYTES else nullcontext():
+                parsed = await asyncio.get_running_loop().run_in_executor(self.threads, parse, content.getvalue())
+            content.truncate(0)  # frees the memory; the position stays
             yield parsed
         finally:
-            self.held -= size
+            self.held -= content.tell()
 
-    async def _chunks(self, request: Request) -> AsyncIterator[bytes]:
-        loop, size, mark = asyncio.get_running_loop(), 0, 0
+    async def _receive(self, request: Request, content: BytesIO) -> None:
+        loop, mark = asyncio.get_running_loop(), 0
         too_large = Unread(413, "Body too large", f"The body is larger than {self.limit / MIB:g} MiB, the limit here.")
         if int(request.headers.get("content-length", 0)) > self.limit:
             raise too_large
         try:
             async with asyncio.timeout(PACE_SECONDS) as patience:
                 async for chunk in request.stream():
-                    size += len(chunk)
+                    size = content.tell() + len(chunk)
                     if size > self.limit:
                         raise too_large
                     if size >= mark:
                         mark = size + PACE_BYTES
                         patience.reschedule(loop.time() + PACE_SECONDS)
-                    self._check_room(size, self.held + len(chunk))
-                    yield chunk
+                    room = HELD_BYTES if size <= SMALL_BYTES else HELD_BYTES * 3 // 4
+                    if self.held + len(chunk) + self.waiting() > room:
+                        raise QueueFull("Too many large requests wait. Try again later.")
+                    self.held += content.write(chunk)
         except TimeoutError:
             detail = f"The body did not come: less than {PACE_BYTES >> 10} KiB of it in {PACE_SECONDS} seconds."
             raise Unread(408, "Body too slow", detail) from None
-
-    def _check_room(self, size: int, held: int) -> None:
-        if held + self.waiting() > (HELD_BYTES if size <= SMALL_BYTES else HELD_BYTES * 3 // 4):
-            raise QueueFull("Too many large requests wait. Try again later.")
 
 
 @dataclass
@@ -127,34 +121,27 @@ def read_form(content: bytes, content_type: str) -> dict[str, Part]:
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
         raise ValueError(f"{NO_FORM}with the boundary in its Content-Type, which is {content_type[:80]!r}.")
-    # The parser takes long for each boundary, also where one only seems to be.
+    # Each boundary takes the parser long, even a false one.
     if content.count(b"--" + boundary) > MAX_PARTS + 1:
         raise ValueError(f"{NO_FORM}of at most {MAX_PARTS} parts; it has more.")
-    parts, ended, name = [], False, b""
+    parts, name = [], b""
 
-    def begin() -> None:
-        parts.append(Part({}))
-
-    def field_name(data: bytes, start: int, end: int) -> None:
+    def header_name(data: bytes, start: int, end: int) -> None:
         nonlocal name
         name = data[start:end].lower()
 
-    def field_value(data: bytes, start: int, end: int) -> None:
+    def header_value(data: bytes, start: int, end: int) -> None:
         parts[-1].headers[name] = data[start:end]
 
     def body(data: bytes, start: int, end: int) -> None:
         parts[-1].content += data[start:end]
 
-    def end() -> None:
-        nonlocal ended
-        ended = True
-
-    callbacks = {"part_begin": begin, "header_field": field_name, "header_value": field_value, "part_data": body}
+    callbacks = {"on_header_field": header_name, "on_header_value": header_value, "on_part_data": body}
     try:
-        # All at once: so each callback comes once for what it tells of.
-        MultipartParser(boundary, {**{f"on_{k}": v for k, v in callbacks.items()}, "on_end": end}).write(content)
+        parser = MultipartParser(boundary, {"on_part_begin": lambda: parts.append(Part({})), **callbacks})
+        parser.write(content)  # in one piece, so that each callback gets a whole name, value or content
     except FormParserError as error:
         raise ValueError(f"{NO_FORM}and is none: {error}.") from None
-    if not ended:
+    if parser.state is not MultipartState.END:
         raise ValueError(f"{NO_FORM}and ends before its last boundary.")
     return {part.option(b"name") or "": part for part in parts}

@@ -1,10 +1,9 @@
-"""Cog's HTTP contract: what one coglet answers, the cluster answers.
+"""Cog's HTTP contract: the cluster answers as one coglet does.
 
 It differs where a cluster must: a request waits where a busy coglet refuses it with 409, an id is remembered after its
-prediction has ended, there is no `/shutdown`, `/` leads browsers to a page, and no answer shows a token. It takes null
-for absence, and names in the log the inputs that it drops. It refuses what coglet takes and cannot use: ids that are
-not 1 to 128 safe characters, webhooks that cannot be sent, JSON that not every reader understands alike. The dispatcher
-runs predictions.
+prediction has ended, there is no `/shutdown`, `/` leads browsers to a page, and no answer shows a token. Null means
+absence, and the log names the inputs that are dropped. It refuses what coglet takes and cannot use: ids that are not 1
+to 128 safe characters, webhooks that cannot be sent, JSON that readers may understand differently.
 """
 
 import asyncio
@@ -22,13 +21,14 @@ from cluster.api_common import InputSchema, Refused, answer, answer_inlined, new
 from cluster.bodies import Bodies
 from cluster.dispatcher import Dispatcher
 from cluster.forms import Forms
-from cluster.predictions import PREDICTION_ID, Prediction, Predictions
+from cluster.predictions import Prediction, Predictions
 from cluster.webhooks import EVENTS, check_url
+from local_cog.server import PREDICTION_ID
 from settings import VERSION
 
 UNREADABLE = "Failed to deserialize the JSON body into the target type: "
 NO_EVENTS = "This model does not support streaming responses. Add @cog.streaming to predict() to enable SSE."
-# What coglet says at `/`, without what is not here, and what it cannot know.
+# coglet's answer at `/`, without endpoints that are not here, and with Replicate's API and the docs.
 DISCOVERY = {
     "name": "flux-sprites",
     "version": VERSION,
@@ -64,7 +64,7 @@ class CogApi:
             Route("/health-check", self._health),
             Route("/openapi.json", self._schema),
             Route("/predictions", self._create, methods=["POST"]),
-            Route("/predictions/{prediction_id}", self._create_idempotent, methods=["PUT"]),
+            Route("/predictions/{prediction_id}", self._create, methods=["PUT"]),
             Route("/predictions/{prediction_id}/cancel", self._cancel, methods=["POST"]),
         ]
 
@@ -79,34 +79,33 @@ class CogApi:
     async def _schema(self, _: Request) -> Response:
         return answer(self.schema.document)
 
-    async def _create(self, request: Request) -> Response:
-        return await self._run(request)
-
-    async def _create_idempotent(self, request: Request) -> Response:
-        return await self._run(request, request.path_params["prediction_id"])
-
     async def _cancel(self, request: Request) -> Response:
         prediction_id = request.path_params["prediction_id"]
         found = PREDICTION_ID.fullmatch(prediction_id) and await self.dispatcher.cancel(prediction_id)
         return answer({}, 200 if found else 404)
 
-    async def _run(self, request: Request, prediction_id: str | None = None) -> Response:
-        prediction, created = await self._accept(request, prediction_id)
-        if not created:
-            return await self._show_known(prediction)
-        if request.headers.get("prefer") == "respond-async":
+    async def _create(self, request: Request) -> Response:
+        prediction, created = await self._accept(request)
+        if created and request.headers.get("prefer") == "respond-async":
             return answer({"id": prediction.id, "status": "starting"}, 202)
-        return await self._final(await self._ended_or_left(prediction, request))
+        if created:
+            prediction = await self._ended_or_left(prediction, request)
+        elif not prediction.finished:
+            return await self._show(prediction, 202, input=prediction.shown_input)
+        # coglet leaves its logs out where there is no output.
+        changes = {} if prediction.status == "succeeded" else {"logs": prediction.notice or ""}
+        return await self._show(prediction, 200, **changes)
 
-    async def _accept(self, request: Request, path_id: str | None) -> tuple[Prediction, bool]:
-        """The prediction that a request asks for, and whether it is a new one; its body is gone when this returns."""
+    async def _accept(self, request: Request) -> tuple[Prediction, bool]:
+        """The prediction that a request asks for, and whether it is a new one; its body is freed on return."""
 
         def parse(content: bytes) -> tuple[str | None, Prediction | Refused]:
-            body = _read(content, request.headers.get("content-type"), path_id, self.private_webhooks)
+            kind, path_id = request.headers.get("content-type"), request.path_params.get("prediction_id")
+            body = _read(content, kind, path_id, self.private_webhooks)
             return body.get("id"), self._prediction(body)
 
         async with self.bodies.read(request, parse) as (given_id, asked):
-            # A known id is answered before its input is looked at, as by coglet.
+            # A known id is answered whatever its input, as by coglet.
             if given_id is not None and (known := await self.predictions.get(given_id)):
                 return known, False
             if "text/event-stream" in request.headers.get("accept", ""):
@@ -116,7 +115,7 @@ class CogApi:
             return await self.dispatcher.accept(asked)
 
     def _prediction(self, body: dict[str, Any]) -> Prediction | Refused:
-        """A prediction of a body as it must be, or what is wrong with its input."""
+        """The prediction of a body, or the answer that says what is wrong with its input."""
         inputs, notice = self.schema.read({} if body.get("input") is None else body["input"])
         if problems := self.schema.problems(inputs):
             return Refused(422, {"detail": problems})
@@ -124,7 +123,7 @@ class CogApi:
         return new_prediction(self.dispatcher.front, inputs, "cog", body.get("id"), notice=notice, **hook)
 
     async def _ended_or_left(self, prediction: Prediction, request: Request) -> Prediction:
-        """Wait for the end of a prediction; it is cancelled when the client goes, as by coglet."""
+        """The prediction when it has ended; it is cancelled if the client disconnects, as by coglet."""
 
         async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":
@@ -137,22 +136,12 @@ class CogApi:
         finally:
             watching.cancel()
 
-    async def _show_known(self, prediction: Prediction) -> Response:
-        if prediction.finished:
-            return await self._final(prediction)
-        return await self._show(prediction, 202, input=prediction.shown_input)
-
-    async def _final(self, prediction: Prediction) -> Response:
-        """The answer to a synchronous request; coglet leaves its logs out of it where there is no output."""
-        changes = {} if prediction.status == "succeeded" else {"logs": prediction.notice or ""}
-        return await self._show(prediction, 200, **changes)
-
     async def _show(self, prediction: Prediction, status: int, **changes: object) -> Response:
         return answer_inlined(await self.forms.cog(prediction, **changes), status)
 
 
 def _read(content: bytes, kind: str | None, path_id: str | None, private_webhooks: bool) -> dict[str, Any]:
-    """The body as coglet reads it, with the id that the path has; Refused where it is not as it must be."""
+    """The body as coglet reads it, with the path's id; Refused where something is wrong with it."""
     if path_id is not None:
         _check_id(path_id)
     if kind is None and not content:
@@ -183,7 +172,7 @@ def _read(content: bytes, kind: str | None, path_id: str | None, private_webhook
 
 
 def _events(events: object) -> list[str]:
-    """The events that a client wants to hear of."""
+    """A client's choice of events, in our order."""
     if not isinstance(events, list):
         raise Refused(422, f"{UNREADABLE}webhook_events_filter: invalid type: {_kind(events)}, expected a sequence")
     for index, event in enumerate(events):
@@ -196,11 +185,8 @@ def _events(events: object) -> list[str]:
 
 def _check_id(prediction_id: str) -> None:
     if not PREDICTION_ID.fullmatch(prediction_id):
-        raise _wrong(
-            "id",
-            f"id is {prediction_id[:128]!r}; it must have 1 to 128 letters, digits and _ . ~ - of ASCII, and begin "
-            "with a letter or digit.",
-        )
+        right = "it must have 1 to 128 letters, digits and _ . ~ - of ASCII, and begin with a letter or digit."
+        raise _wrong("id", f"id is {prediction_id[:128]!r}; {right}")
 
 
 def _wrong(field: str, message: str) -> Refused:

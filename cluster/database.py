@@ -1,7 +1,7 @@
-"""Opening the database: its URL, its file, the revision of its tables, and which of its errors may pass by themselves.
+"""Opening the database: its URL, its file, the revision of its tables, and which of its errors are temporary.
 
-Whoever starts first runs what is missing of `cluster/migrations`, under a lock. This module knows both databases, their
-drivers and alembic; it knows no table.
+The first process to start runs the missing revisions of `cluster/migrations`, under a lock. This module knows SQLite,
+PostgreSQL, their drivers and alembic; it knows no table.
 """
 
 import json
@@ -24,7 +24,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, Statemen
 from cluster.settings import DATA
 from service.strict_json import storable
 
-# Transactions of one front at a time in PostgreSQL, each with a thread and a connection of its own.
+# How many transactions a front runs at once in PostgreSQL, each with its own thread and connection.
 CONNECTIONS = 16
 DRIVERS = {
     "sqlite": "sqlite",
@@ -34,43 +34,37 @@ DRIVERS = {
     "postgres": "postgresql+psycopg",
 }
 FORMS = "it must be sqlite:///<path of a file> or postgresql://<user>:<password>@<host>:<port>/<name>"
-# The advisory lock of PostgreSQL under which migrations run: a number that only has to be the same for all fronts.
+# PostgreSQL's advisory lock for migrations: any number that is the same for all fronts.
 MIGRATION_LOCK = 0x666C7578
-# What all databases have that were made before there were revisions.
+# The revision of databases that were made before there were revisions.
 BEFORE_REVISIONS = "1.0"
 # How many characters of a string become JSON at a time.
 PIECE_CHARACTERS = 1_000_000
-AWAY, FULL, FAILED = "database is away", "database's disk is full", "database reports an error"
-# SQLite's primary result codes; the first three are other connections' doing.
-SQLITE_PASSING = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
-SQLITE_LASTING = {
-    sqlite3.SQLITE_FULL: FULL,
+# Errors by SQLite's primary result code or PostgreSQL's SQLSTATE: those that last, as clients read them,
+LASTING = {
+    **dict.fromkeys((sqlite3.SQLITE_FULL, "53100"), "database's disk is full"),
     sqlite3.SQLITE_NOTADB: "database's file is no SQLite database",
     sqlite3.SQLITE_CORRUPT: "database's file is damaged",
     sqlite3.SQLITE_CANTOPEN: "database's file cannot be opened, or its folder cannot be written",
     sqlite3.SQLITE_READONLY: "database's file cannot be written",
     sqlite3.SQLITE_IOERR: "database's file cannot be read or written",
 }
-SQLITE_REPAIRABLE = (
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_IOERR,
-)
-# PostgreSQL's, beside class 08, a broken connection: two transactions in each other's way, too many connections, a lock
-# that was not to be had, a server that stops or starts.
-POSTGRESQL_PASSING = ("40001", "40P01", "53300", "55P03", "57P01", "57P02", "57P03")
-POSTGRESQL_FULL, POSTGRESQL_READ_ONLY = "53100", "25006"
-# The driver has no code for a connection that is refused, only text; most of these reasons pass, but not these.
+# those that an operator can end: a full disk, a read-only database;
+REPAIRABLE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR}
+REPAIRABLE |= {"53100", "25006"}
+# and temporary ones: conflicts of two transactions, too many connections, a lock that is taken, a server that restarts.
+PASSING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
+PASSING |= {"40001", "40P01", "53300", "55P03", "57P01", "57P02", "57P03"}
+# A refused connection has no code, only text. Most reasons are temporary, but not these.
 MISTAKES = re.compile(r"does not exist|authentication failed|no password supplied|pg_hba\.conf|invalid port")
 
 
 class Unusable(Exception):  # noqa: N818 (a state, not an accident)
-    """A database that cannot be used as it is: a sentence for whoever starts the cluster."""
+    """A database that cannot be used as it is: a sentence for the operator."""
 
 
 def open_engine(url: str) -> sa.Engine:
-    """An engine for a URL of SQLAlchemy's; a file of SQLite's is made, for this user alone.
+    """An engine for a URL of SQLAlchemy's; SQLite's file is created, readable by this user alone.
 
     Raises:
         Unusable: the URL cannot be read or names another kind of database, or the file cannot be made.
@@ -79,7 +73,7 @@ def open_engine(url: str) -> sa.Engine:
     sqlite = address.drivername == "sqlite"
     if sqlite:
         _make(Path(address.database).resolve())
-    # SQLite lets one connection write while the others poll: here all callers queue for a single connection.
+    # One connection for SQLite: of several that write, all but one would poll for the lock.
     engine = sa.create_engine(
         address,
         pool_size=1 if sqlite else CONNECTIONS,
@@ -95,19 +89,18 @@ def open_engine(url: str) -> sa.Engine:
 
 
 def migrate(connection: sa.Connection) -> None:
-    """Bring the tables to our newest revision, within the transaction of this connection: all of it or nothing.
+    """Bring the tables to our newest revision, all within this connection's transaction.
 
-    An expansion (1.1 after 1.0) leaves them usable for those who do not know it, so a newer one is left as it is.
+    A newer expansion than ours (1.1 after 1.0) is left as it is: older versions can work with it.
 
     Raises:
-        Unusable: tables that are called like ours and are not, or a revision with which we cannot work.
+        Unusable: other tables with our names, or a revision that we cannot work with.
     """
     sqlite = connection.dialect.name == "sqlite"
     if sqlite:
         if (found := connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()) != "ok":
-            raise Unusable(
-                f"DATABASE_URL: the {SQLITE_LASTING[sqlite3.SQLITE_CORRUPT]}: {found.splitlines()[-1].rstrip('.')}."
-            )
+            damage = found.splitlines()[-1].rstrip(".")
+            raise Unusable(f"DATABASE_URL: the {LASTING[sqlite3.SQLITE_CORRUPT]}: {damage}.")
         connection.exec_driver_sql("BEGIN IMMEDIATE")
     else:
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
@@ -126,61 +119,50 @@ def migrate(connection: sa.Connection) -> None:
 
 
 def may_pass(error: DBAPIError) -> bool:
-    """Whether the same may succeed soon, with nobody's help: a lost connection, a restart, another's lock."""
-    cause = error.orig
-    if isinstance(cause, sqlite3.Error):
-        return _sqlite_code(cause) in SQLITE_PASSING
-    state = getattr(cause, "sqlstate", None)
-    if state is None and isinstance(error, OperationalError):
-        return not MISTAKES.search(str(cause))
-    return error.connection_invalidated or (state is not None and (state[:2] == "08" or state in POSTGRESQL_PASSING))
+    """Whether a retry may succeed soon, by itself: a lost connection, a restart, another's lock."""
+    code = _code(error)
+    if code is None and isinstance(error, OperationalError):
+        return not MISTAKES.search(str(error.orig))
+    return code in PASSING or str(code).startswith("08") or error.connection_invalidated  # 08: a broken connection
 
 
 def may_be_repaired(error: DBAPIError) -> bool:
-    """Whether the same may succeed after somebody has made room, or let the database be written again."""
-    cause = error.orig
-    if isinstance(cause, sqlite3.Error):
-        return _sqlite_code(cause) in SQLITE_REPAIRABLE
-    return getattr(cause, "sqlstate", None) in (POSTGRESQL_FULL, POSTGRESQL_READ_ONLY)
+    """Whether a retry may succeed after somebody has made room, or let the database be written again."""
+    return _code(error) in REPAIRABLE
 
 
 def describe(error: DBAPIError) -> str:
-    """What is wrong, for clients, such as `database is away`: nothing of what it was told or has answered."""
-    cause = error.orig
-    if isinstance(cause, sqlite3.Error) and (said := SQLITE_LASTING.get(_sqlite_code(cause))):
+    """The error for clients, such as `database is away`, without any of the data or of the database's own words."""
+    if said := LASTING.get(_code(error)):
         return said
-    if getattr(cause, "sqlstate", None) == POSTGRESQL_FULL:
-        return FULL
-    return AWAY if may_pass(error) else FAILED
+    return "database is away" if may_pass(error) else "database reports an error"
 
 
 def unusable(error: DBAPIError) -> Unusable:
-    """The same for whoever starts the cluster, with what the database says."""
+    """The error for the operator, with the database's own words."""
     said = (str(error.orig).splitlines() or [""])[0].rpartition("failed: ")[2]
     return Unusable(f"DATABASE_URL: the {describe(error)}: {said[:200].rstrip('.')}.")
 
 
 def _to_json(value: Any) -> str:  # noqa: ANN401 (JSON)
-    """JSON as it stands in the tables.
+    """JSON for the tables.
 
-    A string of an input may have hundreds of megabytes: written at once, or copied more often than once, it would hold
-    Python's lock for seconds.
+    A string of an input may have hundreds of megabytes: encoding it at once, or copying it more than once, would hold
+    the GIL for seconds.
     """
     return "".join(_json_pieces(value))
 
 
 def _json_pieces(value: Any) -> Iterator[str]:  # noqa: ANN401 (JSON)
     match value:
-        case dict() if any(isinstance(item, str) and len(item) > PIECE_CHARACTERS for item in value.values()):
+        case dict():
             before = "{"
             for key, item in value.items():
-                yield before
-                yield from _json_pieces(key)
-                yield ": "
+                yield f"{before}{json.dumps(key, ensure_ascii=False)}: "
                 yield from _json_pieces(item)
                 before = ", "
-            yield "}"
-        case str() if len(value) > PIECE_CHARACTERS:
+            yield "}" if value else "{}"
+        case str():
             yield '"'
             for start in range(0, len(value), PIECE_CHARACTERS):
                 yield json.dumps(value[start : start + PIECE_CHARACTERS], ensure_ascii=False)[1:-1]
@@ -190,23 +172,22 @@ def _json_pieces(value: Any) -> Iterator[str]:  # noqa: ANN401 (JSON)
 
 
 def _from_json(text: str) -> Any:  # noqa: ANN401 (JSON)
-    """What stands in the tables, fit to be shown; null for what an older version should not have taken.
-
-    Whatever it is, other rows must still be read.
-    """
+    """JSON from the tables; null where it is none, which an older version may have written: other rows must be read."""
     try:
         return storable(json.loads(text))
     except (ValueError, RecursionError):
         return None
 
 
-def _sqlite_code(error: sqlite3.Error) -> int:
-    """SQLite's primary result code; 0 for an error of Python's module."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+def _code(error: DBAPIError) -> int | str | None:
+    """SQLite's primary result code, or PostgreSQL's SQLSTATE; 0 or None where the driver gives none."""
+    if isinstance(error.orig, sqlite3.Error):
+        return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
+    return getattr(error.orig, "sqlstate", None)
 
 
 def _parse(url: str) -> sa.URL:
-    """The URL with its driver; no message repeats more of it than the scheme, for the rest may hold the password."""
+    """The URL with its driver; messages repeat only its scheme, since the rest may hold the password."""
     try:
         address = sa.make_url(url)
         port = address.port
@@ -224,11 +205,11 @@ def _parse(url: str) -> sa.URL:
 
 
 def _make(file: Path) -> None:
-    """Make the file where there is none, for this user alone; so will be what SQLite puts beside it."""
+    """Create a missing file, readable by this user alone; SQLite's files beside it get the same mode."""
     try:
         if file.parent == DATA:
             DATA.mkdir(exist_ok=True)
-        # An existing file is not opened: closing it would drop the locks that this process may hold on it.
+        # An existing file is not opened: closing it would release this process's locks on it.
         os.close(os.open(file, os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
         if not file.is_file():
@@ -238,7 +219,7 @@ def _make(file: Path) -> None:
 
 
 def _narrow(file: Path) -> None:
-    """Let this user alone read the file, and what SQLite puts beside it, which an earlier version let others read."""
+    """Let this user alone read the file and SQLite's files beside it: an earlier version let others."""
     try:
         for each in (file, file.with_name(f"{file.name}-wal"), file.with_name(f"{file.name}-shm")):
             if each.exists() and stat.S_IMODE(each.stat().st_mode) & 0o077:
@@ -248,23 +229,23 @@ def _narrow(file: Path) -> None:
 
 
 def _share_sqlite(connection: sqlite3.Connection, _: object) -> None:
-    """Several processes write: readers do not wait for them, writers queue, and a commit is on the disk.
+    """Set up a connection: readers do not wait for writers, writers wait for one another, and commits are on disk.
 
-    What is forgotten is overwritten, since it may be a secret.
+    Deleted data is overwritten, since it may be a secret.
     """
     for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 
 def empty_log(engine: sa.Engine) -> None:
-    """Empty SQLite's write-ahead log, in which rows stand as they were before; PostgreSQL's is its operator's."""
+    """Empty SQLite's write-ahead log, which holds earlier contents of rows; PostgreSQL's is the operator's business."""
     if engine.dialect.name == "sqlite":
         with engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _blame_data(context: sa.ExceptionContext) -> Exception | None:
-    """One error for data that a driver cannot even send, such as half a character: some raise Python's own."""
+    """A StatementError for data that the driver cannot send, such as half a character: some raise Python's errors."""
     error = context.original_exception
     if isinstance(error, ValueError | OverflowError | RecursionError):
         return StatementError("The data cannot be sent.", None, None, error)
@@ -278,7 +259,7 @@ def _alembic(connection: sa.Connection) -> Config:
 
 
 def _has_our_tables(connection: sa.Connection) -> bool:
-    """Whether there are tables of BEFORE_REVISIONS; Unusable, with the differences, where they are not quite those."""
+    """Whether there are tables of BEFORE_REVISIONS; Unusable, with the differences, where they are not the same."""
     with sa.create_engine("sqlite://").begin() as scratch:
         command.upgrade(_alembic(scratch), BEFORE_REVISIONS)
         expected = sa.MetaData()
@@ -311,7 +292,7 @@ def _has_our_tables(connection: sa.Connection) -> bool:
 
 
 def _judge(current: str, newest: str) -> None:
-    """Let a newer expansion pass, which we do not know; Unusable where the revision is anything else."""
+    """Accept an unknown revision that is a newer expansion of ours; Unusable for any other."""
     number, ours = re.fullmatch(r"(\d{1,9})\.(\d{1,9})", current), newest.partition(".")[0]
     if number and int(number[1]) > int(ours):
         raise Unusable(

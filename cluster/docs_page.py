@@ -1,7 +1,7 @@
-"""The page at `/docs`: both APIs for people, made from the document that the inputs are validated by.
+"""The page at `/docs`: both APIs for people, made from the OpenAPI document that validates the inputs.
 
-It loads nothing and runs nothing: its style is within it, and its policy allows that alone, so that whatever the
-descriptions of a project's predictor hold stays text. This module knows the form of Cog's document, and HTML.
+It has no scripts and loads nothing: its policy allows only its inline style, so the descriptions of a project's inputs
+stay text. This module knows the form of Cog's document, and HTML.
 """
 
 import base64
@@ -26,14 +26,14 @@ STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 _HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 # The empty icon keeps browsers from asking for one.
 POLICY = f"default-src 'none'; style-src 'sha256-{_HASH}'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
-# A cache that did not tell hosts apart would show one reader another's address, to which tokens are sent.
+# No cache: one that ignores Host would show one reader another's address, to which tokens are then sent.
 HEADERS = {
     "cache-control": "no-store",
     "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
-# Names in descriptions, which are already HTML then.
+# Names in descriptions, after these have become HTML.
 _BACKTICKED, _AS_CODE = re.compile("`([^`]+)`"), r"<code>\1</code>"
 
 COGS = {
@@ -99,13 +99,7 @@ class DocsPage:
 
 
 def render(document: dict[str, Any], address: str, *, tokens: bool) -> str:
-    """The page as HTML.
-
-    Args:
-        document: the OpenAPI document as Cog's tool writes it.
-        address: of the cluster, for whoever reads the page.
-        tokens: whether requests must have one.
-    """
+    """The page as HTML; `document` is Cog's OpenAPI document, `address` the cluster's for this reader."""
     fields = schema.inputs(document)
     required = document["components"]["schemas"]["Input"].get("required", [])
     body = json.dumps({"input": {name: _example(fields[name]) for name in required}})
@@ -161,7 +155,7 @@ carries inputs as JSON; the answer says how the prediction ended, and has its ou
 
 
 def _input(name: str, field: dict[str, Any], required: bool) -> str:
-    """One input as people read it."""
+    """An input's type, bounds, default, description and choices as HTML."""
     kind = "file: a URL, or a data URI" if field.get("format") == "uri" else field["type"]
     default = json.dumps(field["default"], ensure_ascii=False) if field.get("default") is not None else None
     bounds = " to ".join(json.dumps(field[bound]) for bound in ("minimum", "maximum") if bound in field)
@@ -181,7 +175,7 @@ def _input(name: str, field: dict[str, Any], required: bool) -> str:
 
 
 def _example(field: dict[str, Any]) -> object:
-    """A value that an input takes."""
+    """A valid value of an input."""
     if "enum" in field:
         return field["enum"][0]
     if field.get("format") == "uri":
@@ -192,15 +186,12 @@ def _example(field: dict[str, Any]) -> object:
 
 def _curl(url: str, body: str, *headers: str, tokens: bool) -> str:
     """A command that asks for a prediction."""
-    lines = [f"curl {url}", "-H 'Content-Type: application/json'", *(f"-H '{header}'" for header in headers)]
-    if tokens:
-        lines.append('-H "Authorization: Bearer $TOKEN"')
+    lines = [f"curl {url}", *(f"-H '{header}'" for header in ("Content-Type: application/json", *headers))]
+    lines += ['-H "Authorization: Bearer $TOKEN"'] if tokens else []
     return escape(" \\\n  ".join([*lines, f"-d {shlex.quote(body)}"]), quote=False)
 
 
 def _list(explained: dict[str, str]) -> str:
-    """Terms, and what they mean in HTML."""
-    rows = (
-        f"<div><dt><code>{escape(term)}</code></dt><dd>{meaning}</dd></div>\n" for term, meaning in explained.items()
-    )
-    return f"<dl>{''.join(rows)}</dl>"
+    """A list of terms and their explanations, which are HTML already."""
+    row = "<div><dt><code>{}</code></dt><dd>{}</dd></div>\n"
+    return f"<dl>{''.join(row.format(escape(term), meaning) for term, meaning in explained.items())}</dl>"

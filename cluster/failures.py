@@ -1,7 +1,4 @@
-"""Why an attempt at a prediction came to nothing: as its client reads it, and as the log does.
-
-This module knows the reasons in general; `ray_failures.py` knows Ray's.
-"""
+"""Why an attempt at a prediction failed, for its client and for the log; `ray_failures.py` knows Ray's reasons."""
 
 import errno
 import re
@@ -9,10 +6,9 @@ import traceback
 from enum import Enum
 from pathlib import Path
 
-# How many attempts a prediction has: that many workers may end while they run it, since each costs a start, and that
-# many attempts may come to nothing in other ways that may pass.
+# How many workers may end while they run a prediction, and how many of its attempts may fail otherwise.
 ATTEMPTS = 3
-# One that hangs takes minutes before that is known, and so has fewer.
+# Fewer where it hangs, since finding that out takes minutes.
 ATTEMPTS_THAT_HANG = 2
 
 
@@ -27,18 +23,17 @@ class Again(Enum):
 
 
 class Failure(Exception):  # noqa: N818 (an outcome, not an accident)
-    """An attempt that came to nothing, and the sentence that its client gets if no other attempt is made."""
+    """A failed attempt, with the sentence for its client if there is no other attempt."""
 
     def __init__(self, sentence: str, again: Again = Again.NEVER) -> None:
-        super().__init__(sentence, again)  # from these another process, which hears of it, makes it anew
+        super().__init__(sentence, again)  # the arguments with which pickle makes it anew in another process
         self.sentence, self.again = sentence, again
 
 
 def places(error: BaseException) -> str:
-    """One line for the log: the types of an error and of its causes, and where they came from, innermost first.
+    """One line for the log: the types of an error and of its causes, and their places in our code, innermost first.
 
-    Of libraries the innermost function alone is named. The errors' own words are left out: they may hold an input, a
-    URL or a path.
+    Of a library only the innermost function is named. Messages are left out: they may hold an input, a URL or a path.
     """
     parts, cause = [], error
     while cause is not None and len(parts) < 5:

@@ -1,18 +1,17 @@
-"""The contents of files, uploaded or drawn, in a directory or a bucket; and their ways into JSON and out of it.
+"""The contents of files, uploaded or drawn, in a directory or a bucket; and how they get into JSON and out of it.
 
-A worker takes and gives files as data URIs. Here they are kept under ids; a stored output names a file by a path of the
-front, and an input names a file by its URL. This module knows files and data URIs; it knows nothing of HTTP.
+Workers receive and return files as data URIs. Here they are kept under ids: a stored output names a file by a path of
+the front, an input by a URL. This module knows files and data URIs; it knows nothing of HTTP.
 """
 
 import asyncio
 import base64
-import contextlib
 import hashlib
 import logging
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, BinaryIO
@@ -30,44 +29,37 @@ from sources.references import MAX_CHARACTERS, unwrapped
 
 logger = logging.getLogger("ray.serve")
 
-# The URL of a file, uploaded or drawn, at whatever address of a front; the path of an output.
+# The URL of a file, uploaded or drawn, at any address.
 _STORED = re.compile(
     r"(https?://.{1,1000})/(?:v1/files/([\w-]{1,128})|files/([\w-]{1,128})/[\w.-]{1,128})(?:[?#].*)?",
     re.ASCII | re.IGNORECASE,
 )
-# In JSON without spaces: from the quote that begins a string, before which there is no backslash, to the one that ends
-# it, after which a colon would make it the name of a member.
+# The path of an output as a whole string in compact JSON: no backslash before it, and no colon after it, which would
+# make it a name.
 _OUTPUT = re.compile(r'(?<!\\)"/files/([\w-]{1,128})/([^/"\\]{1,128})"(?!:)', re.ASCII)
 # As long as at Replicate.
 FILE_LIFETIME = timedelta(hours=1)
-# How much is read of a file at once; a client that receives slowly makes a front hold as much. Base64 turns three bytes
-# into four characters.
+# How much is read of a file at once, and held for a slow client. Base64 turns three bytes into four characters.
 PIECE_BYTES = 3 * 32 * 1024
 
 
 class Files:
-    """The contents of files by id, in a directory or what else fsspec opens: all fronts must see the same."""
+    """The contents of files by id, at a URL that fsspec opens; all fronts must see the same."""
 
     def __init__(self, url: str) -> None:
         self.system, self.root = fsspec.url_to_fs(url)
         self.system.makedirs(self.root, exist_ok=True)
 
     async def write(self, content: bytes, name: str, content_type: str, about: dict[str, Any] | None = None) -> File:
-        """Store a file under an id that nobody can guess; the database does not know it yet.
-
-        Raises:
-            Failure: the directory or bucket is full, or cannot be written to.
-        """
+        """Store a file under an id that cannot be guessed, without telling the database; Failure where that fails."""
         digest = (await asyncio.to_thread(hashlib.sha256, content)).hexdigest()
         file_id = secrets.token_urlsafe(24)
         file = File(file_id, name, content_type, len(content), digest, now(), now(FILE_LIFETIME), about)
         try:
             await asyncio.to_thread(self.system.pipe_file, self._path(file.id), content)
         except Exception as error:
-            with contextlib.suppress(OSError):
-                await self.delete([file.id])  # what there was room for
-            full = isinstance(error, OSError) and error.errno in DISK_FULL
-            state = "is full" if full else "cannot be written to"
+            await self.delete([file.id])  # a part of it may be there
+            state = "is full" if getattr(error, "errno", None) in DISK_FULL else "cannot be written to"
             raise Failure(f"The cluster's store of files {state}; try again later.") from error
         return file
 
@@ -86,12 +78,12 @@ class Files:
             file.seek(0)
         except FileNotFoundError:
             raise
-        except Exception as error:  # fsspec's, and those of what it opens the store with
+        except Exception as error:  # fsspec's own errors, and its backends'
             raise Failure("The cluster's store of files cannot be read; try again later.") from error
         return size, file
 
     async def delete(self, file_ids: Collection[str]) -> None:
-        """Delete those of these that are there, and can be deleted."""
+        """Delete files; one that is not there, or cannot be deleted, is skipped."""
         for file_id in file_ids:
             try:
                 await asyncio.to_thread(self.system.rm_file, self._path(file_id))
@@ -101,31 +93,31 @@ class Files:
                 logger.warning("A file that nobody needs any more stays: %s", places(error))
 
     async def store_output(self, output: Any, stored: dict[str, File]) -> Any:  # noqa: ANN401 (JSON)
-        """An output whose data URIs have become paths of the front, such as /files/<id>/output.webp.
+        """An output, one value or a list, with paths of the front, such as /files/<id>/output.webp, for its data URIs.
 
-        `stored` holds the prediction's files by the hash of their data URI; those that are stored now are added.
+        `stored` holds the prediction's files by the hash of their data URI; new ones are added.
         """
 
-        async def path(text: str) -> str:
-            if not text.startswith("data:"):
+        async def path(text: Any) -> Any:  # noqa: ANN401 (JSON)
+            if not (isinstance(text, str) and text.startswith("data:")):
                 return text
             key = await asyncio.to_thread(lambda: hashlib.sha256(text.encode()).hexdigest())
             if key not in stored:
                 try:
                     kind, content = await asyncio.to_thread(decode, text)
                 except ValueError:
-                    return text  # a text of the predictor's that only begins like a file
+                    return text  # it only begins like a file
                 stored[key] = await self.write(content, f"output{suffix(kind)}", kind)
             return f"/files/{stored[key].id}/{stored[key].name}"
 
-        return await _replace_strings(output, path)
+        return [await path(item) for item in output] if isinstance(output, list) else await path(output)
 
     async def inline_output(self, output: Any, base: str | None = None) -> "Inlined":  # noqa: ANN401 (JSON)
         """A stored output with its files inside, as data URIs.
 
         Args:
-            base: the front's address, where the URL of a file that has expired, or cannot be read, is to stand for it.
-                Without it null stands for one that has expired, and one that cannot be read is a Failure.
+            base: the front's address. With it, a file that has expired or cannot be read is shown by its URL; without,
+                an expired one by null, and one that cannot be read raises a Failure.
         """
 
         def plan() -> tuple[list[bytes | str], int]:
@@ -133,7 +125,7 @@ class Files:
             parts, length = [before.encode()], 0
             for file_id, name, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
                 try:
-                    size, file = self._open(file_id)  # what cannot be opened later would cut the answer off
+                    size, file = self._open(file_id)  # now: while it is sent, a failure would cut the answer off
                     file.close()
                 except (FileNotFoundError, Failure) as error:
                     if isinstance(error, Failure):
@@ -152,44 +144,43 @@ class Files:
     async def inline_files(
         self, inputs: dict[str, Any], predictions: Predictions, base_url: str, limit: int
     ) -> dict[str, Any]:
-        """Inputs whose files, uploaded or drawn and named by URLs of a front, are inside as data URIs.
-
-        A worker need not fetch them, and might not be allowed to: a front's address is often a private one.
+        """Inputs with data URIs for the URLs of the cluster's files: workers may not fetch from private addresses.
 
         Args:
-            base_url: the front's address, if the client has told it: what it names there, and is not there, has gone.
+            base_url: the front's address as the client wrote it: a file that is not there any more has expired.
             limit: how many characters all strings may have together.
 
         Raises:
-            Failure: a file has gone, or cannot be read; or there would be more characters.
+            Failure: a file has expired or cannot be read, or there are too many characters.
         """
-        known: dict[str, File] = {}
-        size = 0
-
-        async def find(text: str) -> str:
-            nonlocal size
-            named = _stored(text)
-            if named and text not in known:
+        texts = _texts(inputs)
+        known: dict[str, tuple[str, File]] = {}  # by their URLs, with the first input that names them
+        for name, text in texts:
+            if text not in known and (named := _stored(text)):
                 if file := await predictions.file(named[2] or named[3]):
-                    known[text] = file
+                    known[text] = name, file
                 elif named[1] == base_url:
-                    raise FileNotFoundError
-            size += _characters(known[text].size) if text in known else len(text)
-            return text
-
-        contents: dict[str, str] = {}
-
-        async def content(text: str) -> str:
-            if text in known and text not in contents:
-                file = known[text]
-                contents[text] = await asyncio.to_thread(uri, await self.read(file.id), file.content_type)
-            return contents.get(text, text)
-
-        await _replace_in_each(inputs, find)
+                    raise _expired(name)
+        size = sum(_characters(known[text][1].size) if text in known else len(text) for _, text in texts)
         if size > limit:
             most = f"at most {limit / MIB:.0f}"
             raise Failure(f"The files in the input are too large together: {size / MIB:.0f} MiB of JSON; {most}.")
-        return await _replace_in_each(inputs, content)
+        uris = {url: await self._uri(file, name) for url, (name, file) in known.items()}
+
+        def inside(value: str) -> str:
+            named = {text: uris.get(text, text) for text in references(value)}
+            return rewrite(value, named) if named else uris.get(value, value)
+
+        return {name: inside(value) if isinstance(value, str) else value for name, value in inputs.items()}
+
+    async def _uri(self, file: File, name: str) -> str:
+        """A file as a data URI; a Failure that names the input where it cannot be read."""
+        try:
+            return await asyncio.to_thread(uri, await self.read(file.id), file.content_type)
+        except FileNotFoundError:
+            raise _expired(name) from None
+        except OSError as error:
+            raise Failure(f"The file in {name[:80]} cannot be read; try again later.", Again.UNDRAWN) from error
 
     def _path(self, file_id: str) -> str:
         if not re.fullmatch(r"[\w-]+", file_id):
@@ -199,12 +190,12 @@ class Files:
 
 @dataclass(frozen=True)
 class Inlined:
-    """JSON with files inside, which are read when its pieces are: it may have tens of megabytes."""
+    """JSON with files inside, which are read while it is sent: it may have tens of megabytes."""
 
     files: Files
-    # Bytes, and ids of files whose contents stand there, in base64.
+    # Bytes, and ids of files whose contents come there in base64.
     parts: Sequence[bytes | str]
-    # Of all, in bytes.
+    # In bytes.
     length: int
 
     @classmethod
@@ -217,13 +208,13 @@ class Inlined:
         return Inlined(self.files, [head, *self.parts, tail], len(head) + self.length + len(tail))
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """All of it, in order; FileNotFoundError where a file has gone since."""
+        """All of it in order; FileNotFoundError where a file has expired since."""
         for part in self.parts:
             if isinstance(part, bytes):
                 yield part
                 continue
-            # Here, not by `read_pieces`: of two generators, one in the other, that are left alone when a client goes,
-            # Python may end the inner one first, and complain.
+            # Not by `read_pieces`: of nested generators that a client abandons, Python may close the inner one first,
+            # and warn.
             size, file = await self.files.open(part)
             with file:
                 for _ in range(0, size, PIECE_BYTES):
@@ -237,15 +228,19 @@ async def read_pieces(file: BinaryIO, size: int) -> AsyncIterator[bytes]:
             yield await asyncio.to_thread(file.read, PIECE_BYTES)
 
 
-def names_files(inputs: Any) -> bool:  # noqa: ANN401 (JSON)
+def names_files(inputs: dict[str, Any]) -> bool:
     """Whether an input names what may be a file of the cluster."""
-    values = inputs.values() if isinstance(inputs, dict) else ()
-    texts = (text for value in values if isinstance(value, str) for text in (value, *references(value)))
-    return any(map(_stored, texts))
+    return any(_stored(text) for _, text in _texts(inputs))
+
+
+def _texts(inputs: dict[str, Any]) -> list[tuple[str, str]]:
+    """The texts that may be URLs of files, with the input's name: the terms of a sum, or else the whole text."""
+    texts = {name: value for name, value in inputs.items() if isinstance(value, str)}
+    return [(name, text) for name, value in texts.items() for text in references(value) or [value]]
 
 
 def _stored(text: str) -> re.Match[str] | None:
-    """What a text says of a file of a cluster, if it may be the URL of one, with whatever was pasted around it."""
+    """The parts of a text that may be the URL of a cluster's file, with quotes or spaces around it."""
     return _STORED.fullmatch(unwrapped(text)) if len(text) <= MAX_CHARACTERS else None
 
 
@@ -254,26 +249,5 @@ def _characters(size: int) -> int:
     return (size + 2) // 3 * 4
 
 
-async def _replace_in_each(inputs: dict[str, Any], replacement: Callable[[str], Awaitable[str]]) -> dict[str, Any]:
-    replaced = {}
-    for name, value in inputs.items():
-        try:
-            replaced[name] = await _replace_strings(value, replacement)
-        except FileNotFoundError as error:
-            raise Failure(f"The file in {name[:80]} has expired; send it again.") from error
-        except OSError as error:
-            sentence = f"The file in {name[:80]} cannot be read; try again later."
-            raise Failure(sentence, Again.UNDRAWN) from error
-    return replaced
-
-
-async def _replace_strings(value: Any, replacement: Callable[[str], Awaitable[Any]]) -> Any:  # noqa: ANN401 (JSON)
-    if isinstance(value, dict):
-        return {key: await _replace_strings(item, replacement) for key, item in value.items()}
-    if isinstance(value, list):
-        return [await _replace_strings(item, replacement) for item in value]
-    if not isinstance(value, str):
-        return value
-    if named := references(value):  # a file may be a term of a sum
-        return rewrite(value, {reference: await replacement(reference) for reference in named})
-    return await replacement(value)
+def _expired(name: str) -> Failure:
+    return Failure(f"The file in {name[:80]} has expired; send it again.")

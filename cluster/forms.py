@@ -13,8 +13,8 @@ from cluster.predictions import Prediction
 from service.strict_json import compact
 from settings import MIB
 
-# How much JSON an output may be with its files inside, at Replicate's clients, which hold an answer several times: the
-# most that one prediction draws, four pictures of 1440 × 1440, is 32 MiB as PNG that cannot be compressed.
+# The largest output with its files inside: Replicate's clients hold several copies of an answer. The most that one
+# prediction draws, four pictures of 1440 × 1440, is 32 MiB as PNG that cannot be compressed.
 INLINE_BYTES = 48 * MIB
 
 
@@ -23,19 +23,19 @@ class Forms:
     """Predictions as JSON, for answers and for webhooks."""
 
     files: Files
-    # All fronts share it; the address of a stream is derived from it, so that nobody can guess one.
+    # Shared by all fronts; streams have addresses derived from it, which cannot be guessed.
     secret: str
 
     async def show(self, prediction: Prediction) -> Inlined:
-        """JSON in the form of the API through which it came."""
+        """JSON in the form of the API that the prediction came through."""
         if prediction.api != "replicate":
             return await self.cog(prediction)
         body = await asyncio.to_thread(compact, self.replicate(prediction, prediction.base_url))
         return Inlined.of(self.files, body.encode())
 
     async def cog(self, prediction: Prediction, **changes: object) -> Inlined:
-        """JSON as Cog's webhooks and answers have it: files inside, as data URIs."""
-        # The names come in order: of all that there may be, only the status comes after the output.
+        """JSON as in Cog's webhooks and answers: files inside, as data URIs."""
+        # The names are in order, and only the status comes after the output.
         before = {"id": prediction.id, "logs": prediction.whole_log, "metrics": prediction.metrics, **changes}
         if prediction.error is not None:
             before["error"] = prediction.error
@@ -47,22 +47,15 @@ class Forms:
         return output.between(head + b',"output":', tail)
 
     def replicate(self, prediction: Prediction, base: str) -> dict[str, Any]:
-        """As Replicate shows it: the output points to files of the front, at the address by which the reader came."""
+        """As Replicate shows it, with URLs of files in the output; `base` is the front's address for this reader."""
         address = f"{base}/v1/predictions/{prediction.id}"
+        names = ("id", "model", "version", "status", "error", "metrics", "created_at", "started_at", "completed_at")
         return {
-            "id": prediction.id,
-            "model": prediction.model,
-            "version": prediction.version,
+            **{name: getattr(prediction, name) for name in names},
             "input": prediction.shown_input,
             "logs": lines(prediction.whole_log),
             "output": absolute(prediction.output, base),
-            "error": prediction.error,
-            "status": prediction.status,
-            "created_at": prediction.created_at,
-            "started_at": prediction.started_at,
-            "completed_at": prediction.completed_at,
             "data_removed": False,
-            "metrics": prediction.metrics,
             "source": "api",
             "urls": {
                 "get": address,
@@ -72,7 +65,7 @@ class Forms:
         }
 
     async def inlined(self, prediction: Prediction, base: str) -> Inlined:
-        """As Replicate shows it, but with its files inside, as data URIs; where they are too large, the log says so."""
+        """As Replicate shows it, with its files inside, as data URIs; where those are too large, the log says so."""
         shown = self.replicate(prediction, base)
         output = await self.files.inline_output(prediction.output, base)
         if output.length > INLINE_BYTES and len(output.parts) > 1:
@@ -90,14 +83,12 @@ class Forms:
 
 
 def lines(logs: str) -> str:
-    """Logs with every state of a progress bar on a line of its own: clients look for the last line that is one."""
+    """Logs with each state of a progress bar on its own line: clients read the last line that is one."""
     return logs.replace("\r", "\n")
 
 
 def absolute(output: Any, base: str) -> Any:  # noqa: ANN401 (JSON)
-    """An output whose paths of the front have become URLs."""
+    """An output, one value or a list, with URLs for the front's paths of files."""
     if isinstance(output, list):
         return [absolute(item, base) for item in output]
-    if isinstance(output, dict):
-        return {key: absolute(item, base) for key, item in output.items()}
     return base + output if isinstance(output, str) and output.startswith("/files/") else output

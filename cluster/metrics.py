@@ -1,4 +1,4 @@
-"""What Prometheus hears of a front, through Ray; `cluster/deploy/grafana.json` draws it."""
+"""A front's metrics for Prometheus, through Ray; `cluster/deploy/grafana.json` draws them."""
 
 from datetime import datetime
 from typing import Any
@@ -25,7 +25,7 @@ class Metrics:
         self.answers = Counter("flux_http_answers", "Requests that this front has answered.", ("status_code",))
 
     def count(self, prediction: Prediction) -> None:
-        """A prediction has ended."""
+        """Record a prediction that has ended."""
         self.ended.inc(tags={"status": prediction.status})
         created, started, completed = (
             datetime.fromisoformat(time) if time else None
@@ -46,7 +46,7 @@ class Metrics:
 
 
 def _group(prediction: Prediction, name: str) -> dict[str, Any]:
-    """The metrics under one name, if the predictor has made a group of them."""
+    """The predictor's metrics under one name, if they are a group."""
     group = prediction.metrics.get(name)
     return group if isinstance(group, dict) else {}
 

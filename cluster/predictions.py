@@ -1,13 +1,12 @@
-"""The database of the cluster: predictions, files, and which fronts live.
+"""The cluster's database: predictions, files, and the fronts that are alive.
 
-A prediction is written here before its client hears of it, and belongs to one front at a time. Every later write has
-the condition that this front still owns it and that it has not ended: so it ends once, however many fronts try. A front
-shows that it lives by counting up its beat; when a beat stands still, other fronts adopt that front's predictions.
+A prediction is written here before its client gets an answer, and one front at a time owns it. Every later write is
+conditional on that owner and on the prediction not having ended, so it ends once, however many fronts try. A front
+counts up its heartbeat; when the beat stops, other fronts adopt its predictions.
 This module knows SQL; it knows nothing of HTTP, of Ray, or of how clients see a prediction.
 """
 
 import asyncio
-import contextlib
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -18,14 +17,13 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.dialects.postgresql import insert  # SQLite takes its ON CONFLICT too
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column, sessionmaker, undefer
 
 from cluster.database import Unusable, empty_log, may_pass, migrate, open_engine, unusable
 
 UNFINISHED = ("starting", "processing")
-# What a prediction may be called: its id becomes part of paths, URLs and headers, here and in Cog's server.
-PREDICTION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.~-]{0,127}")
 # A restart of PostgreSQL takes seconds; after this long the caller gets the error.
 SECONDS_WITHOUT_DATABASE = 60
 # Ended predictions, their redacted inputs and their logs; the span within which an id is idempotent.
@@ -33,7 +31,7 @@ PREDICTION_LIFETIME = timedelta(hours=24)
 
 
 class QueueFull(Exception):  # noqa: N818 (a state, not an accident)
-    """There is no place for another prediction; soon there may be one."""
+    """Another prediction cannot be taken now, but perhaps soon; a sentence."""
 
 
 class Base(MappedAsDataclass, DeclarativeBase):
@@ -41,7 +39,7 @@ class Base(MappedAsDataclass, DeclarativeBase):
 
 
 class Heartbeat(Base):
-    """One front, a process that accepts predictions; it lives as long as its beat rises."""
+    """One front, a process that accepts predictions; it is alive while its beat rises."""
 
     __tablename__ = "fronts"
 
@@ -55,42 +53,42 @@ class Prediction(Base):
     __tablename__ = "predictions"
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    # The front that runs it; none when a front that is to go has let it go.
+    # The front that runs it; null when a front that shuts down has released it.
     owner: Mapped[str | None] = mapped_column()
     created_at: Mapped[str] = mapped_column(index=True)
-    # The whole input, as the worker gets it; forgotten when the prediction ends, since URLs in it may hold tokens.
-    # With files in it, it may have 100 MB: what is read from the database is without it, but for what is adopted.
+    # The whole input, for the worker; erased at the end, since URLs in it may hold tokens. It may have 100 MB of files,
+    # so only `adopt` reads it.
     secret_input: Mapped[dict[str, Any] | None] = mapped_column(
         "request", sa.JSON(none_as_null=True), deferred=True, repr=False, compare=False
     )
-    # What may be shown of it, for as long as the prediction is kept.
+    # The input without its secrets.
     shown_input: Mapped[dict[str, Any]] = mapped_column("input", sa.JSON)
     # "cog" or "replicate": the form of its webhooks.
     api: Mapped[str] = mapped_column()
-    # The names by which Replicate's clients asked.
+    # As Replicate's clients named them.
     model: Mapped[str] = mapped_column(default="")
     version: Mapped[str] = mapped_column(default="")
-    # The front's address as the client wrote it: where the URLs in its webhooks point.
+    # The front's address as the client wrote it: URLs in webhooks begin with it.
     base_url: Mapped[str] = mapped_column(default="")
-    # It may hold a token: forgotten when the prediction has ended and no webhook is due.
+    # It may hold a token: erased when the prediction has ended and no webhook is due.
     webhook: Mapped[str | None] = mapped_column(sa.Text, default=None, repr=False)
     webhook_events: Mapped[list[str]] = mapped_column(sa.JSON, default_factory=list)
     # The last webhook is still to be delivered.
     webhook_due: Mapped[bool] = mapped_column(default=False, index=True)
     cancel_requested: Mapped[bool] = mapped_column(default=False)
-    # When it is cancelled if it has not ended, as its client has asked.
+    # The client's deadline.
     cancel_at: Mapped[str | None] = mapped_column(default=None)
-    # How many workers died while they ran it.
+    # How many workers died while running it.
     deaths: Mapped[int] = mapped_column(default=0)
-    # How many fronts died while they owned it.
+    # How many fronts died while owning it.
     adoptions: Mapped[int] = mapped_column(default=0, server_default="0")
     status: Mapped[str] = mapped_column(default="starting", index=True)
     # Files stand in it as paths of the front, such as /files/<id>/output.webp.
     output: Mapped[Any] = mapped_column(sa.JSON(none_as_null=True), nullable=True, default=None)
     error: Mapped[str | None] = mapped_column(sa.Text, default=None)
-    # What the front says of the request, above what workers tell: a line of the log with its end.
+    # The front's own line at the top of the log.
     notice: Mapped[str | None] = mapped_column(sa.Text, default=None)
-    # As the worker has told them that runs it now.
+    # From the current worker.
     logs: Mapped[str] = mapped_column(sa.Text, default="")
     metrics: Mapped[dict[str, Any]] = mapped_column(sa.JSON, default_factory=dict)
     started_at: Mapped[str | None] = mapped_column(default=None)
@@ -98,7 +96,7 @@ class Prediction(Base):
 
     @property
     def whole_log(self) -> str:
-        """The whole log, as clients read it: it begins with the same line, whichever worker runs the prediction."""
+        """The log as clients read it."""
         return (self.notice or "") + self.logs
 
     @property
@@ -108,7 +106,7 @@ class Prediction(Base):
 
 
 class File(Base):
-    """One file, uploaded or drawn. Its id cannot be guessed: whoever knows it may read the file."""
+    """One file, uploaded or drawn. Its id cannot be guessed, and gives access to it."""
 
     __tablename__ = "files"
 
@@ -124,7 +122,7 @@ class File(Base):
 
 
 class Secret(Base):
-    """What all fronts must share and no client may choose, such as the key that signs webhooks."""
+    """A random value that all fronts share, such as the key that signs webhooks."""
 
     __tablename__ = "secrets"
 
@@ -155,8 +153,8 @@ def _transaction(
 ) -> Callable[Concatenate["Predictions", P], Awaitable[R]]:
     """Make a method one transaction in a thread, run again while the database restarts.
 
-    One thread runs all its statements: an asynchronous driver changes threads at each statement, which takes more of
-    the processor than the statements do. A caller that is cancelled waits until the transaction has ended.
+    One thread runs all its statements: an asynchronous driver switches threads at each statement, which takes more CPU
+    time than the statements do. A caller that is cancelled waits until the transaction has ended.
     """
 
     @wraps(verb)
@@ -208,20 +206,14 @@ class Predictions:
     def _migrate(self, session: Session) -> None:
         migrate(session.connection())
 
-    async def create(self, prediction: Prediction) -> tuple[Prediction, bool]:
-        """Write a prediction, unless its id is known: the one that has this id, and whether it is this very one."""
-        try:
-            await self._insert(_row(prediction))
-            return prediction, True
-        except IntegrityError:
-            known = await self.get(prediction.id)
-            if known is None:  # then it was not the id that did not fit
-                raise
-            return known, (known.owner, known.created_at) == (prediction.owner, prediction.created_at)
-
     @_transaction
-    def _insert(self, session: Session, row: dict[str, Any]) -> None:
-        session.execute(sa.insert(Prediction.__table__), row)
+    def create(self, session: Session, prediction: Prediction) -> tuple[Prediction, bool]:
+        """The prediction that has this id, and whether it is the one given: it is written if the id is new."""
+        new = insert(Prediction.__table__).on_conflict_do_nothing(index_elements=["id"]).returning(_column.id)
+        while not session.scalar(new, _row(prediction)):
+            if known := session.get(Prediction, prediction.id):  # else it was deleted just now
+                return known, (known.owner, known.created_at) == (prediction.owner, prediction.created_at)
+        return prediction, True
 
     @_transaction
     def get(self, session: Session, prediction_id: str) -> Prediction | None:
@@ -252,48 +244,42 @@ class Predictions:
 
     @_transaction
     def record(self, session: Session, prediction: Prediction, **changes: object) -> bool:
-        """Write how far a prediction of ours has come; False where it is ours no more or has ended: let it go then."""
+        """Write the progress of a prediction of ours; False where another front owns it now, or it has ended."""
         return _change_ours(session, prediction, changes)
 
-    async def finish(self, prediction: Prediction, files: Collection[File], **changes: object) -> bool:
-        """End a prediction of ours, and forget its secret input; False where somebody else has ended it or owns it.
+    @_transaction
+    def finish(self, session: Session, prediction: Prediction, files: Collection[File], **changes: object) -> bool:
+        """End a prediction of ours, and erase its secret input; False where another front has ended it or owns it.
 
-        Its webhook is forgotten as well, unless the changes say that it is due. The files of its output are stored
+        Its webhook is erased as well, unless the changes say that it is due. The files of its output are stored
         already; `status` and `completed_at` are among the changes.
         """
-        if await self._end(prediction, files, changes):
-            return True
-        # The connection may have broken after an earlier attempt was committed.
-        known = await self.get(prediction.id)
-        return known is not None and (known.owner, known.completed_at) == (prediction.owner, changes["completed_at"])
-
-    @_transaction
-    def _end(self, session: Session, prediction: Prediction, files: Collection[File], changes: dict[str, Any]) -> bool:
-        forgotten = {"request": None} if changes.get("webhook_due") else {"request": None, "webhook": None}
-        if not _change_ours(session, prediction, forgotten | changes):
-            return False
+        erased = {"request": None} if changes.get("webhook_due") else {"request": None, "webhook": None}
+        if not _change_ours(session, prediction, erased | changes):
+            # The connection may have broken after an earlier attempt was committed.
+            known = session.get(Prediction, prediction.id)
+            return bool(known) and (known.owner, known.completed_at) == (prediction.owner, changes["completed_at"])
         if files:
             session.execute(sa.insert(File.__table__), [_row(file) for file in files])
         return True
 
     @_transaction
     def cancel(self, session: Session, prediction_id: str) -> bool:
-        """Ask for the end of a prediction; False where there is none that could end."""
+        """Ask for a prediction to be cancelled; False where none of this id is unfinished."""
         query = sa.update(Prediction).where(Prediction.id == prediction_id, Prediction.status.in_(UNFINISHED))
         return session.execute(query.values(cancel_requested=True)).rowcount == 1
 
     @_transaction
     def delivered(self, session: Session, prediction: Prediction) -> None:
-        """The last webhook has arrived, or has been given up: forget where it went."""
+        """The last webhook has arrived, or has been given up: erase its URL."""
         ours = sa.update(Prediction).where(Prediction.id == prediction.id)
         session.execute(ours.values(webhook_due=False, webhook=None))
 
     @_transaction
     def beat(self, session: Session, front: str) -> tuple[dict[str, int], list[str]]:
-        """Show that a front lives: the beats of all fronts, and which of its own predictions are to be cancelled."""
-        counted = sa.update(Heartbeat).where(Heartbeat.id == front).values(beat=Heartbeat.beat + 1)
-        if not session.execute(counted).rowcount:
-            session.execute(sa.insert(Heartbeat.__table__), {"id": front, "beat": 0})
+        """Count up a front's beat: the beats of all fronts, and which of its own predictions are to be cancelled."""
+        first = insert(Heartbeat).values(id=front, beat=0)
+        session.execute(first.on_conflict_do_update(index_elements=["id"], set_={"beat": Heartbeat.beat + 1}))
         beats = {row.id: row.beat for row in session.execute(sa.select(Heartbeat.id, Heartbeat.beat))}
         unwanted = sa.or_(Prediction.cancel_requested, Prediction.cancel_at < now())
         ours = sa.and_(Prediction.owner == front, unwanted, Prediction.status.in_(UNFINISHED))
@@ -303,15 +289,15 @@ class Predictions:
     def adopt(
         self, session: Session, front: str, dead: Collection[str], running: Collection[str], limit: int
     ) -> Sequence[Prediction]:
-        """Take over predictions that are not done and that no front runs, with their secret inputs.
+        """Take over unfinished predictions that no front runs, with their secret inputs.
 
-        First come those that the fewest fronts have died with, then the oldest; what the new owner itself has lost
-        comes last. So none that cannot be run keeps others from being taken.
+        Those with the fewest adoptions come first, then the oldest, and the new owner's own last: so one that cannot be
+        run does not block the others.
 
         Args:
             front: the new owner.
-            dead: fronts that are to be forgotten first.
-            running: what the new owner runs already; what else it owns has lost its task on the way.
+            dead: fronts to delete first.
+            running: the new owner's that have a task; its others have lost theirs.
             limit: how many at once, so that several fronts share them.
         """
         if dead:
@@ -324,49 +310,40 @@ class Predictions:
                 sa.and_(Prediction.owner == front, Prediction.id.not_in(running)),
             ),
         )
-        # PostgreSQL: two fronts at once lock different ones.
         ours = sa.case((Prediction.owner == front, 1), else_=0)
-        orphans = sa.select(Prediction.id).where(orphaned).limit(limit)
-        orphans = orphans.order_by(ours, Prediction.adoptions, Prediction.created_at)
-        ids = list(session.scalars(orphans.with_for_update(skip_locked=True)))
+        orphans = sa.select(Prediction.id).where(orphaned).order_by(ours, Prediction.adoptions, Prediction.created_at)
+        # In PostgreSQL, two fronts at once lock different rows.
+        ids = list(session.scalars(orphans.limit(limit).with_for_update(skip_locked=True)))
         if not ids:
             return []
-        # SQLite has locked nothing so far: another front may have been faster, so ask the condition again.
-        outlived = sa.case((Prediction.owner != front, 1), else_=0)  # an owner that was released is null: 0
+        # SQLite locks nothing until now: another front may have been faster, so check the condition again.
+        outlived = sa.case((Prediction.owner != front, 1), else_=0)  # the owner of a released one is null: 0
         taken = sa.update(Prediction).where(Prediction.id.in_(ids), orphaned).returning(Prediction)
         taken = taken.values(owner=front, adoptions=Prediction.adoptions + outlived)
         return sorted(session.scalars(taken.options(undefer(Prediction.secret_input))), key=lambda p: ids.index(p.id))
 
     @_transaction
     def release(self, session: Session, front: str, running: Collection[str]) -> None:
-        """Free what a front owns and does not run."""
+        """Leave what a front owns and does not run to the other fronts."""
         _release(session, front, running)
 
     @_transaction
     def leave(self, session: Session, front: str) -> None:
-        """Forget a front that ends in order, and free its predictions."""
+        """Delete a front that shuts down, and leave its predictions to the others."""
         _release(session, front, [])
         session.execute(sa.delete(Heartbeat).where(Heartbeat.id == front))
 
-    async def secret(self, name: str) -> str:
-        """What all fronts share under a name; drawn by the first that asks."""
-        while (known := await self._secret(name)) is None:
-            with contextlib.suppress(IntegrityError):  # another front was faster
-                await self._add_secret(name, secrets.token_urlsafe(32))
-        return known
-
     @_transaction
-    def _secret(self, session: Session, name: str) -> str | None:
-        return session.scalar(sa.select(Secret.value).where(Secret.name == name))
-
-    @_transaction
-    def _add_secret(self, session: Session, name: str, value: str) -> None:
-        session.execute(sa.insert(Secret.__table__), {"name": name, "value": value})
+    def secret(self, session: Session, name: str) -> str:
+        """The value that all fronts share under a name; the first that asks draws it."""
+        drawn = {"name": name, "value": secrets.token_urlsafe(32)}
+        session.execute(insert(Secret.__table__).on_conflict_do_nothing(), drawn)
+        return session.scalars(sa.select(Secret.value).where(Secret.name == name)).one()
 
     @_transaction
     def add_file(self, session: Session, file: File) -> None:
         """Make a stored file known."""
-        session.merge(File(**_row(file)))
+        session.merge(file)
 
     @_transaction
     def file(self, session: Session, file_id: str) -> File | None:
@@ -381,7 +358,7 @@ class Predictions:
         return list(session.scalars(query.limit(100)))
 
     async def expire(self) -> list[str]:
-        """Forget what has been kept for its time: the ids of files whose contents may now be deleted."""
+        """Delete expired predictions and files: the ids of the files, whose contents are to be deleted too."""
         expired = await self._expire()
         await asyncio.get_running_loop().run_in_executor(self.threads, empty_log, self.engine)
         return expired
@@ -395,13 +372,13 @@ class Predictions:
 
     @_transaction
     def delete_file(self, session: Session, file_id: str) -> None:
-        """Forget a file before its time."""
+        """Delete a file before it expires."""
         session.execute(sa.delete(File).where(File.id == file_id))
 
 
-# The few predictions, of those kept for a day, that a front has work with; found by indexes.
+# Of the predictions of a day, the few that a front still has work with; found by indexes.
 _NOT_DONE = sa.or_(Prediction.status.in_(UNFINISHED), Prediction.webhook_due)
-# Made once, since making it takes longer than running it; the columns to be changed are named by its parameters.
+# Built once, since that takes longer than running it; its parameters name the columns to be changed.
 _column = Prediction.__table__.c
 _CHANGE_OURS = sa.update(Prediction.__table__).where(
     _column.id == sa.bindparam("ours"), _column.owner == sa.bindparam("us"), _column.status.in_(UNFINISHED)
@@ -409,19 +386,19 @@ _CHANGE_OURS = sa.update(Prediction.__table__).where(
 
 
 def _change_ours(session: Session, prediction: Prediction, changes: dict[str, Any]) -> bool:
-    """Change a prediction if it is still ours and has not ended; whether it was."""
+    """Whether a prediction was still ours and had not ended; then it is changed."""
     named = {"ours": prediction.id, "us": prediction.owner}
     return session.connection().execute(_CHANGE_OURS, {**changes, **named}).rowcount == 1
 
 
 def _release(session: Session, front: str, running: Collection[str]) -> None:
-    """Leave what a front has to the others, in order: it does not count as the front's death."""
+    """Clear the owner: that does not count as the front's death."""
     ours = sa.and_(Prediction.owner == front, Prediction.id.not_in(running), _NOT_DONE)
     session.execute(sa.update(Prediction).where(ours).values(owner=None))
 
 
 def _row(entry: Prediction | File) -> dict[str, Any]:
-    """Values by column, not the object: a failed session may hold the object half attached, and another one tries."""
+    """Values by column. Not the object itself is added: a failed session may leave it half attached for a retry."""
     columns = sa.inspect(type(entry)).column_attrs
     return {column.expression.name: getattr(entry, column.key) for column in columns}
 

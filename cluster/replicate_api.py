@@ -1,8 +1,7 @@
 """Replicate's HTTP API, as far as its official clients use it for predictions, and the files that outputs point to.
 
-One predictor answers under every model, version and deployment name, so that code written for Replicate changes its
-base URL and nothing else. Whoever has a token sees every prediction: the tokens are one account's. The dispatcher
-runs predictions.
+One predictor answers under every model, version and deployment name, so that code written for Replicate changes only
+its base URL. All tokens are one account's: each gives access to every prediction.
 """
 
 import asyncio
@@ -13,6 +12,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -42,22 +42,20 @@ from local_cog.data_uri import OCTETS, kind_of
 from local_cog.server import MAX_FILE_BYTES
 from service.lines import printable
 
-# The name of what runs here, where the client gave none.
+# The model's name, where the client gave none.
 OWNER, NAME = "flux-sprites", "flux-sprites"
 ACCOUNT = {"type": "organization", "username": OWNER, "name": OWNER, "github_url": None}
-# Replicate's clients as they call themselves, such as replicate-python/1.0.7. They make files of those outputs alone
-# that begin with https: or data:; of one that begins with http: they would write the address into a picture's file.
-# Those before 1.0 make files only where they are asked to, and their users fetch what they are given.
+# The User-Agent of Replicate's clients, such as replicate-python/1.0.7. They make files of outputs that begin with
+# https: or data:, but write the address itself into the file where it begins with http:. Before 1.0, their users fetch
+# outputs themselves.
 CLIENT = re.compile(r"(?:^|\s)replicate-(?:python|javascript)/(?!0\.)", re.ASCII)
-# How long a client may make a request wait, as at Replicate.
+# As at Replicate.
 MAX_WAIT_SECONDS = 60
-# What `version` may be; the parts are as in a path.
 VERSION = re.compile(rf"(?P<model>{PATH_NAME}/{PATH_NAME})(?::(?P<of>{PATH_NAME}))?|(?P<id>{PATH_NAME})")
-# What Cancel-After says, as at Replicate, and at least; a bare number is of seconds.
+# Cancel-After, as at Replicate: a bare number means seconds.
 DURATION = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s?)?", re.ASCII)
 SHORTEST = timedelta(seconds=5)
 MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]{1,64}/[\w!#$&^.+-]{1,64}", re.ASCII)
-# Of an upload's own description.
 METADATA_BYTES = 64 * 1024
 
 
@@ -75,12 +73,12 @@ class ReplicateApi:
     # Whether webhooks may go to private and loopback addresses.
     private_webhooks: bool
     addresses: Addresses
-    # Signs webhooks; clients ask for it.
+    # The key that signs webhooks.
     secret: str
-    # How every client sees the outputs of one prediction; None: as it can read them.
+    # How a single prediction shows its outputs; None: as its client can read them.
     outputs: Literal["url", "data"] | None
     started_at: str = field(default_factory=now)
-    # A page may have megabytes, and SQLite answers one question at a time.
+    # A page may have megabytes, and SQLite runs one query at a time.
     lists: Turns = field(default_factory=lambda: Turns(2, 50))
 
     def routes(self) -> list[BaseRoute]:
@@ -107,21 +105,17 @@ class ReplicateApi:
 
     async def _create(self, request: Request) -> Response:
         wait = _wait_seconds(request.headers.get("prefer", ""))
-        prediction = await self._accept(request, _lifetime(request.headers.getlist("cancel-after")))
-        if wait is not None:
-            prediction = await self.dispatcher.ended(prediction, wait)
-            if not prediction.finished:
-                shown = self.forms.replicate(prediction, self.addresses.base(request))
-                return JSONResponse({**shown, "status": "starting"}, 202)  # clients take any other for the end
-        return await self._show(request, prediction, 201)
-
-    async def _accept(self, request: Request, lifetime: timedelta | None) -> Prediction:
-        """The prediction that a request asks for; its body is gone when this returns."""
+        lifetime = _lifetime(request.headers.getlist("cancel-after"))
         base = self.addresses.base(request)
         async with self.bodies.read(request, lambda content: self._prediction(request, content, base)) as prediction:
             prediction.cancel_at = lifetime and now(lifetime)
             await self.dispatcher.accept(prediction)
-            return prediction
+        if wait is not None:
+            prediction = await self.dispatcher.ended(prediction, wait)
+            if not prediction.finished:
+                shown = self.forms.replicate(prediction, base)
+                return JSONResponse({**shown, "status": "starting"}, 202)  # clients take any other status for the end
+        return await self._show(request, prediction, 201)
 
     def _prediction(self, request: Request, content: bytes, base: str) -> Prediction:
         body = _read(content)
@@ -134,12 +128,12 @@ class ReplicateApi:
             fields = [{"type": p["type"], "field": f"input.{p['loc'][-1]}", "description": p["msg"]} for p in problems]
             detail = "".join(f"- {item['field']}: {item['description']}\n" for item in fields)
             raise problem(422, "Input validation failed", detail, invalid_fields=fields)
-        names = {"model": model, "version": number or self._number(), "base_url": base}
+        names = {"model": model, "version": number or self.version_id, "base_url": base}
         hook = _webhook(body, self.private_webhooks)
         return new_prediction(self.dispatcher.front, inputs, "replicate", notice=notice, **names, **hook)
 
     async def _show(self, request: Request, prediction: Prediction, status: int = 200) -> Response:
-        """One prediction by itself, with its files inside where its client, or the operator, wants them there."""
+        """One prediction, with its files inside where its client needs that or the operator wants it."""
         base = self.addresses.base(request)
         if prediction.status == "succeeded" and self._inlines(request, base):
             return answer_inlined(await self.forms.inlined(prediction, base), status)
@@ -148,7 +142,7 @@ class ReplicateApi:
     def _inlines(self, request: Request, base: str) -> bool:
         if self.outputs is not None:
             return self.outputs == "data"
-        # An operator who says where clients reach the cluster has URLs there, whatever these begin with.
+        # With PUBLIC_URL set, the operator wants URLs, even if they begin with http:.
         unread = self.addresses.public_url is None and base.startswith("http:")
         return unread and CLIENT.search(request.headers.get("user-agent", "")) is not None
 
@@ -180,7 +174,7 @@ class ReplicateApi:
     async def _cancel(self, request: Request) -> Response:
         prediction = await self._known(request)
         if await self.dispatcher.cancel(prediction.id):
-            # One that only waited has ended at once; one that runs ends soon.
+            # One that was waiting ends at once; one that runs ends soon.
             prediction = await self.dispatcher.ended(prediction, 1)
         return await self._show(request, prediction)
 
@@ -192,22 +186,20 @@ class ReplicateApi:
         return Streamed(events, media_type="text/event-stream")
 
     async def _model(self, request: Request) -> Response:
-        owner, name = request.path_params["owner"], request.path_params["name"]
+        address = "/v1/models/{owner}/{name}".format(**request.path_params)
         model = {
-            "url": f"{self.addresses.base(request)}/v1/models/{owner}/{name}",
-            "owner": owner,
-            "name": name,
+            "url": self.addresses.base(request) + address,
+            **request.path_params,
             "description": "FLUX.1 with LoRAs that change from one request to the next.",
             "visibility": "private",
-            **dict.fromkeys(("github_url", "paper_url", "license_url")),
             "run_count": 0,
-            **dict.fromkeys(("cover_image_url", "default_example")),
-            "latest_version": self._describe(self._number()),
+            **dict.fromkeys(("github_url", "paper_url", "license_url", "cover_image_url", "default_example")),
+            "latest_version": self._describe(self.version_id),
         }
         return JSONResponse(model)
 
     async def _versions(self, _: Request) -> Response:
-        return JSONResponse({"previous": None, "next": None, "results": [self._describe(self._number())]})
+        return JSONResponse({"previous": None, "next": None, "results": [self._describe(self.version_id)]})
 
     async def _version(self, request: Request) -> Response:
         return JSONResponse(self._describe(request.path_params["version"]))
@@ -216,21 +208,21 @@ class ReplicateApi:
         about = {"id": number, "created_at": self.started_at, "cog_version": version("cog")}
         return {**about, "openapi_schema": self.schema.document}
 
-    def _number(self) -> str:
-        """The version that runs here: the same for the same inputs and outputs."""
+    @cached_property
+    def version_id(self) -> str:
+        """The version that runs here, a hash of the document of its inputs and outputs."""
         return hashlib.sha256(json.dumps(self.schema.document, sort_keys=True).encode()).hexdigest()
 
     async def _deployment(self, request: Request) -> Response:
         release = {
             "number": 1,
             "model": f"{OWNER}/{NAME}",
-            "version": self._number(),
+            "version": self.version_id,
             "created_at": self.started_at,
             "created_by": ACCOUNT,
             "configuration": {"hardware": "gpu", "min_instances": 1, "max_instances": 1},
         }
-        owner, name = request.path_params["owner"], request.path_params["name"]
-        return JSONResponse({"owner": owner, "name": name, "current_release": release})
+        return JSONResponse({**request.path_params, "current_release": release})
 
     async def _account(self, _: Request) -> Response:
         return JSONResponse(ACCOUNT)
@@ -245,7 +237,7 @@ class ReplicateApi:
         try:
             await self.predictions.add_file(file)
         except BaseException:
-            await self.files.delete([file.id])  # what the database does not know never expires
+            await self.files.delete([file.id])  # a file that the database does not know would never expire
             raise
         return JSONResponse(_file(file, base), 201)
 
@@ -269,10 +261,9 @@ class ReplicateApi:
             size, file = await self.files.open(request.path_params["file_id"])
         except FileNotFoundError:
             raise problem(404, "Not found", "There is no such file; files are kept for an hour.") from None
-        # A stranger's file must not act as a page of this host.
-        headers = {"x-content-type-options": "nosniff", "content-security-policy": "sandbox"}
-        # In pieces: a client that receives it slowly must not make a front hold it whole.
-        headers["content-length"] = str(size)
+        # A file must not act as a page of this host.
+        safe = {"x-content-type-options": "nosniff", "content-security-policy": "sandbox"}
+        headers = {"content-length": str(size), **safe}
         return Streamed(read_pieces(file, size), media_type=kind_of(request.path_params["name"]), headers=headers)
 
 
@@ -287,7 +278,7 @@ def _read(content: bytes) -> dict[str, Any]:
 
 
 def _read_upload(content: bytes, kind: str) -> tuple[bytes, str, str, dict[str, Any]]:
-    """What a form uploads: content, name, media type, and what is kept about it."""
+    """The content, name, media type and description of an uploaded file."""
     try:
         form = read_form(content, kind)
     except ValueError as error:
@@ -301,14 +292,9 @@ def _read_upload(content: bytes, kind: str) -> tuple[bytes, str, str, dict[str, 
     media_type = file.headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip() or OCTETS
     if not MEDIA_TYPE.fullmatch(media_type):
         raise problem(422, "Bad type", f"The file's Content-Type is {media_type[:80]!r}; it must be like image/png.")
-    # A name may be a path, where the client is.
-    name = printable(re.split(r"[/\\]", name)[-1])[:128] or "file"
-    return (
-        file.content,
-        name,
-        media_type,
-        {"metadata": _metadata(form["metadata"].content if "metadata" in form else b"")},
-    )
+    name = printable(re.split(r"[/\\]", name)[-1])[:128] or "file"  # a client may send a path
+    about = {"metadata": _metadata(form["metadata"].content if "metadata" in form else b"")}
+    return file.content, name, media_type, about
 
 
 def _metadata(content: bytes) -> dict[str, Any]:
@@ -335,7 +321,7 @@ def _resolve(asked: object) -> tuple[str, str | None]:
 
 
 def _webhook(body: dict[str, Any], private: bool) -> dict[str, Any]:
-    """Where the client wants to be told of which events."""
+    """The URL and the events of a client's webhook."""
     webhook, events = body.get("webhook"), body.get("webhook_events_filter") or list(EVENTS)
     if webhook is None and body.get("webhook_completed"):
         webhook, events = body["webhook_completed"], ["completed"]
@@ -350,13 +336,13 @@ def _webhook(body: dict[str, Any], private: bool) -> dict[str, Any]:
 
 
 def _wait_seconds(prefer: str) -> float | None:
-    """How long `Prefer: wait` or `Prefer: wait=5` waits; None where it does not."""
+    """The seconds of `Prefer: wait` or `Prefer: wait=5`; None for any other text."""
     found = re.search(r"\bwait(?:=(\d+))?", prefer, re.ASCII)
     return min(float(found[1] or MAX_WAIT_SECONDS), MAX_WAIT_SECONDS) if found else None  # the longest are infinite
 
 
 def _lifetime(durations: list[str]) -> timedelta | None:
-    """After how long a prediction is to be cancelled that has not ended: `30`, `30s`, `5m`, `1h30m`; None: never."""
+    """The time of Cancel-After, such as `30`, `30s`, `5m` or `1h30m`; None without one."""
     if not durations:
         return None
     text = ", ".join(durations)
@@ -370,15 +356,11 @@ def _lifetime(durations: list[str]) -> timedelta | None:
 
 
 def _file(file: File, base: str) -> dict[str, Any]:
+    names = ("id", "name", "content_type", "size", "created_at", "expires_at")
     return {
-        "id": file.id,
-        "name": file.name,
-        "content_type": file.content_type,
-        "size": file.size,
+        **{name: getattr(file, name) for name in names},
         "etag": file.sha256,
         "checksums": {"sha256": file.sha256},
         "metadata": (file.about or {}).get("metadata", {}),
-        "created_at": file.created_at,
-        "expires_at": file.expires_at,
         "urls": {"get": f"{base}/v1/files/{file.id}"},
     }

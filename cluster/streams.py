@@ -1,10 +1,11 @@
 """A prediction's progress as server-sent events, in Replicate's form.
 
-However many clients hear of one prediction, the database is asked once each half second, and they are woken when it has
-changed. This module knows what has been told; it knows nothing of HTTP, and of who may hear it.
+All streams of one prediction share one query each half second, and are woken when something has changed. This module
+knows what has been sent; it knows nothing of HTTP or of authorisation.
 """
 
 import asyncio
+import itertools
 import json
 import logging
 from collections.abc import AsyncIterator, Iterator
@@ -25,14 +26,13 @@ SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class _Watch:
-    """What is known of one prediction, for as long as anybody hears of it."""
+    """The newest state of one prediction, while any client listens."""
 
     def __init__(self, predictions: Predictions, prediction_id: str) -> None:
         self.known: Prediction | None = None
         self.logs, self.outputs = "", []
-        # Nothing more will be known.
         self.over = False
-        # Set, and replaced by another one, when there is news.
+        # Set, and replaced by a new one, at each change.
         self.news = asyncio.Event()
         self.listeners = 0
         self.task = spawn(self._look(predictions, prediction_id))
@@ -41,7 +41,11 @@ class _Watch:
         try:
             while known := await predictions.get(prediction_id):
                 if known != self.known:
-                    self._tell(known)
+                    output = known.output
+                    self.known, self.logs, self.over = known, lines(known.whole_log), known.finished
+                    self.outputs = output if isinstance(output, list) else [] if output is None else [output]
+                    self.news.set()
+                    self.news = asyncio.Event()
                 if known.finished:
                     break
                 await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
@@ -50,14 +54,6 @@ class _Watch:
         finally:
             self.over = True
             self.news.set()
-
-    def _tell(self, known: Prediction) -> None:
-        output = known.output
-        self.known, self.logs = known, lines(known.whole_log)
-        self.outputs = output if isinstance(output, list) else [] if output is None else [output]
-        self.over = known.finished
-        self.news.set()
-        self.news = asyncio.Event()
 
 
 @dataclass(frozen=True)
@@ -68,14 +64,12 @@ class Streams:
     watches: dict[str, _Watch] = field(default_factory=dict, init=False)
 
     async def events(self, prediction_id: str, base: str) -> AsyncIterator[str]:
-        """Logs and outputs as they come, an error, the end; files among the outputs are URLs that begin with `base`."""
-        told, shown, count = 0, 0, 0
+        """Logs and outputs as they come, an error, the end; `base` is the front's address in URLs of files."""
+        told, shown, numbers = 0, 0, itertools.count(1)
 
         def event(kind: str, data: str) -> str:
-            nonlocal count
-            count += 1
             text = "".join(f"data: {line}\n" for line in data.split("\n"))
-            return f"event: {kind}\nid: {prediction_id}-{count}\n{text}\n"
+            return f"event: {kind}\nid: {prediction_id}-{next(numbers)}\n{text}\n"
 
         with self._watch(prediction_id) as watch:
             over = False

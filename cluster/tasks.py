@@ -1,4 +1,4 @@
-"""Tasks of asyncio that nobody waits for."""
+"""Background tasks of asyncio."""
 
 import asyncio
 import logging
@@ -8,12 +8,12 @@ from typing import Any
 from cluster.failures import places
 
 logger = logging.getLogger("ray.serve")
-# asyncio itself holds its tasks weakly: one that nobody else holds may vanish before it has ended.
+# asyncio holds tasks weakly: without this, one may be collected before it has ended.
 _running: set[asyncio.Task[None]] = set()
 
 
 def spawn(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    """Start a task, hold it until it has ended, and log its failure."""
+    """A task that is started, held until it has ended, and whose failure is logged."""
     task = asyncio.create_task(work)
     _running.add(task)
     task.add_done_callback(_forget)

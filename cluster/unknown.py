@@ -1,7 +1,4 @@
-"""What a log says of inputs that the predictor does not have, which Cog drops in silence.
-
-This module knows names; it knows nothing of what the inputs are for.
-"""
+"""The log's line about inputs that the predictor does not have, which Cog drops silently. Knows names alone."""
 
 import difflib
 import re
@@ -10,7 +7,7 @@ from collections.abc import Collection, Sequence
 from cluster.privacy import SHOWN_CHARACTERS, show_input
 from sources.shown import brief
 
-# What other predictors call our inputs: likeness would find nothing, or another one.
+# Other predictors' names for our inputs, which likeness would not find, or take for another input.
 ELSEWHERE = {
     theirs: ours
     for ours, names in {
@@ -29,28 +26,27 @@ ELSEWHERE = {
     }.items()
     for theirs in names.split()
 }
-# How alike two words must be, from 0 to 1: below this, it was not a slip of the hand.
+# How alike two words must be to be a typing error, from 0 to 1.
 LIKENESS = 0.75
-# A request may have thousands: so many are named, the others counted.
+# The names that are listed; the others, perhaps thousands, are counted.
 NAMED = 8
 
 
 def notice(unknown: Sequence[str], known: Collection[str]) -> str | None:
-    """The line, with its end; None where no input is unknown. Each name has at most 200 characters there."""
+    """The line, with its end; None where no input is unknown. Names are cut to 200 characters."""
     if not unknown:
         return None
     named = [_named(name, known) for name in unknown[:NAMED]]
     if len(unknown) > NAMED:
         named.append(f"{len(unknown) - NAMED} more")
-    *before, last = named
-    names = f"{', '.join(before)} and {last}" if before else last
-    said = "inputs {} are unknown and have" if before else "input {} is unknown and has"
-    return f"The {said.format(names)} no effect.\n"
+    if len(named) == 1:
+        return f"The input {named[0]} is unknown and has no effect.\n"
+    return f"The inputs {', '.join(named[:-1])} and {named[-1]} are unknown and have no effect.\n"
 
 
 def _named(name: str, known: Collection[str]) -> str:
-    """A name as it may be shown, in quotes where it could be taken for several words, and what it may stand for."""
-    # Of a longer one, `show_input` shows no half word, and a name is one.
+    """A name without secrets, quoted unless it is one word, and with the input that may be meant."""
+    # Cut first: of a longer text, `show_input` would leave out the last word, which may be all of the name.
     shown = brief(show_input(name[:SHOWN_CHARACTERS]))
     close = ELSEWHERE.get(name.lower())
     if close not in known:
@@ -60,10 +56,10 @@ def _named(name: str, known: Collection[str]) -> str:
 
 
 def _is_slip(name: str, ours: str) -> bool:
-    """Whether a slip of the hand made the name out of ours.
+    """Whether the name may be ours with typing errors.
 
-    Word by word: of whole names, enable_safety_checker is most like disable_safety_checker, and lora_scale_2 like
-    lora_scale. A word that begins otherwise, or has a number, is another word: rescale, image2.
+    Words are compared, since as whole names enable_safety_checker and disable_safety_checker are alike. A word with
+    another first letter or with a number is another word: rescale, image2.
     """
     words, meant = re.split(r"[\W_]+", name), ours.split("_")
     return "".join(words) == "".join(meant) or (len(words) == len(meant) and all(map(_alike, words, meant)))

@@ -1,13 +1,12 @@
-"""Which variables the cluster keeps from the predictor's process: its own secrets, and the ways to them.
+"""The variables that the predictor's process does not get: the cluster's secrets, and the ways to them.
 
-The predictor parses files that strangers send, and needs none of these; all other variables pass to it. A beginning
-takes more than secrets with it: AWS_CA_BUNDLE, AWS_REGION and AZURE_CLIENT_ID go too, and AWS_ENDPOINT_URL.
-This module knows names alone.
+The predictor parses files from strangers, and needs none of these. A prefix withholds some harmless variables too:
+AWS_CA_BUNDLE, AWS_REGION, AWS_ENDPOINT_URL, AZURE_CLIENT_ID. This module knows names alone.
 """
 
 from collections.abc import Iterable
 
-# By what a name begins with: what reads it, and what it gives.
+# By prefixes of names: who reads them, and what they hold.
 WITHHELD = {
     "API_TOKENS": "the fronts: who may ask",
     "DATABASE_URL": "the fronts: the database, with its password",
@@ -35,5 +34,5 @@ WITHHELD = {
 
 
 def withheld(names: Iterable[str]) -> list[str]:
-    """Those of a process's variables that the predictor is not to get."""
+    """The names of variables that the predictor must not get."""
     return [name for name in names if name.startswith(tuple(WITHHELD))]

@@ -35,6 +35,8 @@ LOOPBACK = "127.0.0.1"
 # The range of ports that the kernel gives away, and where ours begin: Ray's workers have those below.
 KERNELS_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 LOWEST_PORT = 20_000
+# The ids of predictions that are taken: an id becomes part of paths, URLs and headers.
+PREDICTION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.~-]{0,127}")
 # Cog takes bodies up to 100 MiB, and base64 makes four bytes of three.
 MAX_FILE_BYTES = 70_000_000
 # Cog asks for BaseRunner instead of BasePredictor, which older command-line tools do not know.

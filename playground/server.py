@@ -18,7 +18,7 @@ import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
-from local_cog.server import LOOPBACK, check_address, exit_on_signals, read_port, url
+from local_cog.server import LOOPBACK, PREDICTION_ID, check_address, exit_on_signals, read_port, url
 from playground.events import Events, TooManyListenersError, read_event, with_webhook
 from playground.own import OwnServer
 from playground.target import NoAnswerError, Target, has_gone
@@ -28,8 +28,6 @@ from settings import MIB, VERSION
 PAGE = Path(__file__).parent / "page"
 HEADERS = json.loads(Path(__file__).with_name("headers.json").read_text(encoding="utf-8"))
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-# As the cluster has them.
-PREDICTION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.~-]{0,127}")
 # Cog takes as much, and this server adds a little to it.
 MOST_BYTES = 100 * MIB
 MOST_CONNECTIONS = 100

@@ -1,17 +1,15 @@
-"""What a server without a login answers: clients of this machine, and none of the pages that its browser shows.
+"""Protection of a server without a login: clients of this machine are answered, foreign pages in its browser are not.
 
-Any web page can have the browser send forms and text to loopback. It can read the answers too, where the name that it
-was loaded from leads to loopback afterwards (DNS rebinding). The browser's headers tell such requests: `Host` is that
-name, `Origin` is where the page is from, and a page may not send `application/json` to another origin.
-
-This module knows the headers of HTTP; it knows no framework.
+Any web page can have the browser send forms and text to loopback, and can read the answers if its own host name is
+changed to lead there (DNS rebinding). The browser's headers give such requests away: `Host` is that name, `Origin` is
+the page's, and a page may not send `application/json` to another origin. This module knows headers, and no framework.
 """
 
 import re
 from collections.abc import Iterable
 
 _OCTET = r"(?:\d|[1-9]\d|1\d\d|2[0-4]\d|25[0-5])"
-# As browsers send them: they turn other spellings of an address, such as 127.1 or 0x7f.0.0.1, into these.
+# As browsers send them: they rewrite other spellings of an address, such as 127.1 or 0x7f.0.0.1.
 _LOOPBACK = re.compile(
     rf"(?:localhost\.?|\[::1\]|127(?:\.{_OCTET}){{3}})(?::[1-9]\d{{0,4}})?", re.ASCII | re.IGNORECASE
 )
@@ -21,11 +19,9 @@ _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 def find_fault(headers: Iterable[tuple[str, str]], *, form: bool = False) -> tuple[int, str] | None:
     """Why a request may be a foreign page's: a status of HTTP and a sentence that begins with the header; None if not.
 
-    A body must be JSON. Clients that are no browsers send no `Origin`.
-
     Args:
-        headers: names and values as they came, repeated ones too.
-        form: whether a body is a form instead, which foreign pages can send; they are known by `Origin` alone.
+        headers: names and values as they came, repeated ones too; only browsers send `Origin`.
+        form: whether the body is a form instead of JSON: foreign pages can send it, and only `Origin` shows them.
     """
     given: dict[str, list[str]] = {}
     for name, value in headers:

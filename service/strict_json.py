@@ -1,16 +1,17 @@
-"""JSON from strangers, read strictly: it is bounded in what it makes of its bytes, and means the same to every reader.
+"""JSON from strangers, read strictly: its values are limited in number and size, and mean the same to every reader.
 
-Python's own reader takes more than JSON has (NaN, halves of characters, numbers without end), and what it has taken can
-then be neither stored nor sent. This module knows JSON; it does not know what a text is for.
+Python's own reader takes more than JSON has (NaN, halves of characters, endless numbers), which can then be neither
+stored nor sent. This module knows JSON; it does not know what a text is for.
 """
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
-# Many times what anybody sends: a body of a prediction has some thirty values, a LoRA file of every layer 10,000.
+# A prediction's body has some thirty values, the header of a LoRA file with every layer 10,000.
 MAX_VALUES = 100_000
-# Each takes as long to read as a hundred letters, with Python's lock held. Base64 as PHP writes it has one in 64.
+# Each takes as long to read as a hundred letters, with the GIL held. PHP's base64 has one in 64 characters.
 MAX_ESCAPES = 4_000_000
 MAX_DEPTH = 32
 MAX_NUMBER_CHARACTERS = 100
@@ -19,13 +20,13 @@ MAX_NUMBER_CHARACTERS = 100
 def read(content: bytes, max_values: int = MAX_VALUES, *, zeros: bool = False) -> Any:  # noqa: ANN401 (JSON)
     """The value of one JSON text, in UTF-8.
 
-    Whole numbers that have no room in 64 bits with a sign become floats: databases and validators know none larger.
+    Whole numbers beyond 64 bits with a sign become floats: databases and validators know none larger.
 
     Args:
-        content: the text; reading it takes time in proportion to its length, and holds Python's lock.
-        max_values: how many values it may have. Commas and opening brackets are counted before anything is made of
-            them, also where they stand in strings.
-        zeros: whether the character U+0000 may stand in strings.
+        content: the text; reading it takes time in proportion to its length, and holds the GIL.
+        max_values: how many values it may have. Commas and opening brackets are counted before parsing, those in
+            strings too.
+        zeros: whether strings may have the character U+0000.
 
     Raises:
         ValueError: a sentence that begins with "it".
@@ -80,52 +81,38 @@ def _no_constant(name: str) -> None:
 def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
     named = dict(members)
     if len(named) < len(members):
-        seen: set[str] = set()
-        twice = next(name for name, _ in members if name in seen or seen.add(name))
-        raise ValueError(f"it has the name {_short_name(twice)} twice in one object.")
+        (twice, _), *_ = Counter(name for name, _ in members).most_common(1)
+        raise ValueError(f"it has the name {twice[:80]!a} twice in one object.")
     return named
 
 
-def _short_name(name: str) -> str:
-    return ascii(name[:80])
-
-
-def _check(value: Any, zeros: bool) -> None:  # noqa: ANN401 (JSON)
-    """Refuse what is nested too deep, and strings that not every database and encoding can hold."""
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        inner = []
-        for item in level:
-            match item:
-                case str():
-                    _check_text(item, zeros)
-                case dict():
-                    inner += [*item, *item.values()]
-                case list():
-                    inner += item
-        if not inner:
-            return
-        level = inner
-    raise ValueError(_TOO_DEEP)
-
-
-def _check_text(text: str, zeros: bool) -> None:
-    if "\0" in text and not zeros:
-        raise ValueError("it has the character U+0000 in a string, which databases cannot keep.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"U+{ord(text[error.start]):04X}"
-        raise ValueError(f"it has half of a surrogate pair, {half}, in a string, which is no character.") from None
+def _check(value: Any, zeros: bool, depth: int = 0) -> None:  # noqa: ANN401 (JSON)
+    """Refuse values that are nested too deep, and strings that not every database and encoding can hold."""
+    if depth > MAX_DEPTH:
+        raise ValueError(_TOO_DEEP)
+    match value:
+        case str():
+            if "\0" in value and not zeros:
+                raise ValueError("it has the character U+0000 in a string, which databases cannot keep.")
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                half = f"half of a surrogate pair, U+{ord(value[error.start]):04X}"
+                raise ValueError(f"it has {half}, in a string, which is no character.") from None
+        case list():
+            for item in value:
+                _check(item, zeros, depth + 1)
+        case dict():
+            _check([*value, *value.values()], zeros, depth)
 
 
 def compact(value: Any, *, sort: bool = True) -> str:  # noqa: ANN401 (JSON)
-    """JSON as coglet writes it: without spaces, most often with the names in order."""
+    """JSON as coglet writes it: without spaces, its names in order unless `sort` is off."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=sort)
 
 
 def storable(value: Any) -> Any:  # noqa: ANN401 (JSON)
-    """A value of the predictor's, in which U+FFFD stands for what `read` would refuse in strings, null for NaN."""
+    """A predictor's value with U+FFFD for characters that `read` refuses, and null for NaN and infinities."""
     match value:
         case str():
             if value.isascii() and "\0" not in value:  # a picture, most often, as a data URI
