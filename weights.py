@@ -49,7 +49,7 @@ from sources.references import (
     parse,
     parse_picture,
 )
-from sources.shown import redact
+from sources.shown import quoted
 from sources.store import Store, disk_errors_told
 from sources.work import run_stoppable
 
@@ -169,9 +169,7 @@ class WeightsCache:
         except ValueError as error:
             if path.is_absolute():  # where the operator keeps it is not for clients
                 raise ValueError(f"There is no file or folder {path.name!r} at the path that was given.") from None
-            raise ValueError(
-                f"There is no file or folder {redact(reference)[:120]!r}; as a reference, {error}"
-            ) from None
+            raise ValueError(f"There is no file or folder {quoted(reference)}; as a reference, {error}") from None
 
     def open_choice(
         self, choice: LoraChoice, until: float = math.inf, model: str = "dev"
@@ -268,8 +266,8 @@ class _Lookup:
         if (file := self._find(source, record, config)) is not None:
             return file
         file = self._download(source, record, cached, config)
-        # What came by a token of the reference's own is for those who have it, though all may learn its hash.
-        if getattr(wanted, "token", None) is None:
+        # A file that the reference's own token gave access to is for those who have it; all may learn its hash.
+        if wanted.token is None:
             self._store.grant(source.sha256)
         return file
 

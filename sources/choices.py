@@ -20,7 +20,7 @@ from typing import Any
 from request import MOST_LORAS, LoraChoice, exact, named_blocks
 from service import strict_json
 from sources.references import MAX_CHARACTERS, SUFFIXES, Civitai, Replicate, identity, parse, unwrapped
-from sources.shown import QUOTES, redact, redact_text
+from sources.shown import QUOTES, quoted, redact_text
 
 PLUS = re.compile(r"\s\+\s")
 DECIMAL = re.compile(r"[+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})")
@@ -129,7 +129,7 @@ def _times(choice: LoraChoice, scale: float) -> LoraChoice:
         product = exact(own) * exact(factor) * exact(scale)
         if abs(product) > LARGEST_STRENGTH:
             raise ValueError(
-                f"{_named(choice.reference)} has strength {own * factor * scale:.15g}{where}, which is its own "
+                f"{quoted(choice.reference)} has strength {own * factor * scale:.15g}{where}, which is its own "
                 f"{own * factor:.15g} times the input's scale {scale:.15g}; it must be from {-LARGEST_STRENGTH} to "
                 f"{LARGEST_STRENGTH}."
             )
@@ -139,10 +139,6 @@ def _times(choice: LoraChoice, scale: float) -> LoraChoice:
         strength(choice.scale, factor, f" in {key}")
     clip = None if choice.clip is None else strength(choice.clip, where=" in the text encoder")
     return LoraChoice(choice.reference, strength(choice.scale), clip=clip, blocks=choice.blocks)
-
-
-def _named(reference: str) -> str:
-    return repr(redact(reference)[:120])
 
 
 def _read_sum(text: str) -> list[LoraChoice]:
@@ -230,7 +226,7 @@ def _read_object(path: str, item: Mapping[str, Any]) -> LoraChoice:
 
     try:
         if unknown := sorted(item.keys() - REPORTED.union(NAMES)):
-            raise ValueError(f"{_brief(unknown[0])}; it may have {', '.join(NAMES[:-1])} and {NAMES[-1]}.")
+            raise ValueError(f"{quoted(unknown[0], 40)}; it may have {', '.join(NAMES[:-1])} and {NAMES[-1]}.")
         blocks = {} if item.get("blocks") is None else item["blocks"]
         if not isinstance(blocks, dict):
             raise ValueError('blocks that are no object; they must be such as {"single_blocks": 0.5}.')
@@ -242,11 +238,7 @@ def _read_object(path: str, item: Mapping[str, Any]) -> LoraChoice:
             blocks={key: number(f"blocks {key!r}", factor) for key, factor in blocks.items()},
         )
     except ValueError as error:
-        raise ValueError(f"{_named(path)} has {error}") from None
-
-
-def _brief(value: Any) -> str:  # noqa: ANN401 (JSON)
-    return repr(redact(str(value))[:40])
+        raise ValueError(f"{quoted(path)} has {error}") from None
 
 
 def _check_keys(keys: Iterable[str]) -> None:
@@ -256,7 +248,7 @@ def _check_keys(keys: Iterable[str]) -> None:
         try:
             kind, numbers = named_blocks(key)
         except ValueError as error:
-            raise ValueError(f"blocks {_brief(key)}; {error}") from None
+            raise ValueError(f"blocks {quoted(key, 40)}; {error}") from None
         ranges.append((kind, len(numbers), numbers.start, key))
     for (kind, count, first, key), (*others, start, other) in pairwise(sorted(ranges)):
         if [kind, count] == others and start < first + count:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from settings import Settings
-from sources.references import ELSEWHERE, SUFFIXES, Local, parse
-from sources.shown import brief, redact
+from sources.references import ELSEWHERE, Local, parse, suffix_of
+from sources.shown import brief, quoted, redact
 
 # How many names a sentence has, where none of them is near to the one that is missing.
 FEW = 5
@@ -29,20 +29,20 @@ def find(name: str, folder: Path | None) -> Path:
     Raises:
         ValueError: a sentence: there is none, and which are near; two files have the name; the folder cannot be read.
     """
-    shown = Local(name).name[:120]
+    shown = quoted(Local(name).address)
     if folder is None:
         raise ValueError(
-            f"{shown!r} would be a LoRA of LORAS_DIR, which this server does not have; it must be {ELSEWHERE}."
+            f"{shown} would be a LoRA of LORAS_DIR, which this server does not have; it must be {ELSEWHERE}."
         )
     try:
         files = [it for it in _files_at(folder, name.split("/")) if _is_within(it, folder)]
     except OSError as error:
-        raise ValueError(f"LORAS_DIR, where {shown!r} would be, cannot be read: {error.strerror}.") from None
+        raise ValueError(f"LORAS_DIR, where {shown} would be, cannot be read: {error.strerror}.") from None
     if not files:
-        raise ValueError(f"There is no LoRA {shown!r} in LORAS_DIR; {_instead(name, _paths(folder))}.")
+        raise ValueError(f"There is no LoRA {shown} in LORAS_DIR; {_instead(name, _paths(folder))}.")
     if len(files) > 1:
         both = " and ".join(sorted(redact(it.name) for it in files))
-        raise ValueError(f"{shown!r} names {len(files)} files of LORAS_DIR, {both}; it must be the name of one.")
+        raise ValueError(f"{shown} names {len(files)} files of LORAS_DIR, {both}; it must be the name of one.")
     return files[0]
 
 
@@ -89,8 +89,8 @@ def _files_at(folder: Path, parts: list[str]) -> list[Path]:
 
 def _stem(name: str) -> str | None:
     """A name without its suffix, in NFC; None where it has none of those."""
-    suffix = max((it for it in SUFFIXES if name.lower().endswith(it)), key=len, default=None)
-    return None if suffix is None else _normal(name[: -len(suffix)])
+    suffix = suffix_of(name)
+    return _normal(name[: -len(suffix)]) if suffix else None
 
 
 def _normal(name: str) -> str:

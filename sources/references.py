@@ -12,7 +12,7 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urls
 
 from settings import Settings, names_host
 from sources.data_uris import decode
-from sources.shown import BLANKS, QUOTES, redact
+from sources.shown import BLANKS, QUOTES, quoted, redact
 
 ELSEWHERE = (
     "owner/name[/version] of Replicate, huggingface.co/owner/repo, civitai.com/models/id, "
@@ -46,70 +46,68 @@ NO_REPOS = re.compile(
 ABOUT_REPOS = re.compile("blame|colab|commits?|community|discussions|edit|settings|upload")
 
 
-@dataclass(frozen=True)
-class Local:
+class _Named:
+    """A reference of one form. Only its name is ever shown: the rest may hold a token, or be one."""
+
+    # A token that the reference itself holds: some people paste links with their own.
+    token: str | None = None
+
+    def __repr__(self) -> str:
+        """The form and the name."""
+        return f"{type(self).__name__}({self.name!r})"
+
+    @property
+    def name(self) -> str:
+        """The address without secrets; if it has none, parsing the name gives the same reference."""
+        return redact(self.address)
+
+
+@dataclass(frozen=True, repr=False)
+class Local(_Named):
     """A LoRA of the operator's folder LORAS_DIR, by its path there, without suffix."""
 
     path: str
 
-    def __repr__(self) -> str:
-        """With its name alone: what somebody took for one may be a token."""
-        return f"Local({self.name!r})"
-
     @property
     def address(self) -> str:
-        """All of it; naming it again gives the same reference."""
+        """The text that parses to this reference."""
         return self.path if _is_word(self.path) else f"local:{self.path}"
 
-    @property
-    def name(self) -> str:
-        """As it may be shown; the same as its address, unless that looks like a token."""
-        return redact(self.address)
 
-
-@dataclass(frozen=True)
-class Replicate:
+@dataclass(frozen=True, repr=False)
+class Replicate(_Named):
     """A model on Replicate, or one version of it."""
 
     owner: str
     model: str
     version: str | None = None
-    # Some people paste links that hold their own token.
-    token: str | None = field(default=None, repr=False)
-
-    def __repr__(self) -> str:
-        """With its name alone."""
-        return f"Replicate({self.name!r})"
+    token: str | None = None
 
     @property
     def address(self) -> str:
-        """All of it, not to be shown; naming it again gives the same reference."""
+        """The text that parses to this reference, with its token."""
         path = "/".join(filter(None, (self.owner, self.model, self.version)))
         return path if self.token is None else f"replicate.com/{path}?{urlencode({'token': self.token})}"
 
     @property
     def name(self) -> str:
-        """As it may be shown; the same as its address, unless that has or looks like a token."""
+        """The address without token and host."""
         return redact(replace(self, token=None).address)
 
 
-@dataclass(frozen=True)
-class HuggingFace:
+@dataclass(frozen=True, repr=False)
+class HuggingFace(_Named):
     """A repo on Hugging Face, or a folder or a file in it."""
 
     repo: str
     revision: str = "main"
     folder: str = ""
     file: str | None = None
-    token: str | None = field(default=None, repr=False)
-
-    def __repr__(self) -> str:
-        """With its name alone: a path may have a token in it, or a query that was encoded along with it."""
-        return f"HuggingFace({self.name!r})"
+    token: str | None = None
 
     @property
     def address(self) -> str:
-        """All of it, not to be shown; naming it again gives the same reference."""
+        """The text that parses to this reference, with its token."""
         place, revision = f"huggingface.co/{self.repo}", quote(self.revision, safe="")
         if self.file is not None:
             place = f"{place}/resolve/{revision}/{quote(self.file, safe='/:@')}"
@@ -117,28 +115,21 @@ class HuggingFace:
             place = f"{place}/tree/{revision}/{quote(self.folder, safe='/:@')}".rstrip("/")
         return place if self.token is None else f"{place}?{urlencode({'token': self.token})}"
 
-    @property
-    def name(self) -> str:
-        """As it may be shown; the same as its address, unless that has in it what may be a secret."""
-        return redact(self.address)
 
-
-@dataclass(frozen=True)
-class Civitai:
-    """A model on CivitAI, which means its newest version for what it is drawn with, or one version."""
+@dataclass(frozen=True, repr=False)
+class Civitai(_Named):
+    """One version of a model on CivitAI; without a version, the newest for the model that draws."""
 
     model: int | None
     version: int | None = None
-    # Which of a version's files, as a download link says it: `type=Model&format=SafeTensor`.
-    query: str = field(default="", repr=False)
+    query: str = ""  # which of a version's files, as in a download link: `type=Model&format=SafeTensor`
     host: str = "civitai.com"
-    token: str | None = field(default=None, repr=False)
-    # dev or schnell: which of a model's versions is meant, where none is named.
-    drawn_with: str = "dev"
+    token: str | None = None
+    drawn_with: str = "dev"  # or schnell
 
     @property
     def name(self) -> str:
-        """As it may be shown; naming it again gives the same version."""
+        """Parsing it gives the same version."""
         if self.version is None:
             return f"{self.host}/models/{self.model}"
         if self.model is None:
@@ -146,29 +137,28 @@ class Civitai:
         return f"urn:air:flux1:lora:civitai:{self.model}@{self.version}"
 
 
-@dataclass(frozen=True)
-class Url:
-    """A file anywhere. The query belongs to the address (signed URLs) and is never shown."""
+@dataclass(frozen=True, repr=False)
+class Url(_Named):
+    """A file anywhere; its query is kept, since signed URLs need it."""
 
-    url: str = field(repr=False)
-    # Of a picture: whether a #fragment was left out of it.
-    cut: bool = field(default=False, repr=False, compare=False)
+    url: str
+    cut: bool = field(default=False, compare=False)  # of a picture: whether a #fragment was left out of it
 
     @property
     def name(self) -> str:
-        """As it may be shown: without user, password, query and fragment."""
+        """The address without login, query and fragment."""
         return redact(self.url)
 
 
-@dataclass(frozen=True)
-class Data:
+@dataclass(frozen=True, repr=False)
+class Data(_Named):
     """A file within the request."""
 
-    content: bytes = field(repr=False)
+    content: bytes
 
     @cached_property
     def name(self) -> str:
-        """As it may be shown: a short hash."""
+        """A short hash."""
         return f"sha256:{hashlib.sha256(self.content).hexdigest()[:12]}"
 
 
@@ -274,7 +264,7 @@ def parse_picture(name: str, text: str) -> Picture:
             f"{name} has {len(text)} characters; it must be an http(s) URL of at most {MAX_CHARACTERS}, or a data URI."
         )
     if not _is_address(text):
-        raise ValueError(f"{name} is {redact(text)[:80]!r}; it must be an http(s) URL or a data URI.")
+        raise ValueError(f"{name} is {quoted(text, 80)}; it must be an http(s) URL or a data URI.")
     address, fragment, _ = text.partition("#")
     return Url(address, cut=bool(fragment))
 
@@ -284,11 +274,11 @@ def _parse_url(text: str, url: str, settings: Settings | None) -> Reference:
         raise _unknown(text)
     readers = dict(READERS)
     if settings is not None:
-        mirrors = (settings.hf_endpoint, settings.civitai_endpoint, settings.replicate_endpoint)
-        for mirror, reader in zip(mirrors, (_read_hugging_face, _read_civitai, _read_replicate_page), strict=True):
-            readers[_place(mirror)] = reader
+        readers[_place(settings.hf_endpoint)] = _read_hugging_face
+        readers[_place(settings.civitai_endpoint)] = _read_civitai
+        readers[_place(settings.replicate_endpoint)] = _read_replicate_page
     reader = readers.get(_place(url))
-    return Url(url.partition("#")[0]) if reader is None else reader(text, url)
+    return Url(url.partition("#")[0]) if reader is None else reader(text, urlsplit(url))
 
 
 def _is_address(url: str) -> bool:
@@ -322,10 +312,13 @@ def _token_in(text: str, parts: SplitResult) -> str | None:
     login = unquote(parts.password or parts.username or "")
     token = dict(parse_qsl(parts.query)).get("token") or login or None
     if token is not None and TOKEN.fullmatch(token) is None:
-        raise ValueError(
-            f"The token in {redact(text)[:120]!r} must be one word of letters, digits and signs, without spaces."
-        )
+        raise ValueError(f"The token in {quoted(text)} must be one word of letters, digits and signs, without spaces.")
     return token
+
+
+def suffix_of(name: str) -> str:
+    """The longest of `SUFFIXES` that a name ends in, in whatever case; empty where it ends in none."""
+    return max((it for it in SUFFIXES if name.lower().endswith(it)), key=len, default="")
 
 
 def _is_word(text: str) -> bool:
@@ -336,16 +329,15 @@ def _is_word(text: str) -> bool:
 
 def _parse_local(text: str) -> Local:
     path = unicodedata.normalize("NFC", text[6:].strip() if text[:6].lower() == "local:" else text)
-    if suffix := next((it for it in sorted(SUFFIXES, key=len, reverse=True) if path.lower().endswith(it)), None):
+    if suffix := suffix_of(path):
         raise ValueError(
-            f"{redact(text)[:120]!r} ends in {suffix}; a LoRA of LORAS_DIR must be named without it, as "
-            f"{redact(text[: -len(suffix)])[:120]!r}."
+            f"{quoted(text)} ends in {suffix}; a LoRA of LORAS_DIR must be named without it, as "
+            f"{quoted(text[: -len(suffix)])}."
         )
     hidden = any(part.strip()[:1] in ("", ".") for part in path.split("/"))
     if hidden or not path.isprintable() or NO_NAME.search(path):
         raise ValueError(
-            f"{redact(text)[:120]!r} names no LoRA of LORAS_DIR; it must be local:name or local:folder/name, "
-            "without suffix."
+            f"{quoted(text)} names no LoRA of LORAS_DIR; it must be local:name or local:folder/name, without suffix."
         )
     return Local(path)
 
@@ -361,14 +353,13 @@ def _read_replicate(path: str) -> Replicate | None:
     return Replicate(found["owner"], found["model"], found["version"])
 
 
-def _read_replicate_page(text: str, url: str) -> Replicate:
-    parts = urlsplit(url)
+def _read_replicate_page(text: str, parts: SplitResult) -> Replicate:
     path = unquote(parts.path).strip("/")
     first, *rest = path.split("/")
-    shown = redact(text)[:120]
+    shown = quoted(text)
     if first == "p":
         raise ValueError(
-            f"{shown!r} is a prediction or a training of Replicate; it must be the model, as owner/name, or the "
+            f"{shown} is a prediction or a training of Replicate; it must be the model, as owner/name, or the "
             "address of the trained_model.tar."
         )
     if NO_OWNERS.fullmatch(first) is None:
@@ -376,13 +367,12 @@ def _read_replicate_page(text: str, url: str) -> Replicate:
             return replace(reference, token=_token_in(text, parts))
         if len(rest) > 1 and (model := _read_replicate(f"{first}/{rest[0]}")) is not None:
             raise ValueError(
-                f"{shown!r} is a page about a model of Replicate; it must be {model.name}, or a version of it."
+                f"{shown} is a page about a model of Replicate; it must be {model.name}, or a version of it."
             )
-    raise ValueError(f"{shown!r} names no model of Replicate; it must be replicate.com/owner/name[/version].")
+    raise ValueError(f"{shown} names no model of Replicate; it must be replicate.com/owner/name[/version].")
 
 
-def _read_hugging_face(text: str, url: str) -> HuggingFace:
-    parts = urlsplit(url)
+def _read_hugging_face(text: str, parts: SplitResult) -> HuggingFace:
     token = _token_in(text, parts)
     segments = [unquote(segment) for segment in parts.path.split("/") if segment]
     name = r"[A-Za-z0-9_.-]+"
@@ -390,13 +380,13 @@ def _read_hugging_face(text: str, url: str) -> HuggingFace:
         segments = []
     if not segments or not all(re.fullmatch(name, part) for part in segments[:2]) or ".." in segments:
         raise ValueError(
-            f"{redact(text)[:120]!r} names no model on Hugging Face; it must be huggingface.co/owner/repo, "
+            f"{quoted(text)} names no model on Hugging Face; it must be huggingface.co/owner/repo, "
             "with /resolve/revision/file or /tree/revision/folder where one is meant."
         )
     repo, rest = "/".join(segments[:2]), segments[2:]
     if rest and ABOUT_REPOS.fullmatch(rest[0]):
         raise ValueError(
-            f"{redact(text)[:120]!r} is a page about a model on Hugging Face; it must be "
+            f"{quoted(text)} is a page about a model on Hugging Face; it must be "
             f"{HuggingFace(repo).name}, or a file of it."
         )
     if not rest:
@@ -410,8 +400,7 @@ def _read_hugging_face(text: str, url: str) -> HuggingFace:
     return HuggingFace(repo, revision, "" if is_file else path, path if is_file else None, token)
 
 
-def _read_civitai(text: str, url: str) -> Civitai:
-    parts = urlsplit(url)
+def _read_civitai(text: str, parts: SplitResult) -> Civitai:
     host = "civitai.red" if (parts.hostname or "").endswith("civitai.red") else "civitai.com"
     query = dict(parse_qsl(parts.query))
     query.pop("token", None)
@@ -426,7 +415,7 @@ def _read_civitai(text: str, url: str) -> Civitai:
     version = query.get("modelVersionId", "")
     if found is None or not re.fullmatch(f"({NUMBER})?", version):
         raise ValueError(
-            f"{redact(text)[:120]!r} names no model on CivitAI; it must be civitai.com/models/id, "
+            f"{quoted(text)} names no model on CivitAI; it must be civitai.com/models/id, "
             "with ?modelVersionId=id where one version is meant."
         )
     return Civitai(int(found[1]), int(version) if version else None, "", host, token)
@@ -441,11 +430,10 @@ def _parse_air(text: str) -> Civitai:
     )
     if found is None or found["source"].lower() != "civitai":
         raise ValueError(
-            f"{redact(text)[:120]!r} is no AIR of CivitAI; "
-            "it must be urn:air:flux1:lora:civitai:model@version, with numbers."
+            f"{quoted(text)} is no AIR of CivitAI; it must be urn:air:flux1:lora:civitai:model@version, with numbers."
         )
     if found["base"].lower() != "flux1":
-        raise ValueError(f"{redact(text)[:120]!r} is for {found['base']}; it must be for flux1.")
+        raise ValueError(f"{quoted(text)} is for {found['base']}; it must be for flux1.")
     return Civitai(int(found["model"]), int(found["version"]) if found["version"] else None)
 
 
@@ -459,6 +447,6 @@ READERS = {
 
 
 def _unknown(text: str) -> ValueError:
-    shown = redact(text)
-    hidden = "" if shown == text else ", with what is not shown of it,"  # owner/name#1: what is shown would be right
-    return ValueError(f"{shown[:120]!r}{hidden} names no LoRA that can be fetched; it must be {ACCEPTED}.")
+    # owner/name#1: the part that is shown would be right
+    hidden = "" if redact(text) == text else ", with what is not shown of it,"
+    return ValueError(f"{quoted(text)}{hidden} names no LoRA that can be fetched; it must be {ACCEPTED}.")

@@ -136,6 +136,11 @@ def redact(reference: str) -> str:
     return printable(hide_tokens("".join(piece.shown for piece in _pieces_of(reference))).replace("\0", " "))
 
 
+def quoted(reference: str, limit: int = 120) -> str:
+    """A reference as a sentence names it: between quotes, without secrets, shortened."""
+    return repr(redact(reference)[:limit])
+
+
 def hidden(reference: str) -> list[str]:
     """The parts that `redact` leaves out: a login, up to its @; what begins with ?, # or ;; what a data URI holds."""
     if _DATA.match(reference):
