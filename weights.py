@@ -258,7 +258,8 @@ class _Lookup:
         """Make the record say what the reference means now, and give the file: the cached one, where it is the same."""
         if isinstance(wanted, Data):
             return self._take(io.BytesIO(wanted.content), "The data: URI", record)
-        source = resolve(wanted, self._settings, self._client, hasty=cached is not None)
+        # With a file to fall back on, a host is asked once.
+        source = resolve(wanted, self._settings, partial(self._client.json, hasty=cached is not None))
         if cached is not None and source.key is not None and source.key == record.key:
             return cached
         # Before the weights: it is short, and what is wrong with it is known before they have come.

@@ -4,6 +4,7 @@ This module knows HTTP. It knows neither what is asked for nor where it is kept;
 """
 
 import contextlib
+import http.client
 import json
 import random
 import re
@@ -12,12 +13,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import urllib3
 
-from settings import MIB, names_host
+from settings import MIB, Settings, names_host
 from sources.connections import Connections, PrivateAddressError, StoppedError, basic_login, untrusted
 from sources.shown import host_of, redact
 
@@ -75,32 +76,17 @@ class UnavailableError(ValueError):
         self.pause = pause  # what the host asked for, in seconds
 
 
-class Client:
-    """Asks hosts for files, for one piece of work; another thread can stop it.
+class Client(Connections):
+    """Asks hosts for files, for one piece of work; another thread can stop it."""
 
-    Args:
-        allow_private: whether private and loopback addresses may be connected to.
-        patience: how long a host may keep us waiting.
-        proxies: the operator's, see `Settings`.
-    """
-
-    def __init__(self, *, allow_private: bool, patience: Patience, proxies: Mapping[str, str] | None = None) -> None:
-        self.patience = patience
-        self._connections = Connections(
-            allow_private=allow_private, proxies=proxies or {}, connect=patience.connect, stall=patience.stall
+    def __init__(self, settings: Settings, patience: Patience) -> None:
+        super().__init__(
+            allow_private=settings.allow_private_hosts,
+            proxies=settings.proxies,
+            connect=patience.connect,
+            stall=patience.stall,
         )
-
-    def stop(self) -> None:
-        """End everything under way, and close all connections: threads that wait for a host get `StoppedError`."""
-        self._connections.stop()
-
-    def disconnect(self) -> None:
-        """Wake every thread that waits for a host; to be called from any thread."""
-        self._connections.disconnect()
-
-    def check(self) -> None:
-        """Raise `StoppedError` after `stop`."""
-        self._connections.check()
+        self.patience = patience
 
     def persist(self, attempt: Callable[[], T], hasty: bool = False) -> T:
         """Try again while the host is unavailable, after growing pauses or those that it asks for; `hasty`: do not."""
@@ -116,16 +102,11 @@ class Client:
 
     def pause(self, seconds: float) -> None:
         """Wait, for a little longer than that: many who were refused together should not come back together."""
-        if self._connections.stopped.wait(seconds * random.uniform(1, 1.25)):
+        if self.stopped.wait(seconds * random.uniform(1, 1.25)):
             raise StoppedError
 
     def open(self, source: Source, headers: Mapping[str, str] | None = None, url: str | None = None) -> "Stream":
-        """Ask for a file, following redirects.
-
-        Args:
-            source: what is asked for.
-            headers: added to the request.
-            url: where an earlier request was redirected to.
+        """The answer to a request for a file, after redirects; `url`: where an earlier request was redirected to.
 
         Raises:
             UnavailableError: the host cannot be reached, answers 429 or 5xx.
@@ -134,7 +115,7 @@ class Client:
         url, asked = url or source.url, source
         for _ in range(MAX_REDIRECTS):
             if _origin(url) != _origin(source.url):
-                # Token and form were for the host that the source lies on, not for whatever that one trusts.
+                # Token and form are for the source's own host, not for hosts that it redirects to.
                 asked = replace(source, token=None, form=None)
             response = self._request(asked, url, headers or {})
             location = response.headers.get("Location")
@@ -165,7 +146,7 @@ class Client:
             sent["Authorization"] = basic_login(parts)
         url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         try:
-            return self._connections.ask(url, sent, source.form)
+            return self.ask(url, sent, source.form)
         except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
             raise self.broken(source, url, error) from error
 
@@ -175,15 +156,10 @@ class Client:
         return _broken(source, url, error, self._way(url))
 
     def _way(self, url: str) -> str:
-        return "" if self._connections.proxy(url) is None else " through the server's proxy"
+        return "" if self.proxy(url) is None else " through the server's proxy"
 
     def read(self, source: Source, size: int, hasty: bool = False) -> bytes:
-        """The first `size` bytes of a file, fewer where it has no more.
-
-        Raises:
-            UnavailableError: the host is down, and stays so.
-            ValueError: it refuses.
-        """
+        """The first `size` bytes of a file, fewer where it has no more; see `persist` and `open`."""
 
         def attempt() -> bytes:
             with self.open(source) as stream:
@@ -191,25 +167,25 @@ class Client:
 
         return self.persist(attempt, hasty)
 
-    def json(self, source: Source, hasty: bool = False) -> object:
-        """A host's answer about a file.
+    def json(self, source: Source, hasty: bool = False) -> Any:  # noqa: ANN401 (JSON)
+        """The JSON that a host answers; see `persist` and `open`.
 
         Raises:
-            UnavailableError: the host is down, and stays so.
-            ValueError: it refuses, or answers something else.
+            UnavailableError: also where the answer is too long, or no JSON.
         """
         answer = self.read(source, MAX_JSON_BYTES + 1, hasty)
-        host = host_of(source.url)
         if len(answer) > MAX_JSON_BYTES:
-            raise UnavailableError(
-                f"{source.name} cannot be looked up: {host} answered with more than {MAX_JSON_BYTES // MIB} MiB."
-            )
+            host, most = host_of(source.url), MAX_JSON_BYTES // MIB
+            raise UnavailableError(f"{source.name} cannot be looked up: {host} answered with more than {most} MiB.")
         try:
             return json.loads(answer)
         except (ValueError, RecursionError):
-            raise UnavailableError(
-                f"{source.name} cannot be looked up: {host} sent something else than an answer."
-            ) from None
+            raise no_answer(source.name, source.url) from None
+
+
+def no_answer(name: str, url: str) -> UnavailableError:
+    """The sentence about a host that answers a question with something else than was asked for."""
+    return UnavailableError(f"{name} cannot be looked up: {host_of(url)} sent something else than an answer.")
 
 
 def _origin(url: str) -> tuple[str, str]:
@@ -240,7 +216,10 @@ def _broken(source: Source, url: str, error: Exception, way: str) -> ValueError:
     if isinstance(error, urllib3.exceptions.ProtocolError) and isinstance(error.args[-1], Exception):
         error = error.args[-1]
     if isinstance(error, urllib3.exceptions.ProxyError):
-        return _broken_by_proxy(source, host, error.original_error)
+        # The proxy is named without its address, which is the operator's business.
+        if answered := re.match(r"Tunnel connection failed: (\d{3})\b", str(error.original_error)):
+            return _refused_by_proxy(source, host, int(answered[1]))
+        return UnavailableError(f"{source.name} cannot be fetched: the server's proxy cannot be reached.")
     if isinstance(error, PrivateAddressError):
         return ValueError(
             f"{source.name} cannot be fetched: {host} is an address of the server's own network; it must be a public "
@@ -257,15 +236,7 @@ def _broken(source: Source, url: str, error: Exception, way: str) -> ValueError:
     return UnavailableError(f"{source.name} cannot be fetched: the connection to {host}{way} failed or broke off.")
 
 
-def _broken_by_proxy(source: Source, host: str | None, error: Exception) -> ValueError:
-    """A sentence about a proxy that lets nothing through; its address is the operator's business."""
-    answered = re.match(r"Tunnel connection failed: (\d{3})\b", str(error))
-    if answered is None:
-        return UnavailableError(f"{source.name} cannot be fetched: the server's proxy cannot be reached.")
-    return _refused_by_proxy(source, host, int(answered[1]))
-
-
-def _refused_by_proxy(source: Source, host: str | None, status: int) -> ValueError:
+def _refused_by_proxy(source: Source, host: str, status: int) -> ValueError:
     sentence = f"{source.name} cannot be fetched: the server's proxy answered {_said(status)} for {host}"
     if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
         return ValueError(f"{sentence}; whoever runs the server has to give it the proxy's user and password.")
@@ -275,13 +246,12 @@ def _refused_by_proxy(source: Source, host: str | None, status: int) -> ValueErr
 
 
 def _said(status: int) -> str:
-    """A status as people read it."""
-    phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else ""
-    return f"{status} {phrase}".rstrip()
+    """A status as people read it: 404 Not Found."""
+    return f"{status} {http.client.responses.get(status, '')}".rstrip()
 
 
 def _refusal(source: Source, url: str, response: urllib3.BaseHTTPResponse, way: str) -> ValueError:
-    """A sentence about an answer that is none."""
+    """A sentence about a status that is an error."""
     status, host = response.status, host_of(url)
     if way and status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
         return _refused_by_proxy(source, host, status)
@@ -289,10 +259,10 @@ def _refusal(source: Source, url: str, response: urllib3.BaseHTTPResponse, way: 
         return source.explain(status, response.headers)
     sentence = f"{source.name} cannot be fetched: {host} answered {_said(status)}{way}"
     if status in (408, 425, 429) or status >= 500:
-        # The latter: more digits than Python makes a number of.
-        with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError):
-            return UnavailableError(f"{sentence}; try again later.", urllib3.Retry().get_retry_after(response))
-        return UnavailableError(f"{sentence}; try again later.")
+        pause = None
+        with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError):  # no number, or one of too many digits
+            pause = urllib3.Retry().get_retry_after(response)
+        return UnavailableError(f"{sentence}; try again later.", pause)
     if host == "replicate.delivery" and status in (403, 404):
         advice = "the files of a prediction are deleted after an hour: name the model as owner/name instead"
     elif status in source.advice:
@@ -308,9 +278,8 @@ class Stream(contextlib.AbstractContextManager):
     """The body of one response, as it arrives.
 
     Attributes:
-        client, source: what asked, and for what.
-        url: where the redirects led.
-        place: the same without what changes from one signed address to the next, and is secret.
+        url: after redirects.
+        place: the URL without its query: a signature is secret, and differs from one redirect to the next.
         status: 200, 206 or 304.
         position: of the next byte, within the file.
         end: the position behind the last byte, where the host states it.
@@ -318,11 +287,9 @@ class Stream(contextlib.AbstractContextManager):
     """
 
     def __init__(self, client: Client, source: Source, url: str, response: urllib3.BaseHTTPResponse) -> None:
-        self.url, self.status, self.headers = url, response.status, response.headers
-        self.place = redact(url)
         self.client, self.source, self._response = client, source, response
-        self.position, self.end = 0, response.length_remaining
-        self.size = self.end
+        self.url, self.place, self.status, self.headers = url, redact(url), response.status, response.headers
+        self.position, self.end, self.size = 0, response.length_remaining, response.length_remaining
         if self.status == HTTPStatus.PARTIAL_CONTENT:
             found = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", response.headers.get("Content-Range", ""))
             self.position, last, self.size = map(int, found.groups()) if found else (-1, -1, None)
@@ -331,7 +298,7 @@ class Stream(contextlib.AbstractContextManager):
         self._since, self._counted = time.monotonic(), 0
 
     def __exit__(self, *_: object) -> None:
-        """See `close`."""
+        """Close it."""
         self.close()
 
     def close(self) -> None:

@@ -287,12 +287,12 @@ class Connections:
             StoppedError: it was stopped, which may also show as one of the others.
         """
         self.check()
-        manager = self._managers[self.proxy(url)]
-        options = {"redirect": False, "retries": False, "preload_content": False}
-        if form is None:
-            return manager.request("GET", url, headers=headers, **options)
-        headers = {**headers, "Content-Type": "application/x-www-form-urlencoded"}
-        return manager.request("POST", url, headers=headers, body=form, **options)
+        method, typed = "GET", {}
+        if form is not None:
+            method, typed = "POST", {"Content-Type": "application/x-www-form-urlencoded"}
+        return self._managers[self.proxy(url)].request(
+            method, url, headers={**headers, **typed}, body=form, redirect=False, retries=False, preload_content=False
+        )
 
     def proxy(self, url: str) -> str | None:
         """The proxy that a URL is asked through; None where it is asked itself.

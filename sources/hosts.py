@@ -5,7 +5,7 @@ Asks the interfaces of Hugging Face, CivitAI and Replicate; fetching the file is
 
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePosixPath
@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from settings import Settings, names_host
 from sources import configs
-from sources.client import Client, Source, UnavailableError
+from sources.client import Source, UnavailableError, no_answer
 from sources.references import COMMIT, Civitai, HuggingFace, Replicate, Url
 from sources.shown import brief, hide_tokens, host_of, noted, redact
 
@@ -36,10 +36,12 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 CHECKPOINT = re.compile(r"[_-]0\d{4,}$|[_-](?:steps?|epoch|checkpoint)[_-]?\d+$|^checkpoint-\d+$", re.IGNORECASE)
 
 
-def resolve(
-    reference: Replicate | HuggingFace | Civitai | Url, settings: Settings, client: Client, hasty: bool = False
-) -> Source:
-    """Ask the host which file is meant; `hasty`: once, since there is something to fall back on.
+# `Client.json`: what a host answers.
+Ask = Callable[..., Any]
+
+
+def resolve(reference: Replicate | HuggingFace | Civitai | Url, settings: Settings, ask: Ask) -> Source:
+    """The file that a reference means now, by what `ask` learns from its host.
 
     Raises:
         UnavailableError: the host is down.
@@ -49,9 +51,9 @@ def resolve(
         case Replicate():
             return _resolve_replicate(reference, settings)
         case HuggingFace():
-            return _resolve_hugging_face(reference, settings, client, hasty)
+            return _resolve_hugging_face(reference, settings, ask)
         case Civitai():
-            return _resolve_civitai(reference, settings, client, hasty)
+            return _resolve_civitai(reference, settings, ask)
         case Url(url):
             return Source(reference.name, url)
 
@@ -72,9 +74,9 @@ def _resolve_replicate(reference: Replicate, settings: Settings) -> Source:
     )
 
 
-def _resolve_hugging_face(reference: HuggingFace, settings: Settings, client: Client, hasty: bool) -> Source:
-    repo = _list_repo(reference, settings, client, hasty)
-    path = reference.file if reference.file is not None else _choose_in_repo(reference, repo, settings, client)
+def _resolve_hugging_face(reference: HuggingFace, settings: Settings, ask: Ask) -> Source:
+    repo = _list_repo(reference, settings, ask)
+    path = reference.file if reference.file is not None else _choose_in_repo(reference, repo, settings, ask)
     if path not in repo.files:
         raise ValueError(f"{reference.name} does not exist; the repo has {_some(_weights_in(repo, ''))}.")
     print(f"{reference.name}: {brief(hide_tokens(path))} of commit {repo.commit[:8]}.")
@@ -95,24 +97,20 @@ class _Repo:
     files: Mapping[str, Source]
 
 
-def _list_repo(reference: HuggingFace, settings: Settings, client: Client, hasty: bool = False) -> _Repo:
-    """Ask Hugging Face for a repo's files, with their hashes.
-
-    Raises:
-        UnavailableError: the host is down.
-        ValueError: a sentence about why it cannot be had: missing, private, gated.
-    """
-    name, host = reference.name, host_of(settings.hf_endpoint)
+def _list_repo(reference: HuggingFace, settings: Settings, ask: Ask) -> _Repo:
+    """A repo's files, with their hashes."""
+    name = reference.name
     try:
         validate_repo_id(reference.repo)
     except HFValidationError:
         raise ValueError(f"{name} names no model on Hugging Face; it must be huggingface.co/owner/repo.") from None
-    asked = f"{reference.repo}/revision/{quote(reference.revision, safe='')}?blobs=true"
-    answer = client.json(_question(reference, settings, asked), hasty)
+    answer = ask(
+        _question(reference, settings, f"{reference.repo}/revision/{quote(reference.revision, safe='')}?blobs=true")
+    )
     try:
         return _read_repo(answer, reference, settings)
     except (KeyError, TypeError, AttributeError, HFValidationError):
-        raise UnavailableError(f"{name} cannot be looked up: {host} sent something else than an answer.") from None
+        raise no_answer(name, settings.hf_endpoint) from None
 
 
 def _read_repo(answer: dict[str, Any], reference: HuggingFace, settings: Settings) -> _Repo:
@@ -143,7 +141,7 @@ def _read_repo(answer: dict[str, Any], reference: HuggingFace, settings: Setting
 
 
 def _question(reference: HuggingFace, settings: Settings, asked: str, form: bytes | None = None) -> Source:
-    """What is asked of Hugging Face about a repo."""
+    """A question to Hugging Face's API about a repo."""
     return Source(
         reference.name,
         f"{settings.hf_endpoint}/api/models/{asked}",
@@ -154,7 +152,7 @@ def _question(reference: HuggingFace, settings: Settings, asked: str, form: byte
 
 
 def _account(reference: HuggingFace, settings: Settings) -> str | None:
-    """Who asks Hugging Face, as the end of a sentence; None: nobody, without a token."""
+    """The account that a token belongs to, as the end of a sentence; None where there is no token."""
     if reference.token:
         return f"the account of {IN_ADDRESS}"
     return "the account of HF_TOKEN" if settings.hf_token else None
@@ -200,8 +198,8 @@ def _weights_in(repo: _Repo, folder: str) -> list[str]:
     return [path for path in paths if path.count("/") == highest]
 
 
-def _choose_in_repo(reference: HuggingFace, repo: _Repo, settings: Settings, client: Client) -> str:
-    """The file that a repo, or a folder of it, is about: by its usual name, else the only one, else the newest."""
+def _choose_in_repo(reference: HuggingFace, repo: _Repo, settings: Settings, ask: Ask) -> str:
+    """The LoRA of a repo or of a folder in it: the one with a usual name, else the only one, else the newest."""
     paths = _weights_in(repo, reference.folder)
     for stem in ("pytorch_lora_weights", "lora", "adapter_model"):
         named = [path for path in paths if PurePosixPath(path).stem == stem]
@@ -209,7 +207,7 @@ def _choose_in_repo(reference: HuggingFace, repo: _Repo, settings: Settings, cli
             return named[0]
     finished = [path for path in paths if not CHECKPOINT.search(PurePosixPath(path).stem)] or paths
     if len(finished) > 1:
-        finished = _last_changed(finished, repo, reference, settings, client)
+        finished = _last_changed(finished, repo, reference, settings, ask)
     if len(finished) != 1:
         raise ValueError(
             f"{reference.name} has {_some(paths)}; "
@@ -218,13 +216,11 @@ def _choose_in_repo(reference: HuggingFace, repo: _Repo, settings: Settings, cli
     return finished[0]
 
 
-def _last_changed(
-    paths: list[str], repo: _Repo, reference: HuggingFace, settings: Settings, client: Client
-) -> list[str]:
+def _last_changed(paths: list[str], repo: _Repo, reference: HuggingFace, settings: Settings, ask: Ask) -> list[str]:
     """Those of the last commit; all of them where the host does not tell."""
     try:
         form = urlencode({"paths": paths, "expand": "true"}, doseq=True).encode()
-        listed = client.json(_question(reference, settings, f"{repo.id}/paths-info/{repo.commit}", form), hasty=True)
+        listed = ask(_question(reference, settings, f"{repo.id}/paths-info/{repo.commit}", form), hasty=True)
         dates = {file["path"]: file["lastCommit"]["date"] for file in listed if file.get("lastCommit")}
         last = max(dates.values(), default=None)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -233,14 +229,14 @@ def _last_changed(
 
 
 def _some(paths: list[str]) -> str:
-    """Names in a sentence."""
+    """A number of weights with the first names, for a sentence."""
     if not paths:
         return "no .safetensors file"
     more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
     return f"{len(paths)} .safetensors file(s): {', '.join(map(brief, paths[:8]))}{more}"
 
 
-def _resolve_civitai(reference: Civitai, settings: Settings, client: Client, hasty: bool) -> Source:
+def _resolve_civitai(reference: Civitai, settings: Settings, ask: Ask) -> Source:
     official = settings.civitai_endpoint == Settings.civitai_endpoint
     endpoint = f"https://{reference.host}" if official else settings.civitai_endpoint
     token = reference.token or settings.civitai_token
@@ -248,31 +244,26 @@ def _resolve_civitai(reference: Civitai, settings: Settings, client: Client, has
     missing = f"there is no such {'model' if reference.version is None else 'version'}"
     asked = f"models/{reference.model}" if reference.version is None else f"model-versions/{reference.version}"
     advice = {401: refused, 403: refused, 404: missing}
-    answer = client.json(Source(reference.name, f"{endpoint}/api/v1/{asked}", token, advice=advice), hasty)
+    answer = ask(Source(reference.name, f"{endpoint}/api/v1/{asked}", token, advice=advice))
     try:
         version = _newest(answer["modelVersions"], reference) if reference.version is None else answer
-        default = f"/api/download/models/{version['id']}"
-        file = _choose_file(version, reference)
+        number, file = version["id"], _choose_file(version, reference)
         download = _link(file)
-        print(
-            f"{reference.name}: {brief(file['name'])} of version {noted(str(version['id']))}, for {_base_of(version)}."
-        )
+        path = download.path or f"/api/download/models/{number}"
+        print(f"{reference.name}: {brief(file['name'])} of version {noted(str(number))}, for {_base_of(version)}.")
         sha256 = str((file.get("hashes") or {}).get("SHA256", "")).lower()
         return Source(
             reference.name,
-            f"{endpoint}{download.path or default}{'?' if download.query else ''}{download.query}",
+            f"{endpoint}{path}{'?' if download.query else ''}{download.query}",
             token=token,
-            key=f"civitai {version['id']} {file.get('id')} {sha256}",
+            key=f"civitai {number} {file.get('id')} {sha256}",
             sha256=sha256 if SHA256.fullmatch(sha256) else None,
             trigger_words=_words(version.get("trainedWords")),
             advice=advice,
             web_page=refused,
         )
     except (KeyError, TypeError, AttributeError):
-        host = host_of(endpoint)
-        raise UnavailableError(
-            f"{reference.name} cannot be looked up: {host} sent something else than an answer."
-        ) from None
+        raise no_answer(reference.name, endpoint) from None
 
 
 def _newest(versions: list[dict[str, Any]], reference: Civitai) -> dict[str, Any]:
@@ -280,7 +271,7 @@ def _newest(versions: list[dict[str, Any]], reference: Civitai) -> dict[str, Any
     usable = [version for version in versions if _weights_of(version)]
     for bases in BASES[reference.drawn_with]:
         if fitting := [version for version in usable if version.get("baseModel") in bases]:
-            return max(fitting, key=_age)
+            return max(fitting, key=lambda it: (str(it.get("publishedAt") or it.get("createdAt") or ""), it["id"]))
     if not usable:
         raise ValueError(f"{reference.name} has no version with a .safetensors file.")
     others = noted(", ".join(f"{_base_of(version)} (version {version['id']})" for version in usable))
@@ -294,22 +285,15 @@ def _base_of(version: dict[str, Any]) -> str:
     return noted(str(version.get("baseModel") or "a model without a name"))
 
 
-def _age(version: dict[str, Any]) -> tuple[str, int]:
-    return str(version.get("publishedAt") or version.get("createdAt") or ""), version["id"]
-
-
 def _weights_of(version: dict[str, Any]) -> list[dict[str, Any]]:
-    """The files of a version that may be its LoRA: neither what it was trained on, nor what cannot be read safely."""
-    return [
-        file
-        for file in version.get("files") or ()
-        if _is_weights(file) and file.get("type", "Model") in ("Model", "Pruned Model")
-    ]
+    """The files of a version that may be its LoRA: no training data, and no pickles."""
 
+    def is_safe(file: dict[str, Any]) -> bool:
+        kind = (file.get("metadata") or {}).get("format")
+        return kind == "SafeTensor" or (kind is None and str(file.get("name")).endswith(".safetensors"))
 
-def _is_weights(file: dict[str, Any]) -> bool:
-    kind = (file.get("metadata") or {}).get("format")
-    return kind == "SafeTensor" or (kind is None and str(file.get("name")).endswith(".safetensors"))
+    files = version.get("files") or ()
+    return [file for file in files if is_safe(file) and file.get("type", "Model") in ("Model", "Pruned Model")]
 
 
 def _choose_file(version: dict[str, Any], reference: Civitai) -> dict[str, Any]:

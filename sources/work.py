@@ -35,7 +35,7 @@ def run_stoppable(
         ValueError: a sentence: the time is up. What the work raises is raised here too.
     """
     seconds = until - time.monotonic()
-    client = Client(allow_private=settings.allow_private_hosts, patience=patience, proxies=settings.proxies)
+    client = Client(settings, patience)
     # Cog tells whose log a line belongs to by a context variable.
     context, outcome = contextvars.copy_context(), Future()
 
