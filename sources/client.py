@@ -48,6 +48,9 @@ class Patience:
         return replace(self, connect=min(self.connect, seconds), stall=min(self.stall, seconds))
 
 
+PATIENCE = Patience()
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a file's bytes are now, and what its host states about them."""

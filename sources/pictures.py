@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from settings import MIB, PICTURE_SECONDS, Settings
-from sources.client import Client, Patience, Source, Stream
+from sources.client import PATIENCE, Client, Patience, Source, Stream
 from sources.download import Download
 from sources.references import Data, Picture, left_out
 from sources.shown import host_of
@@ -24,10 +24,7 @@ PACKINGS = {"br", "compress", "deflate", "gzip", "x-compress", "x-gzip", "zstd"}
 
 
 def fetch_pictures(
-    sent: Mapping[str, Picture],
-    folder: Path,
-    settings: Settings,
-    patience: Patience = Patience(),  # noqa: B008 (frozen)
+    sent: Mapping[str, Picture], folder: Path, settings: Settings, patience: Patience = PATIENCE
 ) -> None:
     """Write each picture into its file.
 
