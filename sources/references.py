@@ -1,6 +1,6 @@
-"""What people type to name one LoRA → a Reference; what they send as a picture → a Url or Data.
+"""The text that names one LoRA → a Reference; the text that is sent as a picture → a Url or Data.
 
-Parsing is pure: no file is opened, no host is asked. What a reference is at its host now, hosts.py asks.
+Parsing is pure: no file is opened, and no host is asked; hosts.py does that.
 """
 
 import hashlib
@@ -19,26 +19,24 @@ ELSEWHERE = (
     "urn:air:flux1:lora:civitai:model@version, an http(s) URL or a data: URI"
 )
 ACCEPTED = f"a name or local:folder/name of LORAS_DIR, {ELSEWHERE}"
-# What files of LoRAs end in, packed or not.
 SUFFIXES = (".safetensors", ".tar", ".tar.gz", ".tgz", ".zip")
 # Signed addresses have some 2,000 characters, and servers take no more than this.
 MAX_CHARACTERS = 8192
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NUMBER = "[0-9]{1,18}"
-# No address has one of these, and a log would break at some.
+# No address has one of these, and some break a line of a log.
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-# What the names of files may not have on some systems, and what would mean something else in an address.
+# Not allowed in the names of files on some systems, or with another meaning in an address.
 NO_NAME = re.compile(r'[\\:*?"<>|#;%@]')
-# What a header may carry; a token that has more was not copied as it is.
+# The characters that a header may have; a token with others was not copied as it is.
 TOKEN = re.compile(r"[!-~]+")
-# Of replicate.com, what stands where a model's owner would.
+# Pages of replicate.com, at the place of a model's owner.
 NO_OWNERS = re.compile(
     "about|account|api|blog|billing|changelog|collections|create|customers|dashboard|deployments|docs|enterprise|"
     "explore|home|invoices|jobs|login|models|playground|predictions|pricing|privacy|search|settings|showcase|signin|"
     "signup|status|support|terms|trainings|webhooks"
 )
-
-# The same of huggingface.co; and what stands behind a repo where it is about the repo.
+# Pages of huggingface.co, at the place of an owner; and pages about a repo, at the place of a file.
 NO_REPOS = re.compile(
     "api|blog|chat|collections|datasets|docs|join|kernels|learn|login|models|new|organizations|papers|posts|settings|"
     "spaces|tasks"
@@ -167,17 +165,14 @@ Picture = Url | Data
 
 
 def is_pinned(reference: Reference) -> bool:
-    """Whether it can only ever mean the same file."""
+    """Whether it always means the same file."""
     if isinstance(reference, HuggingFace):
         return COMMIT.fullmatch(reference.revision) is not None
     return isinstance(reference, Data) or (isinstance(reference, Replicate) and reference.version is not None)
 
 
 def identity(reference: Reference) -> str:
-    """All that chooses its file or says who may have it, with its token: not to be shown.
-
-    References that mean the same file may have different ones.
-    """
+    """The name of a reference's record: all that chooses its file or gives access to it. It is secret."""
     match reference:
         case Local(path):
             return f"local {path}"
@@ -190,16 +185,16 @@ def identity(reference: Reference) -> str:
         case Civitai():
             return f"{reference.name} {reference.host} {reference.query} {reference.token}"
         case HuggingFace() | Replicate():
-            return reference.address  # the names of two may be the same
+            return reference.address
 
 
 def parse(text: str, settings: Settings | None = None, model: str = "dev") -> Reference:
-    """Read a reference.
+    """The reference in a text as somebody typed or pasted it.
 
     Args:
-        text: as somebody typed or pasted it.
-        settings: their mirrors' addresses count as the hosts that they mirror.
-        model: what it is drawn with, dev or schnell.
+        text: the reference.
+        settings: an address of one of their mirrors is read as one of the host that it mirrors.
+        model: the model that draws, dev or schnell.
 
     Raises:
         ValueError: a sentence that lists the accepted forms.
@@ -232,8 +227,8 @@ def _parse(text: str, settings: Settings | None) -> Reference:
 
 
 def unwrapped(text: str) -> str:
-    """The text without what is around it when it is pasted: spaces, what is invisible, and quotes."""
-    for _ in range(8):  # more of them, one in the other, are no quotes; and each time a long text is copied
+    """The text without the spaces, invisible characters and quotes around it that pasting brings along."""
+    for _ in range(8):  # more nested quotes are no mistake of pasting, and each turn copies a long text
         text = text.strip(BLANKS)
         if len(text) < 2 or QUOTES.get(text[0]) != text[-1]:
             break
@@ -247,11 +242,7 @@ def left_out(name: str) -> str:
 
 
 def parse_picture(name: str, text: str) -> Picture:
-    """Read where a picture lies, or the picture itself.
-
-    Args:
-        name: of the input, such as "image".
-        text: as somebody sent it.
+    """The address of a picture, or the picture itself, from the text of the input called `name`.
 
     Raises:
         ValueError: a sentence that names the input.
@@ -282,10 +273,10 @@ def _parse_url(text: str, url: str, settings: Settings | None) -> Reference:
 
 
 def _is_address(url: str) -> bool:
-    """Whether a URL names a host, and has no sign that no address has."""
+    """Whether a URL names a host, and has only characters that an address may have."""
     if not names_host(url) or CONTROL.search(url) or _ends_in_login(url):
         return False
-    # A blank or a quote in a path is part of a file's name; in front of the path it is a mistake.
+    # A blank or a quote in a path is part of a file's name; in a host it is a mistake.
     place = urlsplit(url).netloc
     return not re.search(r"\s", place) and not set(place.rpartition("@")[2]) & {*QUOTES, *QUOTES.values()}
 
@@ -296,19 +287,19 @@ def _place(url: str) -> str:
         parts = urlsplit(url)
         host = (parts.hostname or "").removeprefix("www.")
         own = parts.port in (None, {"http": 80, "https": 443}.get(parts.scheme))
-    except ValueError:  # a mirror's, which is no address
+    except ValueError:  # a mirror's address may be wrong
         return ""
     return host if own else f"{host}:{parts.port}"
 
 
 def _ends_in_login(url: str) -> bool:
-    """Whether what looks like a fragment may be the rest of a login: without it, a password would be a port."""
+    """Whether an apparent fragment may be the rest of a login: if it were cut, a password would become a port."""
     before, _, fragment = url.partition("#")
     return "@" in fragment and redact(url) != redact(before)
 
 
 def _token_in(text: str, parts: SplitResult) -> str | None:
-    """What an address says by `token=`, else by its password or its user: a host with tokens has no use for others."""
+    """The token in an address: `token=`, else its password or its user, which such hosts do not use otherwise."""
     login = unquote(parts.password or parts.username or "")
     token = dict(parse_qsl(parts.query)).get("token") or login or None
     if token is not None and TOKEN.fullmatch(token) is None:
@@ -322,7 +313,7 @@ def suffix_of(name: str) -> str:
 
 
 def _is_word(text: str) -> bool:
-    """Whether a text is one word, of letters and digits of any script, their marks, _, . and -."""
+    """Whether a text is one word of letters, digits and marks of any script, _, . and -."""
     inside = text.replace("_", "").replace(".", "").replace("-", "")
     return text[:1] not in ("", ".", "-") and all(unicodedata.category(sign)[0] in "LMN" for sign in inside)
 
@@ -375,10 +366,8 @@ def _read_replicate_page(text: str, parts: SplitResult) -> Replicate:
 def _read_hugging_face(text: str, parts: SplitResult) -> HuggingFace:
     token = _token_in(text, parts)
     segments = [unquote(segment) for segment in parts.path.split("/") if segment]
-    name = r"[A-Za-z0-9_.-]+"
-    if len(segments) < 2 or NO_REPOS.fullmatch(segments[0]):
-        segments = []
-    if not segments or not all(re.fullmatch(name, part) for part in segments[:2]) or ".." in segments:
+    is_repo = len(segments) > 1 and all(re.fullmatch(r"[A-Za-z0-9_.-]+", part) for part in segments[:2])
+    if not is_repo or NO_REPOS.fullmatch(segments[0]) or ".." in segments:
         raise ValueError(
             f"{quoted(text)} names no model on Hugging Face; it must be huggingface.co/owner/repo, "
             "with /resolve/revision/file or /tree/revision/folder where one is meant."
@@ -389,10 +378,8 @@ def _read_hugging_face(text: str, parts: SplitResult) -> HuggingFace:
             f"{quoted(text)} is a page about a model on Hugging Face; it must be "
             f"{HuggingFace(repo).name}, or a file of it."
         )
-    if not rest:
-        return HuggingFace(repo, token=token)
-    if rest[0] not in ("blob", "resolve", "raw", "tree") or len(rest) == 1:
-        path, revision, is_file = "/".join(rest), "main", "." in rest[-1]
+    if len(rest) < 2 or rest[0] not in ("blob", "resolve", "raw", "tree"):
+        path, revision, is_file = "/".join(rest), "main", any("." in part for part in rest[-1:])
     else:
         length = 3 if rest[1] == "refs" and len(rest) > 3 else 1
         revision, path = "/".join(rest[1 : 1 + length]), "/".join(rest[1 + length :])
@@ -405,12 +392,11 @@ def _read_civitai(text: str, parts: SplitResult) -> Civitai:
     query = dict(parse_qsl(parts.query))
     query.pop("token", None)
     token = _token_in(text, parts)
-    # A page in another language has that before its own path: /pt-BR, /zh-Hans, /es-419.
+    # The path of a page in another language begins with it: /pt-BR, /zh-Hans, /es-419.
     path = re.sub(r"^/(?!api/)[A-Za-z]{2,3}(?:-[A-Za-z0-9]{2,4})?(?=/)", "", parts.path)
-    if found := re.fullmatch(rf"/api/download/models/({NUMBER})/?", path):
-        return Civitai(None, int(found[1]), urlencode(query), host, token)
-    if found := re.fullmatch(rf"(?:/api/v1)?/model-versions/({NUMBER})/?", path):
-        return Civitai(None, int(found[1]), "", host, token)
+    if found := re.fullmatch(rf"(/api/download/models|(?:/api/v1)?/model-versions)/({NUMBER})/?", path):
+        download = found[1] == "/api/download/models"
+        return Civitai(None, int(found[2]), urlencode(query) if download else "", host, token)
     found = re.fullmatch(rf"(?:/api/v1)?/models/({NUMBER})(?:/[^/]*)?/?", path)
     version = query.get("modelVersionId", "")
     if found is None or not re.fullmatch(f"({NUMBER})?", version):
