@@ -1,8 +1,8 @@
 """A base model by name → a folder in diffusers or transformers layout, in Hugging Face's own cache.
 
-huggingface_hub downloads and keeps; this module knows which files of a repo are needed, and what to say when one cannot
-be had. HF_HOME and HF_HUB_CACHE (where the cache lies) and HF_HUB_OFFLINE (nothing is asked) are the library's
-variables, read when it is imported. What is in the cache stays, apart from what killed downloads have left.
+huggingface_hub downloads and keeps the files; this module chooses those that are needed, and words the errors. HF_HOME
+and HF_HUB_CACHE (the cache's folder) and HF_HUB_OFFLINE (no host is asked) are the library's variables, read when it is
+imported. Nothing is deleted from the cache but the unfinished files of killed downloads.
 """
 
 import glob
@@ -51,7 +51,7 @@ warnings.filterwarnings("ignore", "Not enough free disk space")
 VARIANT = re.compile(r"\.(?:fp16|bf16|fp32|non_ema|ema)[.-]")
 PICKLED = re.compile(r"(?:diffusion_)?pytorch_model(?:-\d+-of-\d+)?\.bin(?:\.index\.json)?")
 SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(\..*)")
-# How often a bar is drawn at most: where the log is no terminal, each time is a line of it.
+# How often a bar is drawn at most: in a log that is no terminal, each time is a line.
 DRAWN = 200
 DISK = "the disk of Hugging Face's cache"
 
@@ -240,20 +240,16 @@ class _Model:
         if any(map(_is_weights, sizes)):
             print(f"{name}: {gigabytes(missing)} to download; {DISK} has {gigabytes(free)} left.", flush=True)
         with _bar(name, missing) as bar, self._errors_told():
-            download(tqdm_class=_counter(self._counted(bar)))
+
+            def count(size: int) -> None:
+                self.client.check()  # ends the library's thread once the download is given up
+                with bar.get_lock():
+                    bar.update(size)
+
+            download(tqdm_class=_counter(count))
         # The library does not fail where it cannot list a repo: it returns the folder as it is.
         if not set(paths).isdisjoint(files.missing(weights=True)):
             raise UnavailableError(f"{name} cannot be fetched: the connection to {host} failed or broke off.")
-
-    def _counted(self, bar: tqdm) -> Callable[[int], object]:
-        """A function that adds bytes to the bar, or raises in the library's thread once the download is given up."""
-
-        def count(size: int) -> None:
-            self.client.check()
-            with bar.get_lock():
-                bar.update(size)
-
-        return count
 
     def _sweep(self) -> None:
         """Delete the halves of files that killed processes have left; the library locks what it is writing."""
@@ -324,9 +320,9 @@ def _bar(name: str, total: int) -> tqdm:
 
 
 def _counter(count: Callable[[int], object]) -> type[tqdm]:
-    """A class for the library's bars, none of which is drawn, whatever HF_HUB_DISABLE_PROGRESS_BARS says.
+    """A class for the library's bars: none is drawn, and that of bytes on the disk calls `count`.
 
-    It has three: files, bytes from the network, and bytes on the disk, which are counted.
+    The others count files and bytes from the network. HF_HUB_DISABLE_PROGRESS_BARS has no effect on it.
     """
 
     class Counter(tqdm):

@@ -1,7 +1,4 @@
-"""Asking hosts over HTTP: again where one is busy, where it redirects to, and what it means when it gives nothing.
-
-This module knows HTTP. It knows neither what is asked for nor where it is kept; connections knows sockets and proxies.
-"""
+"""Asking hosts over HTTP: retries, redirects, and a sentence for each failure. Sockets are connections.py's part."""
 
 import contextlib
 import http.client
@@ -23,10 +20,10 @@ from sources.connections import Connections, PrivateAddressError, StoppedError, 
 from sources.shown import host_of, redact
 
 T = TypeVar("T")
-# Read at once. Larger ones are mapped and unmapped each time, which costs more than the calls that they save.
+# Bytes of one read. Larger buffers are mapped and unmapped each time, which costs more than the calls they save.
 CHUNK = 128 * 1024
 MAX_REDIRECTS = 10
-# A model of CivitAI with a hundred versions and their pictures has one.
+# CivitAI's answer about a model with a hundred versions and their pictures has one MiB.
 MAX_JSON_BYTES = 8 * MIB
 SLOWEST = 1024  # bytes a second, of one connection
 
@@ -36,14 +33,12 @@ class Patience:
     """How long a host may keep a prediction waiting, in seconds."""
 
     connect: float = 10
-    # Without a byte, or with fewer than SLOWEST a second.
-    stall: float = 30
-    # Before the second, third ... attempt; a host's Retry-After up to the longest counts instead.
-    pauses: tuple[float, ...] = (0.5, 1, 2, 4)
-    longest_pause: float = 30
+    stall: float = 30  # without a byte, or with fewer than SLOWEST a second
+    pauses: tuple[float, ...] = (0.5, 1, 2, 4)  # before the second, third ... attempt
+    longest_pause: float = 30  # the longest Retry-After that is waited for instead
 
     def within(self, seconds: float) -> "Patience":
-        """No more of it than so many seconds, for one silence."""
+        """The same with at most that many seconds for each silence."""
         seconds = max(seconds, 0.1)  # to a socket, 0 means something else
         return replace(self, connect=min(self.connect, seconds), stall=min(self.stall, seconds))
 
@@ -53,21 +48,21 @@ PATIENCE = Patience()
 
 @dataclass(frozen=True)
 class Source:
-    """Where a file's bytes are now, and what its host states about them."""
+    """The place of a file, and what its host states about it."""
 
     name: str  # as it may be shown
     url: str = field(repr=False)
     token: str | None = field(default=None, repr=False)  # for the host and port of `url` alone
-    key: str | None = None  # what names this content for ever: a version, a commit, a hash
+    key: str | None = None  # names this content for ever: a version, a commit, a hash
     sha256: str | None = None
     size: int | None = None
     trigger_words: tuple[str, ...] = ()
-    # What to do about a status, and about a web page instead of the file, as the end of a sentence.
+    # The ends of sentences about a status, and about a web page instead of the file.
     advice: Mapping[int, str] = field(default_factory=dict)
     web_page: str | None = None
-    config: "Source | None" = None  # what lies beside it, see `configs`
-    form: bytes | None = field(default=None, repr=False)  # sent along by POST, to that host alone
-    # What a status and its headers mean where they are no answer, for a host with a way of its own to refuse.
+    config: "Source | None" = None  # beside it, see `configs`
+    form: bytes | None = field(default=None, repr=False)  # sent by POST, to the source's host alone
+    # The error for a status and headers, for a host that refuses in its own way.
     explain: Callable[[int, Mapping[str, str]], ValueError] | None = None
 
 
@@ -76,7 +71,7 @@ class UnavailableError(ValueError):
 
     def __init__(self, sentence: str, pause: float | None = None) -> None:
         super().__init__(sentence)
-        self.pause = pause  # what the host asked for, in seconds
+        self.pause = pause  # the host's Retry-After, in seconds
 
 
 class Client(Connections):
@@ -92,7 +87,7 @@ class Client(Connections):
         self.patience = patience
 
     def persist(self, attempt: Callable[[], T], hasty: bool = False) -> T:
-        """Try again while the host is unavailable, after growing pauses or those that it asks for; `hasty`: do not."""
+        """The result of `attempt`, repeated while the host is unavailable, after pauses; `hasty`: tried only once."""
         for pause in (*(() if hasty else self.patience.pauses), None):
             try:
                 return attempt()
@@ -104,7 +99,7 @@ class Client(Connections):
         raise AssertionError
 
     def pause(self, seconds: float) -> None:
-        """Wait, for a little longer than that: many who were refused together should not come back together."""
+        """Wait a little longer, at random: clients that were refused together should not return together."""
         if self.stopped.wait(seconds * random.uniform(1, 1.25)):
             raise StoppedError
 
@@ -154,7 +149,7 @@ class Client(Connections):
             raise self.broken(source, url, error) from error
 
     def broken(self, source: Source, url: str, error: Exception) -> ValueError:
-        """A sentence about a connection that failed; raises `StoppedError` where that is what it came from."""
+        """A sentence about a connection that failed; raises `StoppedError` if it failed because of `stop`."""
         self.check()
         return _broken(source, url, error, self._way(url))
 
@@ -200,12 +195,12 @@ def _origin(url: str) -> tuple[str, str]:
 def _follow(source: Source, url: str, location: str) -> str:
     """Where a redirect leads."""
     with contextlib.suppress(UnicodeError):
-        # A header is read as Latin-1; what is no ASCII in it is UTF-8 as a rule.
+        # Headers are decoded as Latin-1, but mostly UTF-8.
         location = location.encode("latin-1").decode()
     try:
         url = urljoin(url, location.strip())
     except ValueError:
-        url = "http:"  # which names no host either
+        url = "http:"  # names no host either
     if (scheme := urlsplit(url).scheme) not in ("http", "https"):
         raise ValueError(f"{source.name} leads to {scheme}: instead of http(s).")
     if not names_host(url):
@@ -278,7 +273,7 @@ def _refusal(source: Source, url: str, response: urllib3.BaseHTTPResponse, way: 
 
 
 class Stream(contextlib.AbstractContextManager):
-    """The body of one response, as it arrives.
+    """The body of a response, as it arrives.
 
     Attributes:
         url: after redirects.
@@ -305,7 +300,7 @@ class Stream(contextlib.AbstractContextManager):
         self.close()
 
     def close(self) -> None:
-        """Keep the connection for the next request where the body was read to its end, else close it."""
+        """Keep the connection for the next request if the body was read to its end, else close it."""
         if self._response.length_remaining == 0:
             self._response.release_conn()
         else:
@@ -313,12 +308,12 @@ class Stream(contextlib.AbstractContextManager):
 
     @property
     def is_part(self) -> bool:
-        """Whether it is less than the whole file, for all that its header says."""
+        """Whether it is less than the whole file, by its header."""
         return self.status == HTTPStatus.PARTIAL_CONTENT and (self.position, self.end) != (0, self.size)
 
     @property
     def validators(self) -> dict[str, str]:
-        """The headers that tell whether the file is still the same, where the host sends them."""
+        """The ETag and Last-Modified headers, if the host sent them."""
         return {name: self.headers[name] for name in ("ETag", "Last-Modified") if name in self.headers}
 
     def read(self, limit: int = CHUNK) -> bytes:

@@ -1,7 +1,4 @@
-"""What a reference means at its host now → a Source: which file, where it lies, what it is called by its content.
-
-Asks the interfaces of Hugging Face, CivitAI and Replicate; fetching the file is left to others.
-"""
+"""A reference → a Source: the file that it means now, by the APIs of Hugging Face, CivitAI and Replicate."""
 
 import operator
 import re
@@ -22,17 +19,17 @@ from sources.references import COMMIT, Civitai, HuggingFace, Replicate, Url
 from sources.shown import brief, hide_tokens, host_of, noted, redact
 
 MAX_WORDS = 32
-# CivitAI's names of the models that LoRAs for dev or schnell are for, exactly, in the order in which they count: the
-# model's own and what was tuned from it with the same inputs, then the other's. A version for anything else (Kontext
-# and Fill take further inputs) is used only where the reference names it.
+# CivitAI's exact names of the base models whose LoRAs fit, in order of preference: the model itself and those tuned
+# from it with the same inputs, then the other's. LoRAs for others (Kontext and Fill take further inputs) must be named
+# by their version.
 BASES = {
     "dev": (("Flux.1 D", "Flux.1 Krea"), ("Flux.1 S",)),
     "schnell": (("Flux.1 S",), ("Flux.1 D", "Flux.1 Krea")),
 }
-# Where a token came from that is not the operator's.
+# The source of a token that is not the operator's.
 IN_ADDRESS = "the token in the address"
 SHA256 = re.compile(r"[0-9a-f]{64}")
-# How trainers name what they save on the way: name_000001500, name-step00002000, checkpoint-500.
+# Trainers' names for intermediate results: name_000001500, name-step00002000, checkpoint-500.
 CHECKPOINT = re.compile(r"[_-]0\d{4,}$|[_-](?:steps?|epoch|checkpoint)[_-]?\d+$|^checkpoint-\d+$", re.IGNORECASE)
 
 
@@ -83,7 +80,7 @@ def _resolve_hugging_face(reference: HuggingFace, settings: Settings, ask: Ask) 
     source, beside = repo.files[path], configs.beside(path, repo.files)
     if beside is None:
         return source
-    # One key for both: where either has changed, the LoRA is another one.
+    # One key for both: if either has changed, the LoRA is another one.
     config = repo.files[beside]
     return replace(source, key=f"{source.key} {config.key}", config=config)
 
@@ -118,7 +115,7 @@ def _read_repo(answer: dict[str, Any], reference: HuggingFace, settings: Setting
     validate_repo_id(repo)
     if not COMMIT.fullmatch(commit):
         raise UnavailableError(f"{reference.name} cannot be looked up: its host names no commit.")
-    card = answer.get("cardData")  # which people write themselves
+    card = answer.get("cardData")  # written by users: it may be anything
     trigger_words = _words(card.get("instance_prompt") if isinstance(card, dict) else None)
     account = _account(reference, settings)
     refused = f"it is {_gate(repo, account)}" if answer.get("gated") else _needs_token(account)
@@ -170,7 +167,7 @@ def _needs_token(account: str | None) -> str:
 def explain_hugging_face(
     reference: HuggingFace, settings: Settings, status: int, headers: Mapping[str, str]
 ) -> ValueError:
-    """What Hugging Face means by a status that is no answer, as the sentence to raise."""
+    """The error for a status and headers of Hugging Face."""
     name, host, code = reference.name, host_of(settings.hf_endpoint), headers.get("X-Error-Code")
     account = _account(reference, settings)
     if code == "GatedRepo":
@@ -217,7 +214,7 @@ def _choose_in_repo(reference: HuggingFace, repo: _Repo, settings: Settings, ask
 
 
 def _last_changed(paths: list[str], repo: _Repo, reference: HuggingFace, settings: Settings, ask: Ask) -> list[str]:
-    """Those of the last commit; all of them where the host does not tell."""
+    """The paths that changed in the newest commit; all of them where the host does not tell."""
     try:
         form = urlencode({"paths": paths, "expand": "true"}, doseq=True).encode()
         listed = ask(_question(reference, settings, f"{repo.id}/paths-info/{repo.commit}", form), hasty=True)
@@ -267,7 +264,7 @@ def _resolve_civitai(reference: Civitai, settings: Settings, ask: Ask) -> Source
 
 
 def _newest(versions: list[dict[str, Any]], reference: Civitai) -> dict[str, Any]:
-    """The version of a model that was published last, of those for the first of `BASES` that it has any for."""
+    """The newest version of a model for the first of `BASES` that it has a version for."""
     usable = [version for version in versions if _weights_of(version)]
     for bases in BASES[reference.drawn_with]:
         if fitting := [version for version in usable if version.get("baseModel") in bases]:
@@ -297,7 +294,7 @@ def _weights_of(version: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _choose_file(version: dict[str, Any], reference: Civitai) -> dict[str, Any]:
-    """The one that a download link asks for, else the one that CivitAI calls primary, else the first."""
+    """The file that a download link asks for, else CivitAI's primary one, else the first."""
     fitting = _weights_of(version)
     if not fitting:
         raise ValueError(f"{reference.name} has no .safetensors file.")
@@ -307,11 +304,7 @@ def _choose_file(version: dict[str, Any], reference: Civitai) -> dict[str, Any]:
 
 
 def _link(file: dict[str, Any]) -> SplitResult:
-    """Where CivitAI says that a file lies, which is on itself; empty where it does not say.
-
-    Raises:
-        TypeError: it says something odd.
-    """
+    """The address of a file, on CivitAI itself; empty where it states none; TypeError where it is no address."""
     place = file.get("downloadUrl") or ""
     if place and not names_host(place):
         raise TypeError
@@ -319,6 +312,6 @@ def _link(file: dict[str, Any]) -> SplitResult:
 
 
 def _words(value: object) -> tuple[str, ...]:
-    """The first trigger words, from whatever somebody put where they belong."""
+    """The first trigger words, from a value of any type."""
     words = value[:MAX_WORDS] if isinstance(value, list) else [value]
     return tuple(noted(word.strip()) for word in words if isinstance(word, str) and word.strip())
