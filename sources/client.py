@@ -16,7 +16,7 @@ from urllib.parse import urljoin, urlsplit
 import urllib3
 
 from settings import MIB, Settings, names_host
-from sources.connections import Connections, PrivateAddressError, StoppedError, basic_login, untrusted
+from sources.connections import Connections, PrivateAddressError, StoppedError, split_login, untrusted
 from sources.shown import host_of, redact
 
 T = TypeVar("T")
@@ -137,16 +137,15 @@ class Client(Connections):
 
     def _request(self, source: Source, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
         sent = {"User-Agent": "flux-sprites", "Accept": "*/*", "Accept-Encoding": "identity", **headers}
-        parts = urlsplit(url)
+        address, login = split_login(url)
         if source.token is not None:
-            sent["Authorization"] = f"Bearer {source.token}"
-        elif parts.username is not None:
-            sent["Authorization"] = basic_login(parts)
-        url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+            login = f"Bearer {source.token}"
+        if login is not None:
+            sent["Authorization"] = login
         try:
-            return self.ask(url, sent, source.form)
+            return self.ask(address, sent, source.form)
         except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
-            raise self.broken(source, url, error) from error
+            raise self.broken(source, address, error) from error
 
     def broken(self, source: Source, url: str, error: Exception) -> ValueError:
         """A sentence about a connection that failed; raises `StoppedError` if it failed because of `stop`."""

@@ -22,6 +22,7 @@ from urllib.parse import SplitResult, unquote_to_bytes, urlsplit
 import certifi
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.util import connection
 
 # Of one download: enough where a host slows each connection down, too few to be taken for an attack.
 CONNECTIONS = 12
@@ -82,12 +83,16 @@ def _embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddre
     return None
 
 
-def basic_login(parts: SplitResult) -> str:
-    """The header for the user and the password of an address, which may have any characters."""
+def split_login(url: str) -> tuple[str, str | None]:
+    """A URL without its login, which may have any characters, and the header for it; None where there is no login."""
+    parts = urlsplit(url)
+    address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    if parts.username is None:
+        return address, None
     user, password = (
         unquote_to_bytes((text or "").encode(errors="replace")) for text in (parts.username, parts.password)
     )
-    return f"Basic {base64.b64encode(user + b':' + password).decode()}"
+    return address, f"Basic {base64.b64encode(user + b':' + password).decode()}"
 
 
 def _passed(parts: SplitResult, no_proxy: str) -> bool:
@@ -246,9 +251,8 @@ class Connections:
         if proxy is None:
             manager = urllib3.PoolManager(**options)
         else:
-            parts = urlsplit(proxy)
-            headers = {} if parts.username is None else {"Proxy-Authorization": basic_login(parts)}
-            address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+            address, login = split_login(proxy)
+            headers = {"Proxy-Authorization": login} if login else {}
             manager = urllib3.ProxyManager(
                 address, proxy_headers=headers, proxy_ssl_context=trusted_authorities(), **options
             )
@@ -313,13 +317,9 @@ class Connections:
         for address in found:
             self.check()
             try:
-                sock = urllib3.util.connection.create_connection(
-                    (address, port), self._seconds_to_connect, None, options
-                )
+                return connection.create_connection((address, port), self._seconds_to_connect, None, options)
             except OSError as error:
                 reason = error
-            else:
-                return sock
         raise reason
 
     @contextlib.contextmanager
