@@ -1,10 +1,7 @@
 """The door of sources/: a reference → a checked local file, from the cache or downloaded into it.
 
-Pictures of a request go through here too, and into no cache: see `sources.pictures`.
-What a reference means is looked up anew at each request; its record says what it was when it was last looked up.
-references says what is meant, hosts where that lies now, download fetches it, contents and archives tell what it is,
-configs what lies beside it, and the store keeps it: a file there was checked and complete before it got its name, and
-needs no other proof.
+A reference is looked up anew at each request; its record says what the last look-up found. Files in the store were
+checked and complete before they got their names, and are not checked again.
 """
 
 import contextlib
@@ -25,12 +22,12 @@ from typing import BinaryIO
 from request import LoraChoice, LoraFile
 from service.lines import printable
 from service.outline import Outline
-from settings import Models, Settings
+from settings import Models, Settings, folder_shown
 from sources import configs
 from sources.archives import choose, unpack
 from sources.base_models import on_disk, outline, snapshot
 from sources.choices import read_choices, read_own_choices
-from sources.client import Client, Patience, Source, Stream, UnavailableError
+from sources.client import PATIENCE, Client, Patience, Source, Stream, UnavailableError
 from sources.connections import trusted_authorities
 from sources.contents import Contents, copy_checked, trigger_words_in
 from sources.download import Download
@@ -49,7 +46,7 @@ from sources.references import (
     parse,
     parse_picture,
 )
-from sources.shown import redact
+from sources.shown import quoted
 from sources.store import Store, disk_errors_told
 from sources.work import run_stoppable
 
@@ -68,24 +65,20 @@ __all__ = [
 
 # What is read of a repo, where that is not all: schnell is drawn with dev's text encoders, tokenizers and VAE.
 PARTS = {"schnell": ("transformer", "scheduler")}
+# The folders of a model that must have a config.json; the checker and the classifier have one folder.
+CONFIGURED = {"dev": ("transformer", "text_encoder", "text_encoder_2", "vae"), "schnell": ("transformer",)}
 # A LoRA, and its file, which is not evicted as long as it is open.
 Held = tuple[BinaryIO, LoraFile]
 
 
 def outlines(
-    settings: Settings,
-    names: Iterable[str] = ("dev", "schnell"),
-    patience: Patience = Patience(),  # noqa: B008 (frozen)
+    settings: Settings, names: Iterable[str] = ("dev", "schnell"), patience: Patience = PATIENCE
 ) -> dict[str, Outline]:
-    """The outlines of dev, schnell or both, for a plan before their weights are fetched.
-
-    Raises:
-        ValueError: see `fetch`.
-    """
+    """The outlines of dev, schnell or both, for a plan before their weights are fetched; raises as `fetch` does."""
     return {name: outline(getattr(settings.models, name), settings, patience, PARTS.get(name)) for name in names}
 
 
-def fetch(settings: Settings, patience: Patience = Patience()) -> Models:  # noqa: B008 (frozen)
+def fetch(settings: Settings, patience: Patience = PATIENCE) -> Models:
     """All base models, as folders on this machine: of repos what is missing is downloaded.
 
     Raises:
@@ -94,44 +87,43 @@ def fetch(settings: Settings, patience: Patience = Patience()) -> Models:  # noq
     return Models(**{field.name: str(fetch_one(field.name, settings, patience)) for field in fields(Models)})
 
 
-def fetch_one(name: str, settings: Settings, patience: Patience = Patience()) -> Path:  # noqa: B008 (frozen)
-    """The base model of that name in `Models`, as a folder on this machine.
-
-    Raises:
-        ValueError: see `fetch`.
-    """
-    return snapshot(getattr(settings.models, name), settings, patience, PARTS.get(name))
+def fetch_one(name: str, settings: Settings, patience: Patience = PATIENCE) -> Path:
+    """The base model of that name in `Models`, as a folder on this machine; raises as `fetch` does."""
+    model = getattr(settings.models, name)
+    folder = snapshot(model, settings, patience, PARTS.get(name))
+    if folder == Path(model).expanduser():  # the operator's own, which may be anything
+        for config in (Path(part, "config.json") for part in CONFIGURED.get(name, ("",))):
+            if not (folder / config).is_file():
+                variable = f"FLUX_{name.upper()}" if name in CONFIGURED else name.upper()
+                raise ValueError(f"{variable} is {folder_shown(model)!r}, which has no {config}; it must be a model.")
+    return folder
 
 
 class WeightsCache:
     """LoRA files on the disk, shared by any number of processes.
 
-    Args:
-        settings: the directory and its budget, tokens, mirrors.
-        patience: how long a host may keep a request waiting.
-
     Raises:
-        ValueError: a sentence, where SSL_CERT_FILE is none.
+        ValueError: a sentence, where SSL_CERT_FILE is no file of certificates.
     """
 
-    def __init__(self, settings: Settings, patience: Patience = Patience()) -> None:  # noqa: B008 (frozen)
+    def __init__(self, settings: Settings, patience: Patience = PATIENCE) -> None:
         self._settings, self._patience = settings, patience
-        trusted_authorities()  # tells an operator now that SSL_CERT_FILE is none, rather than the first request
+        trusted_authorities()  # tells the operator about a bad SSL_CERT_FILE now, not with the first request
 
     def choices(self, text: str, scale: float, *, own: bool = False) -> list[LoraChoice]:
-        """The LoRAs that an input names; those of the library are there.
+        """The LoRAs that an input names; the existence of those in LORAS_DIR is checked.
 
         Args:
             text: see `sources.choices`.
             scale: of the input.
-            own: it is the operator's, which may be a path.
+            own: whether the input is the operator's, which may be a path.
 
         Raises:
             ValueError: a sentence, before anything is fetched.
         """
         choices = read_own_choices(text, scale) if own else read_choices(text, scale)
         for choice in choices:
-            # What is longer has a file in it, which takes long to decode.
+            # A longer one is a data: URI, which takes long to decode.
             if not choice.trusted and len(choice.reference) <= MAX_CHARACTERS:
                 wanted = parse(choice.reference)
                 if isinstance(wanted, Local):
@@ -150,7 +142,7 @@ class WeightsCache:
             ValueError: a sentence that names the source, what it answered and what to do.
         """
         wanted = parse(reference, self._settings, model)
-        if "#" in reference and not isinstance(wanted, Data):  # no form but an address has one
+        if "#" in reference and not isinstance(wanted, Data):
             print(left_out(wanted.name))
         return self._opened(lambda lookup: lookup.fetch(wanted), wanted.name, until)
 
@@ -159,7 +151,7 @@ class WeightsCache:
     ) -> AbstractContextManager[LoraFile]:
         """The same for the operator's own reference, which may be a path: a file, an archive, or a folder with one."""
         path = Path(reference.removeprefix("file://"))
-        with contextlib.suppress(OSError, RuntimeError):  # too long for a path; ~somebody who is not known
+        with contextlib.suppress(OSError, RuntimeError):  # too long for a path; ~ of an unknown user
             path = path.expanduser()
             if path.exists():
                 name = printable(path.name)
@@ -167,23 +159,21 @@ class WeightsCache:
         try:
             return self.open(reference, until, model)
         except ValueError as error:
-            if path.is_absolute():  # where the operator keeps it is not for clients
+            if path.is_absolute():  # clients must not learn the operator's folders
                 raise ValueError(f"There is no file or folder {path.name!r} at the path that was given.") from None
-            raise ValueError(
-                f"There is no file or folder {redact(reference)[:120]!r}; as a reference, {error}"
-            ) from None
+            raise ValueError(f"There is no file or folder {quoted(reference)}; as a reference, {error}") from None
 
     def open_choice(
         self, choice: LoraChoice, until: float = math.inf, model: str = "dev"
     ) -> AbstractContextManager[LoraFile]:
-        """The same for a choice of an input: its reference, which may be a path only where it is the operator's own."""
+        """The same for a choice of an input, whose reference may be a path only if it is the operator's own."""
         opened = self.open_local if choice.trusted else self.open
         return opened(choice.reference, until, model)
 
     @contextmanager
     def _opened(self, work: "Callable[[_Lookup], Held]", name: str, until: float) -> Iterator[LoraFile]:
         settings = self._settings
-        # A host that is silent is given up before the time is: a cached file may serve.
+        # Give up on a silent host before the time is up: a cached file may serve.
         patience = self._patience.within((until - time.monotonic()) / 3)
         with disk_errors_told():
             file, lora = run_stoppable(lambda client: work(_Lookup(settings, client)), settings, patience, name, until)
@@ -193,15 +183,15 @@ class WeightsCache:
 
 @dataclass
 class _Record:
-    """What a reference was when it was last looked up."""
+    """What the last look-up of a reference found."""
 
-    config: str  # beside it; records of versions that did not look for one are not read
+    config: str  # the text of the config beside it; older versions' records lack this field and are not read
     sha256: str | None = None
     trigger_words: list[str] = field(default_factory=list)
-    key: str | None = None  # what its source stated: a version, a commit, a hash
-    validators: dict[str, str] = field(default_factory=dict)  # else ETag, Last-Modified
-    place: str | None = None  # and where they were found
-    checked: float = 0.0  # when: seconds since the epoch
+    key: str | None = None  # the version, commit or hash that its source stated
+    validators: dict[str, str] = field(default_factory=dict)  # without a key: ETag, Last-Modified
+    place: str | None = None  # the address that sent the validators
+    checked: float = 0.0  # the time of the look-up, in seconds since the epoch
 
     def remember(
         self,
@@ -211,7 +201,7 @@ class _Record:
         key: str | None = None,
         answer: Stream | None = None,
     ) -> None:
-        """Forget what was, and remember this."""
+        """Replace all but the time."""
         self.sha256, self.trigger_words, self.config, self.key = sha256, list(trigger_words), config, key
         self.validators, self.place = (answer.validators, answer.place) if answer else ({}, None)
 
@@ -221,7 +211,7 @@ class _Record:
         return {names[name]: value for name, value in self.validators.items()}
 
     def describes(self, stream: Stream) -> bool:
-        """Whether an answer says that nothing has changed; some hosts send the file, with the same ETag."""
+        """Whether an answer says that nothing has changed: some hosts send the whole file, with the same ETag."""
         if stream.status == HTTPStatus.NOT_MODIFIED:
             return True
         etag = stream.headers.get("ETag")
@@ -229,21 +219,21 @@ class _Record:
 
 
 class _Lookup:
-    """One reference on its way to a file: with a client that may be stopped, in the thread that the client runs."""
+    """Looks up one reference and fetches its file, with a client that can be stopped."""
 
     def __init__(self, settings: Settings, client: Client) -> None:
         self._settings, self._client = settings, client
         self._store = Store(settings.cache_dir, settings.cache_bytes, settings.lora_max_bytes)
 
     def fetch(self, wanted: Reference) -> Held:
-        """The file that a reference means now, or the one that it meant, where its host is down."""
+        """The file that a reference means now, or the cached one where its host is down."""
         if isinstance(wanted, Local):
             return self.read(find(wanted.path, self._settings.loras_dir), wanted.name)
         asked = time.time()
         with self._record(identity(wanted)) as record, contextlib.ExitStack() as stack:
             file = cached = self._store.open(record.sha256)
             stack.enter_context(cached or contextlib.nullcontext())
-            # Others may have looked it up while we waited for the record.
+            # Another request may have looked it up while we waited for the record.
             if cached is None or not (is_pinned(wanted) or record.checked >= asked):
                 try:
                     file = self._look_up(wanted, record, cached)
@@ -257,19 +247,21 @@ class _Lookup:
             return _held(file, self._store.path(record.sha256), record, wanted.name, record.config)
 
     def _look_up(self, wanted: Reference, record: _Record, cached: BinaryIO | None) -> BinaryIO:
-        """Make the record say what the reference means now, and give the file: the cached one, where it is the same."""
+        """The file that the reference means now, the cached one where nothing has changed; updates the record."""
         if isinstance(wanted, Data):
             return self._take(io.BytesIO(wanted.content), "The data: URI", record)
-        source = resolve(wanted, self._settings, self._client, hasty=cached is not None)
+        # With a file to fall back on, a host is asked once.
+        source = resolve(wanted, self._settings, partial(self._client.json, hasty=cached is not None))
         if cached is not None and source.key is not None and source.key == record.key:
             return cached
-        # Before the weights: it is short, and what is wrong with it is known before they have come.
+        # Before the weights: it is short, and a fault in it shows before they have come.
         config = self._fetch_config(source.config, hasty=cached is not None)
-        if (file := self._find(source, record, config)) is not None:
+        if (file := self._store.open_granted(source.sha256)) is not None:
+            record.remember(source.sha256, source.trigger_words or trigger_words_in(file), config, source.key)
             return file
         file = self._download(source, record, cached, config)
-        # What came by a token of the reference's own is for those who have it, though all may learn its hash.
-        if getattr(wanted, "token", None) is None:
+        # A file that the reference's own token gave access to is for those who have it; all may learn its hash.
+        if wanted.token is None:
             self._store.grant(source.sha256)
         return file
 
@@ -285,18 +277,16 @@ class _Lookup:
             )
         return configs.text(content, source.name)
 
-    def _find(self, source: Source, record: _Record, config: str) -> BinaryIO | None:
-        """The file, where what its host states of it is enough to know that the store has it."""
-        file = self._store.open_granted(source.sha256)
-        if file is not None:
-            record.remember(source.sha256, source.trigger_words or trigger_words_in(file), config, source.key)
-        return file
-
     def _download(self, source: Source, record: _Record, cached: BinaryIO | None, config: str) -> BinaryIO:
         """The file as its host sends it; the cached one, where the host answers that nothing has changed."""
-        with self._ask(source, record, hasty=cached is not None) as stream:
-            # A key that is another one says that something has changed, be it only the config.
-            if cached is not None and source.key is None and record.describes(stream):
+        # A source with a key is here because the key has changed, be it only for another config.
+        conditional = cached is not None and source.key is None
+        conditions = record.conditions() if conditional else {}
+        stream = self._client.persist(lambda: self._client.open(source, conditions), hasty=cached is not None)
+        if stream.status == HTTPStatus.NOT_MODIFIED and record.place != stream.place:
+            stream = self._client.persist(lambda: self._client.open(source))
+        with stream:
+            if conditional and record.describes(stream):
                 return cached
             file, contents = self._receive(stream)
         if contents.config is not None:  # an archive has its own
@@ -304,16 +294,8 @@ class _Lookup:
         record.remember(contents.sha256, source.trigger_words or contents.trigger_words, config, source.key, stream)
         return file
 
-    def _ask(self, source: Source, record: _Record, hasty: bool) -> Stream:
-        """Ask for the file; where there is a cached one, only for what has changed since it was recorded."""
-        conditions = record.conditions() if hasty and source.key is None else {}
-        stream = self._client.persist(lambda: self._client.open(source, conditions), hasty)
-        if stream.status == HTTPStatus.NOT_MODIFIED and record.place != stream.place:
-            stream = self._client.persist(lambda: self._client.open(source))
-        return stream
-
     def _receive(self, stream: Stream) -> tuple[BinaryIO, Contents]:
-        """Write what comes into the store, and look at it as it comes."""
+        """Download a file into the store, and check it as it comes."""
         source = stream.source
         contents = Contents(source.name, stream.size, source.web_page)
         with self._store.incoming(source.name) as (file, reserve):
@@ -327,12 +309,13 @@ class _Lookup:
             return self._keep(file, contents)
 
     def read(self, path: Path, name: str) -> Held:
-        """A file of the operator's, shown as `name`: used where it lies, an archive unpacked into the store."""
+        """A file of the operator's, shown as `name`: used in its place, or unpacked into the store if an archive."""
         if path.is_dir():
             path = path / choose((str(file.relative_to(path)) for file in path.rglob("*")), "The folder")
         with contextlib.ExitStack() as stack:
             content = stack.enter_context(_open_regular(path, name))
-            state = os.fstat(content.fileno())  # of its times, the one that nobody can set
+            state = os.fstat(content.fileno())
+            # ctime changes with every write, and no program can set it.
             with self._record(f"path {path.resolve()} {state.st_ino} {state.st_size} {state.st_ctime_ns}") as record:
                 if record.key is None:
                     contents = Contents(name, state.st_size)
@@ -348,9 +331,8 @@ class _Lookup:
             return held
 
     def _take(self, content: BinaryIO, name: str, record: _Record) -> BinaryIO:
-        """A file that is here already, but not in the store."""
-        # What people send within a request, nobody else need see.
-        contents = Contents(name, shown=False)
+        """Copy a file that is on this machine into the store."""
+        contents = Contents(name, shown=False)  # the content of a request is private
         with self._store.incoming(name) as (file, reserve):
             copy_checked(content, file, contents, reserve, self._client.check)
             file, contents = self._keep(file, contents)
@@ -358,7 +340,7 @@ class _Lookup:
         return file
 
     def _keep(self, file: BinaryIO, contents: Contents) -> tuple[BinaryIO, Contents]:
-        """Unpack an archive; give a checked file its name in the store."""
+        """Give a checked file its name in the store; an archive is unpacked first."""
         file.truncate(contents.size)  # more may have been reserved
         if contents.kind == "safetensors":
             return self._store.keep(file, contents.sha256), contents
@@ -382,7 +364,7 @@ class _Lookup:
 
 
 def _open_regular(path: Path, name: str) -> BinaryIO:
-    """A file of the operator's; a pipe would wait for somebody to write into it, and a device has no end.
+    """A file of the operator's: no pipe, which would wait for a writer, and no device, which has no end.
 
     Raises:
         ValueError: a sentence, also where it is gone since it was found.
@@ -398,5 +380,4 @@ def _open_regular(path: Path, name: str) -> BinaryIO:
 
 
 def _held(file: BinaryIO, path: Path, record: _Record, name: str, config: str) -> Held:
-    """A file with what its record says of it; the config beside one on the disk is read anew each time."""
     return file, LoraFile(path.absolute(), record.sha256, name, tuple(record.trigger_words), config)

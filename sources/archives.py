@@ -1,8 +1,7 @@
-"""Archives with a LoRA in them: tar, zip and gzip, read without believing what they say of themselves.
+"""Archives with a LoRA in them: tar, zip and gzip, none of whose statements about themselves are trusted.
 
-Of an archive's members one is written, into a file that the caller has opened; of its names none becomes a path. A tar
-is read here: tarfile keeps all that its headers say, copies it from each to the next, and searches it with patterns
-whose time grows with the square of their length.
+One member is written, into a file that the caller has opened; no member's name becomes a path. Tars are parsed here
+because tarfile keeps every header, copies each into the next, and searches them with patterns of quadratic time.
 """
 
 import contextlib
@@ -13,10 +12,10 @@ import re
 import stat
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import PurePosixPath
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, TypeVar
 
 from settings import MIB
 from sources import configs
@@ -28,18 +27,18 @@ T = TypeVar("T")
 # Weights hardly shrink when packed. Small files may: an untrained half of a LoRA is all zeros.
 MAX_RATIO, ALWAYS_ALLOWED = 100, 64 * MIB
 MAX_MEMBERS = 10_000
-# Of a tar: each member may have one of its own, a long name and an extended one, which others follow.
+# In a tar, a member may have a header for a long name and extended ones before its own.
 MAX_HEADERS = 4 * MAX_MEMBERS
 MAX_TRAINING_BYTES = 65_536
-# zipfile reads the list of all members at once, however long it says that it is: here for 300 bytes of each.
+# zipfile reads the whole list of members at once, in the length that the zip states: allow 300 bytes for each.
 MAX_READ = 3 * MIB
-# Linux has no longer paths. A tar's extended header has one, and what else is known of the file.
+# Linux has no longer paths. A tar's extended header has one, and other metadata of the file.
 MAX_NAME = 4096
 MAX_EXTENDED_BYTES = 64 * 1024
 
 
 class _Cautious(io.BufferedReader):
-    """A file that is not read all at once, whatever it says of itself, and no longer than the caller waits for it."""
+    """A file of which one read takes at most MAX_READ bytes, and which raises once the caller has given up."""
 
     def __init__(self, raw: io.RawIOBase, check: Check) -> None:
         super().__init__(raw)
@@ -55,13 +54,10 @@ class _Cautious(io.BufferedReader):
 
 
 def unpack(file: BinaryIO, packed: Contents, target: BinaryIO, reserve: Reserve, check: Check) -> Contents:
-    """Write the one file of an archive that matters; of an archive's other members nothing is ever written.
-
-    Returns:
-        What was written: a safetensors file, or the tar that gzip had packed.
+    """Write the LoRA of an archive, or what gzip had packed, into `target`, and return its contents.
 
     Raises:
-        ValueError: the archive is damaged, a bomb, or has no such file or several.
+        ValueError: the archive is damaged, a bomb, or has no LoRA or several.
     """
     limit = max(MAX_RATIO * packed.size, ALWAYS_ALLOWED)
 
@@ -71,58 +67,36 @@ def unpack(file: BinaryIO, packed: Contents, target: BinaryIO, reserve: Reserve,
         reserve(size)
 
     file.seek(0)
-    # A descriptor of its own: the reader closes it.
-    with _Cautious(io.FileIO(os.dup(file.fileno())), check) as archive:
+    with _Cautious(io.FileIO(file.fileno(), closefd=False), check) as archive:
         try:
             if packed.kind == "gzip":
                 contents = Contents(packed.name, kinds=("safetensors", "tar"))
                 with gzip.GzipFile(fileobj=archive) as content:
                     copy_checked(content, target, contents, bounded, check)
                 return contents
-            with (_open_tar if packed.kind == "tar" else _open_zip)(archive, packed.name) as member:
-                print(f"{packed.name}: {brief(member.name)} of the archive.")
-                contents = Contents(f"{packed.name} ({brief(member.name)})", kinds=("safetensors",))
-                copy_checked(member.content, target, contents, bounded, check)
-            contents.trigger_words = contents.trigger_words or _trigger_words(member.training)
-            contents.config = member.config
+            members, opened = _read_tar(archive) if packed.kind == "tar" else _read_zip(archive)
+            chosen = choose(members, packed.name)
+            training, config = _beside(chosen, members, opened, packed.name)
+            with opened(members[chosen]) as content:
+                print(f"{packed.name}: {brief(chosen)} of the archive.")
+                contents = Contents(f"{packed.name} ({brief(chosen)})", kinds=("safetensors",))
+                copy_checked(content, target, contents, bounded, check)
+            contents.trigger_words = contents.trigger_words or _trigger_words(training)
+            contents.config = config
             return contents
         except (UnfitError, StoppedError):
             raise
-        except Exception as error:  # whatever tarfile, zipfile and zlib come across; each raises a dozen types
+        except Exception as error:  # tarfile, zipfile and zlib raise a dozen types each
             told = isinstance(error, tarfile.TarError | zipfile.BadZipFile | RuntimeError)
             reason = f" ({brief(str(error))})" if told and str(error) else ""
             raise UnfitError(f"{packed.name} is a damaged {packed.kind} archive{reason}.") from None
 
 
-class _Member(NamedTuple):
-    """The one file of an archive that matters, and what lies beside it."""
-
-    name: str
-    content: BinaryIO
-    training: bytes  # how it was trained: config.yaml
-    config: str  # see `configs`
-
-
-@contextmanager
-def _open_tar(archive: BinaryIO, name: str) -> Iterator[_Member]:
-    regular = {}
-    for count, (path, part) in enumerate(_read_tar(archive)):
-        if count >= MAX_MEMBERS:
-            raise tarfile.TarError(f"more than {MAX_MEMBERS} members")
-        if part is not None:
-            regular[path] = part
-    with _open_member(regular, lambda part: part, name) as opened:
-        yield opened
-
-
-class _Part(contextlib.AbstractContextManager):
+class _Part:
     """The bytes of an archive from a position on."""
 
     def __init__(self, archive: BinaryIO, position: int, size: int) -> None:
         self._archive, self._position, self._end = archive, position, position + size
-
-    def __exit__(self, *_: object) -> None:
-        """Leave the archive open: it is another's."""
 
     def read(self, size: int) -> bytes:
         """The next bytes; none at the end."""
@@ -132,17 +106,17 @@ class _Part(contextlib.AbstractContextManager):
         return data
 
 
-def _read_tar(archive: BinaryIO) -> Iterator[tuple[str, _Part | None]]:
-    """Each member of a tar: its name, and its bytes where it is a regular file."""
+def _read_tar(archive: BinaryIO) -> tuple[dict[str, _Part], Callable[[_Part], AbstractContextManager[_Part]]]:
+    """The regular files in a tar by their names, and how one is opened."""
     end = archive.seek(0, os.SEEK_END)
-    position, extended, headers = archive.seek(0), {}, 0
+    position, extended, headers, members, regular = archive.seek(0), {}, 0, 0, {}
     while (block := archive.read(tarfile.BLOCKSIZE)).strip(b"\0"):
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             if position == 0:
                 raise
-            return  # what some writers leave behind the last member
+            break  # some writers leave other bytes behind the last member
         if (headers := headers + 1) > MAX_HEADERS:
             raise tarfile.TarError(f"more than {MAX_HEADERS} headers")
         position += tarfile.BLOCKSIZE
@@ -157,8 +131,11 @@ def _read_tar(archive: BinaryIO) -> Iterator[tuple[str, _Part | None]]:
             path, size = extended.get("path", header.name), int(extended.get("size", size))
             if len(path) > MAX_NAME:
                 raise tarfile.TarError(f"a name of more than {MAX_NAME} characters")
+            if (members := members + 1) > MAX_MEMBERS:
+                raise tarfile.TarError(f"more than {MAX_MEMBERS} members")
             sparse = header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in extended)
-            yield path, _Part(archive, position, size) if header.isreg() and not sparse else None
+            if header.isreg() and not sparse:
+                regular[path] = _Part(archive, position, size)
             if not header.isreg() and header.type in tarfile.SUPPORTED_TYPES:
                 size = 0  # links and folders have no bytes, whatever they state
             extended = {}
@@ -166,10 +143,11 @@ def _read_tar(archive: BinaryIO) -> Iterator[tuple[str, _Part | None]]:
         if position > end:
             raise tarfile.TarError("unexpected end of data")
         archive.seek(position)
+    return regular, contextlib.nullcontext
 
 
 def _records(text: bytes) -> dict[str, str]:
-    """What an extended header says, in records: their own length in digits, a space, key=value, a line end."""
+    """The records of an extended header, each its own length in digits, a space, key=value and a line end."""
     records, position = {}, 0
     while position < len(text):
         digits = text[position : position + 20].partition(b" ")[0]
@@ -185,26 +163,26 @@ def _text(name: bytes) -> str:
     return name.decode(errors="surrogateescape")
 
 
-@contextmanager
-def _open_zip(archive: BinaryIO, name: str) -> Iterator[_Member]:
-    with zipfile.ZipFile(archive) as zipped:
-        if len(zipped.infolist()) > MAX_MEMBERS:
-            raise zipfile.BadZipFile(f"more than {MAX_MEMBERS} members")
-        regular = {
-            member.filename: member
-            for member in zipped.infolist()
-            if not member.is_dir()
-            and stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
-            # The others take as much memory as the archive says that they need.
-            and member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-        }
-        with _open_member(regular, zipped.open, name) as opened:
-            yield opened
+def _read_zip(archive: BinaryIO) -> tuple[dict[str, zipfile.ZipInfo], Callable[[zipfile.ZipInfo], BinaryIO]]:
+    """The regular files in a zip by their names, and how one is opened."""
+    zipped = zipfile.ZipFile(archive)
+    if len(zipped.infolist()) > MAX_MEMBERS:
+        raise zipfile.BadZipFile(f"more than {MAX_MEMBERS} members")
+    regular = {
+        member.filename: member
+        for member in zipped.infolist()
+        if not member.is_dir()
+        and stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
+        # Other compressions take as much memory as the archive states.
+        and member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    }
+    return regular, zipped.open
 
 
-@contextmanager
-def _open_member(members: Mapping[str, T], opened: Callable[[T], BinaryIO], container: str) -> Iterator[_Member]:
-    chosen = choose(members, container)
+def _beside(
+    chosen: str, members: Mapping[str, T], opened: Callable[[T], AbstractContextManager[BinaryIO]], container: str
+) -> tuple[bytes, str]:
+    """The trainer's config.yaml beside the LoRA of an archive, and PEFT's config; empty where they are missing."""
 
     def read(path: str | None, size: int) -> bytes:
         if path not in members:
@@ -214,13 +192,11 @@ def _open_member(members: Mapping[str, T], opened: Callable[[T], BinaryIO], cont
 
     training = read(chosen[: chosen.rfind("/") + 1] + "config.yaml", MAX_TRAINING_BYTES)
     found = configs.beside(chosen, members)
-    config = configs.text(read(found, configs.MAX_BYTES + 1), f"{container} ({brief(found or '')})")
-    with opened(members[chosen]) as content:
-        yield _Member(chosen, content, training, config)
+    return training, configs.text(read(found, configs.MAX_BYTES + 1), f"{container} ({brief(found or '')})")
 
 
 def _trigger_words(training: bytes) -> tuple[str, ...]:
-    """What ai-toolkit, which Replicate trains with, was told to teach."""
+    """The trigger word in the config of ai-toolkit, which Replicate trains with."""
     found = re.search(rb"""^[ \t-]*["']?trigger_word["']?[ \t]*:[ \t]*["']?([^"'#\r\n]+)""", training, re.MULTILINE)
     word = noted(found[1].decode(errors="replace").strip()) if found else ""
     return (word,) if word and word != "null" else ()

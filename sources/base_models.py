@@ -1,8 +1,8 @@
 """A base model by name → a folder in diffusers or transformers layout, in Hugging Face's own cache.
 
-huggingface_hub downloads and keeps; this module knows which files of a repo are needed, and what to say when one cannot
-be had. HF_HOME and HF_HUB_CACHE (where the cache lies) and HF_HUB_OFFLINE (nothing is asked) are the library's
-variables, read when it is imported. What is in the cache stays, apart from what killed downloads have left.
+huggingface_hub downloads and keeps the files; this module chooses those that are needed, and words the errors. HF_HOME
+and HF_HUB_CACHE (the cache's folder) and HF_HUB_OFFLINE (no host is asked) are the library's variables, read when it is
+imported. Nothing is deleted from the cache but the unfinished files of killed downloads.
 """
 
 import glob
@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from service.outline import Outline
 from settings import Settings, folder_shown
-from sources.client import Client, Patience, UnavailableError
+from sources.client import PATIENCE, Client, Patience, UnavailableError
 from sources.connections import untrusted
 from sources.hosts import explain_hugging_face
 from sources.references import COMMIT, HuggingFace
@@ -51,16 +51,13 @@ warnings.filterwarnings("ignore", "Not enough free disk space")
 VARIANT = re.compile(r"\.(?:fp16|bf16|fp32|non_ema|ema)[.-]")
 PICKLED = re.compile(r"(?:diffusion_)?pytorch_model(?:-\d+-of-\d+)?\.bin(?:\.index\.json)?")
 SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(\..*)")
-# How often a bar is drawn at most: where the log is no terminal, each time is a line of it.
+# How often a bar is drawn at most: in a log that is no terminal, each time is a line.
 DRAWN = 200
 DISK = "the disk of Hugging Face's cache"
 
 
 def snapshot(
-    model: str,
-    settings: Settings,
-    patience: Patience = Patience(),  # noqa: B008 (frozen)
-    parts: tuple[str, ...] | None = None,
+    model: str, settings: Settings, patience: Patience = PATIENCE, parts: tuple[str, ...] | None = None
 ) -> Path:
     """A model in diffusers or transformers layout, as a folder.
 
@@ -73,30 +70,23 @@ def snapshot(
     Raises:
         ValueError: a sentence about why it cannot be had, and what to accept and to set where it is gated.
     """
-    found = _find(model)
-    if isinstance(found, Path):
-        return found
-    return run_stoppable(
-        lambda client: _Model(found, parts, settings, client).snapshot(), settings, patience, found.name
-    )
+    repo = _find(model)
+    if isinstance(repo, Path):
+        return repo
+    return run_stoppable(lambda client: _Model(repo, parts, settings, client).snapshot(), settings, patience, repo.name)
 
 
 def outline(
-    model: str,
-    settings: Settings,
-    patience: Patience = Patience(),  # noqa: B008 (frozen)
-    parts: tuple[str, ...] | None = None,
+    model: str, settings: Settings, patience: Patience = PATIENCE, parts: tuple[str, ...] | None = None
 ) -> Outline:
-    """The outline of a model in diffusers layout: of a repo, what is not weights is downloaded, and no weights are.
+    """The outline of a model in diffusers layout; of a repo, all but the weights is downloaded for it.
 
     Args and Raises: see `snapshot`.
     """
-    found = _find(model)
-    if isinstance(found, Path):
-        return _outline_folder(found)
-    return run_stoppable(
-        lambda client: _Model(found, parts, settings, client).outline(), settings, patience, found.name
-    )
+    repo = _find(model)
+    if isinstance(repo, Path):
+        return _outline_folder(repo)
+    return run_stoppable(lambda client: _Model(repo, parts, settings, client).outline(), settings, patience, repo.name)
 
 
 def on_disk(model: str, settings: Settings, parts: tuple[str, ...] | None = None) -> Path | None:
@@ -104,17 +94,15 @@ def on_disk(model: str, settings: Settings, parts: tuple[str, ...] | None = None
 
     Args and Raises: see `snapshot`.
     """
-    found = _find(model)
-    if isinstance(found, Path):
-        return found
-    kept = run_stoppable(
-        lambda client: _Model(found, parts, settings, client).kept(weights=True), settings, Patience(), found.name
-    )
+    repo = _find(model)
+    if isinstance(repo, Path):
+        return repo
+    kept = _Model(repo, parts, settings, Client(settings, PATIENCE)).kept(weights=True)
     return kept and kept.folder
 
 
 def _find(model: str) -> Path | HuggingFace:
-    with suppress(OSError, RuntimeError):  # too long for a path; ~ of a user that there is not
+    with suppress(OSError, RuntimeError):  # too long for a path; ~ of an unknown user
         if (folder := Path(model).expanduser()).is_dir():
             return folder
     found = re.fullmatch(r"(?!\.)([\w.-]+/[\w.-]+)(?:@((?!.*\.\.)[\w./-]+))?", model)
@@ -122,22 +110,21 @@ def _find(model: str) -> Path | HuggingFace:
         if found is not None:
             validate_repo_id(found[1])
             return HuggingFace(found[1], found[2] or "main")
-    raise ValueError(
-        f"{folder_shown(redact(model))!r} is no folder; it must be one, or a Hugging Face repo as owner/repo."
-    )
+    shown = folder_shown(redact(model))
+    raise ValueError(f"{shown!r} is no folder; it must be one, or a Hugging Face repo as owner/repo.")
 
 
 @dataclass(frozen=True)
 class _Files:
-    """What is needed of a repo at one commit: bytes by path; and the cache's folder of that commit."""
+    """The files that are needed of a repo at one commit."""
 
     commit: str
-    folder: Path
-    sizes: Mapping[str, int]
-    listed: bool  # by the host; else what is there tells what may be missing
+    folder: Path  # the commit's folder in the cache
+    sizes: Mapping[str, int]  # bytes by path
+    listed: bool  # by the host; else guessed from the files in the folder
 
     def missing(self, *, weights: bool) -> list[str]:
-        """The paths that are not there; those of weights only if asked for."""
+        """The paths that are not in the folder; of weights only where asked for."""
         wanted = [path for path in self.sizes if weights or not _is_weights(path)]
         return [path for path in wanted if not (self.folder / path).is_file()]
 
@@ -159,7 +146,7 @@ class _Model:
 
     @disk_errors_told()
     def snapshot(self) -> Path:
-        """The folder of the commit that the revision is now, complete."""
+        """The complete folder of the revision's current commit."""
         self._sweep()
         self._tell_of_older_cache()
         files = self._files(weights=True)
@@ -168,30 +155,30 @@ class _Model:
 
     @disk_errors_told()
     def outline(self) -> Outline:
-        """The outline, of files that are in the cache then; weights need not be."""
+        """The outline, for which all files but weights are downloaded."""
         files = self._files(weights=False)
         return _outlined(files.sizes, lambda path: (files.folder / path).read_bytes())
 
     def _files(self, *, weights: bool) -> _Files:
-        """What the host names now, downloaded; what it named last, where that cannot be had or may not be asked."""
+        """The files that the host lists now, downloaded; those that it listed last where they cannot be had."""
         kept = self.kept(weights=weights)
         if kept is not None and kept.listed and kept.commit == self.reference.revision:  # which never changes
             return kept
         try:
             hasty = kept is not None or constants.is_offline_mode()
             files = self.client.persist(self._ask, hasty)
-            # Files that have come stay; of one that was broken off, the library begins anew.
+            # Complete files stay; the library starts one that broke off again from its beginning.
             self.client.persist(lambda: self._download(files, files.missing(weights=weights)), hasty)
             return files
         except ValueError as error:
             if kept is None:
                 raise
-            if weights and not constants.is_offline_mode():  # an outline is of what comes next, which tells then
+            if weights and not constants.is_offline_mode():  # an outline is followed by a snapshot, which prints it
                 print(f"{error} The files on the disk are used.")
             return kept
 
     def _ask(self) -> _Files:
-        """What the revision is now, in one request."""
+        """The revision's current files, in one request."""
         with self._errors_told():
             hub = huggingface_hub.HfApi(self.settings.hf_endpoint, token=self.settings.hf_token)
             info = hub.model_info(
@@ -208,7 +195,7 @@ class _Model:
         return files
 
     def kept(self, *, weights: bool) -> _Files | None:
-        """What the revision was when it was last downloaded, here or by the library itself, if all of that is there."""
+        """The revision's files at its last download, by us or by the library's own command, if all are still there."""
         ref, commit = self.home / "refs" / self.reference.revision, self.reference.revision
         with suppress(OSError):
             commit = ref.read_text(errors="replace").strip()
@@ -220,7 +207,7 @@ class _Model:
             files = self._choose(commit, {file.path: file.size for file in tree})
         except CachedRepoTreeNotFoundError:  # an older version of the library has written it
             files = self._choose(commit, dict.fromkeys(_promised(folder), 0) | _sizes(folder), listed=False)
-        # Of weights that nobody has listed, only those that are there have a known size.
+        # Without a list, the size of weights is known only if they are there.
         lacking = files.missing(weights=weights or not files.listed)
         return None if lacking or not files.sizes else files
 
@@ -229,7 +216,7 @@ class _Model:
         return _Files(commit, self.home / "snapshots" / commit, {path: sizes[path] for path in needed}, listed)
 
     def _download(self, files: _Files, paths: list[str]) -> None:
-        """Have the library download these files, if any, after a look at what that takes of the disk."""
+        """Have the library download these files, if any and if the disk has room for them."""
         if not paths:
             return
         name, host = self.reference.name, host_of(self.settings.hf_endpoint)
@@ -242,7 +229,7 @@ class _Model:
             endpoint=self.settings.hf_endpoint,
         )
         with self._errors_told():
-            # Where the library states no time, it would wait for ever.
+            # Some of the library's requests have no timeout of their own.
             huggingface_hub.get_session().timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
             asked = download(dry_run=True, tqdm_class=_counter(lambda size: None))
         sizes = {file.filename: files.sizes[file.filename] for file in asked if file.will_download}
@@ -253,30 +240,26 @@ class _Model:
         if any(map(_is_weights, sizes)):
             print(f"{name}: {gigabytes(missing)} to download; {DISK} has {gigabytes(free)} left.", flush=True)
         with _bar(name, missing) as bar, self._errors_told():
-            download(tqdm_class=_counter(self._counted(bar)))
-        # Of a repo that it cannot list, the library gives the folder as it is.
+
+            def count(size: int) -> None:
+                self.client.check()  # ends the library's thread once the download is given up
+                with bar.get_lock():
+                    bar.update(size)
+
+            download(tqdm_class=_counter(count))
+        # The library does not fail where it cannot list a repo: it returns the folder as it is.
         if not set(paths).isdisjoint(files.missing(weights=True)):
             raise UnavailableError(f"{name} cannot be fetched: the connection to {host} failed or broke off.")
 
-    def _counted(self, bar: tqdm) -> Callable[[int], object]:
-        """What shows bytes that have arrived; in a download that has been given up, it ends the library's thread."""
-
-        def count(size: int) -> None:
-            self.client.check()
-            with bar.get_lock():
-                bar.update(size)
-
-        return count
-
     def _sweep(self) -> None:
-        """Delete what killed processes have left: nobody goes on with it. The library locks what it is writing."""
+        """Delete the halves of files that killed processes have left; the library locks what it is writing."""
         for file in self.home.glob("blobs/*.incomplete"):
             lock = self.home.parent / ".locks" / self.home.name / f"{file.name.rsplit('.', 2)[0]}.lock"
             with suppress(OSError), WeakFileLock(lock, timeout=0.1):
                 file.unlink()
 
     def _note(self, commit: str) -> None:
-        """Note which commit the revision was, as the library does; only now, since all of it is there."""
+        """Note the revision's commit as the library does, once all of its files are there."""
         ref = self.home / "refs" / self.reference.revision
         with suppress(OSError):  # a cache that cannot be written to
             if commit != self.reference.revision and not (ref.is_file() and ref.read_text(errors="replace") == commit):
@@ -295,15 +278,12 @@ class _Model:
 
     @contextmanager
     def _errors_told(self) -> Iterator[None]:
-        """Make a sentence of what the library raises: its own show addresses and paths."""
+        """Turn the library's errors, which show addresses and paths, into sentences."""
         try:
             yield
         except Exception as error:
             self.client.check()
-            told = self._told(error)
-        else:
-            return
-        raise told
+            raise self._told(error) from None
 
     def _told(self, error: BaseException) -> ValueError:
         name, host = self.reference.name, host_of(self.settings.hf_endpoint)
@@ -334,15 +314,15 @@ class _Model:
 
 def _bar(name: str, total: int) -> tqdm:
     """A bar for bytes, with a name in front: clients take one without for the progress of drawing."""
-    # Steps and no times, however slow it is: a log has at most so many lines of it.
+    # By bytes and not by seconds: however slow the download, a log has at most DRAWN lines of it.
     drawn = {"miniters": total // DRAWN + 1, "mininterval": 1, "maxinterval": math.inf, "delay": 1, "leave": False}
     return tqdm(desc=name, total=total, unit="B", unit_scale=True, unit_divisor=1024, **drawn)
 
 
 def _counter(count: Callable[[int], object]) -> type[tqdm]:
-    """A class for the library's bars, none of which is drawn, whatever HF_HUB_DISABLE_PROGRESS_BARS says.
+    """A class for the library's bars: none is drawn, and that of bytes on the disk calls `count`.
 
-    It has three: files, bytes from the network, and bytes on the disk, which are counted.
+    The others count files and bytes from the network. HF_HUB_DISABLE_PROGRESS_BARS has no effect on it.
     """
 
     class Counter(tqdm):
@@ -358,13 +338,13 @@ def _counter(count: Callable[[int], object]) -> type[tqdm]:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes by path, of what models may need."""
+    """Bytes by path, of a folder's files and those of its folders."""
     files = [file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.is_file()]
     return {str(file.relative_to(folder)): file.stat().st_size for file in files}
 
 
 def _promised(folder: Path) -> set[str]:
-    """The paths that should be in a folder by what is there: links, other shards, weights, parts of a pipeline."""
+    """The paths that a folder should have, as its files imply: links' targets, other shards, weights, parts."""
     files = list(folder.glob("**/*"))
     paths = {file for file in files if file.is_symlink()}  # to nothing, too
     for file in files:
@@ -382,13 +362,13 @@ def _promised(folder: Path) -> set[str]:
 
 def _outline_folder(folder: Path) -> Outline:
     sizes = {path: size for path, size in _sizes(folder).items() if path.count("/") == 1}
-    # Drawing does without model_index.json, which tells a pipeline.
+    # `_needed` knows a pipeline by its model_index.json, without which drawing works.
     needed = [path for path in _needed({*sizes, "model_index.json"}) if path in sizes]
     return _outlined({path: sizes[path] for path in needed}, lambda path: (folder / path).read_bytes())
 
 
 def _outlined(sizes: Mapping[str, int], read: Callable[[str], bytes]) -> Outline:
-    """The outline of a model by what is needed of it: bytes by path, and a way to read a file."""
+    """The outline of a model by the bytes of its files and a function that reads one."""
     configs, weights = {}, Counter()
     for path, size in sizes.items():
         part, _, name = path.rpartition("/")
@@ -407,7 +387,7 @@ def _is_weights(path: str) -> bool:
 
 
 def _needed(paths: Collection[str]) -> list[str]:
-    """What diffusers and transformers read: no other library's weights, no half precision's copies, no single file."""
+    """The paths that diffusers and transformers read: no other libraries' weights, no copies in half precision."""
     is_pipeline = "model_index.json" in paths
 
     def belongs(path: str) -> bool:

@@ -1,11 +1,11 @@
-"""What an input says of LoRAs → a choice for each of them.
+"""The text of an input for LoRAs → a choice for each LoRA.
 
-It is one reference, a sum of them, or JSON:
+The text is one reference, a sum of them, or JSON:
 
     fofr/pixar-cars*0.8 + huggingface.co/owner/repo*.5 + zorp
     [{"path": "fofr/pixar-cars", "scale": 0.8, "clip": 0.4, "blocks": {"double_blocks.0-6": 0.5, "single_blocks": 0}}]
 
-Parsing is pure: no file is opened, no host is asked. What one reference by itself means, references.py reads.
+No file is opened, and no host is asked. One reference is parsed by references.py.
 """
 
 import json
@@ -20,20 +20,20 @@ from typing import Any
 from request import MOST_LORAS, LoraChoice, exact, named_blocks
 from service import strict_json
 from sources.references import MAX_CHARACTERS, SUFFIXES, Civitai, Replicate, identity, parse, unwrapped
-from sources.shown import QUOTES, redact, redact_text
+from sources.shown import QUOTES, quoted, redact_text
 
 PLUS = re.compile(r"\s\+\s")
 DECIMAL = re.compile(r"[+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})")
-# What begins an address, and stands behind a plus within none.
+# Behind a plus, the beginning of another reference: no address has this behind one.
 SCHEME = re.compile("https?://|data:", re.IGNORECASE)
-# Characters of a text whose references are looked for: eight of the longest.
-LONGEST_SUM = 8 * MAX_CHARACTERS
-# More deforms every picture, and is a slip of the pen more often than a wish.
+# Longer texts have a file in them, which takes long to decode.
+LONGEST_SUM = MOST_LORAS * MAX_CHARACTERS
+# More deforms every picture, and is mostly a slip of the pen.
 LARGEST_STRENGTH = 10
 NAMES = ("path", "scale", "clip", "blocks")
-# What `metrics.loras` says beside these: copied from there, a LoRA is the same one.
+# `metrics.loras` has these too: a LoRA that is copied from there is accepted.
 REPORTED = {"name", "trigger_words", "format", "kinds", "ranks", "applied", "tensors", "ignored", "config", "left_out"}
-# What no single reference has, but people write into a sum: zorp*0,8, zorp, bold, zorp 0.8, <lora:zorp:0.8>.
+# In no single reference, but in what people write for a sum: zorp*0,8, zorp, bold, zorp 0.8, <lora:zorp:0.8>.
 OTHER_SUM = re.compile(r"[*+,;×\s]|[:=@]\d*\.\d+\W*$")
 SIGNS = (
     "a factor must be a decimal such as *0.8, with at most 20 digits before and after its point, and a + between two "
@@ -43,11 +43,7 @@ RIGHT = 'it must be a list such as [{"path": "owner/name", "scale": 0.8}]'
 
 
 def read_choices(text: str, scale: float = 1) -> list[LoraChoice]:
-    """The LoRAs that an input names, each with its strength: its own factor times the input's scale.
-
-    Args:
-        text: as somebody typed it.
-        scale: of the input.
+    """The LoRAs in an input's text, each with its strength: its own factor times the input's scale.
 
     Raises:
         ValueError: a sentence that names the bad term and says what would be right.
@@ -56,8 +52,8 @@ def read_choices(text: str, scale: float = 1) -> list[LoraChoice]:
 
 
 def read_own_choices(text: str, scale: float = 1) -> list[LoraChoice]:
-    """The same of the operator's own text, which may be a path; whoever opens that says what is wrong with it."""
-    with suppress(OSError, RuntimeError):  # too long for a path; ~somebody who is not known
+    """The same for the operator's own text, which may be a path; faults of a path are found when it is opened."""
+    with suppress(OSError, RuntimeError):  # too long for a path; ~ of an unknown user
         if Path(text).expanduser().exists():
             return [LoraChoice(text, scale, trusted=True)]
     try:
@@ -70,32 +66,23 @@ def read_own_choices(text: str, scale: float = 1) -> list[LoraChoice]:
 
 
 def identities(text: str) -> set[str]:
-    """What an input names, whatever the order and the factors; not to be shown."""
-    if len(text) > LONGEST_SUM:  # with a file in it, which takes long to decode
-        return {text}
-    try:
-        return {identity(parse(choice.reference)) for choice in read_choices(text)}
-    except ValueError:
-        return {text}
+    """The identities of an input's LoRAs, without their factors; secret. Of a wrong or long text, the text itself."""
+    with suppress(ValueError):
+        if len(text) <= LONGEST_SUM:
+            return {identity(parse(choice.reference)) for choice in read_choices(text)}
+    return {text}
 
 
 def references(text: str) -> list[str]:
-    """The references in a sum, before a factor or in JSON, of a reasonable length; none in any other text."""
-    if len(text) > LONGEST_SUM or not ("*" in text or PLUS.search(text) or is_json(text)):
-        return []
-    try:
-        return [choice.reference for choice in read_choices(text)]
-    except ValueError:
-        return []
+    """The references in a sum, before a factor or in JSON; none in any other text, or in one that is too long."""
+    with suppress(ValueError):
+        if len(text) <= LONGEST_SUM and ("*" in text or PLUS.search(text) or is_json(text)):
+            return [choice.reference for choice in read_choices(text)]
+    return []
 
 
 def rewrite(text: str, renamed: Mapping[str, str]) -> str:
-    """The same sum, or the same in JSON, with other references; as it is, where none is another one.
-
-    Args:
-        text: one for which `references` gives some.
-        renamed: what stands for each of them.
-    """
+    """A text for which `references` gives some, with each of them renamed; unchanged where no name changes."""
     if all(renamed[reference] == reference for reference in renamed):
         return text  # which may be a prompt that looks like JSON
     choices = read_choices(text)
@@ -112,24 +99,24 @@ def is_json(text: str) -> bool:
 
 
 def _read(text: str) -> list[LoraChoice]:
-    """The same, each with a strength of its own."""
+    """The LoRAs in a text, each with its own strength."""
     return list(_read_json(unwrapped(text))) if is_json(text) else _read_sum(_unquoted(text))
 
 
 def _unquoted(text: str) -> str:
-    """The text without quotes around it; those around the first and the last term are not around the sum."""
+    """The text without quotes around it, unless they belong to its first and its last term."""
     inner = unwrapped(text)
     return text.strip() if any(quote in inner for quote in (*QUOTES, *QUOTES.values())) else inner
 
 
 def _times(choice: LoraChoice, scale: float) -> LoraChoice:
-    """A choice of an input with a scale; no strength in it may be too large."""
+    """A choice with its strength times the input's scale; no strength in it may be too large."""
 
     def strength(own: float, factor: float = 1, where: str = "") -> float:
         product = exact(own) * exact(factor) * exact(scale)
         if abs(product) > LARGEST_STRENGTH:
             raise ValueError(
-                f"{_named(choice.reference)} has strength {own * factor * scale:.15g}{where}, which is its own "
+                f"{quoted(choice.reference)} has strength {own * factor * scale:.15g}{where}, which is its own "
                 f"{own * factor:.15g} times the input's scale {scale:.15g}; it must be from {-LARGEST_STRENGTH} to "
                 f"{LARGEST_STRENGTH}."
             )
@@ -141,12 +128,8 @@ def _times(choice: LoraChoice, scale: float) -> LoraChoice:
     return LoraChoice(choice.reference, strength(choice.scale), clip=clip, blocks=choice.blocks)
 
 
-def _named(reference: str) -> str:
-    return repr(redact(reference)[:120])
-
-
 def _read_sum(text: str) -> list[LoraChoice]:
-    parts = PLUS.split(text, MOST_LORAS)  # one more than there may be, at most
+    parts = PLUS.split(text, MOST_LORAS)  # at most one part too many
     try:
         choices = [_read_term(part, alone=len(parts) == 1) for part in parts]
     except ValueError:
@@ -161,13 +144,14 @@ def _read_sum(text: str) -> list[LoraChoice]:
 
 
 def _is_one(text: str, parts: list[str]) -> bool:
-    """Whether what looks like a sum, of which a part is no reference, is one address with a plus in it."""
+    """Whether an apparent sum, of which a part is no reference, is one address with a plus in it."""
     if any(split_factor(part)[1] != "1" or part.endswith(SUFFIXES) for part in parts[:-1]):
         return False
     if any(SCHEME.match(unwrapped(part)) for part in parts[1:]):
         return False
     try:
-        return not isinstance(parse(split_factor(text)[0]), Replicate | Civitai)  # of whose addresses not all is read
+        # Of addresses of Replicate and CivitAI, a part is ignored: what was meant as a sum would be lost.
+        return not isinstance(parse(split_factor(text)[0]), Replicate | Civitai)
     except ValueError:
         return False
 
@@ -181,7 +165,7 @@ def _read_term(text: str, *, alone: bool) -> LoraChoice:
 
 
 def _check(reference: str, advice: str) -> None:
-    """Refuse what is no reference; what looks like a sum or a factor gets the advice."""
+    """Refuse a text that is no reference; the advice is added if it looks like a sum or a factor."""
     try:
         parse(reference)
     except ValueError as error:
@@ -191,7 +175,7 @@ def _check(reference: str, advice: str) -> None:
 
 
 def split_factor(text: str) -> tuple[str, str]:
-    """A term of a sum as its source and its factor, which is 1 where none is written."""
+    """The source and the factor of a term of a sum; the factor is 1 where none is written."""
     source, star, factor = text.rpartition("*")
     factor = factor.strip()
     if not star or not DECIMAL.fullmatch(factor) or _is_plain_data(text):
@@ -200,7 +184,7 @@ def split_factor(text: str) -> tuple[str, str]:
 
 
 def _is_plain_data(text: str) -> bool:
-    """Whether it is a data URI that is not base64: any signs may stand in it."""
+    """Whether it is a data URI that is not base64, which may contain any signs."""
     text = unwrapped(text)
     return text[:5].lower() == "data:" and "base64" not in text.partition(",")[0].lower()
 
@@ -230,7 +214,7 @@ def _read_object(path: str, item: Mapping[str, Any]) -> LoraChoice:
 
     try:
         if unknown := sorted(item.keys() - REPORTED.union(NAMES)):
-            raise ValueError(f"{_brief(unknown[0])}; it may have {', '.join(NAMES[:-1])} and {NAMES[-1]}.")
+            raise ValueError(f"{quoted(unknown[0], 40)}; it may have {', '.join(NAMES[:-1])} and {NAMES[-1]}.")
         blocks = {} if item.get("blocks") is None else item["blocks"]
         if not isinstance(blocks, dict):
             raise ValueError('blocks that are no object; they must be such as {"single_blocks": 0.5}.')
@@ -242,21 +226,17 @@ def _read_object(path: str, item: Mapping[str, Any]) -> LoraChoice:
             blocks={key: number(f"blocks {key!r}", factor) for key, factor in blocks.items()},
         )
     except ValueError as error:
-        raise ValueError(f"{_named(path)} has {error}") from None
-
-
-def _brief(value: Any) -> str:  # noqa: ANN401 (JSON)
-    return repr(redact(str(value))[:40])
+        raise ValueError(f"{quoted(path)} has {error}") from None
 
 
 def _check_keys(keys: Iterable[str]) -> None:
-    """Refuse names of blocks that mean none, and two of which neither counts more: they overlap and name as many."""
+    """Refuse names of blocks that mean none, and two that overlap and name equally many, so that neither counts."""
     ranges = []
     for key in keys:
         try:
             kind, numbers = named_blocks(key)
         except ValueError as error:
-            raise ValueError(f"blocks {_brief(key)}; {error}") from None
+            raise ValueError(f"blocks {quoted(key, 40)}; {error}") from None
         ranges.append((kind, len(numbers), numbers.start, key))
     for (kind, count, first, key), (*others, start, other) in pairwise(sorted(ranges)):
         if [kind, count] == others and start < first + count:

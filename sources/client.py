@@ -1,9 +1,7 @@
-"""Asking hosts over HTTP: again where one is busy, where it redirects to, and what it means when it gives nothing.
-
-This module knows HTTP. It knows neither what is asked for nor where it is kept; connections knows sockets and proxies.
-"""
+"""Asking hosts over HTTP: retries, redirects, and a sentence for each failure. Sockets are connections.py's part."""
 
 import contextlib
+import http.client
 import json
 import random
 import re
@@ -12,20 +10,20 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import urllib3
 
-from settings import MIB, names_host
-from sources.connections import Connections, PrivateAddressError, StoppedError, basic_login, untrusted
+from settings import MIB, Settings, names_host
+from sources.connections import Connections, PrivateAddressError, StoppedError, split_login, untrusted
 from sources.shown import host_of, redact
 
 T = TypeVar("T")
-# Read at once. Larger ones are mapped and unmapped each time, which costs more than the calls that they save.
+# Bytes of one read. Larger buffers are mapped and unmapped each time, which costs more than the calls they save.
 CHUNK = 128 * 1024
 MAX_REDIRECTS = 10
-# A model of CivitAI with a hundred versions and their pictures has one.
+# CivitAI's answer about a model with a hundred versions and their pictures has one MiB.
 MAX_JSON_BYTES = 8 * MIB
 SLOWEST = 1024  # bytes a second, of one connection
 
@@ -35,35 +33,36 @@ class Patience:
     """How long a host may keep a prediction waiting, in seconds."""
 
     connect: float = 10
-    # Without a byte, or with fewer than SLOWEST a second.
-    stall: float = 30
-    # Before the second, third ... attempt; a host's Retry-After up to the longest counts instead.
-    pauses: tuple[float, ...] = (0.5, 1, 2, 4)
-    longest_pause: float = 30
+    stall: float = 30  # without a byte, or with fewer than SLOWEST a second
+    pauses: tuple[float, ...] = (0.5, 1, 2, 4)  # before the second, third ... attempt
+    longest_pause: float = 30  # the longest Retry-After that is waited for instead
 
     def within(self, seconds: float) -> "Patience":
-        """No more of it than so many seconds, for one silence."""
+        """The same with at most that many seconds for each silence."""
         seconds = max(seconds, 0.1)  # to a socket, 0 means something else
         return replace(self, connect=min(self.connect, seconds), stall=min(self.stall, seconds))
 
 
+PATIENCE = Patience()
+
+
 @dataclass(frozen=True)
 class Source:
-    """Where a file's bytes are now, and what its host states about them."""
+    """The place of a file, and what its host states about it."""
 
     name: str  # as it may be shown
     url: str = field(repr=False)
     token: str | None = field(default=None, repr=False)  # for the host and port of `url` alone
-    key: str | None = None  # what names this content for ever: a version, a commit, a hash
+    key: str | None = None  # names this content for ever: a version, a commit, a hash
     sha256: str | None = None
     size: int | None = None
     trigger_words: tuple[str, ...] = ()
-    # What to do about a status, and about a web page instead of the file, as the end of a sentence.
+    # The ends of sentences about a status, and about a web page instead of the file.
     advice: Mapping[int, str] = field(default_factory=dict)
     web_page: str | None = None
-    config: "Source | None" = None  # what lies beside it, see `configs`
-    form: bytes | None = field(default=None, repr=False)  # sent along by POST, to that host alone
-    # What a status and its headers mean where they are no answer, for a host with a way of its own to refuse.
+    config: "Source | None" = None  # beside it, see `configs`
+    form: bytes | None = field(default=None, repr=False)  # sent by POST, to the source's host alone
+    # The error for a status and headers, for a host that refuses in its own way.
     explain: Callable[[int, Mapping[str, str]], ValueError] | None = None
 
 
@@ -72,38 +71,23 @@ class UnavailableError(ValueError):
 
     def __init__(self, sentence: str, pause: float | None = None) -> None:
         super().__init__(sentence)
-        self.pause = pause  # what the host asked for, in seconds
+        self.pause = pause  # the host's Retry-After, in seconds
 
 
-class Client:
-    """Asks hosts for files, for one piece of work; another thread can stop it.
+class Client(Connections):
+    """Asks hosts for files, for one piece of work; another thread can stop it."""
 
-    Args:
-        allow_private: whether private and loopback addresses may be connected to.
-        patience: how long a host may keep us waiting.
-        proxies: the operator's, see `Settings`.
-    """
-
-    def __init__(self, *, allow_private: bool, patience: Patience, proxies: Mapping[str, str] | None = None) -> None:
-        self.patience = patience
-        self._connections = Connections(
-            allow_private=allow_private, proxies=proxies or {}, connect=patience.connect, stall=patience.stall
+    def __init__(self, settings: Settings, patience: Patience) -> None:
+        super().__init__(
+            allow_private=settings.allow_private_hosts,
+            proxies=settings.proxies,
+            connect=patience.connect,
+            stall=patience.stall,
         )
-
-    def stop(self) -> None:
-        """End everything under way, and close all connections: threads that wait for a host get `StoppedError`."""
-        self._connections.stop()
-
-    def disconnect(self) -> None:
-        """Wake every thread that waits for a host; to be called from any thread."""
-        self._connections.disconnect()
-
-    def check(self) -> None:
-        """Raise `StoppedError` after `stop`."""
-        self._connections.check()
+        self.patience = patience
 
     def persist(self, attempt: Callable[[], T], hasty: bool = False) -> T:
-        """Try again while the host is unavailable, after growing pauses or those that it asks for; `hasty`: do not."""
+        """The result of `attempt`, repeated while the host is unavailable, after pauses; `hasty`: tried only once."""
         for pause in (*(() if hasty else self.patience.pauses), None):
             try:
                 return attempt()
@@ -115,17 +99,12 @@ class Client:
         raise AssertionError
 
     def pause(self, seconds: float) -> None:
-        """Wait, for a little longer than that: many who were refused together should not come back together."""
-        if self._connections.stopped.wait(seconds * random.uniform(1, 1.25)):
+        """Wait a little longer, at random: clients that were refused together should not return together."""
+        if self.stopped.wait(seconds * random.uniform(1, 1.25)):
             raise StoppedError
 
     def open(self, source: Source, headers: Mapping[str, str] | None = None, url: str | None = None) -> "Stream":
-        """Ask for a file, following redirects.
-
-        Args:
-            source: what is asked for.
-            headers: added to the request.
-            url: where an earlier request was redirected to.
+        """The answer to a request for a file, after redirects; `url`: where an earlier request was redirected to.
 
         Raises:
             UnavailableError: the host cannot be reached, answers 429 or 5xx.
@@ -134,7 +113,7 @@ class Client:
         url, asked = url or source.url, source
         for _ in range(MAX_REDIRECTS):
             if _origin(url) != _origin(source.url):
-                # Token and form were for the host that the source lies on, not for whatever that one trusts.
+                # Token and form are for the source's own host, not for hosts that it redirects to.
                 asked = replace(source, token=None, form=None)
             response = self._request(asked, url, headers or {})
             location = response.headers.get("Location")
@@ -158,32 +137,26 @@ class Client:
 
     def _request(self, source: Source, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
         sent = {"User-Agent": "flux-sprites", "Accept": "*/*", "Accept-Encoding": "identity", **headers}
-        parts = urlsplit(url)
+        address, login = split_login(url)
         if source.token is not None:
-            sent["Authorization"] = f"Bearer {source.token}"
-        elif parts.username is not None:
-            sent["Authorization"] = basic_login(parts)
-        url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+            login = f"Bearer {source.token}"
+        if login is not None:
+            sent["Authorization"] = login
         try:
-            return self._connections.ask(url, sent, source.form)
+            return self.ask(address, sent, source.form)
         except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
-            raise self.broken(source, url, error) from error
+            raise self.broken(source, address, error) from error
 
     def broken(self, source: Source, url: str, error: Exception) -> ValueError:
-        """A sentence about a connection that failed; raises `StoppedError` where that is what it came from."""
+        """A sentence about a connection that failed; raises `StoppedError` if it failed because of `stop`."""
         self.check()
         return _broken(source, url, error, self._way(url))
 
     def _way(self, url: str) -> str:
-        return "" if self._connections.proxy(url) is None else " through the server's proxy"
+        return "" if self.proxy(url) is None else " through the server's proxy"
 
     def read(self, source: Source, size: int, hasty: bool = False) -> bytes:
-        """The first `size` bytes of a file, fewer where it has no more.
-
-        Raises:
-            UnavailableError: the host is down, and stays so.
-            ValueError: it refuses.
-        """
+        """The first `size` bytes of a file, fewer where it has no more; see `persist` and `open`."""
 
         def attempt() -> bytes:
             with self.open(source) as stream:
@@ -191,25 +164,25 @@ class Client:
 
         return self.persist(attempt, hasty)
 
-    def json(self, source: Source, hasty: bool = False) -> object:
-        """A host's answer about a file.
+    def json(self, source: Source, hasty: bool = False) -> Any:  # noqa: ANN401 (JSON)
+        """The JSON that a host answers; see `persist` and `open`.
 
         Raises:
-            UnavailableError: the host is down, and stays so.
-            ValueError: it refuses, or answers something else.
+            UnavailableError: also where the answer is too long, or no JSON.
         """
         answer = self.read(source, MAX_JSON_BYTES + 1, hasty)
-        host = host_of(source.url)
         if len(answer) > MAX_JSON_BYTES:
-            raise UnavailableError(
-                f"{source.name} cannot be looked up: {host} answered with more than {MAX_JSON_BYTES // MIB} MiB."
-            )
+            host, most = host_of(source.url), MAX_JSON_BYTES // MIB
+            raise UnavailableError(f"{source.name} cannot be looked up: {host} answered with more than {most} MiB.")
         try:
             return json.loads(answer)
         except (ValueError, RecursionError):
-            raise UnavailableError(
-                f"{source.name} cannot be looked up: {host} sent something else than an answer."
-            ) from None
+            raise no_answer(source.name, source.url) from None
+
+
+def no_answer(name: str, url: str) -> UnavailableError:
+    """The sentence about a host that answers a question with something else than was asked for."""
+    return UnavailableError(f"{name} cannot be looked up: {host_of(url)} sent something else than an answer.")
 
 
 def _origin(url: str) -> tuple[str, str]:
@@ -221,12 +194,12 @@ def _origin(url: str) -> tuple[str, str]:
 def _follow(source: Source, url: str, location: str) -> str:
     """Where a redirect leads."""
     with contextlib.suppress(UnicodeError):
-        # A header is read as Latin-1; what is no ASCII in it is UTF-8 as a rule.
+        # Headers are decoded as Latin-1, but mostly UTF-8.
         location = location.encode("latin-1").decode()
     try:
         url = urljoin(url, location.strip())
     except ValueError:
-        url = "http:"  # which names no host either
+        url = "http:"  # names no host either
     if (scheme := urlsplit(url).scheme) not in ("http", "https"):
         raise ValueError(f"{source.name} leads to {scheme}: instead of http(s).")
     if not names_host(url):
@@ -240,7 +213,10 @@ def _broken(source: Source, url: str, error: Exception, way: str) -> ValueError:
     if isinstance(error, urllib3.exceptions.ProtocolError) and isinstance(error.args[-1], Exception):
         error = error.args[-1]
     if isinstance(error, urllib3.exceptions.ProxyError):
-        return _broken_by_proxy(source, host, error.original_error)
+        # The proxy is named without its address, which is the operator's business.
+        if answered := re.match(r"Tunnel connection failed: (\d{3})\b", str(error.original_error)):
+            return _refused_by_proxy(source, host, int(answered[1]))
+        return UnavailableError(f"{source.name} cannot be fetched: the server's proxy cannot be reached.")
     if isinstance(error, PrivateAddressError):
         return ValueError(
             f"{source.name} cannot be fetched: {host} is an address of the server's own network; it must be a public "
@@ -257,15 +233,7 @@ def _broken(source: Source, url: str, error: Exception, way: str) -> ValueError:
     return UnavailableError(f"{source.name} cannot be fetched: the connection to {host}{way} failed or broke off.")
 
 
-def _broken_by_proxy(source: Source, host: str | None, error: Exception) -> ValueError:
-    """A sentence about a proxy that lets nothing through; its address is the operator's business."""
-    answered = re.match(r"Tunnel connection failed: (\d{3})\b", str(error))
-    if answered is None:
-        return UnavailableError(f"{source.name} cannot be fetched: the server's proxy cannot be reached.")
-    return _refused_by_proxy(source, host, int(answered[1]))
-
-
-def _refused_by_proxy(source: Source, host: str | None, status: int) -> ValueError:
+def _refused_by_proxy(source: Source, host: str, status: int) -> ValueError:
     sentence = f"{source.name} cannot be fetched: the server's proxy answered {_said(status)} for {host}"
     if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
         return ValueError(f"{sentence}; whoever runs the server has to give it the proxy's user and password.")
@@ -275,13 +243,12 @@ def _refused_by_proxy(source: Source, host: str | None, status: int) -> ValueErr
 
 
 def _said(status: int) -> str:
-    """A status as people read it."""
-    phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else ""
-    return f"{status} {phrase}".rstrip()
+    """A status as people read it: 404 Not Found."""
+    return f"{status} {http.client.responses.get(status, '')}".rstrip()
 
 
 def _refusal(source: Source, url: str, response: urllib3.BaseHTTPResponse, way: str) -> ValueError:
-    """A sentence about an answer that is none."""
+    """A sentence about a status that is an error."""
     status, host = response.status, host_of(url)
     if way and status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
         return _refused_by_proxy(source, host, status)
@@ -289,10 +256,10 @@ def _refusal(source: Source, url: str, response: urllib3.BaseHTTPResponse, way: 
         return source.explain(status, response.headers)
     sentence = f"{source.name} cannot be fetched: {host} answered {_said(status)}{way}"
     if status in (408, 425, 429) or status >= 500:
-        # The latter: more digits than Python makes a number of.
-        with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError):
-            return UnavailableError(f"{sentence}; try again later.", urllib3.Retry().get_retry_after(response))
-        return UnavailableError(f"{sentence}; try again later.")
+        pause = None
+        with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError):  # no number, or one of too many digits
+            pause = urllib3.Retry().get_retry_after(response)
+        return UnavailableError(f"{sentence}; try again later.", pause)
     if host == "replicate.delivery" and status in (403, 404):
         advice = "the files of a prediction are deleted after an hour: name the model as owner/name instead"
     elif status in source.advice:
@@ -305,12 +272,11 @@ def _refusal(source: Source, url: str, response: urllib3.BaseHTTPResponse, way: 
 
 
 class Stream(contextlib.AbstractContextManager):
-    """The body of one response, as it arrives.
+    """The body of a response, as it arrives.
 
     Attributes:
-        client, source: what asked, and for what.
-        url: where the redirects led.
-        place: the same without what changes from one signed address to the next, and is secret.
+        url: after redirects.
+        place: the URL without its query: a signature is secret, and differs from one redirect to the next.
         status: 200, 206 or 304.
         position: of the next byte, within the file.
         end: the position behind the last byte, where the host states it.
@@ -318,11 +284,9 @@ class Stream(contextlib.AbstractContextManager):
     """
 
     def __init__(self, client: Client, source: Source, url: str, response: urllib3.BaseHTTPResponse) -> None:
-        self.url, self.status, self.headers = url, response.status, response.headers
-        self.place = redact(url)
         self.client, self.source, self._response = client, source, response
-        self.position, self.end = 0, response.length_remaining
-        self.size = self.end
+        self.url, self.place, self.status, self.headers = url, redact(url), response.status, response.headers
+        self.position, self.end, self.size = 0, response.length_remaining, response.length_remaining
         if self.status == HTTPStatus.PARTIAL_CONTENT:
             found = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", response.headers.get("Content-Range", ""))
             self.position, last, self.size = map(int, found.groups()) if found else (-1, -1, None)
@@ -331,11 +295,11 @@ class Stream(contextlib.AbstractContextManager):
         self._since, self._counted = time.monotonic(), 0
 
     def __exit__(self, *_: object) -> None:
-        """See `close`."""
+        """Close it."""
         self.close()
 
     def close(self) -> None:
-        """Keep the connection for the next request where the body was read to its end, else close it."""
+        """Keep the connection for the next request if the body was read to its end, else close it."""
         if self._response.length_remaining == 0:
             self._response.release_conn()
         else:
@@ -343,12 +307,12 @@ class Stream(contextlib.AbstractContextManager):
 
     @property
     def is_part(self) -> bool:
-        """Whether it is less than the whole file, for all that its header says."""
+        """Whether it is less than the whole file, by its header."""
         return self.status == HTTPStatus.PARTIAL_CONTENT and (self.position, self.end) != (0, self.size)
 
     @property
     def validators(self) -> dict[str, str]:
-        """The headers that tell whether the file is still the same, where the host sends them."""
+        """The ETag and Last-Modified headers, if the host sent them."""
         return {name: self.headers[name] for name in ("ETag", "Last-Modified") if name in self.headers}
 
     def read(self, limit: int = CHUNK) -> bytes:

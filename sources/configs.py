@@ -1,7 +1,4 @@
-"""The config that PEFT saves beside a LoRA's weights, which by themselves do not say at which strength they count.
-
-Knows its name and its size; what it says is for whoever reads the LoRA.
-"""
+"""The config that PEFT saves beside a LoRA's weights: without it, their strength is unknown. It is not parsed here."""
 
 from collections.abc import Container
 from pathlib import Path
@@ -10,17 +7,17 @@ from settings import MIB
 from sources.contents import UnfitError
 from sources.shown import brief, gigabytes
 
-# What other trainers put beside weights changes nothing of what they mean: LyCORIS and kohya's scripts write each
-# layer's alpha into the file, ai-toolkit's is always the rank.
+# Other trainers need none: LyCORIS and kohya's scripts write each layer's alpha into the weights' file, and
+# ai-toolkit's alpha is always the rank.
 NAME = "adapter_config.json"
-# Where this lies in the same folder, the config is its, and no other file's.
+# If this file is in the same folder, the config belongs to it alone.
 OWNER = "adapter_model.safetensors"
 # It is longer than 64 KiB where each layer has a rank and an alpha of its own.
 MAX_BYTES = MIB // 4
 
 
 def beside(file: str, files: Container[str]) -> str | None:
-    """The path of the config of a file, where it is among the files."""
+    """The path of a file's config; None where it is not among the files."""
     folder = file[: file.rfind("/") + 1]
     if folder + NAME not in files or (folder + OWNER in files and file != folder + OWNER):
         return None
@@ -34,11 +31,7 @@ def admit(size: int, name: str) -> None:
 
 
 def text(content: bytes, name: str) -> str:
-    """A config as text. Of one that may be too long, MAX_BYTES + 1 bytes are enough.
-
-    Raises:
-        ValueError: it is too long.
-    """
+    """A config as text; raises as `admit` does, for which the first MAX_BYTES + 1 bytes are enough."""
     admit(len(content), name)
     return content.decode("utf-8-sig", errors="replace")
 
@@ -50,7 +43,7 @@ def read_beside(file: Path) -> str:
         ValueError: it is too long, or cannot be read.
     """
     try:
-        # Regular ones alone: a pipe would wait for somebody to write into it.
+        # Only regular files: opening a pipe would wait for a writer.
         found = beside(file.name, [name for name in (NAME, OWNER) if file.with_name(name).is_file()])
         if found is None:
             return ""

@@ -1,7 +1,7 @@
 """Connections of one piece of work: to checked addresses, or through the operator's proxy; ended from another thread.
 
-A host decides how fast it answers, and where its name leads: neither is left to it. This module knows sockets, and what
-urllib3 makes of them; it knows nothing of what is asked for, and reads no environment but SSL_CERT_FILE, and no netrc.
+A host can lead its name to any address and answer as slowly as it likes: both are bounded here, around urllib3. The
+only variable that is read is SSL_CERT_FILE, and netrc is not.
 """
 
 import base64
@@ -22,67 +22,51 @@ from urllib.parse import SplitResult, unquote_to_bytes, urlsplit
 import certifi
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.util import connection
 
-# As many as a host that slows each connection down deserves, and fewer than one takes for an attack.
+# Of one download: enough where a host slows each connection down, too few to be taken for an attack.
 CONNECTIONS = 12
-# Azure's host for its machines, which hands out secrets from what looks like a public address.
+# Azure's metadata host, which gives secrets to its machines, has an address that looks public.
 METADATA = {ipaddress.ip_address("168.63.129.16")}
-# Blocks of addresses, and whether they are reachable from everywhere: IANA's special-purpose address registries for
-# IPv4 and IPv6 by their column "Globally Reachable", within the space for unicast. An address is in several: the
-# narrowest counts. Here and not from Python's ipaddress, which has them as they were at its own release.
+# Whether blocks of addresses are reachable from everywhere: the column "Globally Reachable" of IANA's special-purpose
+# address registries for IPv4 and IPv6, within the space for unicast. The narrowest block with an address counts.
+# Python's ipaddress has the registries as they were at its own release.
 REACHABLE = {
     ipaddress.ip_network(block): reachable
-    for block, reachable in (
-        ("0.0.0.0/0", True),
-        ("0.0.0.0/8", False),  # "this network"
-        ("10.0.0.0/8", False),  # private
-        ("100.64.0.0/10", False),  # shared by a carrier's customers
-        ("127.0.0.0/8", False),  # loopback
-        ("169.254.0.0/16", False),  # link-local
-        ("172.16.0.0/12", False),  # private
-        ("192.0.0.0/24", False),  # protocol assignments
-        ("192.0.0.9/32", True),  # port control, anycast
-        ("192.0.0.10/32", True),  # TURN, anycast
-        ("192.0.2.0/24", False),  # documentation
-        ("192.88.99.0/24", False),  # 6to4 relays, deprecated
-        ("192.168.0.0/16", False),  # private
-        ("198.18.0.0/15", False),  # benchmarking
-        ("198.51.100.0/24", False),  # documentation
-        ("203.0.113.0/24", False),  # documentation
-        ("224.0.0.0/4", False),  # multicast
-        ("240.0.0.0/4", False),  # reserved, and broadcast
-        ("::/0", False),  # all but 2000::/3: unspecified, loopback, IPv4-compatible, private, link- and site-local ...
-        ("::ffff:0:0/96", True),  # IPv4-mapped, which sockets connect to as IPv4: see `_embedded`
-        ("64:ff9b::/96", True),  # NAT64: see `_embedded`
-        ("2000::/3", True),  # global unicast
-        ("2001::/23", False),  # protocol assignments, with Teredo, benchmarking and the first ORCHIDs
-        ("2001:1::1/128", True),  # port control, anycast
-        ("2001:1::2/128", True),  # TURN, anycast
-        ("2001:1::3/128", True),  # DNS service registration, anycast
-        ("2001:3::/32", True),  # multicast tunnels' relays
-        ("2001:4:112::/48", True),  # AS112's name servers
-        ("2001:20::/28", True),  # ORCHIDv2
-        ("2001:30::/28", True),  # drones' identities
-        ("2001:db8::/32", False),  # documentation
-        ("2002::/16", True),  # 6to4: see `_embedded`
-        ("3fff::/20", False),  # documentation
+    for reachable, blocks in (
+        (True, "0.0.0.0/0"),
+        (False, "0.0.0.0/8 127.0.0.0/8 169.254.0.0/16"),  # this network, loopback, link-local
+        (False, "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 100.64.0.0/10"),  # private, shared by a carrier's customers
+        (False, "192.0.0.0/24 192.88.99.0/24 198.18.0.0/15"),  # protocol assignments, 6to4 relays, benchmarking
+        (True, "192.0.0.9/32 192.0.0.10/32"),  # anycast: port control, TURN
+        (False, "192.0.2.0/24 198.51.100.0/24 203.0.113.0/24"),  # documentation
+        (False, "224.0.0.0/4 240.0.0.0/4"),  # multicast; reserved, and broadcast
+        (False, "::/0"),  # all but 2000::/3: unspecified, loopback, IPv4-compatible, private, link- and site-local ...
+        (True, "2000::/3"),  # global unicast
+        (True, "::ffff:0:0/96 64:ff9b::/96 2002::/16"),  # IPv4-mapped, NAT64, 6to4: see `_embedded`
+        (False, "2001::/23"),  # protocol assignments, with Teredo, benchmarking and the first ORCHIDs
+        (True, "2001:1::1/128 2001:1::2/128 2001:1::3/128"),  # anycast: port control, TURN, DNS service registration
+        (True, "2001:3::/32 2001:4:112::/48"),  # multicast tunnels' relays, AS112's name servers
+        (True, "2001:20::/28 2001:30::/28"),  # ORCHIDv2, drones' identities
+        (False, "2001:db8::/32 3fff::/20"),  # documentation
     )
+    for block in blocks.split()
 }
 MAPPED, NAT64, SIX_TO_FOUR = map(ipaddress.ip_network, ("::ffff:0:0/96", "64:ff9b::/96", "2002::/16"))
-# What stands before the IPv4 address in the interface part of an ISATAP address, under any prefix.
+# The four bytes before the IPv4 address at the end of an ISATAP address, under any prefix.
 ISATAP = (0x0000_5EFE, 0x0200_5EFE)
 
 
 class StoppedError(Exception):
-    """The caller has given up and waits for nothing any more."""
+    """The caller has given up."""
 
 
 class PrivateAddressError(OSError):
-    """A host's address is not one that a stranger may have us connect to."""
+    """A stranger's host has an address that is not public."""
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether a stranger may have us connect there; addresses that carry another one inside are judged by that too."""
+    """Whether a stranger may make us connect there; an IPv4 address embedded in an IPv6 one must be public too."""
     if address in METADATA or getattr(address, "scope_id", None) is not None:
         return False
     narrowest = max((block for block in REACHABLE if address in block), key=lambda block: block.prefixlen)
@@ -99,43 +83,47 @@ def _embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddre
     return None
 
 
-def basic_login(parts: SplitResult) -> str:
-    """The header for the user and the password of an address, which may have any characters."""
+def split_login(url: str) -> tuple[str, str | None]:
+    """A URL without its login, which may have any characters, and the header for it; None where there is no login."""
+    parts = urlsplit(url)
+    address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    if parts.username is None:
+        return address, None
     user, password = (
         unquote_to_bytes((text or "").encode(errors="replace")) for text in (parts.username, parts.password)
     )
-    return f"Basic {base64.b64encode(user + b':' + password).decode()}"
+    return address, f"Basic {base64.b64encode(user + b':' + password).decode()}"
 
 
 def _passed(parts: SplitResult, no_proxy: str) -> bool:
-    """Whether an address goes past the proxy: by its host, with or without port, its domain, or a block of addresses.
+    """Whether NO_PROXY lists an address: its host, with or without port, its domain, or a block of addresses.
 
-    That is more than the standard library understands: operators write what their other programs do.
+    The standard library understands no ports and no blocks, which operators write for their other programs.
     """
     host, with_port = (parts.hostname or "").rstrip("."), parts.netloc.rpartition("@")[2].lower()
     for entry in re.split(r"[\s,]+", no_proxy.lower()):
         name = entry.removeprefix("*").lstrip(".")
         if entry == "*" or (name and (name in (host, with_port) or host.endswith(f".{name}"))):
             return True
-        with contextlib.suppress(ValueError):  # one of them is no address
+        with contextlib.suppress(ValueError):  # the host or the entry is no IP address
             if ipaddress.ip_address(host) in ipaddress.ip_network(entry.strip("[]"), strict=False):
                 return True
     return False
 
 
 class _Bounded(io.RawIOBase):
-    """What a socket receives, until a moment: the socket itself would wait as long for each byte."""
+    """The bytes from a socket, with one timeout for several reads: the socket would wait as long for each byte."""
 
     def __init__(self, sock: socket.socket, received: io.RawIOBase) -> None:
         self._sock, self._received, self._seconds = sock, received, sock.gettimeout()
         self.begin()
 
     def begin(self) -> None:
-        """From now on, what is read has as many seconds in all as the socket had for one byte."""
+        """Start the timeout anew: the socket's seconds for one byte, for all reads from now on."""
         self._until = time.monotonic() + self._seconds
 
     def readable(self) -> bool:
-        """It is for reading alone."""
+        """It is."""
         return True
 
     def readinto(self, buffer: bytearray | memoryview) -> int | None:
@@ -144,16 +132,16 @@ class _Bounded(io.RawIOBase):
         return self._received.readinto(buffer)
 
     def close(self) -> None:
-        """Let go of the socket."""
+        """Close the reader, not the socket."""
         self._received.close()
         super().close()
 
 
 class _Response(http.client.HTTPResponse):
-    """An answer whose header has to come within the socket's timeout as a whole, and so has each piece of its body.
+    """An answer whose whole header must come within the socket's timeout, and each piece of its body too.
 
-    A host that sends a byte now and then would otherwise keep us as long as it likes: in the header, or in the lines
-    that stand between the chunks of a body. A proxy's answer to CONNECT is read through this too.
+    Otherwise a host could hold us for ever by sending a byte now and then: in the header, or in the lines between the
+    chunks of a body. A proxy's answer to CONNECT is read through this too.
     """
 
     def __init__(self, sock: socket.socket, *arguments: object, **options: object) -> None:
@@ -168,7 +156,7 @@ class _Response(http.client.HTTPResponse):
 
 
 class _Checked:
-    """A connection whose host is looked up once, checked, and connected to by the address that was checked."""
+    """A connection to an address that was checked: the host's name is looked up only once."""
 
     response_class = _Response
 
@@ -178,11 +166,11 @@ class _Checked:
 
     def _new_conn(self) -> socket.socket:
         with contextlib.ExitStack() as on_failure:
-            # Here a proxy is the host. It is the operator's, and may stand in the server's own network.
+            # With a proxy, this host is the proxy: the operator's, which may have a private address.
             sock = self._owner.connect(self.host, self.port, self.socket_options, trusted=self.proxy is not None)
             on_failure.enter_context(sock)
-            # TLS takes the socket out of its object before the handshake, and gives its own only afterwards: until
-            # then, this second one is what reaches the connection.
+            # TLS detaches the socket before the handshake, and has its own only afterwards: until then, `disconnect`
+            # needs this duplicate.
             self._connecting.enter_context(self._owner.within_reach(sock.dup()))
             on_failure.pop_all()
         return sock
@@ -209,11 +197,10 @@ class _HTTPSPool(urllib3.HTTPSConnectionPool):
 
 @functools.cache
 def trusted_authorities() -> ssl.SSLContext:
-    """TLS by the system's authorities, by certifi's, since slim images have none, and by SSL_CERT_FILE's.
+    """TLS with the system's authorities, certifi's, since slim images have none, and SSL_CERT_FILE's.
 
     Raises:
-        ValueError: a sentence, where SSL_CERT_FILE has none; OpenSSL alone would pass over that, and say later that it
-            does not know who has signed a host's certificate.
+        ValueError: a sentence, where SSL_CERT_FILE has none; OpenSSL would ignore that, and refuse hosts later.
     """
     context = ssl.create_default_context()
     system = ssl.get_default_verify_paths().openssl_cafile  # which OpenSSL leaves out where SSL_CERT_FILE is set
@@ -227,15 +214,12 @@ def trusted_authorities() -> ssl.SSLContext:
             raise ValueError(
                 "SSL_CERT_FILE names no file of certificates in PEM that can be read; it must, or be unset."
             ) from None
-    context.set_alpn_protocols(["http/1.1"])  # what uses it speaks nothing newer
+    context.set_alpn_protocols(["http/1.1"])  # its users speak nothing newer
     return context
 
 
 def untrusted(error: Exception) -> str | None:
-    """What is wrong with a host's certificate, in what follows a colon; None where an error is about something else.
-
-    REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE, which requests and curl read, are not read here.
-    """
+    """The fault of a host's certificate, as the end of a sentence; None for an error about something else."""
     found = re.search(r"certificate verify failed: (.*?)\.? \(_ssl\.c", str(error))
     if found is None:
         return None
@@ -249,9 +233,9 @@ class Connections:
 
     Args:
         allow_private: whether private and loopback addresses may be connected to.
-        proxies: the operator's, by the scheme that they are for ("all": any), and under "no" what goes past them.
-        connect: how many seconds a host may take to be connected to.
-        stall: how many seconds it may be silent, and may take for its header.
+        proxies: the operator's, by the scheme that they are for ("all": any), and NO_PROXY under "no".
+        connect: the seconds for connecting to a host.
+        stall: the seconds that a host may be silent, and may take for its header.
     """
 
     def __init__(self, *, allow_private: bool, proxies: Mapping[str, str], connect: float, stall: float) -> None:
@@ -267,9 +251,8 @@ class Connections:
         if proxy is None:
             manager = urllib3.PoolManager(**options)
         else:
-            parts = urlsplit(proxy)
-            headers = {} if parts.username is None else {"Proxy-Authorization": basic_login(parts)}
-            address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+            address, login = split_login(proxy)
+            headers = {"Proxy-Authorization": login} if login else {}
             manager = urllib3.ProxyManager(
                 address, proxy_headers=headers, proxy_ssl_context=trusted_authorities(), **options
             )
@@ -280,31 +263,28 @@ class Connections:
         return manager
 
     def ask(self, url: str, headers: Mapping[str, str], form: bytes | None = None) -> urllib3.BaseHTTPResponse:
-        """Ask for what lies at a URL, by POST where a form is sent along, without following redirects.
+        """The answer of a URL, to a POST if there is a form; redirects are not followed.
 
         Raises:
-            urllib3.exceptions.HTTPError, OSError, UnicodeError: there is no answer.
-            StoppedError: it was stopped, which may also show as one of the others.
+            urllib3.exceptions.HTTPError, OSError, UnicodeError: there is no answer, perhaps because it was stopped.
+            StoppedError: it was stopped.
         """
         self.check()
-        manager = self._managers[self.proxy(url)]
-        options = {"redirect": False, "retries": False, "preload_content": False}
-        if form is None:
-            return manager.request("GET", url, headers=headers, **options)
-        headers = {**headers, "Content-Type": "application/x-www-form-urlencoded"}
-        return manager.request("POST", url, headers=headers, body=form, **options)
+        method, typed = "GET", {}
+        if form is not None:
+            method, typed = "POST", {"Content-Type": "application/x-www-form-urlencoded"}
+        return self._managers[self.proxy(url)].request(
+            method, url, headers={**headers, **typed}, body=form, redirect=False, retries=False, preload_content=False
+        )
 
     def proxy(self, url: str) -> str | None:
-        """The proxy that a URL is asked through; None where it is asked itself.
-
-        The name of the host is then looked up by the proxy, which decides what may be reached.
-        """
+        """The proxy for a URL, if any: it then looks up the host, and decides what may be reached."""
         parts = urlsplit(url)
         proxy = self._proxies.get(parts.scheme) or self._proxies.get("all")
         return None if proxy is None or _passed(parts, self._proxies.get("no", "")) else proxy
 
     def stop(self) -> None:
-        """End everything under way, and close all connections."""
+        """Close all connections, now and later: threads that wait for a host get `StoppedError`."""
         self.stopped.set()
         self.disconnect()
         for manager in self._managers.values():
@@ -314,7 +294,7 @@ class Connections:
         """Wake every thread that waits for a host; to be called from any thread."""
         for sock in list(self._sockets):
             with contextlib.suppress(OSError):
-                # Past SSLSocket's own method, which is not made for another thread.
+                # SSLSocket's own method is not safe from another thread.
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def check(self) -> None:
@@ -325,7 +305,7 @@ class Connections:
     def connect(
         self, host: str, port: int, options: Sequence[tuple[int, int, int]] | None, *, trusted: bool
     ) -> socket.socket:
-        """Look the host up, and connect to an address of it that may be connected to: to any of a trusted one.
+        """A connection to a host, all of whose addresses must be public unless it is trusted.
 
         Raises:
             OSError: it cannot be found or reached, or one of its addresses is not public.
@@ -337,18 +317,14 @@ class Connections:
         for address in found:
             self.check()
             try:
-                sock = urllib3.util.connection.create_connection(
-                    (address, port), self._seconds_to_connect, None, options
-                )
+                return connection.create_connection((address, port), self._seconds_to_connect, None, options)
             except OSError as error:
                 reason = error
-            else:
-                return sock
         raise reason
 
     @contextlib.contextmanager
     def within_reach(self, sock: socket.socket) -> Iterator[None]:
-        """A connection that `disconnect` closes until the end of the context, which closes the socket."""
+        """Let `disconnect` shut a socket down until the end of the context, which closes it."""
         with sock:
             try:
                 self.remember(sock)
@@ -357,7 +333,7 @@ class Connections:
                 self._sockets.discard(sock)
 
     def remember(self, sock: socket.socket) -> None:
-        """A connection that `disconnect` closes."""
+        """Let `disconnect` shut a socket down."""
         # TLS within TLS is no socket, but has one.
         self._sockets.add(getattr(sock, "socket", sock))
         self.check()

@@ -1,7 +1,6 @@
-"""What a file is, told by its bytes as they come: safetensors, checked whole, or an archive that may have one in it.
+"""A file's kind, told by its bytes as they arrive: safetensors, whose header is checked, or an archive.
 
-Names, suffixes and what hosts say are not believed. This module knows formats; it knows neither where files come from
-nor where they are kept, and it opens no archive.
+Names, suffixes and the statements of hosts are not trusted. Archives are opened elsewhere.
 """
 
 import hashlib
@@ -16,25 +15,25 @@ from settings import MIB
 from sources.client import CHUNK
 from sources.shown import gigabytes, noted
 
-# Called with a size before a file grows to it; may refuse.
+# Called with a size before a file grows to it; raises if there is no room.
 Reserve = Callable[[int], None]
-# Called now and then; raises where the caller has given up.
+# Called often; raises once the caller has given up.
 Check = Callable[[], None]
-# The format allows 100 MB; a LoRA's header has some hundred kilobytes, and a parsed one takes ten times its size.
+# The format allows 100 MB; a LoRA's header has some hundred kilobytes, and parsing takes ten times its size.
 MAX_HEADER_BYTES = 25 * MIB
-# A tensor has eight: this is enough for 50,000 tensors, and for as many tags that trainers note beside them.
+# A tensor has eight: enough for 50,000 tensors and as many tags of a trainer.
 MAX_HEADER_VALUES = 1_000_000
 # Convolutions have five at most.
 MAX_DIMENSIONS = 8
 BITS = {
-    **dict.fromkeys(("F4",), 4),
+    "F4": 4,
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-# How ai-toolkit notes its one trigger word: in the form, and under the name, of other trainers' counts.
+# ai-toolkit notes its one trigger word as other trainers note their counts of tags.
 TAUGHT = re.compile(r'\{"1_((?:[^"\\]|\\u[0-9a-f]{4}|\\["\\]){1,500})": \{"\1": 1\}\}')
 KINDS = ("safetensors", "tar", "gzip", "zip")
 # A tar's first block, which holds its mark.
@@ -47,14 +46,14 @@ class UnfitError(ValueError):
 
 
 class Contents:
-    """What a file is, told by its bytes as they arrive; what is wrong is said as soon as it shows.
+    """A file's kind, hash and trigger words, from its bytes as they arrive; faults are raised as soon as they show.
 
     Args:
         name: of the file, as it may be shown.
         size: in bytes, where it is known beforehand.
-        web_page: why there may be a web page instead, if more than the usual reasons are known.
-        kinds: what it may be.
-        shown: whether a sentence may have its first bytes.
+        web_page: the reason why a host may send a web page instead; `WEB_PAGE` if not given.
+        kinds: the kinds that are accepted.
+        shown: whether a sentence may quote its first bytes.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Contents:
         self.name, self.size = name, 0
         self.kind: str | None = None
         self.trigger_words: tuple[str, ...] = ()
-        self.config: str | None = None  # what lay beside it in its archive; None where it came from none
+        self.config: str | None = None  # the config beside it in its archive; None if it came from none
         self._stated_size, self._web_page, self._kinds, self._shown = size, web_page or WEB_PAGE, kinds, shown
         self._head: bytearray | None = bytearray()  # until the header is complete
         self._hash = hashlib.sha256()
@@ -76,15 +75,11 @@ class Contents:
 
     @property
     def sha256(self) -> str:
-        """Of what came so far, in hex."""
+        """The hash of the bytes so far, in hex."""
         return self._hash.hexdigest()
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes.
-
-        Raises:
-            ValueError: they are not what can be used.
-        """
+        """Take the next bytes; `UnfitError` if the file cannot be used."""
         self._hash.update(data)
         self.size += len(data)
         if self._head is not None:
@@ -95,11 +90,7 @@ class Contents:
                 self._check_header()
 
     def finish(self) -> None:
-        """There are no more bytes.
-
-        Raises:
-            ValueError: there should be more, or fewer.
-        """
+        """Take the end of the file; `UnfitError` if there should be more bytes, or fewer."""
         if self.kind is None:
             self.kind = self._tell()
             self._check_header()
@@ -147,13 +138,13 @@ class Contents:
 
 
 def trigger_words_in(file: BinaryIO) -> tuple[str, ...]:
-    """Those in the header of a file that was checked when it came; it is read from its beginning."""
+    """The trigger words in the header of a file that was checked when it came."""
     file.seek(0)
     return _trigger_words(_read_header(file.read(int.from_bytes(file.read(8), "little")))[1])
 
 
 def _sniff(head: bytes) -> str | None:
-    """What a file is by its first bytes, whatever it is called."""
+    """A file's kind by its first bytes."""
     if head[8:9] == b"{" and head[5:8] == bytes(3):
         return "safetensors"
     if head[257:262] == b"ustar":
@@ -164,11 +155,7 @@ def _sniff(head: bytes) -> str | None:
 
 
 def _read_header(header: bytes) -> tuple[int, dict[str, str]]:
-    """Check that tensors lie side by side, each as long as its shape and dtype say.
-
-    Returns:
-        The bytes that they take together, and the metadata.
-    """
+    """The bytes of all tensors together, which must be adjacent and fit their shapes and dtypes; and the metadata."""
     tensors = strict_json.read(header, MAX_HEADER_VALUES, zeros=True)
     metadata = tensors.pop("__metadata__", {})
     if not all(isinstance(value, str) for value in metadata.values()):
@@ -182,7 +169,7 @@ def _read_header(header: bytes) -> tuple[int, dict[str, str]]:
 
 
 def _trigger_words(metadata: dict[str, str]) -> tuple[str, ...]:
-    """What a prompt must say, where the trainer has noted it; how often words stand in captions does not tell."""
+    """The trigger words, where the trainer has noted them; the counts of words in captions do not tell."""
     phrase = metadata.get("modelspec.trigger_phrase", "")
     if not phrase and "ai-toolkit" in metadata.get("software", ""):
         found = TAUGHT.fullmatch(metadata.get("ss_tag_frequency", ""))
@@ -191,7 +178,7 @@ def _trigger_words(metadata: dict[str, str]) -> tuple[str, ...]:
 
 
 def _extent(name: str, tensor: dict[str, Any]) -> tuple[int, int, int, str]:
-    """Where a tensor begins and ends, how many bits its shape and dtype say that it has, and its name."""
+    """A tensor's first byte, its end, its bits by shape and dtype, and its name."""
     start, end = tensor["data_offsets"]
     shape, dtype = tensor["shape"], tensor["dtype"]
     if dtype not in BITS:
@@ -204,7 +191,7 @@ def _extent(name: str, tensor: dict[str, Any]) -> tuple[int, int, int, str]:
 
 
 def copy_checked(source: BinaryIO, target: BinaryIO | None, contents: Contents, reserve: Reserve, check: Check) -> None:
-    """Read a file to its end, and write it where there is a target; nobody's word is taken for its size."""
+    """Feed a file to `contents` and write it to the target, if there is one; its stated size is not trusted."""
     while data := source.read(CHUNK):
         check()
         reserve(contents.size + len(data))

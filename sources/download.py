@@ -1,7 +1,4 @@
-"""One file on its way to the disk: streamed, in parallel where the host really honours ranges, resumed where it breaks.
-
-Knows HTTP's ranges and one open file; it knows neither what the file is nor what becomes of it.
-"""
+"""A download into an open file: in parallel where the host honours ranges, and resumed where a connection breaks."""
 
 import os
 import threading
@@ -16,14 +13,14 @@ from settings import MIB
 from sources.client import CHUNK, Stream, UnavailableError
 from sources.connections import CONNECTIONS
 
-# tqdm's own lock is shared with forked processes: one that is killed while it draws would stop the bars of all others.
+# tqdm's own lock is shared with forked processes: one that is killed while drawing would block all others.
 tqdm.set_lock(threading.RLock())
 
 # Large enough for a request's round trip not to matter, small enough for all connections to end together.
 SMALLEST_PIECE, LARGEST_PIECE = 8 * MIB, 64 * MIB
-# Compared once, before a second connection is trusted to have sent what it was asked for.
+# The range that is compared with the first answer, to see whether the host honours ranges.
 PROBE = slice(1024, 2048)
-# Compared where a broken connection is taken up again.
+# Bytes that are compared where a broken connection is resumed.
 OVERLAP = 1024
 
 
@@ -32,24 +29,23 @@ class _Piece:
     """A part of the file that one connection fetches."""
 
     start: int
-    end: int | None  # None: as far as the host sends
-    position: int  # what lies before it is on disk
+    end: int | None  # None: the end of the answer
+    position: int  # of the next byte to be written
     done: bool = False
 
 
 class Download:
-    """One file on its way to the disk.
+    """A download.
 
     Args:
-        first: the open answer to a request for the whole of it.
+        first: the open answer to a request for the whole file.
         file: the descriptor of the file to be written.
-        reserve: called with a number of bytes before the file grows to it; has room for them on the disk, or raises.
+        reserve: called with a number of bytes before the file grows to it; raises if the disk has no room for them.
     """
 
     def __init__(self, first: Stream, file: int, reserve: Callable[[int], None]) -> None:
-        self._client, self._source, self._first, self._file = first.client, first.source, first, file
-        self._reserve = reserve
-        self._url = first.url
+        self._client, self._source, self._url = first.client, first.source, first.url
+        self._first, self._file, self._reserve = first, file, reserve
         etag = first.headers.get("ETag", "W/")
         self._unless_changed = {} if etag.startswith("W/") else {"If-Range": etag}
         self._parallel = False
@@ -59,16 +55,13 @@ class Download:
         self._changed = threading.Condition()
 
     def run(self, on_bytes: Callable[[bytes], None]) -> int:
-        """Fetch the file.
+        """Fetch the file, and return its size in bytes.
 
         Args:
             on_bytes: gets the content in order while the rest arrives; an error that it raises ends the download.
 
-        Returns:
-            The size in bytes.
-
         Raises:
-            UnavailableError: the host broke off, and does so again and again.
+            UnavailableError: the connection broke at each attempt.
             ValueError: the host refuses, or the file changed meanwhile.
             OSError: the disk is full.
         """
@@ -91,7 +84,7 @@ class Download:
                 raise
 
     def _honours_ranges(self) -> bool:
-        """Asked for bytes that are known already: some hosts say 206 and send the file from its beginning."""
+        """Whether a range has the same bytes as the first answer: some hosts say 206 and send the file's beginning."""
         if (self._first.size or 0) < 2 * SMALLEST_PIECE or self._first.headers.get("Accept-Ranges") == "none":
             return False
         known = self._first.peek(PROBE.stop)[PROBE]
@@ -109,7 +102,7 @@ class Download:
         return [_Piece(start, min(start + length, size), start) for start in range(0, size, length)]
 
     def _work(self, waiting: Iterator[_Piece], stream: Stream | None) -> None:
-        """Fetch pieces until none is waiting; a stream goes on to the next piece where that follows."""
+        """Fetch pieces until none is waiting; a stream is kept for the next piece if that follows."""
         try:
             while self._error is None:
                 with self._changed:
@@ -124,24 +117,21 @@ class Download:
                 stream.close()
 
     def _fetch(self, piece: _Piece, stream: Stream | None) -> Stream:
-        current = stream
-
-        def attempt() -> None:
-            nonlocal current
-            if current is None or current.position != piece.position:
-                if current is not None:
-                    current.close()
-                current = None
-                current = self._open_at(piece)
+        def attempt() -> Stream:
+            nonlocal stream
+            if stream is not None and stream.position != piece.position:
+                stream.close()
+                stream = None
+            stream = stream or self._open_at(piece)
             try:
-                self._copy(current, piece)
+                self._copy(stream, piece)
             except UnavailableError:
-                current.close()
-                current = None
+                stream.close()
+                stream = None
                 raise
+            return stream
 
-        self._client.persist(attempt)
-        return current
+        return self._client.persist(attempt)
 
     def _copy(self, stream: Stream, piece: _Piece) -> None:
         while not piece.done and self._error is None:
@@ -156,7 +146,7 @@ class Download:
                 self._changed.notify_all()
 
     def _open_at(self, piece: _Piece) -> Stream:
-        """Go on where a piece was broken off, with a part of what is known already, which must be the same."""
+        """A stream at the position where a piece broke off; the bytes before it must be those on the disk."""
         start = max(piece.start, piece.position - OVERLAP)
         stream = self._open_range(start, piece.end) if start > 0 else self._client.open(self._source)
         whole = stream.status == HTTPStatus.OK and stream.size == self._first.size and not self._parallel
@@ -177,7 +167,7 @@ class Download:
         except UnavailableError:
             raise
         except ValueError:
-            # The addresses that hosts redirect to expire, in the course of a long download too.
+            # The address that the host redirected to may have expired.
             stream = self._client.open(self._source, wanted)
             self._url = stream.url
             return stream
@@ -190,7 +180,7 @@ class Download:
         return ValueError(f"{self._source.name} changed while it was being downloaded; try again.")
 
     def _follow(self, on_bytes: Callable[[bytes], None], bar: tqdm) -> int:
-        """Hand the content on in order, as far as it is there, and show how much is."""
+        """Pass the content on in order as it arrives, draw the bar, and return the size."""
         position = 0
         for piece in self._pieces:
             while not (piece.done and position == piece.position):

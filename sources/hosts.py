@@ -1,11 +1,8 @@
-"""What a reference means at its host now → a Source: which file, where it lies, what it is called by its content.
-
-Asks the interfaces of Hugging Face, CivitAI and Replicate; fetching the file is left to others.
-"""
+"""A reference → a Source: the file that it means now, by the APIs of Hugging Face, CivitAI and Replicate."""
 
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePosixPath
@@ -17,29 +14,31 @@ from huggingface_hub.utils import validate_repo_id
 
 from settings import Settings, names_host
 from sources import configs
-from sources.client import Client, Source, UnavailableError
+from sources.client import Source, UnavailableError, no_answer
 from sources.references import COMMIT, Civitai, HuggingFace, Replicate, Url
 from sources.shown import brief, hide_tokens, host_of, noted, redact
 
 MAX_WORDS = 32
-# CivitAI's names of the models that LoRAs for dev or schnell are for, exactly, in the order in which they count: the
-# model's own and what was tuned from it with the same inputs, then the other's. A version for anything else (Kontext
-# and Fill take further inputs) is used only where the reference names it.
+# CivitAI's exact names of the base models whose LoRAs fit, in order of preference: the model itself and those tuned
+# from it with the same inputs, then the other's. LoRAs for others (Kontext and Fill take further inputs) must be named
+# by their version.
 BASES = {
     "dev": (("Flux.1 D", "Flux.1 Krea"), ("Flux.1 S",)),
     "schnell": (("Flux.1 S",), ("Flux.1 D", "Flux.1 Krea")),
 }
-# Where a token came from that is not the operator's.
+# The source of a token that is not the operator's.
 IN_ADDRESS = "the token in the address"
 SHA256 = re.compile(r"[0-9a-f]{64}")
-# How trainers name what they save on the way: name_000001500, name-step00002000, checkpoint-500.
+# Trainers' names for intermediate results: name_000001500, name-step00002000, checkpoint-500.
 CHECKPOINT = re.compile(r"[_-]0\d{4,}$|[_-](?:steps?|epoch|checkpoint)[_-]?\d+$|^checkpoint-\d+$", re.IGNORECASE)
 
 
-def resolve(
-    reference: Replicate | HuggingFace | Civitai | Url, settings: Settings, client: Client, hasty: bool = False
-) -> Source:
-    """Ask the host which file is meant; `hasty`: once, since there is something to fall back on.
+# `Client.json`: what a host answers.
+Ask = Callable[..., Any]
+
+
+def resolve(reference: Replicate | HuggingFace | Civitai | Url, settings: Settings, ask: Ask) -> Source:
+    """The file that a reference means now, by what `ask` learns from its host.
 
     Raises:
         UnavailableError: the host is down.
@@ -49,9 +48,9 @@ def resolve(
         case Replicate():
             return _resolve_replicate(reference, settings)
         case HuggingFace():
-            return _resolve_hugging_face(reference, settings, client, hasty)
+            return _resolve_hugging_face(reference, settings, ask)
         case Civitai():
-            return _resolve_civitai(reference, settings, client, hasty)
+            return _resolve_civitai(reference, settings, ask)
         case Url(url):
             return Source(reference.name, url)
 
@@ -72,16 +71,16 @@ def _resolve_replicate(reference: Replicate, settings: Settings) -> Source:
     )
 
 
-def _resolve_hugging_face(reference: HuggingFace, settings: Settings, client: Client, hasty: bool) -> Source:
-    repo = _list_repo(reference, settings, client, hasty)
-    path = reference.file if reference.file is not None else _choose_in_repo(reference, repo, settings, client)
+def _resolve_hugging_face(reference: HuggingFace, settings: Settings, ask: Ask) -> Source:
+    repo = _list_repo(reference, settings, ask)
+    path = reference.file if reference.file is not None else _choose_in_repo(reference, repo, settings, ask)
     if path not in repo.files:
         raise ValueError(f"{reference.name} does not exist; the repo has {_some(_weights_in(repo, ''))}.")
     print(f"{reference.name}: {brief(hide_tokens(path))} of commit {repo.commit[:8]}.")
     source, beside = repo.files[path], configs.beside(path, repo.files)
     if beside is None:
         return source
-    # One key for both: where either has changed, the LoRA is another one.
+    # One key for both: if either has changed, the LoRA is another one.
     config = repo.files[beside]
     return replace(source, key=f"{source.key} {config.key}", config=config)
 
@@ -95,24 +94,20 @@ class _Repo:
     files: Mapping[str, Source]
 
 
-def _list_repo(reference: HuggingFace, settings: Settings, client: Client, hasty: bool = False) -> _Repo:
-    """Ask Hugging Face for a repo's files, with their hashes.
-
-    Raises:
-        UnavailableError: the host is down.
-        ValueError: a sentence about why it cannot be had: missing, private, gated.
-    """
-    name, host = reference.name, host_of(settings.hf_endpoint)
+def _list_repo(reference: HuggingFace, settings: Settings, ask: Ask) -> _Repo:
+    """A repo's files, with their hashes."""
+    name = reference.name
     try:
         validate_repo_id(reference.repo)
     except HFValidationError:
         raise ValueError(f"{name} names no model on Hugging Face; it must be huggingface.co/owner/repo.") from None
-    asked = f"{reference.repo}/revision/{quote(reference.revision, safe='')}?blobs=true"
-    answer = client.json(_question(reference, settings, asked), hasty)
+    answer = ask(
+        _question(reference, settings, f"{reference.repo}/revision/{quote(reference.revision, safe='')}?blobs=true")
+    )
     try:
         return _read_repo(answer, reference, settings)
     except (KeyError, TypeError, AttributeError, HFValidationError):
-        raise UnavailableError(f"{name} cannot be looked up: {host} sent something else than an answer.") from None
+        raise no_answer(name, settings.hf_endpoint) from None
 
 
 def _read_repo(answer: dict[str, Any], reference: HuggingFace, settings: Settings) -> _Repo:
@@ -120,7 +115,7 @@ def _read_repo(answer: dict[str, Any], reference: HuggingFace, settings: Setting
     validate_repo_id(repo)
     if not COMMIT.fullmatch(commit):
         raise UnavailableError(f"{reference.name} cannot be looked up: its host names no commit.")
-    card = answer.get("cardData")  # which people write themselves
+    card = answer.get("cardData")  # written by users: it may be anything
     trigger_words = _words(card.get("instance_prompt") if isinstance(card, dict) else None)
     account = _account(reference, settings)
     refused = f"it is {_gate(repo, account)}" if answer.get("gated") else _needs_token(account)
@@ -143,7 +138,7 @@ def _read_repo(answer: dict[str, Any], reference: HuggingFace, settings: Setting
 
 
 def _question(reference: HuggingFace, settings: Settings, asked: str, form: bytes | None = None) -> Source:
-    """What is asked of Hugging Face about a repo."""
+    """A question to Hugging Face's API about a repo."""
     return Source(
         reference.name,
         f"{settings.hf_endpoint}/api/models/{asked}",
@@ -154,7 +149,7 @@ def _question(reference: HuggingFace, settings: Settings, asked: str, form: byte
 
 
 def _account(reference: HuggingFace, settings: Settings) -> str | None:
-    """Who asks Hugging Face, as the end of a sentence; None: nobody, without a token."""
+    """The account that a token belongs to, as the end of a sentence; None where there is no token."""
     if reference.token:
         return f"the account of {IN_ADDRESS}"
     return "the account of HF_TOKEN" if settings.hf_token else None
@@ -172,7 +167,7 @@ def _needs_token(account: str | None) -> str:
 def explain_hugging_face(
     reference: HuggingFace, settings: Settings, status: int, headers: Mapping[str, str]
 ) -> ValueError:
-    """What Hugging Face means by a status that is no answer, as the sentence to raise."""
+    """The error for a status and headers of Hugging Face."""
     name, host, code = reference.name, host_of(settings.hf_endpoint), headers.get("X-Error-Code")
     account = _account(reference, settings)
     if code == "GatedRepo":
@@ -200,8 +195,8 @@ def _weights_in(repo: _Repo, folder: str) -> list[str]:
     return [path for path in paths if path.count("/") == highest]
 
 
-def _choose_in_repo(reference: HuggingFace, repo: _Repo, settings: Settings, client: Client) -> str:
-    """The file that a repo, or a folder of it, is about: by its usual name, else the only one, else the newest."""
+def _choose_in_repo(reference: HuggingFace, repo: _Repo, settings: Settings, ask: Ask) -> str:
+    """The LoRA of a repo or of a folder in it: the one with a usual name, else the only one, else the newest."""
     paths = _weights_in(repo, reference.folder)
     for stem in ("pytorch_lora_weights", "lora", "adapter_model"):
         named = [path for path in paths if PurePosixPath(path).stem == stem]
@@ -209,7 +204,7 @@ def _choose_in_repo(reference: HuggingFace, repo: _Repo, settings: Settings, cli
             return named[0]
     finished = [path for path in paths if not CHECKPOINT.search(PurePosixPath(path).stem)] or paths
     if len(finished) > 1:
-        finished = _last_changed(finished, repo, reference, settings, client)
+        finished = _last_changed(finished, repo, reference, settings, ask)
     if len(finished) != 1:
         raise ValueError(
             f"{reference.name} has {_some(paths)}; "
@@ -218,13 +213,11 @@ def _choose_in_repo(reference: HuggingFace, repo: _Repo, settings: Settings, cli
     return finished[0]
 
 
-def _last_changed(
-    paths: list[str], repo: _Repo, reference: HuggingFace, settings: Settings, client: Client
-) -> list[str]:
-    """Those of the last commit; all of them where the host does not tell."""
+def _last_changed(paths: list[str], repo: _Repo, reference: HuggingFace, settings: Settings, ask: Ask) -> list[str]:
+    """The paths that changed in the newest commit; all of them where the host does not tell."""
     try:
         form = urlencode({"paths": paths, "expand": "true"}, doseq=True).encode()
-        listed = client.json(_question(reference, settings, f"{repo.id}/paths-info/{repo.commit}", form), hasty=True)
+        listed = ask(_question(reference, settings, f"{repo.id}/paths-info/{repo.commit}", form), hasty=True)
         dates = {file["path"]: file["lastCommit"]["date"] for file in listed if file.get("lastCommit")}
         last = max(dates.values(), default=None)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -233,14 +226,14 @@ def _last_changed(
 
 
 def _some(paths: list[str]) -> str:
-    """Names in a sentence."""
+    """A number of weights with the first names, for a sentence."""
     if not paths:
         return "no .safetensors file"
     more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
     return f"{len(paths)} .safetensors file(s): {', '.join(map(brief, paths[:8]))}{more}"
 
 
-def _resolve_civitai(reference: Civitai, settings: Settings, client: Client, hasty: bool) -> Source:
+def _resolve_civitai(reference: Civitai, settings: Settings, ask: Ask) -> Source:
     official = settings.civitai_endpoint == Settings.civitai_endpoint
     endpoint = f"https://{reference.host}" if official else settings.civitai_endpoint
     token = reference.token or settings.civitai_token
@@ -248,39 +241,34 @@ def _resolve_civitai(reference: Civitai, settings: Settings, client: Client, has
     missing = f"there is no such {'model' if reference.version is None else 'version'}"
     asked = f"models/{reference.model}" if reference.version is None else f"model-versions/{reference.version}"
     advice = {401: refused, 403: refused, 404: missing}
-    answer = client.json(Source(reference.name, f"{endpoint}/api/v1/{asked}", token, advice=advice), hasty)
+    answer = ask(Source(reference.name, f"{endpoint}/api/v1/{asked}", token, advice=advice))
     try:
         version = _newest(answer["modelVersions"], reference) if reference.version is None else answer
-        default = f"/api/download/models/{version['id']}"
-        file = _choose_file(version, reference)
+        number, file = version["id"], _choose_file(version, reference)
         download = _link(file)
-        print(
-            f"{reference.name}: {brief(file['name'])} of version {noted(str(version['id']))}, for {_base_of(version)}."
-        )
+        path = download.path or f"/api/download/models/{number}"
+        print(f"{reference.name}: {brief(file['name'])} of version {noted(str(number))}, for {_base_of(version)}.")
         sha256 = str((file.get("hashes") or {}).get("SHA256", "")).lower()
         return Source(
             reference.name,
-            f"{endpoint}{download.path or default}{'?' if download.query else ''}{download.query}",
+            f"{endpoint}{path}{'?' if download.query else ''}{download.query}",
             token=token,
-            key=f"civitai {version['id']} {file.get('id')} {sha256}",
+            key=f"civitai {number} {file.get('id')} {sha256}",
             sha256=sha256 if SHA256.fullmatch(sha256) else None,
             trigger_words=_words(version.get("trainedWords")),
             advice=advice,
             web_page=refused,
         )
     except (KeyError, TypeError, AttributeError):
-        host = host_of(endpoint)
-        raise UnavailableError(
-            f"{reference.name} cannot be looked up: {host} sent something else than an answer."
-        ) from None
+        raise no_answer(reference.name, endpoint) from None
 
 
 def _newest(versions: list[dict[str, Any]], reference: Civitai) -> dict[str, Any]:
-    """The version of a model that was published last, of those for the first of `BASES` that it has any for."""
+    """The newest version of a model for the first of `BASES` that it has a version for."""
     usable = [version for version in versions if _weights_of(version)]
     for bases in BASES[reference.drawn_with]:
         if fitting := [version for version in usable if version.get("baseModel") in bases]:
-            return max(fitting, key=_age)
+            return max(fitting, key=lambda it: (str(it.get("publishedAt") or it.get("createdAt") or ""), it["id"]))
     if not usable:
         raise ValueError(f"{reference.name} has no version with a .safetensors file.")
     others = noted(", ".join(f"{_base_of(version)} (version {version['id']})" for version in usable))
@@ -294,26 +282,19 @@ def _base_of(version: dict[str, Any]) -> str:
     return noted(str(version.get("baseModel") or "a model without a name"))
 
 
-def _age(version: dict[str, Any]) -> tuple[str, int]:
-    return str(version.get("publishedAt") or version.get("createdAt") or ""), version["id"]
-
-
 def _weights_of(version: dict[str, Any]) -> list[dict[str, Any]]:
-    """The files of a version that may be its LoRA: neither what it was trained on, nor what cannot be read safely."""
-    return [
-        file
-        for file in version.get("files") or ()
-        if _is_weights(file) and file.get("type", "Model") in ("Model", "Pruned Model")
-    ]
+    """The files of a version that may be its LoRA: no training data, and no pickles."""
 
+    def is_safe(file: dict[str, Any]) -> bool:
+        kind = (file.get("metadata") or {}).get("format")
+        return kind == "SafeTensor" or (kind is None and str(file.get("name")).endswith(".safetensors"))
 
-def _is_weights(file: dict[str, Any]) -> bool:
-    kind = (file.get("metadata") or {}).get("format")
-    return kind == "SafeTensor" or (kind is None and str(file.get("name")).endswith(".safetensors"))
+    files = version.get("files") or ()
+    return [file for file in files if is_safe(file) and file.get("type", "Model") in ("Model", "Pruned Model")]
 
 
 def _choose_file(version: dict[str, Any], reference: Civitai) -> dict[str, Any]:
-    """The one that a download link asks for, else the one that CivitAI calls primary, else the first."""
+    """The file that a download link asks for, else CivitAI's primary one, else the first."""
     fitting = _weights_of(version)
     if not fitting:
         raise ValueError(f"{reference.name} has no .safetensors file.")
@@ -323,11 +304,7 @@ def _choose_file(version: dict[str, Any], reference: Civitai) -> dict[str, Any]:
 
 
 def _link(file: dict[str, Any]) -> SplitResult:
-    """Where CivitAI says that a file lies, which is on itself; empty where it does not say.
-
-    Raises:
-        TypeError: it says something odd.
-    """
+    """The address of a file, on CivitAI itself; empty where it states none; TypeError where it is no address."""
     place = file.get("downloadUrl") or ""
     if place and not names_host(place):
         raise TypeError
@@ -335,6 +312,6 @@ def _link(file: dict[str, Any]) -> SplitResult:
 
 
 def _words(value: object) -> tuple[str, ...]:
-    """The first trigger words, from whatever somebody put where they belong."""
+    """The first trigger words, from a value of any type."""
     words = value[:MAX_WORDS] if isinstance(value, list) else [value]
     return tuple(noted(word.strip()) for word in words if isinstance(word, str) and word.strip())

@@ -1,7 +1,7 @@
-"""The operator's folder of LoRAs that requests may name: a name → its file, and the names that there are.
+"""The operator's folder of LoRAs that requests may name: a name → its file, and the list of names.
 
-Names are paths in the folder without suffix. Nothing outside of the folder can be named, through no link either, and no
-sentence tells where the folder lies. This module knows names; it opens no file.
+Names are paths in the folder without suffix. Nothing outside the folder can be named, not even through a link, and no
+sentence tells where the folder is. No file is opened here.
 """
 
 import difflib
@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from settings import Settings
-from sources.references import ELSEWHERE, SUFFIXES, Local, parse
-from sources.shown import brief, redact
+from sources.references import ELSEWHERE, Local, parse, suffix_of
+from sources.shown import brief, quoted, redact
 
-# How many names a sentence has, where none of them is near to the one that is missing.
+# How many names a sentence has where none is near to the missing one.
 FEW = 5
 
 
@@ -27,38 +27,35 @@ def find(name: str, folder: Path | None) -> Path:
         folder: LORAS_DIR, if there is one.
 
     Raises:
-        ValueError: a sentence: there is none, and which are near; two files have the name; the folder cannot be read.
+        ValueError: a sentence: no file or several have the name, or the folder cannot be read.
     """
-    shown = Local(name).name[:120]
+    shown = quoted(Local(name).address)
     if folder is None:
         raise ValueError(
-            f"{shown!r} would be a LoRA of LORAS_DIR, which this server does not have; it must be {ELSEWHERE}."
+            f"{shown} would be a LoRA of LORAS_DIR, which this server does not have; it must be {ELSEWHERE}."
         )
     try:
         files = [it for it in _files_at(folder, name.split("/")) if _is_within(it, folder)]
     except OSError as error:
-        raise ValueError(f"LORAS_DIR, where {shown!r} would be, cannot be read: {error.strerror}.") from None
+        raise ValueError(f"LORAS_DIR, where {shown} would be, cannot be read: {error.strerror}.") from None
     if not files:
-        raise ValueError(f"There is no LoRA {shown!r} in LORAS_DIR; {_instead(name, _paths(folder))}.")
+        raise ValueError(f"There is no LoRA {shown} in LORAS_DIR; {_instead(name, _paths(folder))}.")
     if len(files) > 1:
         both = " and ".join(sorted(redact(it.name) for it in files))
-        raise ValueError(f"{shown!r} names {len(files)} files of LORAS_DIR, {both}; it must be the name of one.")
+        raise ValueError(f"{shown} names {len(files)} files of LORAS_DIR, {both}; it must be the name of one.")
     return files[0]
 
 
 def names(folder: Path) -> list[str]:
-    """All that references may name in a folder, as they write it; what lies behind a link to a folder is left out."""
+    """The names of all LoRAs in a folder, as references write them; links to folders are not followed."""
     return [Local(path).address for path in _paths(folder)]
 
 
 def names_beside(health: object) -> list[str]:
-    """All that references may name at a server, as this process's environment has the folder.
+    """The names that references may use at a server that shares this process's environment.
 
-    Where no GPU is, the miniature draws, which has a library of its own. The predictor's first lines tell: it may be on
-    another machine than this process.
-
-    Args:
-        health: what the server says at `GET /health-check`.
+    The miniature, which draws where there is no GPU, has a library of its own. The server may be on another machine:
+    the predictor's first log lines in `health`, its answer to `GET /health-check`, tell what draws there.
 
     Raises:
         ValueError: a sentence about a variable.
@@ -78,7 +75,7 @@ def _paths(folder: Path) -> list[str]:
 
 
 def _files_at(folder: Path, parts: list[str]) -> list[Path]:
-    """The files that a path without suffix may mean; names that differ only in how accents are written are the same."""
+    """The files that a path without suffix may mean; the two ways to write an accent are the same."""
     *folders, last = parts
     places = [folder]
     for part in folders:
@@ -88,9 +85,9 @@ def _files_at(folder: Path, parts: list[str]) -> list[Path]:
 
 
 def _stem(name: str) -> str | None:
-    """A name without its suffix, in NFC; None where it has none of those."""
-    suffix = max((it for it in SUFFIXES if name.lower().endswith(it)), key=len, default=None)
-    return None if suffix is None else _normal(name[: -len(suffix)])
+    """A name without its suffix, in NFC; None where it has none of `SUFFIXES`."""
+    suffix = suffix_of(name)
+    return _normal(name[: -len(suffix)]) if suffix else None
 
 
 def _normal(name: str) -> str:
@@ -98,7 +95,7 @@ def _normal(name: str) -> str:
 
 
 def _is_nameable(path: str) -> bool:
-    """Whether a reference can have that name: no hidden file, and none whose name has the signs of an address."""
+    """Whether a reference can have that name: hidden files and names with signs of an address cannot be named."""
     try:
         return parse(Local(path).address) == Local(path)
     except ValueError:
@@ -106,7 +103,7 @@ def _is_nameable(path: str) -> bool:
 
 
 def _is_within(path: Path, folder: Path, kind: Callable[[int], bool] = stat.S_ISREG) -> bool:
-    """Whether it is a regular file, or of another kind, and lies in the folder, wherever links lead on the way."""
+    """Whether a path, with its links resolved, is a regular file, or of another kind, within the folder."""
     try:
         place = path.resolve(strict=True)
         return kind(place.stat().st_mode) and place.is_relative_to(folder.resolve())
@@ -115,7 +112,7 @@ def _is_within(path: Path, folder: Path, kind: Callable[[int], bool] = stat.S_IS
 
 
 def _instead(path: str, paths: list[str]) -> str:
-    """The end of a sentence: which names are near to one that is missing, else the first ones."""
+    """The end of a sentence: the names near to a missing one, else the first ones."""
     word = _last(path)
     near = [it for it in paths if _last(it) == word]
     if not near:

@@ -1,7 +1,4 @@
-"""The pictures that come with a request, as files of the request's own: fetched by the rule for LoRAs, and not kept.
-
-This module knows where pictures come from, and how much of one is taken; it does not know what a picture is.
-"""
+"""The pictures of a request, fetched as LoRAs are, into files of the request's own; they are not decoded here."""
 
 import math
 import os
@@ -11,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from settings import MIB, PICTURE_SECONDS, Settings
-from sources.client import Client, Patience, Source, Stream
+from sources.client import PATIENCE, Client, Patience, Source, Stream
 from sources.download import Download
 from sources.references import Data, Picture, left_out
 from sources.shown import host_of
@@ -19,22 +16,19 @@ from sources.work import run_stoppable
 
 # A photo of 100 megapixels, the largest that is read, takes some 200 MB as a PNG.
 MAX_BYTES = 256 * MIB
-# What hosts pack files with for the way. Whatever else some of them write there, the file comes as it is.
+# The content encodings that change a file; some hosts name others, and send the file as it is.
 PACKINGS = {"br", "compress", "deflate", "gzip", "x-compress", "x-gzip", "zstd"}
 
 
 def fetch_pictures(
-    sent: Mapping[str, Picture],
-    folder: Path,
-    settings: Settings,
-    patience: Patience = Patience(),  # noqa: B008 (frozen)
+    sent: Mapping[str, Picture], folder: Path, settings: Settings, patience: Patience = PATIENCE
 ) -> None:
     """Write each picture into its file.
 
     Args:
         sent: by the name of the input, which becomes the name of the file.
-        folder: the request's own; made where there is something to write.
-        settings: which hosts may be asked, through which proxy, and how long a prediction waits.
+        folder: made if there is a picture to write.
+        settings: the predictor's.
         patience: how long a host may keep a request waiting.
 
     Raises:
@@ -63,7 +57,7 @@ def _fetch(source: Source, path: Path, client: Client) -> None:
 
 
 def _check_packing(stream: Stream) -> None:
-    """Refuse what was packed for the way, which was not asked for: it would be taken for a damaged picture."""
+    """Refuse a content encoding, which was not asked for: the picture would seem damaged."""
     packed = [name.strip() for name in stream.headers.get("Content-Encoding", "").lower().split(",")]
     if packing := next((name for name in packed if name in PACKINGS), None):
         host = host_of(stream.url)
@@ -73,7 +67,7 @@ def _check_packing(stream: Stream) -> None:
 
 
 def _reserve(name: str, file: int, size: int) -> None:
-    """Have room on the disk for so many bytes of a file, if it may have as many."""
+    """Reserve a number of bytes on the disk, if a picture may have as many."""
     if size > MAX_BYTES:
         raise ValueError(f"{name} is too large; it must have at most {MAX_BYTES // MIB} MiB.")
     os.posix_fallocate(file, 0, max(size, 1))

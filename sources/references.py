@@ -1,6 +1,6 @@
-"""What people type to name one LoRA → a Reference; what they send as a picture → a Url or Data.
+"""The text that names one LoRA → a Reference; the text that is sent as a picture → a Url or Data.
 
-Parsing is pure: no file is opened, no host is asked. What a reference is at its host now, hosts.py asks.
+Parsing is pure: no file is opened, and no host is asked; hosts.py does that.
 """
 
 import hashlib
@@ -12,33 +12,31 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urls
 
 from settings import Settings, names_host
 from sources.data_uris import decode
-from sources.shown import BLANKS, QUOTES, redact
+from sources.shown import BLANKS, QUOTES, quoted, redact
 
 ELSEWHERE = (
     "owner/name[/version] of Replicate, huggingface.co/owner/repo, civitai.com/models/id, "
     "urn:air:flux1:lora:civitai:model@version, an http(s) URL or a data: URI"
 )
 ACCEPTED = f"a name or local:folder/name of LORAS_DIR, {ELSEWHERE}"
-# What files of LoRAs end in, packed or not.
 SUFFIXES = (".safetensors", ".tar", ".tar.gz", ".tgz", ".zip")
 # Signed addresses have some 2,000 characters, and servers take no more than this.
 MAX_CHARACTERS = 8192
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NUMBER = "[0-9]{1,18}"
-# No address has one of these, and a log would break at some.
+# No address has one of these, and some break a line of a log.
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-# What the names of files may not have on some systems, and what would mean something else in an address.
+# Not allowed in the names of files on some systems, or with another meaning in an address.
 NO_NAME = re.compile(r'[\\:*?"<>|#;%@]')
-# What a header may carry; a token that has more was not copied as it is.
+# The characters that a header may have; a token with others was not copied as it is.
 TOKEN = re.compile(r"[!-~]+")
-# Of replicate.com, what stands where a model's owner would.
+# Pages of replicate.com, at the place of a model's owner.
 NO_OWNERS = re.compile(
     "about|account|api|blog|billing|changelog|collections|create|customers|dashboard|deployments|docs|enterprise|"
     "explore|home|invoices|jobs|login|models|playground|predictions|pricing|privacy|search|settings|showcase|signin|"
     "signup|status|support|terms|trainings|webhooks"
 )
-
-# The same of huggingface.co; and what stands behind a repo where it is about the repo.
+# Pages of huggingface.co, at the place of an owner; and pages about a repo, at the place of a file.
 NO_REPOS = re.compile(
     "api|blog|chat|collections|datasets|docs|join|kernels|learn|login|models|new|organizations|papers|posts|settings|"
     "spaces|tasks"
@@ -46,70 +44,68 @@ NO_REPOS = re.compile(
 ABOUT_REPOS = re.compile("blame|colab|commits?|community|discussions|edit|settings|upload")
 
 
-@dataclass(frozen=True)
-class Local:
+class _Named:
+    """A reference of one form. Only its name is ever shown: the rest may hold a token, or be one."""
+
+    # A token that the reference itself holds: some people paste links with their own.
+    token: str | None = None
+
+    def __repr__(self) -> str:
+        """The form and the name."""
+        return f"{type(self).__name__}({self.name!r})"
+
+    @property
+    def name(self) -> str:
+        """The address without secrets; if it has none, parsing the name gives the same reference."""
+        return redact(self.address)
+
+
+@dataclass(frozen=True, repr=False)
+class Local(_Named):
     """A LoRA of the operator's folder LORAS_DIR, by its path there, without suffix."""
 
     path: str
 
-    def __repr__(self) -> str:
-        """With its name alone: what somebody took for one may be a token."""
-        return f"Local({self.name!r})"
-
     @property
     def address(self) -> str:
-        """All of it; naming it again gives the same reference."""
+        """The text that parses to this reference."""
         return self.path if _is_word(self.path) else f"local:{self.path}"
 
-    @property
-    def name(self) -> str:
-        """As it may be shown; the same as its address, unless that looks like a token."""
-        return redact(self.address)
 
-
-@dataclass(frozen=True)
-class Replicate:
+@dataclass(frozen=True, repr=False)
+class Replicate(_Named):
     """A model on Replicate, or one version of it."""
 
     owner: str
     model: str
     version: str | None = None
-    # Some people paste links that hold their own token.
-    token: str | None = field(default=None, repr=False)
-
-    def __repr__(self) -> str:
-        """With its name alone."""
-        return f"Replicate({self.name!r})"
+    token: str | None = None
 
     @property
     def address(self) -> str:
-        """All of it, not to be shown; naming it again gives the same reference."""
+        """The text that parses to this reference, with its token."""
         path = "/".join(filter(None, (self.owner, self.model, self.version)))
         return path if self.token is None else f"replicate.com/{path}?{urlencode({'token': self.token})}"
 
     @property
     def name(self) -> str:
-        """As it may be shown; the same as its address, unless that has or looks like a token."""
+        """The address without token and host."""
         return redact(replace(self, token=None).address)
 
 
-@dataclass(frozen=True)
-class HuggingFace:
+@dataclass(frozen=True, repr=False)
+class HuggingFace(_Named):
     """A repo on Hugging Face, or a folder or a file in it."""
 
     repo: str
     revision: str = "main"
     folder: str = ""
     file: str | None = None
-    token: str | None = field(default=None, repr=False)
-
-    def __repr__(self) -> str:
-        """With its name alone: a path may have a token in it, or a query that was encoded along with it."""
-        return f"HuggingFace({self.name!r})"
+    token: str | None = None
 
     @property
     def address(self) -> str:
-        """All of it, not to be shown; naming it again gives the same reference."""
+        """The text that parses to this reference, with its token."""
         place, revision = f"huggingface.co/{self.repo}", quote(self.revision, safe="")
         if self.file is not None:
             place = f"{place}/resolve/{revision}/{quote(self.file, safe='/:@')}"
@@ -117,28 +113,21 @@ class HuggingFace:
             place = f"{place}/tree/{revision}/{quote(self.folder, safe='/:@')}".rstrip("/")
         return place if self.token is None else f"{place}?{urlencode({'token': self.token})}"
 
-    @property
-    def name(self) -> str:
-        """As it may be shown; the same as its address, unless that has in it what may be a secret."""
-        return redact(self.address)
 
-
-@dataclass(frozen=True)
-class Civitai:
-    """A model on CivitAI, which means its newest version for what it is drawn with, or one version."""
+@dataclass(frozen=True, repr=False)
+class Civitai(_Named):
+    """One version of a model on CivitAI; without a version, the newest for the model that draws."""
 
     model: int | None
     version: int | None = None
-    # Which of a version's files, as a download link says it: `type=Model&format=SafeTensor`.
-    query: str = field(default="", repr=False)
+    query: str = ""  # which of a version's files, as in a download link: `type=Model&format=SafeTensor`
     host: str = "civitai.com"
-    token: str | None = field(default=None, repr=False)
-    # dev or schnell: which of a model's versions is meant, where none is named.
-    drawn_with: str = "dev"
+    token: str | None = None
+    drawn_with: str = "dev"  # or schnell
 
     @property
     def name(self) -> str:
-        """As it may be shown; naming it again gives the same version."""
+        """Parsing it gives the same version."""
         if self.version is None:
             return f"{self.host}/models/{self.model}"
         if self.model is None:
@@ -146,29 +135,28 @@ class Civitai:
         return f"urn:air:flux1:lora:civitai:{self.model}@{self.version}"
 
 
-@dataclass(frozen=True)
-class Url:
-    """A file anywhere. The query belongs to the address (signed URLs) and is never shown."""
+@dataclass(frozen=True, repr=False)
+class Url(_Named):
+    """A file anywhere; its query is kept, since signed URLs need it."""
 
-    url: str = field(repr=False)
-    # Of a picture: whether a #fragment was left out of it.
-    cut: bool = field(default=False, repr=False, compare=False)
+    url: str
+    cut: bool = field(default=False, compare=False)  # of a picture: whether a #fragment was left out of it
 
     @property
     def name(self) -> str:
-        """As it may be shown: without user, password, query and fragment."""
+        """The address without login, query and fragment."""
         return redact(self.url)
 
 
-@dataclass(frozen=True)
-class Data:
+@dataclass(frozen=True, repr=False)
+class Data(_Named):
     """A file within the request."""
 
-    content: bytes = field(repr=False)
+    content: bytes
 
     @cached_property
     def name(self) -> str:
-        """As it may be shown: a short hash."""
+        """A short hash."""
         return f"sha256:{hashlib.sha256(self.content).hexdigest()[:12]}"
 
 
@@ -177,17 +165,14 @@ Picture = Url | Data
 
 
 def is_pinned(reference: Reference) -> bool:
-    """Whether it can only ever mean the same file."""
+    """Whether it always means the same file."""
     if isinstance(reference, HuggingFace):
         return COMMIT.fullmatch(reference.revision) is not None
     return isinstance(reference, Data) or (isinstance(reference, Replicate) and reference.version is not None)
 
 
 def identity(reference: Reference) -> str:
-    """All that chooses its file or says who may have it, with its token: not to be shown.
-
-    References that mean the same file may have different ones.
-    """
+    """The name of a reference's record: all that chooses its file or gives access to it. It is secret."""
     match reference:
         case Local(path):
             return f"local {path}"
@@ -200,16 +185,16 @@ def identity(reference: Reference) -> str:
         case Civitai():
             return f"{reference.name} {reference.host} {reference.query} {reference.token}"
         case HuggingFace() | Replicate():
-            return reference.address  # the names of two may be the same
+            return reference.address
 
 
 def parse(text: str, settings: Settings | None = None, model: str = "dev") -> Reference:
-    """Read a reference.
+    """The reference in a text as somebody typed or pasted it.
 
     Args:
-        text: as somebody typed or pasted it.
-        settings: their mirrors' addresses count as the hosts that they mirror.
-        model: what it is drawn with, dev or schnell.
+        text: the reference.
+        settings: an address of one of their mirrors is read as one of the host that it mirrors.
+        model: the model that draws, dev or schnell.
 
     Raises:
         ValueError: a sentence that lists the accepted forms.
@@ -242,8 +227,8 @@ def _parse(text: str, settings: Settings | None) -> Reference:
 
 
 def unwrapped(text: str) -> str:
-    """The text without what is around it when it is pasted: spaces, what is invisible, and quotes."""
-    for _ in range(8):  # more of them, one in the other, are no quotes; and each time a long text is copied
+    """The text without the spaces, invisible characters and quotes around it that pasting brings along."""
+    for _ in range(8):  # more nested quotes are no mistake of pasting, and each turn copies a long text
         text = text.strip(BLANKS)
         if len(text) < 2 or QUOTES.get(text[0]) != text[-1]:
             break
@@ -257,11 +242,7 @@ def left_out(name: str) -> str:
 
 
 def parse_picture(name: str, text: str) -> Picture:
-    """Read where a picture lies, or the picture itself.
-
-    Args:
-        name: of the input, such as "image".
-        text: as somebody sent it.
+    """The address of a picture, or the picture itself, from the text of the input called `name`.
 
     Raises:
         ValueError: a sentence that names the input.
@@ -274,7 +255,7 @@ def parse_picture(name: str, text: str) -> Picture:
             f"{name} has {len(text)} characters; it must be an http(s) URL of at most {MAX_CHARACTERS}, or a data URI."
         )
     if not _is_address(text):
-        raise ValueError(f"{name} is {redact(text)[:80]!r}; it must be an http(s) URL or a data URI.")
+        raise ValueError(f"{name} is {quoted(text, 80)}; it must be an http(s) URL or a data URI.")
     address, fragment, _ = text.partition("#")
     return Url(address, cut=bool(fragment))
 
@@ -284,18 +265,18 @@ def _parse_url(text: str, url: str, settings: Settings | None) -> Reference:
         raise _unknown(text)
     readers = dict(READERS)
     if settings is not None:
-        mirrors = (settings.hf_endpoint, settings.civitai_endpoint, settings.replicate_endpoint)
-        for mirror, reader in zip(mirrors, (_read_hugging_face, _read_civitai, _read_replicate_page), strict=True):
-            readers[_place(mirror)] = reader
+        readers[_place(settings.hf_endpoint)] = _read_hugging_face
+        readers[_place(settings.civitai_endpoint)] = _read_civitai
+        readers[_place(settings.replicate_endpoint)] = _read_replicate_page
     reader = readers.get(_place(url))
-    return Url(url.partition("#")[0]) if reader is None else reader(text, url)
+    return Url(url.partition("#")[0]) if reader is None else reader(text, urlsplit(url))
 
 
 def _is_address(url: str) -> bool:
-    """Whether a URL names a host, and has no sign that no address has."""
+    """Whether a URL names a host, and has only characters that an address may have."""
     if not names_host(url) or CONTROL.search(url) or _ends_in_login(url):
         return False
-    # A blank or a quote in a path is part of a file's name; in front of the path it is a mistake.
+    # A blank or a quote in a path is part of a file's name; in a host it is a mistake.
     place = urlsplit(url).netloc
     return not re.search(r"\s", place) and not set(place.rpartition("@")[2]) & {*QUOTES, *QUOTES.values()}
 
@@ -306,46 +287,48 @@ def _place(url: str) -> str:
         parts = urlsplit(url)
         host = (parts.hostname or "").removeprefix("www.")
         own = parts.port in (None, {"http": 80, "https": 443}.get(parts.scheme))
-    except ValueError:  # a mirror's, which is no address
+    except ValueError:  # a mirror's address may be wrong
         return ""
     return host if own else f"{host}:{parts.port}"
 
 
 def _ends_in_login(url: str) -> bool:
-    """Whether what looks like a fragment may be the rest of a login: without it, a password would be a port."""
+    """Whether an apparent fragment may be the rest of a login: if it were cut, a password would become a port."""
     before, _, fragment = url.partition("#")
     return "@" in fragment and redact(url) != redact(before)
 
 
 def _token_in(text: str, parts: SplitResult) -> str | None:
-    """What an address says by `token=`, else by its password or its user: a host with tokens has no use for others."""
+    """The token in an address: `token=`, else its password or its user, which such hosts do not use otherwise."""
     login = unquote(parts.password or parts.username or "")
     token = dict(parse_qsl(parts.query)).get("token") or login or None
     if token is not None and TOKEN.fullmatch(token) is None:
-        raise ValueError(
-            f"The token in {redact(text)[:120]!r} must be one word of letters, digits and signs, without spaces."
-        )
+        raise ValueError(f"The token in {quoted(text)} must be one word of letters, digits and signs, without spaces.")
     return token
 
 
+def suffix_of(name: str) -> str:
+    """The longest of `SUFFIXES` that a name ends in, in whatever case; empty where it ends in none."""
+    return max((it for it in SUFFIXES if name.lower().endswith(it)), key=len, default="")
+
+
 def _is_word(text: str) -> bool:
-    """Whether a text is one word, of letters and digits of any script, their marks, _, . and -."""
+    """Whether a text is one word of letters, digits and marks of any script, _, . and -."""
     inside = text.replace("_", "").replace(".", "").replace("-", "")
     return text[:1] not in ("", ".", "-") and all(unicodedata.category(sign)[0] in "LMN" for sign in inside)
 
 
 def _parse_local(text: str) -> Local:
     path = unicodedata.normalize("NFC", text[6:].strip() if text[:6].lower() == "local:" else text)
-    if suffix := next((it for it in sorted(SUFFIXES, key=len, reverse=True) if path.lower().endswith(it)), None):
+    if suffix := suffix_of(path):
         raise ValueError(
-            f"{redact(text)[:120]!r} ends in {suffix}; a LoRA of LORAS_DIR must be named without it, as "
-            f"{redact(text[: -len(suffix)])[:120]!r}."
+            f"{quoted(text)} ends in {suffix}; a LoRA of LORAS_DIR must be named without it, as "
+            f"{quoted(text[: -len(suffix)])}."
         )
     hidden = any(part.strip()[:1] in ("", ".") for part in path.split("/"))
     if hidden or not path.isprintable() or NO_NAME.search(path):
         raise ValueError(
-            f"{redact(text)[:120]!r} names no LoRA of LORAS_DIR; it must be local:name or local:folder/name, "
-            "without suffix."
+            f"{quoted(text)} names no LoRA of LORAS_DIR; it must be local:name or local:folder/name, without suffix."
         )
     return Local(path)
 
@@ -361,14 +344,13 @@ def _read_replicate(path: str) -> Replicate | None:
     return Replicate(found["owner"], found["model"], found["version"])
 
 
-def _read_replicate_page(text: str, url: str) -> Replicate:
-    parts = urlsplit(url)
+def _read_replicate_page(text: str, parts: SplitResult) -> Replicate:
     path = unquote(parts.path).strip("/")
     first, *rest = path.split("/")
-    shown = redact(text)[:120]
+    shown = quoted(text)
     if first == "p":
         raise ValueError(
-            f"{shown!r} is a prediction or a training of Replicate; it must be the model, as owner/name, or the "
+            f"{shown} is a prediction or a training of Replicate; it must be the model, as owner/name, or the "
             "address of the trained_model.tar."
         )
     if NO_OWNERS.fullmatch(first) is None:
@@ -376,33 +358,28 @@ def _read_replicate_page(text: str, url: str) -> Replicate:
             return replace(reference, token=_token_in(text, parts))
         if len(rest) > 1 and (model := _read_replicate(f"{first}/{rest[0]}")) is not None:
             raise ValueError(
-                f"{shown!r} is a page about a model of Replicate; it must be {model.name}, or a version of it."
+                f"{shown} is a page about a model of Replicate; it must be {model.name}, or a version of it."
             )
-    raise ValueError(f"{shown!r} names no model of Replicate; it must be replicate.com/owner/name[/version].")
+    raise ValueError(f"{shown} names no model of Replicate; it must be replicate.com/owner/name[/version].")
 
 
-def _read_hugging_face(text: str, url: str) -> HuggingFace:
-    parts = urlsplit(url)
+def _read_hugging_face(text: str, parts: SplitResult) -> HuggingFace:
     token = _token_in(text, parts)
     segments = [unquote(segment) for segment in parts.path.split("/") if segment]
-    name = r"[A-Za-z0-9_.-]+"
-    if len(segments) < 2 or NO_REPOS.fullmatch(segments[0]):
-        segments = []
-    if not segments or not all(re.fullmatch(name, part) for part in segments[:2]) or ".." in segments:
+    is_repo = len(segments) > 1 and all(re.fullmatch(r"[A-Za-z0-9_.-]+", part) for part in segments[:2])
+    if not is_repo or NO_REPOS.fullmatch(segments[0]) or ".." in segments:
         raise ValueError(
-            f"{redact(text)[:120]!r} names no model on Hugging Face; it must be huggingface.co/owner/repo, "
+            f"{quoted(text)} names no model on Hugging Face; it must be huggingface.co/owner/repo, "
             "with /resolve/revision/file or /tree/revision/folder where one is meant."
         )
     repo, rest = "/".join(segments[:2]), segments[2:]
     if rest and ABOUT_REPOS.fullmatch(rest[0]):
         raise ValueError(
-            f"{redact(text)[:120]!r} is a page about a model on Hugging Face; it must be "
+            f"{quoted(text)} is a page about a model on Hugging Face; it must be "
             f"{HuggingFace(repo).name}, or a file of it."
         )
-    if not rest:
-        return HuggingFace(repo, token=token)
-    if rest[0] not in ("blob", "resolve", "raw", "tree") or len(rest) == 1:
-        path, revision, is_file = "/".join(rest), "main", "." in rest[-1]
+    if len(rest) < 2 or rest[0] not in ("blob", "resolve", "raw", "tree"):
+        path, revision, is_file = "/".join(rest), "main", any("." in part for part in rest[-1:])
     else:
         length = 3 if rest[1] == "refs" and len(rest) > 3 else 1
         revision, path = "/".join(rest[1 : 1 + length]), "/".join(rest[1 + length :])
@@ -410,23 +387,21 @@ def _read_hugging_face(text: str, url: str) -> HuggingFace:
     return HuggingFace(repo, revision, "" if is_file else path, path if is_file else None, token)
 
 
-def _read_civitai(text: str, url: str) -> Civitai:
-    parts = urlsplit(url)
+def _read_civitai(text: str, parts: SplitResult) -> Civitai:
     host = "civitai.red" if (parts.hostname or "").endswith("civitai.red") else "civitai.com"
     query = dict(parse_qsl(parts.query))
     query.pop("token", None)
     token = _token_in(text, parts)
-    # A page in another language has that before its own path: /pt-BR, /zh-Hans, /es-419.
+    # The path of a page in another language begins with it: /pt-BR, /zh-Hans, /es-419.
     path = re.sub(r"^/(?!api/)[A-Za-z]{2,3}(?:-[A-Za-z0-9]{2,4})?(?=/)", "", parts.path)
-    if found := re.fullmatch(rf"/api/download/models/({NUMBER})/?", path):
-        return Civitai(None, int(found[1]), urlencode(query), host, token)
-    if found := re.fullmatch(rf"(?:/api/v1)?/model-versions/({NUMBER})/?", path):
-        return Civitai(None, int(found[1]), "", host, token)
+    if found := re.fullmatch(rf"(/api/download/models|(?:/api/v1)?/model-versions)/({NUMBER})/?", path):
+        download = found[1] == "/api/download/models"
+        return Civitai(None, int(found[2]), urlencode(query) if download else "", host, token)
     found = re.fullmatch(rf"(?:/api/v1)?/models/({NUMBER})(?:/[^/]*)?/?", path)
     version = query.get("modelVersionId", "")
     if found is None or not re.fullmatch(f"({NUMBER})?", version):
         raise ValueError(
-            f"{redact(text)[:120]!r} names no model on CivitAI; it must be civitai.com/models/id, "
+            f"{quoted(text)} names no model on CivitAI; it must be civitai.com/models/id, "
             "with ?modelVersionId=id where one version is meant."
         )
     return Civitai(int(found[1]), int(version) if version else None, "", host, token)
@@ -441,11 +416,10 @@ def _parse_air(text: str) -> Civitai:
     )
     if found is None or found["source"].lower() != "civitai":
         raise ValueError(
-            f"{redact(text)[:120]!r} is no AIR of CivitAI; "
-            "it must be urn:air:flux1:lora:civitai:model@version, with numbers."
+            f"{quoted(text)} is no AIR of CivitAI; it must be urn:air:flux1:lora:civitai:model@version, with numbers."
         )
     if found["base"].lower() != "flux1":
-        raise ValueError(f"{redact(text)[:120]!r} is for {found['base']}; it must be for flux1.")
+        raise ValueError(f"{quoted(text)} is for {found['base']}; it must be for flux1.")
     return Civitai(int(found["model"]), int(found["version"]) if found["version"] else None)
 
 
@@ -459,6 +433,6 @@ READERS = {
 
 
 def _unknown(text: str) -> ValueError:
-    shown = redact(text)
-    hidden = "" if shown == text else ", with what is not shown of it,"  # owner/name#1: what is shown would be right
-    return ValueError(f"{shown[:120]!r}{hidden} names no LoRA that can be fetched; it must be {ACCEPTED}.")
+    # owner/name#1: the part that is shown would be right
+    hidden = "" if redact(text) == text else ", with what is not shown of it,"
+    return ValueError(f"{quoted(text)}{hidden} names no LoRA that can be fetched; it must be {ACCEPTED}.")

@@ -1,7 +1,7 @@
-"""How names, sizes and addresses are shown to people: printable, rounded, without secrets. Knows text alone.
+"""Names, sizes and addresses as people may see them: printable, rounded, without secrets.
 
-Of an address scheme, host and path are shown, and no login, query or fragment. People type passwords as they are, with
-slashes in them too: where it is not certain that a host comes before an @, all before the @ is taken for a login.
+Of an address, scheme, host and path are shown, but no login, query or fragment. Typed passwords may contain slashes:
+where the text before an @ is not certainly a host, all of it is taken for a login.
 """
 
 import hashlib
@@ -13,31 +13,31 @@ from urllib.parse import urlsplit
 from service.lines import printable
 from settings import GIB, MIB
 
-# What a name ends in whose value gives access: HF_TOKEN, X-Amz-Signature, api-key; of queries and of inputs alike.
+# The end of the name of a secret, in a query or an input: HF_TOKEN, X-Amz-Signature, api-key.
 SECRET_NAME = (
     r"(?:token|secret|passw(?:or)?d|pwd|passphrase|(?:api|access|secret|private)[_-]?key|authorization|credential"
     r"|signature|(?:(?<![^\W_])|(?<=%[0-9a-f]{2}))sig|sessionid)"
 )
-# Where an address may begin in a text: two slashes or more, however they lean, or a web scheme without them.
+# The beginning of an address in a text: two slashes or backslashes or more, or a web scheme without them.
 _HEAD = re.compile(r"https?:[/\\]*|[/\\]{2,}", re.IGNORECASE)
-# Where another address begins within one: https://a/https://b.
+# The beginning of another address within one: https://a/https://b.
 _SCHEME = re.compile("https?:", re.IGNORECASE)
-# Schemes before which a user would hardly have such a name: s3://u:p@bucket, but me://p@host may be a password.
+# Schemes that are no names of users: s3://u:p@bucket has a scheme, but me://p@host may be user and password.
 _STORE = re.compile(
     r"(?:^|[^\w:@])(?:s3a?|gs|gcs|az|adl|abfss?|hf|ftps?|sftp|ssh|file|git|wss?|rediss?|postgres(?:ql)?(?:\+\w{1,20})?):$",
     re.IGNORECASE,
 )
-# A query within a login, of which it is then a part: u:p?w@host.
+# A sign of a query, which may be a part of a login: u:p?w@host.
 _QUERY = re.compile("[?#;]")
-# What ends before a path: u:p@host:80.
+# An address up to its path: u:p@host:80.
 _AUTHORITY = re.compile(r"[^/\\?#]*")
-# What ends a login, as it is or percent-encoded, once or several times: u:p@host, u:p%40host, u:p%2540host.
+# The end of a login, percent-encoded or not, even several times: u:p@host, u:p%40host, u:p%2540host.
 _AT = re.compile("@|%(?:25)*40")
-# What ends a path, and may be percent-encoded too: x.png?token=, x.png%3Ftoken%3D.
+# The end of a path, percent-encoded or not: x.png?token=, x.png%3Ftoken%3D.
 _END = re.compile("[?#;]|%(?:25)*(?:3f|23|3b)", re.IGNORECASE)
 # A host without a scheme before it: example.com, 10.0.0.1; no number: 1.5.
 _NAME = r"(?:[\w-]++\.)++(?=[^\W\d_])[\w-]++|(?:\d{1,3}\.){3}\d{1,3}"
-# No login: a name with a dot, which a colon after it would make uncertain, or the address of a machine: localhost:80.
+# Certainly no login: a name with a dot but no colon after it, or the address of a machine: localhost:80.
 _CERTAIN = re.compile(
     r"(?:[\w-]++\.)++[\w-]*+|(?:(?:\d{1,3}\.){3}\d{1,3}|localhost|\[[0-9a-f:.]*\])(?::\d*)?", re.IGNORECASE
 )
@@ -45,11 +45,11 @@ _CERTAIN = re.compile(
 _HOST = re.compile(r"[^:@%]*|([\w.-]*|\[[0-9a-f:.]*\]):\d*|\[[0-9a-f:.]*\]", re.IGNORECASE)
 # An address without a scheme: civitai.com/models/1, (example.com/a.
 _BARE_ADDRESS = re.compile(rf"[^\w\s/\\@:]*+(?:{_NAME}|localhost)(?::\d*)?[/\\?#]", re.IGNORECASE)
-# A query behind what is no address: /a.png?token=1.
+# A query behind a text that is no address: /a.png?token=1.
 _BARE_QUERY = re.compile(r"[?#;][\w.~%+-]++=")
 # A user before such an address: token@github.com/a; me@example.com is a person.
 _BARE_USER = re.compile(rf"[^/\\@:?#]*@(?=(?:{_NAME})(?::\d*)?[/\\])")
-# The end of a login, which has a host behind it: u:p@host, u:p@[::1].
+# The end of a login before a host: u:p@host, u:p@[::1].
 _BARE_AT = re.compile(r"(?:@|%(?:25)*40)(?=[\w\[])")
 # No logins though they have a colon and an @: AIRs and models of CivitAI (civitai:1@2), weights and ratios
 # (16:9@24fps), times (10:30@cafe), accounts (artist:@greg), images of Docker (x:tag@sha256:0a), and addresses of people
@@ -66,13 +66,13 @@ _TOKEN = re.compile(
     r"(?:hf|r8|gh[pousr]|github_pat|glpat|npm|xox[abp]|sk|pk|api|civitai)[_-]([A-Za-z0-9_-]{16,})"
     r"|(?i:bearer)[ \t]{1,4}([\w.~+/-]{8,}=*)|A[KS]IA[0-9A-Z]{16}|eyJ[\w-]{8,}(?:\.[\w-]*)*)"
 )
-# What is called one: token=1, api_key%3D1.
+# A value with the name of a secret: token=1, api_key%3D1.
 _NAMED = re.compile(rf"({SECRET_NAME}(?:=|%(?:25)*3d))([^\s&]+)", re.IGNORECASE)
-# What people do not write in words: token=of has none, hf_style_illustrations_retro neither; no word is that long.
+# Signs of a random text, unlike token=of or hf_style_illustrations_retro: digits, capitals, very long words.
 _RANDOM = re.compile(r"[0-9]|(?<!^)[A-Z]|[a-z]{16}")
 _RANDOM_TOKEN = re.compile(r"[0-9A-Z]|[a-z]{16}")
-# What comes along when an address is copied, on both sides of it: spaces of every kind, and what is invisible, such as
-# \ufeff; and quotes, by the one that begins: "https://host", <https://host>.
+# Copied along on both sides of an address: spaces of every kind and invisible characters, such as \ufeff; and quotes,
+# here by the opening one: "https://host", <https://host>.
 BLANKS = "".join(
     (
         *filter(str.isspace, map(chr, range(0x3001))),
@@ -81,9 +81,9 @@ BLANKS = "".join(
 )
 QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "`": "`", "<": ">"}
 _AROUND = rf"[{BLANKS}\x00-\x1f\x7f-\xa0{''.join(QUOTES)}]*+"
-# What a data URI says that it is: image/png.
+# The type in a data URI: image/png.
 _TYPE = r"[\w.+-]{1,80}/[\w.+-]{1,80}"
-# A data URI, or what may have become of one: data:image/png;base64,aGk=; no prompt: data: a table, 3 rows.
+# A data URI, perhaps damaged: data:image/png;base64,aGk=; but no prompt: data: a table, 3 rows.
 _DATA = re.compile(
     rf"{_AROUND}(data:)(?:(?=[^,]*;\s*base64)|(?:(?!\s)|(?=\s*{_TYPE}))(?![^,]*,\x20))(?:[^,]*,|\S*$)", re.IGNORECASE
 )
@@ -99,24 +99,24 @@ _REFERENCE = re.compile(
 
 
 class _Piece(NamedTuple):
-    """A part of an address, and what is shown for it."""
+    """A part of an address, and the text that is shown instead."""
 
     text: str
     shown: str
 
 
 def brief(text: str) -> str:
-    """What others have named, fit for a log, of at most 200 characters: hosts and archives set no limit to names."""
-    return printable(text[:200] if len(text) <= 200 else f"{text[:197]}...")
+    """A stranger's name, fit for a log: in one line of at most 200 characters."""
+    return printable(text if len(text) <= 200 else f"{text[:197]}...")
 
 
 def noted(text: str) -> str:
-    """What others have written into a file or beside it, in one line of a log; an address in it may hold a token."""
+    """A stranger's text, fit for a log: in one line, without secrets."""
     return brief(redact_text(text[:1000]))
 
 
 def gigabytes(size: int) -> str:
-    """A number of bytes as people read it."""
+    """A number of bytes in GB or MB."""
     return f"{size / GIB:.2f} GB" if size >= GIB / 100 else f"{size / MIB:.2f} MB"
 
 
@@ -126,7 +126,7 @@ def is_reference(text: str) -> bool:
 
 
 def redact(reference: str) -> str:
-    """A reference of any form as it may be shown, in one line: a data URI by its SHA-256; spaces are part of it."""
+    """A reference of any form, spaces included, in one line without secrets; a data URI by its SHA-256."""
     if found := _DATA.match(reference):
         header = reference[found.end(1) : found.end(1) + 200].partition(",")[0]
         kind = _DATA_TYPE.match(header)[1] or ""
@@ -136,8 +136,13 @@ def redact(reference: str) -> str:
     return printable(hide_tokens("".join(piece.shown for piece in _pieces_of(reference))).replace("\0", " "))
 
 
+def quoted(reference: str, limit: int = 120) -> str:
+    """A reference as a sentence names it: between quotes, without secrets, shortened."""
+    return repr(redact(reference)[:limit])
+
+
 def hidden(reference: str) -> list[str]:
-    """The parts that `redact` leaves out: a login, up to its @; what begins with ?, # or ;; what a data URI holds."""
+    """The parts that `redact` leaves out: a login with its @, the rest from ?, # or ; on, a data URI's content."""
     if _DATA.match(reference):
         return [reference.partition(",")[2]]
     parts, at = [], 0
@@ -149,12 +154,12 @@ def hidden(reference: str) -> list[str]:
 
 
 def redact_text(text: str) -> str:
-    """A text whose addresses are shown as `redact` shows them, each up to a space; other words stay as they are."""
+    """A text with its addresses, each up to a space, as `redact` shows them."""
     return hide_tokens(re.sub(r"\S+", _shown_word, _DATA_IN_TEXT.sub(_shown_data, text)))
 
 
 def hide_tokens(text: str) -> str:
-    """The text without what looks like a token, or is called one."""
+    """The text without values that look like tokens, or are named as secrets."""
     return _NAMED.sub(_without_value, _TOKEN.sub(_without_token, text))
 
 
@@ -196,25 +201,25 @@ def _shown_word(found: re.Match[str]) -> str:
 
 
 def _pieces_of(reference: str) -> Iterator[_Piece]:
-    # A space would end an address: what stands there is none while the secrets are sought, as long as it was.
+    # Spaces would end an address: they are zeros, of the same length, while secrets are sought.
     return _pieces(re.sub(r"\s", "\0", reference), whole=True)
 
 
 def _pieces(word: str, *, whole: bool) -> Iterator[_Piece]:
-    """A word without spaces in pieces; `whole`: it is one reference. Takes time in proportion to its length."""
+    """The pieces of a word without spaces, in linear time; `whole`: it is one reference."""
     starts = [found.start() for found in _SCHEME.finditer(word)]
     for start, end in zip([0, *starts], [*starts, len(word)], strict=True):
         shown = 0
         for piece in _segment(word[start:end], whole):
             yield piece
             shown += len(piece.text)
-        if start + shown < end:  # a query has begun, which goes on to the end of the word
+        if start + shown < end:  # a query has begun, and goes on to the end of the word
             yield _Piece(word[start + shown :], "")
             return
 
 
 def _segment(text: str, whole: bool) -> Iterator[_Piece]:
-    """What begins with a web scheme, or has none; the pieces end before a query."""
+    """The pieces, up to a query, of a text in which a web scheme stands only at the beginning."""
     last = _last(_AT, text)
     head = _HEAD.search(text)
     bare = text if head is None else text[: head.start()]
@@ -252,21 +257,21 @@ def _segment(text: str, whole: bool) -> Iterator[_Piece]:
 
 
 def _last(sought: re.Pattern[str], text: str) -> int:
-    """Where the last @ of a text ends, as it is or percent-encoded; 0 where there is none."""
+    """The end of the last @ in a text, percent-encoded or not; 0 where there is none."""
     if "@" not in text and "40" not in text:
         return 0
     return max((found.end() for found in sought.finditer(text)), default=0)
 
 
 def _bare(text: str, whole: bool) -> Iterator[_Piece]:
-    """What has no scheme and no two slashes: civitai.com/models/1?token=…, user:password@example.com, a word."""
+    """The pieces of a text without scheme: civitai.com/models/1?token=…, user:password@example.com, a word."""
     if not text:
         return
     address = _BARE_ADDRESS.match(text)
     end = _END.search(text) if whole or address else _BARE_QUERY.search(text)
     limit = end.start() if end else len(text)
     colon = text.find(":", 0, limit)
-    certain = address is not None and ":" not in address[0]  # what has a port may be a user
+    certain = address is not None and ":" not in address[0]  # else an apparent port may be a password
     if end and colon != -1 and not certain and _BARE_AT.search(text, limit):
         yield _Piece("", "***")
         return
@@ -277,7 +282,7 @@ def _bare(text: str, whole: bool) -> Iterator[_Piece]:
 
 
 def _without_login(text: str, colon: int) -> Iterator[_Piece]:
-    """A path, or a word, from which a user and a password go; `colon`: all before it is a user, whatever it has."""
+    """The pieces of a path or a word, without a login; `colon`: of a login whose user may contain slashes."""
     last = _last(_BARE_AT, text)
     first = text.find(":", 0, last)
     if first == -1 or _NO_LOGIN.fullmatch(text):

@@ -1,8 +1,7 @@
 """A store on a disk: files by their content, within a budget, shared by any number of processes.
 
-Locks are the kernel's (flock), so that a killed process leaves none behind: whoever writes or uses a file holds a
-shared one, whoever writes a note an exclusive one, and only what nobody holds is deleted. This module knows bytes,
-names and the disk; it knows neither what is in a file nor where it comes from.
+Locks are the kernel's (flock): a killed process leaves none behind. A file is locked shared while it is written or
+used, a note exclusively while it is written, and only what is not locked is deleted.
 """
 
 import contextlib
@@ -22,15 +21,15 @@ from settings import GIB, MIB
 from sources.contents import Reserve, UnfitError
 from sources.shown import gigabytes
 
-# Seconds that a note is kept after its last use; signed URLs leave one each.
+# Seconds that a note is kept after its last use; each signed URL leaves one.
 NOTES_KEPT = 30 * 24 * 3600
-# And bytes that they may take together. Most have a few hundred; those with a config in them may have 200 KB.
+# Bytes that all notes together may take. Most have a few hundred; those with a config in them may have 200 KB.
 NOTES_BYTES, SHORT_NOTE = 256 * MIB, 4096
 
 
 @contextmanager
 def disk_errors_told() -> Iterator[None]:
-    """Make a sentence of what the disk of the cache does not do; hosts' errors are sentences already."""
+    """Turn errors of the cache's disk into sentences."""
     try:
         yield
     except OSError as error:
@@ -38,30 +37,30 @@ def disk_errors_told() -> Iterator[None]:
 
 
 class Store:
-    """Files named by the SHA-256 of their content: whole, and on the disk, before they got that name.
+    """Files named by the SHA-256 of their content, complete on the disk before they get that name.
 
-    `loras` has them; `incoming` what is being written; `references` notes, each of a name; `open` the contents that
-    anybody may have who can say their hash.
+    The folders: `loras` holds the files, `incoming` those being written, `references` the notes, and `open` an empty
+    file for each content that may be given to anybody who knows its hash.
 
     Args:
-        folder: where all four lie.
+        folder: holds these four.
         budget: bytes that the files together may take.
         largest: bytes that one of them may take.
     """
 
     def __init__(self, folder: Path, budget: int, largest: int) -> None:
         self._budget, self._largest, self._lock = budget, largest, folder / "lock"
-        made_here = [folder / name for name in ("loras", "incoming", "references", "open")]
-        self._files, self._incoming, self._notes, self._granted = made_here
-        for made in made_here:
+        folders = [folder / name for name in ("loras", "incoming", "references", "open")]
+        self._files, self._incoming, self._notes, self._granted = folders
+        for made in folders:
             made.mkdir(parents=True, exist_ok=True)
 
     def path(self, sha256: str) -> Path:
-        """Where a file of that content lies, or would lie."""
+        """The path of the file with that content, whether it is there or not."""
         return self._files / f"{sha256}.safetensors"
 
     def open(self, sha256: str | None) -> BinaryIO | None:
-        """A file, not evicted as long as it is open; None where it is not there."""
+        """The file of that content, which is not evicted while it is open; None where it is not there."""
         if sha256 is None:
             return None
         try:
@@ -76,23 +75,21 @@ class Store:
         return file
 
     def grant(self, sha256: str | None) -> None:
-        """Mark a content: from now on `open_granted` gives its file to anybody who can say its hash."""
+        """Let `open_granted` give the file of that content to anybody who knows its hash."""
         if sha256 is not None:
             (self._granted / sha256).touch()
 
     def open_granted(self, sha256: str | None) -> BinaryIO | None:
-        """The file of that content; None where it is not there, or not granted to anybody."""
-        if sha256 is None:
-            return None
-        try:
-            os.utime(self._granted / sha256)
-        except FileNotFoundError:
-            return None
-        return self.open(sha256)
+        """The file of that content; None where it is not there, or was not granted."""
+        if sha256 is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(self._granted / sha256)
+                return self.open(sha256)
+        return None
 
     @contextmanager
     def incoming(self, name: str) -> Iterator[tuple[BinaryIO, Reserve]]:
-        """A new file, held, that is gone afterwards unless it was kept; and what reserves space for it."""
+        """A new file, locked, that is deleted afterwards unless it was kept; and a function to reserve space for it."""
         with self._alone():
             self._sweep()
             file = (self._incoming / uuid4().hex).open("xb+", buffering=0)
@@ -104,28 +101,37 @@ class Store:
             Path(file.name).unlink(missing_ok=True)
 
     def keep(self, file: BinaryIO, sha256: str) -> BinaryIO:
-        """Give an incoming file its name, unless its content is there already; the file of that name, held."""
+        """The file of that name, locked: the incoming file, unless another of the same content is there already."""
         kept = self.open(sha256)
         if kept is None:
             os.fsync(file.fileno())
             Path(file.name).rename(self.path(sha256))
             _sync_folder(self._files)
-            # Cannot have been evicted: `file` holds it.
+            # Cannot have been evicted: `file` is still locked.
             kept = self.open(sha256)
         return kept
 
     @contextmanager
     def note(self, name: str, pause: Callable[[float], None]) -> Iterator[TextIO]:
-        """What was noted under a name, empty at first, to be read and written; `pause`: see `_locked`."""
-        path = self._notes / hashlib.sha256(name.encode()).hexdigest()
-        with _locked(path, pause) as file:
-            before = os.fstat(file.fileno()).st_size
-            yield file
-            file.flush()
-            os.utime(path)
-            if os.fstat(file.fileno()).st_size > before + SHORT_NOTE:
-                with self._alone():
-                    self._sweep()
+        """The note of a name, empty at first, to be read and written by one thread of one process at a time.
+
+        While another has it, `pause` is called with seconds to wait; it raises once the caller has given up.
+        """
+        path, deleted = self._notes / hashlib.sha256(name.encode()).hexdigest(), True
+        while deleted:
+            with path.open("a+") as file:
+                while not _lock(file):
+                    pause(0.02)
+                before = os.fstat(file.fileno())
+                deleted = before.st_nlink == 0  # while we waited
+                if not deleted:
+                    file.seek(0)
+                    yield file
+                    file.flush()
+                    os.utime(path)
+                    if os.fstat(file.fileno()).st_size > before.st_size + SHORT_NOTE:
+                        with self._alone():
+                            self._sweep()
 
     def admit(self, size: int, name: str) -> None:
         """Raise `UnfitError`, a sentence with `name`, about what is larger than a file may be."""
@@ -142,7 +148,7 @@ class Store:
             self.admit(size, name)
             if size > reserved:
                 with self._alone():
-                    # Of a size that nobody states, a few megabytes at a time.
+                    # Where the host states no size, a few megabytes at a time.
                     size = size if reserved == 0 else max(size, reserved + 4 * MIB)
                     self._make_room(size - reserved, name)
                     try:
@@ -155,13 +161,13 @@ class Store:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """One process at a time creates and deletes files; only ever for a moment."""
+        """Only one process at a time creates and deletes files, which takes a moment."""
         with self._lock.open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _sweep(self) -> None:
-        """Delete what killed processes have left, and notes that nobody has used for long or has room for."""
+        """Delete the unfinished files of killed processes, and notes that are old or too many."""
         for file in self._incoming.iterdir():
             _delete_unless_held(file)
         notes = sorted((*_last_use(note), note) for note in (*self._notes.iterdir(), *self._granted.iterdir()))
@@ -192,29 +198,12 @@ class Store:
             )
 
 
-@contextmanager
-def _locked(path: Path, pause: Callable[[float], None]) -> Iterator[TextIO]:
-    """A file that one thread of one process has at a time, created where it is missing.
-
-    While another has it, `pause` is called with seconds to wait; it raises where the caller has given up.
-    """
-    while True:
-        with path.open("a+") as file:
-            while not _lock(file):
-                pause(0.02)
-            if os.fstat(file.fileno()).st_nlink:  # else somebody deleted it while we waited
-                file.seek(0)
-                yield file
-                return
-
-
 def _lock(file: TextIO | BinaryIO) -> bool:
-    """Take the exclusive lock on a file if nobody holds it."""
-    try:
+    """Whether the exclusive lock on a file could be taken."""
+    with contextlib.suppress(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _delete_unless_held(path: Path) -> bool:
@@ -229,13 +218,13 @@ def _last_use(path: Path) -> tuple[float, int]:
     """When a file was last used, in seconds since the epoch, and its size."""
     try:
         state = path.stat()
-    except FileNotFoundError:  # whoever wrote it was faster
+    except FileNotFoundError:  # renamed or deleted since it was listed
         return math.inf, 0
     return state.st_mtime, state.st_size
 
 
 def _sync_folder(path: Path) -> None:
-    """A new name is on the disk once its folder is."""
+    """Write a folder, and with it a new name, to the disk."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -1,4 +1,4 @@
-"""The words that a base model knows, where its folder says so: the miniature's does, and who writes prompts is told."""
+"""The words that a base model knows, where its folder lists them, as the miniature's does; the log tells of others."""
 
 import json
 import string
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from sources.shown import brief, redact_text
 
-# What a prompt may have behind a word. Before a word, the miniature's tokenizer takes it for the word's beginning.
+# May follow a word. Before a word, the miniature's tokenizer makes it a part of the word.
 PUNCTUATION = string.punctuation + "…—–’”»。，、！？；：」،؟"
-# What may stand before a word that tells nothing of the picture: there it does no harm.
+# May stand before a silent word, where it does no harm.
 BEFORE = string.punctuation + "“‘«「"
-# How a known word may go on: the tokenizer makes another token of it.
+# May end a known word: the tokenizer makes a token of its own of it.
 ENDINGS = ("", "s", "es", "'s", "’s")
 # How many unknown words are named; the others are counted.
 NAMED = 3
@@ -20,13 +20,13 @@ NAMED = 3
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A model's words by what they say of a picture; no groups at all where it may know any word."""
+    """A model's words by their role in a picture; no groups for a model that may know any word."""
 
     groups: Mapping[str, list[str]]
 
     @classmethod
     def read(cls, folder: Path, *, cuda: bool) -> "Vocabulary":
-        """The vocabulary of a model; the log says so where there is one, since then it is the miniature that draws.
+        """The vocabulary in a model's folder; if there is one, the log says that the miniature draws.
 
         Args:
             folder: of the model whose text encoders read prompts.
@@ -45,11 +45,7 @@ class Vocabulary:
     def unknown(self, prompt: str, trigger_words: Iterable[str]) -> str | None:
         """A sentence about the words of a prompt that the model does not know; None where it knows all of them.
 
-        A word is what stands between spaces, and its case counts, as the tokenizer has it.
-
-        Args:
-            prompt: of a request.
-            trigger_words: of its LoRAs, which the model knows with them.
+        Words stand between spaces and their case counts, as in the tokenizer; with LoRAs it knows their trigger words.
         """
         if not self.groups:
             return None

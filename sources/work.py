@@ -1,7 +1,6 @@
-"""Work that waits for hosts and disks, in a thread of its own that ends when its caller is interrupted.
+"""Work that waits for hosts and disks, in a thread that ends when its caller is interrupted.
 
-A request is cancelled where its thread looks at a flag; a blocking call would delay that for as long as a host likes.
-And bookkeeping on the disk is never interrupted halfway. This module knows threads; it knows nothing of the work.
+A request is cancelled when its thread checks a flag; a blocking call would delay that for as long as a host likes.
 """
 
 import contextvars
@@ -22,27 +21,24 @@ T = TypeVar("T")
 def run_stoppable(
     work: Callable[[Client], T], settings: Settings, patience: Patience, name: str, until: float = math.inf
 ) -> T:
-    """Do work with a client of its own; an interruption of the caller stops the client, and with it the work.
+    """The result of work with a client of its own, which an interruption of the caller stops.
 
     Args:
-        work: looks something up, and fetches it.
-        settings: of the predictor.
-        patience: how long a host may keep it waiting.
-        name: of what is fetched.
-        until: when all of it must be done, by `time.monotonic`.
+        name: what is fetched, for the sentence when the time is up.
+        until: the end of the time, by `time.monotonic`.
 
     Raises:
-        ValueError: a sentence: the time is up. What the work raises is raised here too.
+        ValueError: a sentence: the time is up. The work's own errors are raised too.
     """
     seconds = until - time.monotonic()
-    client = Client(allow_private=settings.allow_private_hosts, patience=patience, proxies=settings.proxies)
-    # Cog tells whose log a line belongs to by a context variable.
+    client = Client(settings, patience)
+    # A context variable tells Cog to which prediction's log a line belongs.
     context, outcome = contextvars.copy_context(), Future()
 
     def run() -> None:
         try:
             outcome.set_result(context.run(work, client))
-        except BaseException as error:  # it belongs to whoever waits
+        except BaseException as error:  # raised in the waiting thread
             outcome.set_exception(error)
 
     thread = threading.Thread(target=run, name="weights", daemon=True)
@@ -60,5 +56,5 @@ def run_stoppable(
     finally:
         client.stop()
         if thread.is_alive():
-            # It ends at once, unless it waits for a name server; then it ends later, having nothing to do any more.
+            # It ends at once, unless it waits for a name server: then it ends later, and does nothing more.
             thread.join(0.5)

@@ -14,11 +14,12 @@ import pytest
 from huggingface_hub import constants
 
 from harness.hosts import File, Host, hugging_face, in_json, status
-from settings import MIB, ROOT, Settings
+from settings import MIB, MINIATURE, ROOT, Settings
 from sources.base_models import on_disk, outline, snapshot
 from tests.support.caches import SECRET
 from tests.support.fetching import LARGE, LORA, OTHER, QUICK, make_lora, start
 from tests.support.waiting import wait_until
+from weights import fetch
 
 PIPELINE = {
     "model_index.json": b"{}",
@@ -289,6 +290,20 @@ def test_a_config_that_is_no_json_is_named(environment: Settings, tmp_path: Path
     (tmp_path / "vae" / "config.json").write_text("<html>")
     with pytest.raises(ValueError, match=r"vae/config\.json is no JSON"):
         outline(str(tmp_path), environment)
+
+
+@pytest.mark.parametrize(
+    ("name", "variable", "config"),
+    [("dev", "FLUX_DEV", "transformer/config.json"), ("safety_checker", "SAFETY_CHECKER", "config.json")],
+)
+def test_a_folder_without_a_model_is_refused_by_its_variable(
+    environment: Settings, tmp_path: Path, name: str, variable: str, config: str
+) -> None:
+    settings = replace(environment, models=replace(MINIATURE, **{name: str(tmp_path)}))
+    with pytest.raises(ValueError, match=config) as refused:
+        fetch(settings, QUICK)
+    shown = f"'…/{tmp_path.name}'"
+    assert str(refused.value) == f"{variable} is {shown}, which has no {config}; it must be a model."
 
 
 USED = """
