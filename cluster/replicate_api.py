@@ -38,8 +38,8 @@ from cluster.forms import Forms
 from cluster.predictions import PREDICTION_LIFETIME, File, Prediction, Predictions, now
 from cluster.streams import Streams
 from cluster.webhooks import EVENTS, check_url
-from local_cog.data_uri import OCTETS, kind_of
 from local_cog.server import MAX_FILE_BYTES
+from service.data_uri import OCTETS, media_type_of
 from service.lines import printable
 
 # The name of what runs here, where the client gave none.
@@ -273,7 +273,7 @@ class ReplicateApi:
         headers = {"x-content-type-options": "nosniff", "content-security-policy": "sandbox"}
         # In pieces: a client that receives it slowly must not make a front hold it whole.
         headers["content-length"] = str(size)
-        return Streamed(read_pieces(file, size), media_type=kind_of(request.path_params["name"]), headers=headers)
+        return Streamed(read_pieces(file, size), media_type=media_type_of(request.path_params["name"]), headers=headers)
 
 
 def _read(content: bytes) -> dict[str, Any]:

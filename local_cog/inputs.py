@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from local_cog import schema
-from local_cog.data_uri import file_uri
 from local_cog.server import MAX_FILE_BYTES
+from service.data_uri import file_uri
 from service.lines import say
 
 # Inputs that take a LoRA by its name or address. A text in them that looks like this is a path, and where a file lies

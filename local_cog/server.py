@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from local_cog import schema
-from local_cog.data_uri import decode, suffix
+from service.data_uri import decode, suffix
 from service.lines import printable
 from service.occupancy import Look
 from settings import ROOT
