@@ -22,8 +22,9 @@ from cluster.api_common import InputSchema, Refused, answer, answer_inlined, new
 from cluster.bodies import Bodies
 from cluster.dispatcher import Dispatcher
 from cluster.forms import Forms
-from cluster.predictions import PREDICTION_ID, Prediction, Predictions
+from cluster.predictions import Prediction, Predictions
 from cluster.webhooks import EVENTS, check_url
+from local_cog.server import PREDICTION_ID
 from settings import VERSION
 
 UNREADABLE = "Failed to deserialize the JSON body into the target type: "

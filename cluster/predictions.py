@@ -24,8 +24,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, 
 from cluster.database import Unusable, empty_log, may_pass, migrate, open_engine, unusable
 
 UNFINISHED = ("starting", "processing")
-# What a prediction may be called: its id becomes part of paths, URLs and headers, here and in Cog's server.
-PREDICTION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.~-]{0,127}")
 # A restart of PostgreSQL takes seconds; after this long the caller gets the error.
 SECONDS_WITHOUT_DATABASE = 60
 # Ended predictions, their redacted inputs and their logs; the span within which an id is idempotent.

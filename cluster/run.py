@@ -28,11 +28,12 @@ from cluster.database import may_be_repaired, may_pass
 from cluster.failures import ATTEMPTS, ATTEMPTS_THAT_HANG, Again, Failure, places
 from cluster.files import Files, names_files
 from cluster.metrics import Metrics
-from cluster.predictions import PREDICTION_ID, UNFINISHED, File, Prediction, Predictions, now
+from cluster.predictions import UNFINISHED, File, Prediction, Predictions, now
 from cluster.privacy import redact_log, secrets_of
 from cluster.ray_failures import judge
 from cluster.tasks import spawn
 from cluster.webhooks import Webhooks
+from local_cog.server import PREDICTION_ID
 from service.strict_json import storable
 from settings import MIB
 from sources.choices import identities
