@@ -6,7 +6,6 @@ where they should go are kept elsewhere.
 
 import argparse
 import itertools
-import json
 import math
 import os
 import re
@@ -14,6 +13,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,11 @@ class Progress:
     def __init__(self) -> None:
         self.bar_shown = False
 
-    def show(self, line: bytes) -> None:
-        """Show a line of Cog's log, if the predictor printed it."""
-        try:
-            fields = json.loads(line)["fields"]
-            message = fields["message"].strip() if "source" in fields else ""  # Cog's own lines have no source
-        except (ValueError, LookupError, TypeError, RecursionError):  # a crash prints past Cog's log
-            message = line.decode(errors="replace").rstrip("\n")
-        if message:
-            bar = bool(BAR.search(message))
-            say(("\r" if bar else "\n" if self.bar_shown else "") + message, end="" if bar else "\n")
+    def show(self, text: str, record: Mapping[str, Any]) -> None:
+        """Show a line, unless it is Cog's own, whose fields have no source."""
+        if text and "source" in record.get("fields", ["source"]):
+            bar = bool(BAR.search(text))
+            say(("\r" if bar else "\n" if self.bar_shown else "") + text, end="" if bar else "\n")
             self.bar_shown = bar
 
 

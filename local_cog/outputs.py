@@ -22,7 +22,7 @@ class Place:
     @classmethod
     def read(cls, text: str) -> Self:
         """The place that a text names: a file has a suffix; a folder exists, ends in a slash or has no suffix."""
-        path = Path(os.path.expanduser(text))  # noqa: PTH111 (~somebody who is not known stays as it is)
+        path = Path(os.path.expanduser(text))  # noqa: PTH111 (an unknown ~user stays as it is)
         is_file = bool(path.suffix) and not text.endswith("/")
         with suppress(OSError):  # too long a name, or in a closed folder: `check` says so
             is_file = is_file and not path.is_dir()

@@ -56,6 +56,9 @@ LINE_BYTES = 2**20
 SECONDS_TO_STOP = 5
 
 
+Show = Callable[[str, Mapping[str, Any]], None]
+
+
 def past_proxies(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables that keep requests to this machine, such as Cog's webhooks, away from the operator's proxy."""
     names = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
@@ -69,8 +72,8 @@ class CogServer:
     Args:
         project: the directory that holds `predict.py`.
         environment: variables in addition to those of this process; None leaves one out.
-        log: a file for what the server and the predictor print, or a function that a thread calls with each line; None
-            prints it here.
+        log: a file for what the server and the predictor print, or a function that a thread calls with each line's text
+            and with its record in Cog's log, which is empty for other lines; None prints all lines here.
         host: the IP address to bind.
         port: the port to bind; None takes a free one.
     """
@@ -80,7 +83,7 @@ class CogServer:
         project: Path = ROOT,
         *,
         environment: Mapping[str, str | None] | None = None,
-        log: Path | Callable[[bytes], None] | None = None,
+        log: Path | Show | None = None,
         host: str = LOOPBACK,
         port: int | None = None,
     ) -> None:
@@ -251,11 +254,22 @@ class CogServer:
             os.killpg(self.process.pid, number)
 
 
-def _hand_on(lines: IO[bytes], show: Callable[[bytes], None]) -> None:
+def _hand_on(lines: IO[bytes], show: Show) -> None:
     """Call `show` with each line, until all processes that may print have ended."""
     with lines:
         while line := lines.readline(LINE_BYTES):
-            show(line)
+            try:
+                record = json.loads(line)
+                fields = record["fields"]
+                text = ": ".join(str(fields[name]) for name in ("message", "error") if name in fields)
+            except (
+                ValueError,
+                LookupError,
+                TypeError,
+                RecursionError,
+            ):  # printed past the log, as by a crash
+                text, record = line.decode(errors="replace"), {}
+            show(text.rstrip().lstrip("\r\n"), record)
 
 
 def failure(answer: Mapping[str, Any]) -> str | None:

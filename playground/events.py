@@ -1,4 +1,4 @@
-"""Events of predictions, handed on to whoever listens; knows predictions by their ids, and nothing of HTTP."""
+"""Events of predictions, handed on to their listeners; knows predictions by their ids, and nothing of HTTP."""
 
 import threading
 from collections import Counter

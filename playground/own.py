@@ -1,7 +1,7 @@
 """The Cog server that is started for the page unless another one is named, and the last lines that it has printed."""
 
-import json
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, Self
 
 from local_cog.server import CogServer, url
@@ -48,24 +48,9 @@ class OwnServer(Target):
             return super().reason(error)
         return f"The predictor's server ended with code {code}; start script/playground anew."
 
-    def _hear(self, line: bytes) -> None:
-        """Print and keep a line of the server's or the predictor's."""
-        shown, routine = _message(line)
+    def _hear(self, text: str, record: Mapping[str, Any]) -> None:
+        """Print a line of the server or the predictor, and keep it unless it is about coglet's routine work."""
+        shown = printable(text.rpartition("\r")[2])  # the last of a progress bar's states, which come in one line
         say(shown)
-        if not routine:
+        if record.get("level") != "INFO" or record.get("target") == "coglet::setup":
             self._lines.append(f"{shown[:LINE_CHARACTERS]}\n")
-
-
-def _message(line: bytes) -> tuple[str, bool]:
-    """A line's message, and whether coglet only reports its own routine work in it.
-
-    coglet writes each line as JSON; the states of a progress bar come in one line, of which the last is shown.
-    """
-    try:
-        record = json.loads(line)
-        fields = record["fields"]
-        said = ": ".join(str(fields[name]) for name in ("message", "error") if name in fields)
-        routine = record["level"] == "INFO" and record["target"] != "coglet::setup"
-    except (ValueError, LookupError, TypeError, RecursionError):  # from Python itself, when it starts or ends
-        said, routine = line.decode(errors="replace"), False
-    return printable(said.rstrip().rpartition("\r")[2]), routine

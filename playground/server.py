@@ -334,9 +334,11 @@ def main() -> None:
     except (ValueError, NoAnswerError) as error:
         parser.error(str(error))
     exit_on_signals()
-    beside = OwnServer() if target is None else contextlib.nullcontext(target)
-    # Listen first: while a predictor starts, another program could take the port.
-    with contextlib.suppress(KeyboardInterrupt), Playground(options.port) as server, beside as server.target:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        Playground(options.port) as server,  # first: another program could take the port while a predictor starts
+        contextlib.nullcontext(target) if target else OwnServer() as server.target,
+    ):
         print(f"Ready: {url(LOOPBACK, server.port)}/playground/ (Ctrl-C stops it)", flush=True)
         server.serve_forever()
 

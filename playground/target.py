@@ -131,7 +131,7 @@ class Target:
             body: its Content-Type is among the headers.
             headers: sent as they are.
             seconds: how long the answer may take to begin, and twice as long to end; None: any time.
-            client: whom the answer is for: if this connection closes, so does the one to the server, which cancels.
+            client: the connection of the client: when it closes, so does the one to the server, which then cancels.
         """
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         connection = kind(self._host, self.port, timeout=SECONDS_TO_CONNECT, blocksize=2**16)
