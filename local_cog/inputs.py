@@ -129,9 +129,12 @@ def _typed(text: str, kind: str) -> str | int | float | bool:
     """The value that a text stands for by its type; the text itself if it stands for none."""
     if kind == "boolean":
         return {"true": True, "false": False}.get(text.lower(), text)
-    for read in (int, float) if kind in ("integer", "number") else ():
+    if kind in ("integer", "number"):
         with suppress(ValueError):
-            return read(text)
+            return int(text)
+        with suppress(ValueError):
+            if _is(number := float(text), kind):
+                return number
     return text
 
 

@@ -32,7 +32,7 @@ _URL = re.compile(r"https?://(?:[\w.-]+|\[[\da-f:.]+\])(?::\d{1,5})?(?:/[\w.~%/-
 
 
 class NoAnswerError(Exception):
-    """The target does not answer, or not as a Cog server or a front does; all that ask it may raise this sentence."""
+    """The target does not answer, or not as a Cog server or a front does; every method that asks it may raise this."""
 
 
 class Target:

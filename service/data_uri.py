@@ -11,7 +11,7 @@ from urllib.parse import unquote_to_bytes
 from service.device_thread import check_cancelled
 
 OCTETS = "application/octet-stream"
-# A file may have a hundred megabytes: cancelled work stops between two pieces of its text.
+# The text of a file may have a hundred megabytes: cancelled work stops between two pieces, and other threads run.
 PIECE = 2**18
 
 
@@ -31,15 +31,7 @@ def head(media_type: str) -> str:
 
 
 def decode(text: str, name: str = "The data: URI") -> tuple[str, bytes]:
-    """The media type, and the content: percent-escapes, or base64 of either alphabet with or without padding.
-
-    Args:
-        text: the whole data URI.
-        name: what it is called in a sentence.
-
-    Raises:
-        ValueError: a sentence: it has no comma, or is damaged.
-    """
+    """The media type and the content, from percent-escapes or any usual base64; ValueError: a sentence about `name`."""
     header, comma, payload = text.partition(",")
     if not comma:
         raise ValueError(f"{name} has no comma; it must be data:[type][;base64],content.")
@@ -76,8 +68,7 @@ def _decoded(content: bytes) -> Iterator[bytes]:
 
 def media_type_of(name: str) -> str:
     """The media type of a file, by its name."""
-    # Not strict: Python 3.11 keeps image/webp among the types that are not registered, and containers have no other
-    # table.
+    # Not strict: for Python 3.11, image/webp is not a registered type, and most containers have no table of their own.
     return mimetypes.guess_type(name, strict=False)[0] or OCTETS
 
 
