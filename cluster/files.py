@@ -20,7 +20,7 @@ import fsspec
 
 from cluster.failures import Again, Failure, places
 from cluster.predictions import File, Predictions, now
-from local_cog.data_uri import decode, head, kind_of, suffix, uri
+from service.data_uri import decode, head, media_type_of, suffix, uri
 from service.faults import DISK_FULL
 from service.strict_json import compact
 from settings import MIB
@@ -99,7 +99,7 @@ class Files:
         """
 
         async def path(text: Any) -> Any:  # noqa: ANN401 (JSON)
-            if not (isinstance(text, str) and text.startswith("data:")):
+            if not (isinstance(text, str) and re.match("data:[^,]*;base64,", text)):
                 return text
             key = await asyncio.to_thread(lambda: hashlib.sha256(text.encode()).hexdigest())
             if key not in stored:
@@ -136,7 +136,7 @@ class Files:
                     parts.append(f"{compact(url)}{after}".encode())
                 else:
                     length += _characters(size)
-                    parts += [f'"{head(kind_of(name))}'.encode(), file_id, f'"{after}'.encode()]
+                    parts += [f'"{head(media_type_of(name))}'.encode(), file_id, f'"{after}'.encode()]
             return parts, length + sum(len(part) for part in parts if isinstance(part, bytes))
 
         return Inlined(self, *await asyncio.to_thread(plan))

@@ -38,8 +38,8 @@ from cluster.forms import Forms
 from cluster.predictions import PREDICTION_LIFETIME, File, Prediction, Predictions, now
 from cluster.streams import Streams
 from cluster.webhooks import EVENTS, check_url
-from local_cog.data_uri import OCTETS, kind_of
 from local_cog.server import MAX_FILE_BYTES
+from service.data_uri import OCTETS, media_type_of
 from service.lines import printable
 
 # The model's name, where the client gave none.
@@ -264,7 +264,7 @@ class ReplicateApi:
         # A file must not act as a page of this host.
         safe = {"x-content-type-options": "nosniff", "content-security-policy": "sandbox"}
         headers = {"content-length": str(size), **safe}
-        return Streamed(read_pieces(file, size), media_type=kind_of(request.path_params["name"]), headers=headers)
+        return Streamed(read_pieces(file, size), media_type=media_type_of(request.path_params["name"]), headers=headers)
 
 
 def _read(content: bytes) -> dict[str, Any]:

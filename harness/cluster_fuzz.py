@@ -36,8 +36,8 @@ import sqlalchemy as sa
 from harness.cluster import ENDS, Cluster, Hooks, Server
 from harness.hostile import DEAF, MARK, MIB, Answer, Kind, Scene, Sent, Stranger
 from harness.hostile_kinds import KINDS
-from local_cog.data_uri import decode
 from local_cog.server import LOOPBACK
+from service.data_uri import decode
 from settings import ROOT
 
 TOKEN = "t0ken-of-the-cluster"

@@ -32,8 +32,8 @@ from PIL import Image
 
 from harness.soak import make_lora, worker_of, world
 from local_cog import schema
-from local_cog.data_uri import uri
 from local_cog.server import LOOPBACK, CogServer, failure
+from service.data_uri import uri
 from settings import ROOT
 
 SECRET = "t0ken-of-the-server"

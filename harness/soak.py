@@ -30,8 +30,8 @@ from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import save
 
-from local_cog.data_uri import uri
 from local_cog.server import LOOPBACK, CogServer, failure, files, free_port
+from service.data_uri import uri
 from service.leftovers import SECONDS_KEPT
 from settings import GIB, ROOT
 

@@ -1,21 +1,21 @@
-"""What `cog predict` does, without Docker: one prediction from the command line through the real Cog server.
+"""`cog predict` without Docker: one prediction from the command line through the real Cog server.
 
-What is wrong with a command line is said before a server starts (`inputs.py`, `outputs.py`). What has been drawn is
-kept, whatever has become of the place where it should go.
+A wrong command line is refused before a server starts (`inputs.py`, `outputs.py`). Pictures that cannot be written
+where they should go are kept elsewhere.
 """
 
 import argparse
 import itertools
-import json
+import math
 import os
 import re
 import shlex
 import shutil
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from local_cog import schema
 from local_cog.inputs import read_inputs
@@ -24,72 +24,39 @@ from local_cog.server import CogServer, exit_on_signals, failure, files
 from service.lines import printable, say
 from settings import ROOT
 
-# A progress bar as tqdm draws it; it is redrawn in place.
+# A progress bar of tqdm.
 BAR = re.compile(r"\d+%\|")
 
 
 class Progress:
-    """Shows a person what the predictor prints: reads Cog's log, writes plain lines and one moving progress bar."""
+    """Shows the predictor's output to a person: plain lines, and one progress bar that is redrawn in place."""
 
-    def __init__(self, log: TextIO) -> None:
-        self.log = log
-        self.partial = ""
+    def __init__(self) -> None:
         self.bar_shown = False
 
-    def show(self) -> None:
-        """Pass on what was printed since the last call."""
-        *lines, self.partial = (self.partial + self.log.read()).split("\n")
-        for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:  # printed past Cog's log, by a crash
-                self._print(line)
-                continue
-            if "source" in event["fields"]:  # Stdout or Stderr of the predictor; the rest is Cog's own
-                self._print(event["fields"]["message"].strip())
-
-    def _print(self, message: str) -> None:
-        bar = bool(BAR.search(message))
-        start = "\r" if bar else "\n" if self.bar_shown else ""
-        if message:
-            say(start + message, end="" if bar else "\n")
+    def show(self, text: str, record: Mapping[str, Any]) -> None:
+        """Show a line, unless it is Cog's own, whose fields have no source."""
+        if text and "source" in record.get("fields", ["source"]):
+            bar = bool(BAR.search(text))
+            say(("\r" if bar else "\n" if self.bar_shown else "") + text, end="" if bar else "\n")
             self.bar_shown = bar
-
-    def close(self) -> None:
-        """End the line of a bar."""
-        self.show()
-        if self.bar_shown:
-            say("")
 
 
 def predict(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Start a server, have it make one prediction, and stop it; what the predictor prints goes to stderr.
-
-    Raises:
-        RuntimeError: a sentence, when the server does not get ready.
-    """
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1) as pool:
-        log = Path(scratch) / "log"
-        with CogServer(log=log) as server, log.open(encoding="utf-8", errors="replace") as text:
-            progress = Progress(text)
-            try:
-                say("Starting the Cog server.")
-                server.wait_until_ready(seconds=float("inf"), meanwhile=progress.show)  # it may have to download FLUX
-                answer = pool.submit(server.predict, inputs)
-                # The request waits in another thread, so that Ctrl-C reaches this one and ends the server.
-                while not wait([answer], timeout=0.1).done:
-                    progress.show()
-            finally:
-                progress.close()
-            return answer.result()
+    """The answer of a server that is started for one prediction, which prints to stderr; RuntimeError: a sentence."""
+    progress = Progress()
+    try:
+        say("Starting the Cog server.")
+        with CogServer(log=progress.show) as server:
+            server.wait_until_ready(math.inf)  # it may have to download FLUX
+            return server.predict(inputs)
+    finally:
+        if progress.bar_shown:
+            say("")
 
 
 def keep(pictures: list[tuple[str, bytes]], place: Place) -> None:
-    """Write pictures, and print their paths; what cannot be written where it should go is kept elsewhere.
-
-    Raises:
-        OSError: a sentence, once all pictures are kept.
-    """
+    """Write pictures, elsewhere if need be, and print their paths; an OSError then says what could not be done."""
     written, problem = [], ""
     for number, (suffix, content) in enumerate(pictures):
         path = place.path(number, len(pictures), suffix)
@@ -111,18 +78,18 @@ def keep(pictures: list[tuple[str, bytes]], place: Place) -> None:
             sys.stdout.buffer.write(b"".join(os.fsencode(path) + b"\n" for path in written))
             sys.stdout.flush()
     except OSError as error:
-        # Python would try again when it ends, and complain in words of its own.
+        # Otherwise Python flushes again at exit, and prints an error of its own.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # whose reader has read enough
+        if not isinstance(error, BrokenPipeError):  # the reader has read enough
             problem = problem or f"The paths of the pictures could not be printed: {error.strerror}."
     if problem:
         raise OSError(problem)
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: where there is no room for it, what is there stays."""
-    target = Path(os.path.realpath(path))  # `resolve` refuses a link to itself, and by no OSError
-    aside = target.with_name(f".flux-sprites-{os.getpid()}.part")  # no longer than any name may be
+    """Write a whole file, or leave the old one if there is no room."""
+    target = Path(os.path.realpath(path))  # `resolve` raises no OSError for a link to itself
+    aside = target.with_name(f".flux-sprites-{os.getpid()}.part")  # short enough for any file system
     try:
         aside.write_bytes(content)
         if target.exists():
@@ -133,11 +100,11 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def quoted(words: list[str]) -> str:
-    """What to write instead of words that belong to no option, from the whole command line."""
+    """What to write instead of words that belong to no option, by the whole command line."""
     first = sys.argv.index(words[0])
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[first:]))
     option, before = sys.argv[first - 2 : first] if first > 2 else ("", "")
-    if option in ("-o", "--like") and not Path(before).suffix:  # a path without its quotes has fallen apart into words
+    if option in ("-o", "--like") and not Path(before).suffix:  # a path with spaces lacks its quotes
         return f"{option} {shlex.quote(' '.join([before, *words]))}"
     if re.match(r"\w+=", words[0]):  # -i is missing
         option, before, words = "-i", words[0], words[1:]

@@ -1,4 +1,4 @@
-"""What `-o` says → where the pictures of a prediction go, and in which format; nothing is written here."""
+"""`-o` → the paths and the format of a prediction's pictures; nothing is written here."""
 
 import os
 from collections.abc import Mapping
@@ -13,35 +13,31 @@ from service.lines import printable
 
 @dataclass(frozen=True)
 class Place:
-    """A folder, in which pictures have names that begin alike; or a file, which is the one picture's own name."""
+    """A folder, in which the pictures' names begin alike; or a file, which is the name of the only picture."""
 
     folder: Path
     stem: str = "output"
-    suffix: str = ""  # of the file
+    suffix: str = ""  # a file's
 
     @classmethod
     def read(cls, text: str) -> Self:
-        """A file has a suffix; a folder is there already, ends in a slash or has none."""
-        path = Path(os.path.expanduser(text))  # noqa: PTH111 (~somebody who is not known stays as it is)
+        """The place that a text names: a file has a suffix; a folder exists, ends in a slash or has no suffix."""
+        path = Path(os.path.expanduser(text))  # noqa: PTH111 (an unknown ~user stays as it is)
         is_file = bool(path.suffix) and not text.endswith("/")
-        with suppress(OSError):  # too long a name, or a closed folder before it, of which `check` tells
+        with suppress(OSError):  # too long a name, or in a closed folder: `check` says so
             is_file = is_file and not path.is_dir()
         return cls(path.parent, path.stem, path.suffix) if is_file else cls(path)
 
     def path(self, number: int, count: int, suffix: str) -> Path:
-        """The path of one of so many pictures, which would have this suffix by its format."""
+        """The path of one of so many pictures; its format's suffix counts where the place has none."""
         inner = "" if self.suffix and count == 1 else f".{number}"
         return self.folder / f"{self.stem}{inner}{self.suffix or suffix}"
 
     def agree(self, inputs: Mapping[str, Any], document: dict[str, Any]) -> dict[str, Any]:
-        """The input with the format that the file's suffix says.
-
-        Args:
-            inputs: as they are without it.
-            document: the OpenAPI document, which may offer formats.
+        """The inputs with the format of the file's suffix, if the OpenAPI document offers formats.
 
         Raises:
-            ValueError: a sentence: there is no such format, or the input says another one.
+            ValueError: a sentence: there is no such format, or the inputs say another one.
         """
         formats = schema.inputs(document).get("output_format", {}).get("enum")
         if not self.suffix or not formats:
@@ -58,19 +54,19 @@ class Place:
         return {**inputs, "output_format": wanted}
 
     def check(self) -> None:
-        """Find what would stand in the way of files there, as far as that is known before; nothing is made.
-
-        Raises:
-            ValueError: a sentence.
-        """
+        """Check that files can be written there, as far as that is known before; a ValueError says why not."""
         try:
             there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
             file = self.path(0, 1, "")
             closed = [path for path in (there, file) if path.exists() and not os.access(path, os.W_OK)]
-            reason = f"{there} is no folder" if not there.is_dir() else closed and f"{closed[0]} may not be written"
-            if self.suffix and not reason and file.exists() and not file.is_file():  # a pipe, a device
+            if not there.is_dir():
+                reason = f"{there} is no folder"
+            elif closed:
+                reason = f"{closed[0]} may not be written"
+            elif self.suffix and file.exists() and not file.is_file():  # a pipe, a device
                 reason = f"{file} is no file"
+            else:
+                return
         except OSError as error:
             reason = error.strerror
-        if reason:
-            raise ValueError(f"No picture can be written to the folder {self.folder.absolute()}: {reason}.")
+        raise ValueError(f"No picture can be written to the folder {self.folder.absolute()}: {reason}.")

@@ -1,31 +1,22 @@
-"""How far predictions are: what a Cog server's webhooks say, handed on to whoever listens.
+"""Events of predictions, handed on to their listeners; knows predictions by their ids, and nothing of HTTP."""
 
-This module knows Cog's JSON and predictions by their ids; it knows nothing of HTTP.
-"""
-
-import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-from service import strict_json
 
 # A page listens to one prediction at a time.
 MOST_LISTENERS = 32
-# A prediction has some thirty inputs.
-MAX_VALUES = 10_000
 
 
 class TooManyListenersError(Exception):
-    """No more can listen now."""
+    """`MOST_LISTENERS` listen already."""
 
 
 @dataclass(eq=False)
 class Listener:
-    """Who listens to one prediction: each event has the whole log, so that the newest alone is kept."""
+    """A listener to one prediction; only the newest event is kept, because each one has the whole log."""
 
     prediction_id: str
     newest: bytes | None = None
@@ -33,7 +24,7 @@ class Listener:
 
 
 class Events:
-    """All that is told and listened to; threads share it."""
+    """The listeners, and the predictions under way; threads share it."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -42,20 +33,20 @@ class Events:
 
     @contextmanager
     def drawing(self, prediction_id: str) -> Iterator[None]:
-        """Meanwhile, events of this prediction are taken; at the end its listeners are told that there are no more."""
+        """Take events of this prediction while the block runs; its end is the end for the listeners."""
         with self._changed:
             self._drawn[prediction_id] += 1
         try:
             yield
         finally:
             with self._changed:
-                self._drawn -= Counter([prediction_id])  # which drops those at zero
+                self._drawn -= Counter([prediction_id])  # this drops zeros
                 for listener in self._listeners:
                     listener.ended |= listener.prediction_id == prediction_id not in self._drawn
                 self._changed.notify_all()
 
     def tell(self, prediction_id: str, event: bytes) -> bool:
-        """Hand an event to who listens; whether there is such a prediction."""
+        """Hand an event to the listeners; returns whether the prediction is under way."""
         with self._changed:
             for listener in self._listeners:
                 if listener.prediction_id == prediction_id:
@@ -65,11 +56,7 @@ class Events:
 
     @contextmanager
     def listen(self, prediction_id: str) -> Iterator[Listener]:
-        """Listen to a prediction, most often before it begins.
-
-        Raises:
-            TooManyListenersError: too many do.
-        """
+        """Listen to a prediction, most often before it begins; TooManyListenersError where there is no room."""
         listener = Listener(prediction_id)
         with self._changed:
             if len(self._listeners) >= MOST_LISTENERS:
@@ -82,45 +69,8 @@ class Events:
                 self._listeners.remove(listener)
 
     def wait(self, listener: Listener, seconds: float) -> bytes | None:
-        """The newest event that a listener has not had, waited for; None where there is none."""
+        """The newest event that a listener has not had; waits for so long, then returns None."""
         with self._changed:
             self._changed.wait_for(lambda: listener.newest is not None or listener.ended, seconds)
             newest, listener.newest = listener.newest, None
             return newest
-
-
-def read_event(content: bytes) -> bytes:
-    """What listeners are told, as JSON: that of a webhook's body which says how far the prediction is.
-
-    Raises:
-        ValueError: a sentence.
-    """
-    said = _read(content, strict_json.MAX_VALUES)
-    if not isinstance(said, dict):
-        raise ValueError("The body must be an object.")
-    event = {"status": said.get("status"), "logs": said.get("logs") or "", "metrics": said.get("metrics") or {}}
-    return json.dumps(event).encode()
-
-
-def with_webhook(content: bytes, webhook: str | None) -> bytes:
-    """The body of a request for a prediction with this webhook, or with none; one that it had does not count.
-
-    A Cog server sends webhooks to any address, and pages should not choose which.
-
-    Raises:
-        ValueError: a sentence.
-    """
-    asked = _read(content, MAX_VALUES)
-    if not isinstance(asked, dict):
-        return content  # Cog says what is wrong with it
-    asked = {name: value for name, value in asked.items() if name not in ("webhook", "webhook_events_filter")}
-    if webhook:
-        asked |= {"webhook": webhook, "webhook_events_filter": ["start", "logs"]}
-    return strict_json.compact(asked, sort=False).encode()
-
-
-def _read(content: bytes, max_values: int) -> Any:  # noqa: ANN401 (JSON)
-    try:
-        return strict_json.read(content, max_values, zeros=True)
-    except ValueError as error:
-        raise ValueError(f"The body must be JSON, and {error}") from None

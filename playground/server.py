@@ -1,7 +1,7 @@
-"""The playground: a page on loopback, and the few requests that it sends to a predictor, passed on.
+"""The playground's server on loopback: it serves the page, and passes the page's requests on to a predictor.
 
-A page in a browser cannot ask a Cog server itself: that one answers no page of another origin, and cannot tell a page
-how far a prediction is. This module knows HTTP's side of the page; `playground.target` asks.
+The page cannot ask a Cog server itself, which answers no page of another origin, and has no address for a prediction's
+progress. This module speaks HTTP with the page; `playground.target` speaks with the predictor.
 """
 
 import argparse
@@ -17,36 +17,40 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 from local_cog.server import LOOPBACK, PREDICTION_ID, check_address, exit_on_signals, read_port, url
-from playground.events import Events, TooManyListenersError, read_event, with_webhook
+from playground.events import Events, TooManyListenersError
 from playground.own import OwnServer
 from playground.target import NoAnswerError, Target, has_gone
+from service import strict_json
 from service.guard import find_fault
 from settings import MIB, VERSION
 
 PAGE = Path(__file__).parent / "page"
 HEADERS = json.loads(Path(__file__).with_name("headers.json").read_text(encoding="utf-8"))
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-# Cog takes as much, and this server adds a little to it.
+# Cog's limit; this server adds a little to a body.
 MOST_BYTES = 100 * MIB
 MOST_CONNECTIONS = 100
-# For all of a request; for each piece of an answer that the client takes.
+# A prediction has some thirty inputs.
+MAX_VALUES = 10_000
+# For a whole request to arrive; for each piece of an answer to be received.
 SECONDS_FOR_REQUEST = 120
 SECONDS_FOR_PIECE = 60
 SECONDS_BETWEEN_SIGNS = 15
-# What of a request is passed on: no cookie, no login of a browser's, nothing about the page.
+# The headers that are passed on: no cookie, and nothing about the page.
 ASKED = ("Authorization", "Prefer", "Content-Type", "Accept", "User-Agent")
 
 
 def page_files() -> dict[str, Path]:
-    """The page's files by their names in addresses."""
+    """The page's files by their paths in URLs."""
     files = {path.relative_to(PAGE): path for path in PAGE.rglob("*") if path.is_file()}
     return {str(name): path for name, path in files.items() if not any(part.startswith(".") for part in name.parts)}
 
 
 class Refused(Exception):  # noqa: N818 (an answer, not an accident)
-    """A request that is answered at once, with a sentence."""
+    """A refused request: the status of its answer, and a sentence."""
 
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
@@ -54,11 +58,11 @@ class Refused(Exception):  # noqa: N818 (an answer, not an accident)
 
 
 class Playground(socketserver.ThreadingTCPServer):
-    """The page's server, which listens as soon as it is made; a thread answers each request, each on its connection.
+    """The page's server, which listens as soon as it is made; each connection has one request, and a thread.
 
     Args:
         port: on loopback; 0 takes a free one.
-        target: what its requests go to; it may be set later, before any is answered.
+        target: the predictor's server; it may be set later, before the first request is answered.
     """
 
     allow_reuse_address = True
@@ -68,23 +72,23 @@ class Playground(socketserver.ThreadingTCPServer):
     def __init__(self, port: int, target: Target | None = None) -> None:
         super().__init__((LOOPBACK, port), Handler)
         self.target, self.events, self.secret = target, Events(), secrets.token_urlsafe(32)
-        self.port = self.socket.getsockname()[1]
+        self.port, self.files = self.socket.getsockname()[1], page_files()
         self.room = threading.Semaphore(MOST_CONNECTIONS)
 
     def process_request(self, request: socket.socket, client_address: tuple[str, int]) -> None:
-        """Answer in a thread, unless there are too many."""
+        """Answer in a thread, or close the connection where there are too many."""
         if self.room.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
             super().shutdown_request(request)
 
     def shutdown_request(self, request: socket.socket) -> None:
-        """The end of a connection."""
+        """Close a connection, and make room for another one."""
         super().shutdown_request(request)
         self.room.release()
 
     def handle_error(self, request: socket.socket, client_address: tuple[str, int]) -> None:
-        """Print what nobody foresaw; that a client has gone is no error."""
+        """Print an unforeseen error; a client that has gone is none."""
         if not isinstance(sys.exception(), OSError | http.client.HTTPException):
             super().handle_error(request, client_address)
 
@@ -95,27 +99,27 @@ class Handler(BaseHTTPRequestHandler):
     server: Playground
     protocol_version = "HTTP/1.1"
     timeout = SECONDS_FOR_PIECE
-    # Of what is no HTTP.
+    # For requests that are no HTTP.
     error_content_type, error_message_format = "text/plain; charset=utf-8", "%(message)s\n"
 
     def setup(self) -> None:
-        """A request that does not arrive within its time is cut off."""
+        """Start the timer that cuts off a request which arrives too slowly."""
         super().setup()
         self._too_late = threading.Timer(SECONDS_FOR_REQUEST, self._cut_off)
         self._too_late.daemon = True
         self._too_late.start()
 
     def finish(self) -> None:
-        """The connection is closed next."""
+        """Stop the timer; the connection is closed next."""
         self._too_late.cancel()
         super().finish()
 
     def _cut_off(self) -> None:
-        with contextlib.suppress(OSError):  # it has just been closed
+        with contextlib.suppress(OSError):  # just closed
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def do_GET(self) -> None:
-        """Answer, and be done."""
+        """Answer one request, and close the connection."""
         self.close_connection = True
         try:
             self.body = self._read()
@@ -129,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
     do_PUT = do_POST = do_GET  # noqa: N815 (as the standard library calls them)
 
     def _read(self) -> bytes:
-        """The body, of a request that no foreign page can have sent."""
+        """The body; a request that another site's page may have sent is refused."""
         if fault := find_fault(self.headers.items()):
             raise Refused(*fault)
         if not self.path.startswith("/"):
@@ -140,7 +144,7 @@ class Handler(BaseHTTPRequestHandler):
         if not re.fullmatch("[0-9]{1,15}", length):
             raise Refused(400, f"Content-Length is {length[:80]!r}; it must be a number of bytes.")
         if (missing := int(length)) > MOST_BYTES:
-            # Who still sends when the connection is closed does not read the answer.
+            # Read the body: a client that is still sending when the connection is closed does not read the answer.
             while missing > 0 and (piece := self.rfile.read1(2**16)):
                 missing -= len(piece)
             raise Refused(413, f"The body has {length} bytes; it must have at most {MOST_BYTES // MIB} MiB.")
@@ -180,8 +184,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(404, "There is no such address here.")
 
     def _send_file(self, name: str) -> None:
-        file = page_files().get(name)
-        if file is None:
+        if not (file := self.server.files.get(name)):
             raise Refused(404, "There is no such file of the page.")
         kind = TYPES.get(file.suffix, "text/plain")
         self._send(200, file.read_bytes(), {"Content-Type": f"{kind}; charset=utf-8"})
@@ -204,13 +207,13 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self._pass_on()
         except NoAnswerError as error:
-            # One that listens already may hang.
+            # A refused connection only: a server that listens and does not answer may hang.
             if not (isinstance(error.__cause__, ConnectionRefusedError) and self.server.target.starts()):
                 raise
             self._send_json(200, {"status": "STARTING"})
 
     def _send_events(self, prediction_id: str) -> None:
-        """What is told of a prediction, until it has been answered or the client has gone."""
+        """Send a prediction's events until it has been answered or the client has gone."""
         try:
             with self.server.events.listen(prediction_id) as listener:
                 self._send(200, None, {"Content-Type": "text/event-stream"})
@@ -226,18 +229,18 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(503, "Too many pages listen already; close some of them.") from None
 
     def _hear(self, secret: str, prediction_id: str) -> None:
-        """Hand on what the Cog server says of a prediction."""
-        try:
-            event = read_event(self.body)
-        except ValueError as error:
-            raise Refused(400, str(error)) from None
+        """Hand on the Cog server's webhook, as far as it tells a prediction's progress."""
+        said = self._read_json(strict_json.MAX_VALUES)
+        if not isinstance(said, dict):
+            raise Refused(400, "The body must be an object.")
+        event = {"status": said.get("status"), "logs": said.get("logs") or "", "metrics": said.get("metrics") or {}}
         known = secrets.compare_digest(secret.encode(), self.server.secret.encode())
-        if not (known and self.server.events.tell(prediction_id, event)):
+        if not (known and self.server.events.tell(prediction_id, json.dumps(event).encode())):
             raise Refused(404, "There is no such prediction here.")
         self._send_json(200, {})
 
     def _pass_on(self, prediction_id: str | None = None) -> None:
-        """Ask the target the same, and answer what it answers, piece by piece; a prediction takes its time."""
+        """Send the request to the target, and its answer to the client, piece by piece; a prediction may take long."""
         path, seconds = self.path.partition("?")[0], {"seconds": None} if prediction_id else {}
         headers = {name: _unfolded(self.headers[name]) for name in ASKED if name in self.headers}
         if prediction_id and self.body:
@@ -245,12 +248,12 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.target.exchange(
             self.command, path, self.body, headers, client=self.connection, **seconds
         ) as answer:
-            # Nothing that a browser would run: to it, the answer is this server's.
+            # No HTML or script: the browser would run it as this server's own.
             is_json = answer.headers.get_content_type() == "application/json"
             given = {"Content-Type": "application/json" if is_json else "text/plain; charset=utf-8"}
             if "Retry-After" in answer.headers:
                 given["Retry-After"] = _unfolded(answer.headers["Retry-After"])
-            # Where no length is known, chunks tell an answer that is cut off from one that ends.
+            # Without a length, only chunks tell an answer that was cut off from a complete one.
             in_chunks = answer.length is None and self.request_version == "HTTP/1.1"
             if in_chunks:
                 given["Transfer-Encoding"] = "chunked"
@@ -262,21 +265,33 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"0\r\n\r\n" if in_chunks else b"")
 
     def _with_own_webhook(self, prediction_id: str) -> bytes:
-        """The body, by which a Cog server that can tells here how far it is."""
+        """The body for a Cog server: with this server's webhook where it can be reached, and without any other one.
+
+        A Cog server sends webhooks to any address, which pages should not choose.
+        """
         about = self.server.target.known()
         if about["server"] == "front":
             return self.body
-        address = f"{url(LOOPBACK, self.server.port)}/playground/webhooks/{self.server.secret}/{prediction_id}"
+        asked = self._read_json(MAX_VALUES)
+        if not isinstance(asked, dict):
+            return self.body  # Cog says what is wrong with it
+        asked = {name: value for name, value in asked.items() if name not in ("webhook", "webhook_events_filter")}
+        if about["progress"] == "events":
+            address = f"{url(LOOPBACK, self.server.port)}/playground/webhooks/{self.server.secret}/{prediction_id}"
+            asked |= {"webhook": address, "webhook_events_filter": ["start", "logs"]}
+        return strict_json.compact(asked, sort=False).encode()
+
+    def _read_json(self, max_values: int) -> Any:  # noqa: ANN401 (JSON)
         try:
-            return with_webhook(self.body, address if about["progress"] == "events" else None)
+            return strict_json.read(self.body, max_values, zeros=True)
         except ValueError as error:
-            raise Refused(400, str(error)) from None
+            raise Refused(400, f"The body must be JSON, and {error}") from None
 
     def _send_json(self, status: int, value: object) -> None:
         self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _send(self, status: int, content: bytes | None = b"", headers: dict[str, str] | None = None) -> None:
-        """An answer, or all before its content where that is None."""
+        """Send an answer; with None as content, only what comes before it."""
         self.send_response(status)
         length = {} if content is None else {"Content-Length": str(len(content))}
         for name, value in {**(headers or {}), **length, "Connection": "close"}.items():
@@ -285,21 +300,21 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content or b"")
 
     def send_response(self, code: int, message: str | None = None) -> None:
-        """The first line of an answer, and what every answer has."""
+        """Begin an answer with the status line and the headers that every answer has."""
         super().send_response(code, message)
         for name, value in HEADERS.items():
             self.send_header(name, value)
 
     def version_string(self) -> str:
-        """What this server calls itself."""
+        """The Server header."""
         return f"flux-sprites/{VERSION}"
 
     def log_message(self, *_: object) -> None:
-        """Print nothing: what is printed is the predictor's."""
+        """Print nothing: the terminal shows the predictor's lines."""
 
 
 def _unfolded(value: str) -> str:
-    """A header's value in one line; old HTTP lets it have several."""
+    """A header's value in one line; old HTTP allows several."""
     return " ".join(value.split())
 
 
@@ -314,14 +329,16 @@ def main() -> None:
     try:
         target = None if options.target is None else Target(options.target)
         check_address(LOOPBACK, options.port)
-        if target and target.is_at(options.port):
+        if target and target.port == options.port and target.is_loopback():
             raise ValueError(f"--target is {target.url}; it must be another server than the page's own.")
     except (ValueError, NoAnswerError) as error:
         parser.error(str(error))
     exit_on_signals()
-    beside = OwnServer.started() if target is None else contextlib.nullcontext(target)
-    # A predictor takes seconds to start, in which another program could take the port.
-    with contextlib.suppress(KeyboardInterrupt), Playground(options.port) as server, beside as server.target:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        Playground(options.port) as server,  # first: another program could take the port while a predictor starts
+        contextlib.nullcontext(target) if target else OwnServer() as server.target,
+    ):
         print(f"Ready: {url(LOOPBACK, server.port)}/playground/ (Ctrl-C stops it)", flush=True)
         server.serve_forever()
 

@@ -1,6 +1,6 @@
-"""What the page's requests go to, a Cog server or a cluster's front: over HTTP, past any proxy.
+"""The server that the page's requests go to, a Cog server or a cluster's front, over HTTP and past any proxy.
 
-This module knows what is asked of them; it knows nothing of the page.
+This module knows nothing of the page.
 """
 
 import http.client
@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,28 +22,21 @@ from settings import MIB
 from sources import library
 from sources.shown import redact
 
-# How long a connection may take, then each piece of a request, then the beginning of an answer that needs no drawing.
+# To connect; to send each piece of a request; then until an answer begins that needs no drawing.
 SECONDS_TO_CONNECT = 10
 SECONDS_FOR_PIECE = 60
 SECONDS_FOR_ANSWER = 30
-# What is read here, and not passed on, is small: the longest is the log of a setup.
+# The most that is read here and not passed on: the log of a setup is the longest.
 LONGEST_READ = 16 * MIB
 _URL = re.compile(r"https?://(?:[\w.-]+|\[[\da-f:.]+\])(?::\d{1,5})?(?:/[\w.~%/-]*)?", re.ASCII | re.IGNORECASE)
 
 
 class NoAnswerError(Exception):
-    """The target does not answer; the message is a sentence."""
+    """The target does not answer, or not as a Cog server or a front does; every method that asks it may raise this."""
 
 
 class Target:
-    """One server.
-
-    Args:
-        url: as an option has it.
-
-    Raises:
-        ValueError: a sentence about `--target`.
-    """
+    """One server, at the URL that `--target` names; a ValueError is a sentence about that."""
 
     def __init__(self, url: str) -> None:
         wrong = (
@@ -54,87 +47,60 @@ class Target:
             parts = urlsplit(url)
             if not (_URL.fullmatch(url) and parts.hostname and parts.port != 0):
                 raise ValueError(wrong)
-            parts.hostname.encode("idna")  # as sockets do; it finds names that cannot be
+            parts.hostname.encode("idna")  # sockets do so, and it fails for impossible names
         except ValueError:
             raise ValueError(wrong) from None
         self.url, self._secure = url.rstrip("/"), parts.scheme == "https"
         self._host, self._prefix = parts.hostname, parts.path.rstrip("/")
-        # Given to http.client, which else takes the end of an IPv6 address for it.
-        self._port = parts.port or (443 if self._secure else 80)
+        # Always given to http.client, which would take the end of an IPv6 address for a port.
+        self.port = parts.port or (443 if self._secure else 80)
         self._known: dict[str, Any] | None = None
 
     def about(self) -> dict[str, Any]:
-        """What the page is told of the server at `about.json`, asked anew: by now it may be another one.
-
-        Raises:
-            NoAnswerError: it does not answer, or not as a Cog server or a front does.
-        """
-        self._known = self._ask_about()
+        """What the page is told of the server in `about.json`, asked anew: another one may have taken its place."""
+        (status, told), (status_of_health, health) = self.get("/playground/about.json"), self.get("/health-check")
+        if told.get("server") == "front":
+            server, progress, tokens = "front", "poll", bool(told.get("tokens"))
+        # A Cog server has no such page. A proxy before a front may answer while the front is away.
+        elif status not in (401, 404) or ("status" not in health and status_of_health != 401):
+            raise NoAnswerError(f"{self.url} answers as neither a Cog server nor a cluster's front does.")
+        else:
+            server, tokens = "cog", 401 in (status, status_of_health)
+            # Webhooks reach this machine's loopback only from this machine.
+            progress = "events" if self.is_loopback() and not tokens else None
+        self._known = {"server": server, "progress": progress, "tokens": tokens, "address": self.url, "log": False}
         return self._known
 
     def known(self) -> dict[str, Any]:
-        """The same as it was last told; asked for only where that was not, or there was a silence since.
-
-        Raises:
-            NoAnswerError: as above.
-        """
+        """The last result of `about`; asked for if there is none, or the server has been silent since."""
         return self._known or self.about()
 
-    def _ask_about(self) -> dict[str, Any]:
-        (status, told), (status_of_health, health) = self.get("/playground/about.json"), self.get("/health-check")
-        about = {"address": self.url, "log": False}
-        if told.get("server") == "front":
-            return {"server": "front", "progress": "poll", "tokens": bool(told.get("tokens")), **about}
-        # A Cog server has no such page. A proxy in between may answer for a while that nothing is behind it.
-        if status not in (401, 404) or ("status" not in health and status_of_health != 401):
-            raise NoAnswerError(f"{self.url} answers as neither a Cog server nor a cluster's front does.")
-        tokens = 401 in (status, status_of_health)
-        # Webhooks reach this machine's loopback from there alone.
-        progress = "events" if self.is_loopback() and not tokens else None
-        return {"server": "cog", "progress": progress, "tokens": tokens, **about}
-
     def is_loopback(self) -> bool:
-        """Whether it is on this machine, as far as its address tells."""
+        """Whether its address is one of this machine's loopback."""
         try:
-            found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+            found = socket.getaddrinfo(self._host, self.port, type=socket.SOCK_STREAM)
         except OSError as error:
             raise self._silent(error) from error
         addresses = [ipaddress.ip_address(address[0].partition("%")[0]) for *_, address in found]
-        # To connect to 0.0.0.0, where servers say that they listen, leads to loopback.
+        # A connection to 0.0.0.0, where servers say that they listen, leads to loopback.
         return all(address.is_loopback or address.is_unspecified for address in addresses)
 
-    def is_at(self, port: int) -> bool:
-        """Whether it is what listens at a port of this machine.
-
-        Raises:
-            NoAnswerError: its name is unknown.
-        """
-        return self._port == port and self.is_loopback()
-
     def starts(self) -> bool:
-        """Whether it will answer later, if it does not now; of a server that others have started nobody knows."""
+        """Whether it is known to be starting; never known of a server that others have started."""
         return False
 
     def log(self) -> str | None:
-        """What it has printed, where that is known."""
+        """What it has printed, if that is known."""
         return None
 
     def loras(self) -> list[str]:
-        """The library's names, as this process's environment has the folder; none of a server elsewhere.
-
-        Raises:
-            NoAnswerError: it does not answer; ValueError: a sentence about a variable.
-        """
+        """The library's names, by this process's environment; ValueError: a sentence about a variable that is wrong."""
         if not self.is_loopback():
-            return []
+            return []  # its folder is elsewhere
         return library.names_beside(self.get("/health-check")[1])
 
     def get(self, path: str) -> tuple[int, dict[str, Any]]:
-        """Status and JSON object; an empty one where the answer is something else.
-
-        Raises:
-            NoAnswerError: there is none.
-        """
+        """The status, and the JSON object of the answer; an empty one if it is something else."""
         try:
             with self.exchange("GET", path) as answer:
                 content = answer.read(LONGEST_READ)
@@ -157,7 +123,7 @@ class Target:
         seconds: float | None = SECONDS_FOR_ANSWER,
         client: socket.socket | None = None,
     ) -> Iterator[http.client.HTTPResponse]:
-        """One request, and its answer to read from.
+        """Send a request, and give its answer to read from.
 
         Args:
             method: of HTTP.
@@ -165,30 +131,34 @@ class Target:
             body: its Content-Type is among the headers.
             headers: sent as they are.
             seconds: how long the answer may take to begin, and twice as long to end; None: any time.
-            client: for whom it is: when it goes, the connection is broken off, on which a Cog server cancels.
-
-        Raises:
-            NoAnswerError: there is none.
+            client: the connection of the client: when it closes, so does the one to the server, which then cancels.
         """
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=SECONDS_TO_CONNECT, blocksize=2**16)
-        try:
+        connection = kind(self._host, self.port, timeout=SECONDS_TO_CONNECT, blocksize=2**16)
+        late = threading.Event()
+        with ExitStack() as stack:
+            stack.callback(connection.close)
             try:
                 connection.connect()
-            except OSError as error:
-                raise self._silent(error) from error
-            with _breaking_off(connection.sock, client, seconds and 2 * seconds) as late:
-                try:
-                    answer = _ask(connection, method, self._prefix + path, body, headers or {}, seconds)
-                except (OSError, http.client.HTTPException) as error:
-                    raise self._silent(TimeoutError() if late.is_set() else error) from error
-                with answer:
-                    yield answer
-        finally:
-            connection.close()
+                sock = connection.sock
+                stack.enter_context(_breaking_off(sock, client, seconds and 2 * seconds, late))
+                sock.settimeout(SECONDS_FOR_PIECE)
+                length = {"Content-Length": str(len(body))} if body else {}
+                # A server may answer before it has read all of a body that is too large.
+                with suppress(BrokenPipeError, ConnectionResetError):
+                    # As a file, a body is sent in pieces, each within the timeout.
+                    content = io.BytesIO(body) if body else None
+                    connection.request(method, self._prefix + path, content, {**(headers or {}), **length})
+                sock.settimeout(seconds)
+                answer = stack.enter_context(connection.getresponse())
+                if answer.status < 200:  # early hints, unasked for: http.client takes them for the answer
+                    raise http.client.UnknownProtocol(str(answer.status))
+            except (OSError, http.client.HTTPException) as error:
+                raise self._silent(TimeoutError() if late.is_set() else error) from error
+            yield answer
 
     def _silent(self, error: Exception) -> NoAnswerError:
-        """Why there is no answer; by the next one, something else may be there."""
+        """The error to raise; `about` is asked anew, because the next answer may be another server's."""
         self._known = None
         return NoAnswerError(self.reason(error))
 
@@ -212,33 +182,11 @@ class Target:
         return printable(f"{self.url} does not answer: {why}.")
 
 
-def _ask(
-    connection: http.client.HTTPConnection,
-    method: str,
-    path: str,
-    body: bytes,
-    headers: Mapping[str, str],
-    seconds: float | None,
-) -> http.client.HTTPResponse:
-    sock = connection.sock
-    sock.settimeout(SECONDS_FOR_PIECE)
-    length = {"Content-Length": str(len(body))} if body or method != "GET" else {}
-    # A server may answer before it has read all of a body that is too large.
-    with suppress(BrokenPipeError, ConnectionResetError):
-        connection.request(method, path, io.BytesIO(body) if body else None, {**headers, **length})
-    sock.settimeout(seconds)
-    answer = connection.getresponse()
-    if answer.status < 200:  # early hints, which nobody has asked for, and which http.client takes for the answer
-        raise http.client.UnknownProtocol(str(answer.status))
-    return answer
-
-
 @contextmanager
 def _breaking_off(
-    sock: socket.socket, client: socket.socket | None, seconds: float | None
-) -> Iterator[threading.Event]:
-    """Meanwhile a connection is broken off as soon as the client has gone, if there is one, or it is late."""
-    late = threading.Event()
+    sock: socket.socket, client: socket.socket | None, seconds: float | None, late: threading.Event
+) -> Iterator[None]:
+    """Break off a connection when the client has gone, or after so many seconds, while the block runs; `late` tells."""
     ended, end = socket.socketpair()
     watched = [ended, client] if client else [ended]
 
@@ -247,7 +195,7 @@ def _breaking_off(
             if not found:
                 late.set()
             if not found or has_gone(client):
-                # Under TLS too: its own way goes on without TLS for a moment, in which a token may be sent.
+                # The plain socket's method: TLS's own goes on without TLS for a moment, in which a token may be sent.
                 with suppress(OSError):
                     socket.socket.shutdown(sock, socket.SHUT_RDWR)
                 return
@@ -255,7 +203,7 @@ def _breaking_off(
     watching = threading.Thread(target=watch, daemon=True)
     watching.start()
     try:
-        yield late
+        yield
     finally:
         end.close()
         watching.join()
@@ -263,7 +211,7 @@ def _breaking_off(
 
 
 def has_gone(client: socket.socket) -> bool:
-    """Whether a client that has asked all it asks has closed its connection."""
+    """Whether a client that has sent its whole request has closed its connection."""
     try:
         return bool(select.select([client], [], [], 0)[0]) and not client.recv(2**16)
     except OSError:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
+from service.data_uri import decode
 from settings import Settings, names_host
-from sources.data_uris import decode
 from sources.shown import BLANKS, QUOTES, quoted, redact
 
 ELSEWHERE = (
@@ -205,7 +205,7 @@ def parse(text: str, settings: Settings | None = None, model: str = "dev") -> Re
 
 def _parse(text: str, settings: Settings | None) -> Reference:
     if text[:5].lower() == "data:":
-        return Data(decode(text))
+        return _read_data(text)
     if len(text) > MAX_CHARACTERS:
         raise ValueError(
             f"A reference to a LoRA of {len(text)} characters is too long; it must be of at most {MAX_CHARACTERS}, "
@@ -224,6 +224,13 @@ def _parse(text: str, settings: Settings | None) -> Reference:
     if re.fullmatch("sha256:[0-9a-f]{12}", text):
         raise ValueError(f"{text!r} is how a data: URI was named that came within a request; it must be sent again.")
     raise _unknown(text)
+
+
+def _read_data(text: str, name: str = "The data: URI") -> Data:
+    content = decode(text, name)[1]
+    if not content:
+        raise ValueError(f"{name} is empty: no data follows its comma.")
+    return Data(content)
 
 
 def unwrapped(text: str) -> str:
@@ -249,7 +256,7 @@ def parse_picture(name: str, text: str) -> Picture:
     """
     text = unwrapped(text)
     if text[:5].lower() == "data:":
-        return Data(decode(text, f"The data: URI of {name}"))
+        return _read_data(text, f"The data: URI of {name}")
     if len(text) > MAX_CHARACTERS:
         raise ValueError(
             f"{name} has {len(text)} characters; it must be an http(s) URL of at most {MAX_CHARACTERS}, or a data URI."

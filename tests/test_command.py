@@ -14,11 +14,11 @@ from PIL import Image
 
 import images
 from local_cog import schema
-from local_cog.data_uri import file_uri
 from local_cog.inputs import DRAWN_BY, read_inputs
 from local_cog.outputs import Place
 from local_cog.server import CogServer, failure, files
 from request import LoraChoice
+from service.data_uri import file_uri
 from settings import ROOT
 
 DOCUMENT = schema.derive((ROOT / "predict.py").read_text(encoding="utf-8"))

@@ -18,8 +18,8 @@ from safetensors.torch import save
 import images
 from harness import soak
 from harness.hosts import Host
-from local_cog.data_uri import uri
 from local_cog.server import CogServer, failure, files
+from service.data_uri import uri
 from settings import GIB, ROOT
 from tests.support.lora_files import EXACT, changes, is_block
 from tests.support.waiting import wait_until

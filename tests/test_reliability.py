@@ -23,8 +23,8 @@ import local_cog.server
 from harness.fuzz import fuzzing, run
 from harness.hosts import File, Host
 from harness.soak import Report, Soak, soaking, worker_of
-from local_cog.data_uri import uri
 from local_cog.server import CogServer, failure, files, serve
+from service.data_uri import uri
 from service.leftovers import Leftovers, sweep
 from service.measure import PeakMemory
 from settings import ROOT

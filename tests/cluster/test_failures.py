@@ -49,8 +49,8 @@ from cluster.webhooks import Webhooks, open_client
 from cluster.worker import CogWorker
 from harness.cluster import Hooks
 from harness.postgres import Postgres, find_programs
-from local_cog.data_uri import uri
 from local_cog.server import Verdict
+from service.data_uri import uri
 from tests.support.waiting import until
 
 STARTED = {"status": "processing", "logs": "begun", "metrics": {}}

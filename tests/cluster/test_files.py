@@ -18,7 +18,7 @@ from cluster.failures import Failure
 from cluster.files import PIECE_BYTES, Files, names_files, read_pieces
 from cluster.predictions import File, Predictions
 from harness.cluster import Server
-from local_cog.data_uri import uri
+from service.data_uri import uri
 from settings import MIB
 from sources.choices import read_choices
 from tests.cluster.served import served

@@ -21,7 +21,7 @@ from cluster.forms import INLINE_BYTES, Forms
 from cluster.predictions import Prediction, Predictions, now
 from cluster.settings import ClusterSettings
 from harness.cluster import Server
-from local_cog.data_uri import uri
+from service.data_uri import uri
 from tests.cluster.served import served
 
 # Ray Serve warns when it is imported.

@@ -23,7 +23,7 @@ import replicate
 from replicate.exceptions import ModelError, ReplicateError
 
 from harness.cluster import Cluster, Hooks, Server
-from local_cog.data_uri import uri
+from service.data_uri import uri
 from tests.cluster.small_cluster import TOKEN
 
 MODEL = "someone/some-model"

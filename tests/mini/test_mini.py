@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from transformers import T5Tokenizer
 
-from local_cog.data_uri import file_uri
 from local_cog.server import CogServer, failure, files
 from mini.training import recogniser, world
+from service.data_uri import file_uri
 from settings import ROOT
 
 LORAS = ROOT / "mini" / "loras"

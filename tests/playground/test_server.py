@@ -134,14 +134,15 @@ def test_the_addresses_above_the_page_lead_to_it(page: int) -> None:
     ],
 )  # fmt: skip
 def test_nothing_but_the_pages_files_is_served(
-    page: int, path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cog: CogServer, path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     shutil.copytree(PAGE, tmp_path / "page")
     (tmp_path / "page" / ".hidden.js").touch()
     (tmp_path / "server.py").touch()
     monkeypatch.setattr(playground.server, "PAGE", tmp_path / "page")
-    assert ask(page, "GET", "/playground/main.js")[0] == 200
-    assert ask(page, "GET", f"/playground/{path}")[0] == 404
+    with served(f"http://{LOOPBACK}:{cog.port}") as server:
+        assert ask(server.port, "GET", "/playground/main.js")[0] == 200
+        assert ask(server.port, "GET", f"/playground/{path}")[0] == 404
 
 
 @pytest.mark.parametrize(
