@@ -1,6 +1,6 @@
-"""What FLUX.1 is made of: modules without memory, made from configs alone, and the bytes that they will take.
+"""FLUX.1's modules without memory, made from configs alone, and the bytes that they will take.
 
-With `Sizes` of a model that is not here yet its placement can be planned. This module knows configs and shapes; it
+By its `Sizes` the placement of a model can be planned before it is downloaded. This module knows configs and shapes; it
 knows neither files nor where anything lies.
 """
 
@@ -24,7 +24,7 @@ BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 KINDS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
 MODULATION = (".norm.linear", ".norm1.linear", ".norm1_context.linear")
 # The official models' configs, as far as they are not the defaults of diffusers and transformers: those of the
-# transformer are FLUX.1's. The repo of dev is gated; whoever asks what it takes need not have it.
+# transformer are FLUX.1's. The repo of dev is gated, and its placement can be planned without access to it.
 OFFICIAL = {
     "transformer": {},
     "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
@@ -63,12 +63,7 @@ def is_block_linear(name: str) -> bool:
 
 
 def by_block(factors: Mapping[str, float], transformer: FluxTransformer2DModel) -> tuple[dict[str, float], list[str]]:
-    """The same factors by single blocks, as the transformer calls them; and the keys that name blocks it lacks.
-
-    Args:
-        factors: by keys that `request.named_blocks` reads; which of several counts: see `LoraChoice.blocks`.
-        transformer: whose blocks they are.
-    """
+    """The factors of `LoraChoice.blocks` by the transformer's names of single blocks; and keys of blocks it lacks."""
     named = sorted(((*named_blocks(key), key) for key in factors), key=lambda it: len(it[1]), reverse=True)
     found, lacking = {}, []
     for kind, numbers, key in named:
@@ -87,8 +82,8 @@ def skeletons(
     dev and schnell differ in their guidance embedder alone, and share one (see `live.Live` on what a base lacks).
 
     Args:
-        configs: of the transformers, by model.
-        dtype: of the live weights.
+        configs: by model.
+        dtype: of the transformers.
     """
     architectures: dict[str, list[str]] = {}
     for name, config in configs.items():
@@ -117,10 +112,7 @@ def outlined(outline: Outline) -> tuple[FluxTransformer2DModel, CLIPTextModel]:
 
 
 def sizes(outlines: Mapping[str, Outline]) -> Sizes:
-    """What the models will take in memory.
-
-    Args:
-        outlines: of dev and schnell; dev's text encoders and VAE serve both.
+    """Bytes of memory that dev and schnell will take; dev's text encoders and VAE serve both.
 
     Raises:
         ValueError: a sentence about a part without a config, or with one that makes no sense.
@@ -134,7 +126,7 @@ def sizes(outlines: Mapping[str, Outline]) -> Sizes:
 
 @contextmanager
 def _sentences() -> Iterator[None]:
-    """Turn whatever a library finds wrong with configs, or does not find, into a sentence."""
+    """Turn any error of a library about configs into a sentence."""
     try:
         yield
     except Exception as error:
@@ -162,7 +154,7 @@ def _count(
             own = [count for key, count in elements.items() if guided or "guidance_embedder" not in key]
             widths[name] = _width(sum(own), file_bytes[name])
             bases[name] = [widths[name] * count for count in own]
-    width = widths["dev"]  # in whose dtype all the rest is made
+    width = widths["dev"]  # everything else is made in dev's dtype
     return Sizes(
         bases={name: bases[name] for name in configs},
         live=width * live,
@@ -180,11 +172,10 @@ def _config(name: str, outline: Outline, part: str) -> dict[str, object]:
 
 
 def _elements(module: nn.Module) -> dict[str, int]:
-    """The elements of each parameter."""
+    """The number of elements of each parameter."""
     return {name: parameter.numel() for name, parameter in module.named_parameters()}
 
 
 def _width(elements: int, file_bytes: int) -> int:
-    """Bytes of an element by those of the files; ones of too few bytes are refused when they are loaded."""
-    wide, half = torch.float32.itemsize, torch.bfloat16.itemsize
-    return wide if file_bytes >= wide * elements else half
+    """Bytes of an element, as the files' size tells: 4 or 2; files that are too small are refused when loaded."""
+    return 4 if file_bytes >= 4 * elements else 2

@@ -1,8 +1,8 @@
 """What FLUX's blocks compute between their large products, in one pass over memory each, as operators of torch.
 
-The compiler does not look into an operator. On a GPU it runs a Triton kernel, which computes in float32 and rounds once.
-On a CPU, for sizes that the kernel does not take, and to tell the compiler the shapes, it runs the function in torch.
-Triton comes with torch for CUDA alone, so it is imported for the first CUDA tensor.
+The compiler does not look into an operator. On a GPU it runs a Triton kernel, which computes in float32 and rounds
+once. On a CPU, for sizes that the kernel does not take, and to tell the compiler the shapes, it runs the function in
+torch. Triton comes with torch for CUDA alone, so it is imported for the first CUDA tensor.
 """
 
 from collections.abc import Callable, Sequence
