@@ -1,14 +1,15 @@
 """Every spelling of every layer of FLUX.1 and its CLIP, and what becomes of each name in a LoRA file.
 
-There is one table: spellings from the models' own modules, with the rows of each parameter where a file's layer is
-several of ours. A name that fits no layer is ignored for a reason, or the file is refused in one sentence. This module
-knows names and shapes; it reads no tensor.
+There is one table, made from the models' own modules: layers by spelling, with the rows of each parameter where a
+file's layer is several of ours. A name that fits no layer is ignored for a reason, or the file is refused in one
+sentence. This module knows names and shapes; it reads no tensor.
 """
 
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from torch import nn
 
@@ -115,9 +116,17 @@ DIFFUSERS_BLOCK = {
     "ff_context.linear1": ("ff_context.net.0.proj",),
     "ff_context.linear2": ("ff_context.net.2",),
 }
+# Blocks by our name, by theirs, and the layers of one by their names.
+BLOCKS = (
+    ("transformer_blocks", "double_blocks", DOUBLE_BLOCK),
+    ("single_transformer_blocks", "single_blocks", SINGLE_BLOCK),
+    ("transformer_blocks", "blocks", DIFFSYNTH_BLOCK),
+    ("transformer_blocks", "transformer_blocks", DIFFUSERS_BLOCK),
+    ("single_transformer_blocks", "single_transformer_blocks", DIFFUSERS_BLOCK),
+)
 CLIP = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
-# What may stand before a layer's name, with dots as underscores, and which format writes it so.
+# Prefixes of layers' names, with dots as underscores, and the format that writes them.
 PREFIXES = {
     "base_model_model": "PEFT",
     "base_model": "PEFT",
@@ -144,25 +153,27 @@ PREFIXES = {
     "te": "kohya",
 }
 PREFIX = re.compile(f"({'|'.join(PREFIXES)})_+")
-# What stands before the name that PEFT knew a layer by, which its patterns are for.
+# Prefixes of the names that PEFT's patterns are compared with.
 OUTSIDE_PEFT = re.compile(r"((transformer|unet|diffusion_model|text_encoder)\.)?(base_model\.model\.)?")
-# The name of the adapter, where it stands within a tensor's.
+# The adapter's name within a tensor's.
 ADAPTER = re.compile(r"\.(?:lora_[ABab]|lora_up|lora_down|lora_magnitude_vector)\.([^.]+)\.")
-# Whose own names of layers begin so, where no prefix tells.
+# The format of a name without prefix, by its beginning.
 OWN = (
     (r"(double|single)_blocks_\d+_(qkv|proj)(_lora\d?)?$", "XLabs"),
     (r"blocks_|single_blocks_\d+_(to_|proj_|norm_)|(time|pooled_text)_embedder|final_(proj|norm)_out", "DiffSynth"),
     (r"(double|single)_blocks|(img|txt|time|vector|guidance)_in|final_layer", "BFL"),
     (r"", "diffusers"),
 )
-# Words that wrappers put anywhere within names, and that say nothing about the layer: of torch.compile, FSDP,
-# checkpointing, DDP, attention processors and PEFT.
+# Words of wrappers anywhere within names: of torch.compile, FSDP, checkpointing, DDP, attention processors and PEFT.
 WRAPPER = re.compile(
     r"(?:(?<![._])[._]+|^)(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|module|processor|base_layer)(?=[._]|$)"
 )
 
-# What may stand behind a layer's name; each group is one role that a tensor can have for its layer. PEFT puts the
-# adapter's name within, whatever somebody called it.
+# Roles of the factors that LyCORIS names so.
+LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+LOHA = ("hada_w1_a", "hada_w1_b", "hada_t1", "hada_w2_a", "hada_w2_b", "hada_t2")
+# A layer's name and an end that tells a tensor's role for the layer, the name of its group. PEFT puts the adapter's
+# name within.
 TENSOR = re.compile(
     r"(?P<stem>.+?)(?:"
     r"(?P<up>\.(?:lora_[Bb]|lora_up)(?:\.[^.]+)?\.weight|\.lora_[Bb]"
@@ -173,17 +184,12 @@ TENSOR = re.compile(
     r"(?P<mid>\.lora_mid\.weight)|"
     r"(?P<alpha>(?:_lora|\.lora)?\.alpha)|"
     r"(?P<magnitude>\.dora_scale(?:\.weight)?|\.magnitude|\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?)|"
-    r"\.(?:(?:"
-    r"(?P<lokr_w1>lokr_w1)|(?P<lokr_w1_a>lokr_w1_a)|(?P<lokr_w1_b>lokr_w1_b)|"
-    r"(?P<lokr_w2>lokr_w2)|(?P<lokr_w2_a>lokr_w2_a)|(?P<lokr_w2_b>lokr_w2_b)|(?P<lokr_t2>lokr_t2)|"
-    r"(?P<hada_w1_a>hada_w1_a)|(?P<hada_w1_b>hada_w1_b)|(?P<hada_t1>hada_t1)|"
-    r"(?P<hada_w2_a>hada_w2_a)|(?P<hada_w2_b>hada_w2_b)|(?P<hada_t2>hada_t2)"
-    r")(?:\.[^.]+)?|"
+    r"\.(?:(?:" + "|".join(f"(?P<{role}>{role})" for role in (*LOKR, *LOHA)) + r")(?:\.[^.]+)?|"
     r"(?P<diff>(?:scale\.)?diff|w_norm)|(?P<diff_b>diff_b|b_norm)|"
     r"(?P<value>(?:modules_to_save\.[^.]+\.)?weight|(?:scale\.)?set_weight|scale)|(?P<value_b>(?:modules_to_save\.[^.]+\.)?bias)"
     r"))"
 )
-# Names of no layer here, and why the file can be applied all the same. Matched against names with dots as underscores.
+# Names of no layer here, and why they may be ignored. Matched against names with dots as underscores.
 IGNORED = (
     (r"(^|_)(te3|te2_(encoder|shared|final))_|text_encoders_t5|(^|_)[tT]5(xxl)?_", "the T5 part is ignored"),
     (r"text_encoder_([23]|two)_|(^|_)encoder_block_\d+_layer_\d+_", "the T5 part is ignored"),
@@ -194,8 +200,8 @@ IGNORED = (
 NO_LAYER = "no layer of FLUX.1 has such a name"
 NO_GUIDANCE = (r"guidance_(in|embedder)_", "this FLUX has no guidance embedder")
 SVDQUANT = "packed for SVDQuant (Nunchaku), in an order that only its kernels read"
-# Words that give away files of other kinds, the surest ones first. Matched like the above, but only where a name fits
-# neither a layer nor what is ignored.
+# Words in names that tell files of other kinds, the surest ones first. Matched like the above, where a name fits
+# neither a layer nor those.
 OTHERS = (
     (r"^(first_stage_model_|vae_)?(encoder|decoder)_(conv|down|up|mid)|^first_stage_model_|^quant_conv", "a VAE"),
     (r"^clip_[lg]$|^string_to_param|^text_encoders_[01]$", "an embedding"),
@@ -226,7 +232,7 @@ OTHERS = (
     (r"transformer_blocks_\d+_attn[12]_", "made for LTX-Video, PixArt or Sana"),
     (r"^(base_model_model_)?model_layers_\d+_", "made for a language model"),
 )
-# Words of which PEFT and LyCORIS make names of tensors: a name with one of them is not ignored, whatever it means.
+# Words in PEFT's and LyCORIS' names of tensors: a name with one of them is a change, and not ignored.
 CHANGE = re.compile(
     r"(?<![a-z])(lo(ra|ha|kr)|(ada|d|g|gra|rand|tiny|uni|v|vb|x)lora|hada|lycoris|dora|adapter|delta|diff|b?oft|ia3|vera"
     r"|hi?ra|c3a|miss|bone|road|shira|waveft|fourierft|psoft|osf)(?![a-z])",
@@ -240,7 +246,7 @@ BLOCK = re.compile(
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a file's layer, and the parameter whose rows they are."""
+    """Rows of a parameter, and the same rows of a file's layer."""
 
     name: str  # the module's, such as transformer_blocks.0.attn.to_q
     start: int  # the first of the parameter's rows
@@ -264,9 +270,9 @@ class Layer:
 
 @dataclass
 class Content:
-    """What a file has for a layer."""
+    """A file's tensors for a layer."""
 
-    format: str  # whose way of writing names it is
+    format: str  # that writes names so
     names: tuple[str, ...]  # the layer's, as PEFT may have known it: without wrappers, and with them
     tensors: dict[str, str] = field(default_factory=dict)  # tensor names by role
 
@@ -275,21 +281,14 @@ def layers_by_name(transformer: nn.Module, text_encoder: nn.Module) -> dict[str,
     """Every layer by every spelling, without prefix, with dots as underscores."""
     own = _own_layers("transformer", transformer)
     spelled = dict(own)
-    for ours, theirs, aliases in (
-        ("transformer_blocks", "double_blocks", DOUBLE_BLOCK),
-        ("single_transformer_blocks", "single_blocks", SINGLE_BLOCK),
-        ("transformer_blocks", "blocks", DIFFSYNTH_BLOCK),
-        ("transformer_blocks", "transformer_blocks", DIFFUSERS_BLOCK),
-        ("single_transformer_blocks", "single_transformer_blocks", DIFFUSERS_BLOCK),
-    ):
-        for index in range(len(getattr(transformer, ours))):
-            for alias, names in aliases.items():
-                parts = [own.get(f"{ours}.{index}.{name}") for name in names]
-                if None in parts:
-                    continue
-                spelled[f"{theirs}.{index}.{alias}"] = _fuse(parts)
-                if len(parts) > 1:  # OneTrainer numbers the parts of a fused layer
-                    spelled |= {f"{theirs}.{index}.{alias}.{number}": part for number, part in enumerate(parts)}
+    for ours, theirs, aliases in BLOCKS:
+        for index, (alias, names) in product(range(len(getattr(transformer, ours))), aliases.items()):
+            parts = [own.get(f"{ours}.{index}.{name}") for name in names]
+            if None in parts:
+                continue
+            spelled[f"{theirs}.{index}.{alias}"] = _fuse(parts)
+            if len(parts) > 1:  # OneTrainer numbers the parts of a fused layer
+                spelled |= {f"{theirs}.{index}.{alias}.{number}": part for number, part in enumerate(parts)}
     spelled |= {alias: own[name] for alias, name in OUTSIDE_BLOCKS.items() if name in own}
     spelled |= dict.fromkeys(FINAL_MODULATION, _swap_halves(own["norm_out.linear"]))
     for name, layer in _own_layers("text_encoder", text_encoder).items():
@@ -344,13 +343,10 @@ def _find(table: Mapping[str, Layer], name: str) -> tuple[Layer, str] | None:
 
 
 def assign(names: Collection[str], table: Mapping[str, Layer]) -> tuple[dict[Layer, Content], Counter[str]]:
-    """Give each tensor its layer and its role.
-
-    Returns:
-        what the file has for each layer, and how many tensors are ignored, by reason.
+    """A file's tensors for each layer, and how many tensors are ignored, by reason.
 
     Raises:
-        ValueError: a sentence about a name that stands for something else than a change to FLUX.1 or its CLIP.
+        ValueError: a sentence about a name that means no change to FLUX.1 or its CLIP.
     """
     if len(names) > MAX_TENSORS:
         raise ValueError(f"The file has {len(names)} tensors; a LoRA has at most {MAX_TENSORS}.")
@@ -389,6 +385,12 @@ def _as_peft_knew(stem: str) -> str:
     return stem[OUTSIDE_PEFT.match(stem).end() :].rstrip("._")
 
 
+def _key(plain: str) -> str:
+    """The layer's name within a tensor's, or the whole of one without a role, with dots as underscores."""
+    match = TENSOR.fullmatch(plain)
+    return (match["stem"] if match else plain).replace(".", "_")
+
+
 def _check_length(name: str) -> None:
     if len(name) > MAX_NAME:
         raise ValueError(f"{short(name)} has {len(name)} characters; the name of a tensor has at most {MAX_NAME}.")
@@ -397,22 +399,17 @@ def _check_length(name: str) -> None:
 
 
 def _reasons_to_ignore(names: Mapping[str, str], table: Mapping[str, Layer]) -> Counter[str]:
-    """Why names that fit no layer may be ignored: how many, by reason.
-
-    Args:
-        names: each with what it is without wrappers.
-        table: see `assign`.
+    """How many names that fit no layer are ignored, by reason; each is given with its form without wrappers.
 
     Raises:
-        ValueError: a sentence about one that may not.
+        ValueError: a sentence about one that may not be ignored.
     """
     listed = IGNORED if "guidance_in_in_layer" in table else (*IGNORED, NO_GUIDANCE)
     reasons: Counter[str] = Counter()
     strange = {}
     for name, plain in names.items():
         check_cancelled()
-        match = TENSOR.fullmatch(plain)
-        key = (match["stem"] if match else plain).replace(".", "_")
+        key = _key(plain)
         reason = next((reason for pattern, reason in listed if re.search(pattern, key)), None)
         if reason is None or _changed_layer(plain, table) is not None:
             strange[name] = plain.replace(".", "_")
@@ -438,19 +435,18 @@ def _changed_layer(name: str, table: Mapping[str, Layer]) -> Layer | None:
 
 
 def _change(name: str, table: Mapping[str, Layer]) -> str | None:
-    """What a name of nothing here would change, as the end of a sentence; None where it does not look like a change."""
+    """The end of a sentence about a name's change that cannot be applied; None where it does not look like a change."""
     if layer := _changed_layer(name, table):
         return (
             f"a kind of change to {layer} that cannot be applied here; it must be a LoRA, DoRA, LoHa, LoKr or a full "
             "difference"
         )
-    match = TENSOR.fullmatch(name)
-    block = BLOCK.search((match["stem"] if match else name).rstrip("._").replace(".", "_"))
+    block = BLOCK.search(_key(name).rstrip("_"))
     if block and f"{block[1]}_0{block[3]}" in table:
         count = len({m[1] for spelling in table if (m := re.match(rf"{block[1]}_(\d+)_", spelling))})
         if int(block[2]) >= count:
             return f"a layer that this FLUX lacks: of {block[1]} it has {count}, counted from 0"
-    if match or block or CHANGE.search(name):
+    if block or TENSOR.fullmatch(name) or CHANGE.search(name):
         return "and FLUX.1 has no layer of such a name; what it would change cannot be applied"
     return None
 
@@ -467,11 +463,7 @@ def refuse_what_is_no_lora(found: Mapping[Layer, Content], ignored: Iterable[str
 
 
 def claim(layer: Layer, claimed: dict[str, Layer]) -> None:
-    """Record whose parameters a layer changes.
-
-    Raises:
-        ValueError: another layer of the file changes one of them.
-    """
+    """Record the layer that changes each parameter; refuse a file in which two layers change one."""
     for part in layer.parts:
         if claimed.setdefault(part.name, layer) is not layer:
             raise ValueError(

@@ -1,8 +1,8 @@
-"""What a LoRA file holds for one layer → deltas by parameter.
+"""A LoRA file's tensors for one layer → deltas by parameter.
 
-A layer's tensors have roles (`up`, `alpha`, `lokr_w1`, `diff_b` ...). What they say is applied exactly, or refused in
-one sentence. Where nothing has to be converted, the deltas' tensors are views of the mapped file: `deltas.pack` copies
-them. This module knows shapes, number types and arithmetic; it knows no spelling of a layer.
+The tensors have roles (`up`, `alpha`, `lokr_w1`, `diff_b` ...). They are applied exactly, or refused in one sentence.
+Tensors that need no conversion stay views of the mapped file: `deltas.pack` copies them. This module knows shapes,
+number types and arithmetic; it knows no spelling of a layer.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora.adapter import Adapter, Factors
 from lora.deltas import Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, Replacement
-from lora.names import Content, Layer, Part, short
+from lora.names import LOHA, LOKR, Content, Layer, Part, short
 from service.device_thread import check_cancelled
 
 # How numbers may be stored. Float4 is packed in pairs that torch cannot take apart.
@@ -23,7 +23,7 @@ FLOATS |= {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.
 MAX_DIMENSION = 21_504
 # Of alpha / rank. Trainers use 0.1 to 100; factors of float32 times 10^30 are no numbers any more.
 MAX_STRENGTH = 1e6
-# Looked through at a time, between two looks at whether somebody still waits.
+# Elements that are looked through between two checks for a cancellation.
 PIECE = 2**22
 INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 # Pairs of roles whose product has a rank, by PEFT's name for their kind; LoKr may have whole matrices instead.
@@ -34,9 +34,9 @@ PAIRS = {
     ("lokr_w2_a", "lokr_w2_b"): "LOKR",
 }
 
-# Each alone says what a weight or a bias becomes. A magnitude is that of the base with a product, and of nothing else.
+# Each of the two determines a weight or a bias. A magnitude belongs to the base plus a product, and to nothing else.
 CONTRADICTIONS = ({"value", "diff"}, {"value_b", "diff_b"}, {"magnitude", "value"}, {"magnitude", "diff"})
-# What FLUX.1's relatives are given beside the noisy image, by how many times as many channels that makes.
+# FLUX.1's relatives with more input channels, by how many times as many.
 WIDER = {
     2: "This is a control LoRA, and a control LoRA needs a control image, which cannot be given here",
     6: "This LoRA is made for FLUX.1 Fill, which is given an image and its mask as channels",
@@ -45,13 +45,7 @@ OTHER_INPUT = "This LoRA is made for another model than FLUX.1 [dev] and [schnel
 
 
 def factors_of(layer: Layer, content: Content, shape: Callable[[str], Sequence[int]]) -> Iterator[Factors]:
-    """What a layer's tensors say that a config may say too.
-
-    Args:
-        layer: whose they are.
-        content: the names of its tensors by role.
-        shape: gives a tensor's shape by its name.
-    """
+    """A layer's pairs of factors, by the shapes of the tensors that are named in its content."""
     tensors = content.tensors
     for (left, right), kind in PAIRS.items():
         if {left, right} <= tensors.keys():
@@ -78,13 +72,9 @@ def _is_transposed(left: Sequence[int], right: Sequence[int], rows: int | None) 
 
 
 def name_full_ranks(contents: Mapping[Layer, Content], shape: Callable[[str], Sequence[int]]) -> None:
-    """Call the lone factors that ai-toolkit's fullrank writes what they are: differences.
+    """Give the lone factors that ai-toolkit's fullrank writes the role of differences.
 
     Such a factor has the rows of its layer. Where a pair of the file is of that rank, it may also be half of a pair.
-
-    Args:
-        contents: what the file has for each layer.
-        shape: gives a tensor's shape by its name.
     """
     ranks = {it.rank for layer, content in contents.items() for it in factors_of(layer, content, shape)}
     for layer, content in contents.items():
@@ -96,14 +86,7 @@ def name_full_ranks(contents: Mapping[Layer, Content], shape: Callable[[str], Se
 
 
 class LayerReader:
-    """Makes deltas of what a file has for one layer.
-
-    Args:
-        layer: whose parameters change.
-        content: the names of its tensors by role.
-        get: gives a tensor of the file by its name.
-        adapter: the strengths that the header says, or the config beside the file.
-    """
+    """Makes deltas of a file's tensors for one layer, which `get` reads by their names."""
 
     def __init__(self, layer: Layer, content: Content, get: Callable[[str], Tensor], adapter: Adapter) -> None:
         self.kinds: set[str] = set()
@@ -115,7 +98,7 @@ class LayerReader:
         """Deltas with the names of their parameters.
 
         Raises:
-            ValueError: a sentence about a tensor that does not fit or is no number.
+            ValueError: a sentence about a tensor that does not fit or holds numbers that are not finite.
         """
         roles = self._content.tensors.keys()
         if product := self._product():
@@ -139,11 +122,11 @@ class LayerReader:
         products = [
             product
             for product, own in (
-                (self._lora, {"up", "down", "mid"}),
-                (self._loha, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"}),
-                (self._lokr, {f"lokr_{side}" for side in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}),
+                (self._lora, ("up", "down", "mid")),
+                (self._loha, LOHA),
+                (self._lokr, LOKR),
             )
-            if roles & own
+            if not roles.isdisjoint(own)
         ]
         if len(products) > 1 or any(pair <= roles for pair in CONTRADICTIONS):
             raise ValueError(f"The LoRA changes {self._layer} in two ways at once: {', '.join(sorted(roles))}.")
@@ -248,10 +231,7 @@ class LayerReader:
         return (a.T, self._tucker(core, b)) if core in self._content.tensors else (a, b)
 
     def _tucker(self, core: str, down: Tensor) -> Tensor:
-        """Multiply a core [rank, rank] into the factor behind it.
-
-        It must be a square: with more rows it would make a small file into any amount of memory.
-        """
+        """A core [rank, rank] times the factor behind it; a core that is no square could blow up a small file."""
         if core not in self._content.tensors:
             return down
         matrix = self._matrix(core)
@@ -317,7 +297,7 @@ class LayerReader:
             raise self._misfit(shape if agree else (), *roles)
 
     def _misfit(self, shape: tuple[int, ...], *roles: str) -> ValueError:
-        """Why a change of a shape does not fit the layer; without one, its factors do not even fit each other."""
+        """The error about a change of a shape that does not fit the layer, or of factors that do not fit each other."""
         expected = self._layer.shape
         if self._layer.parts[0].name == "x_embedder" and len(shape) == 2 and shape[1] > expected[1]:
             return ValueError(
