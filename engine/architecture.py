@@ -118,10 +118,36 @@ def sizes(outlines: Mapping[str, Outline]) -> Sizes:
         ValueError: a sentence about a part without a config, or with one that makes no sense.
     """
     configs = {name: _config(name, outline, "transformer") for name, outline in outlines.items()}
-    parts = {part: _config("dev", outlines["dev"], part) for part in ("text_encoder", "text_encoder_2", "vae")}
-    file_bytes = {name: outline.weights.get("transformer", 0) for name, outline in outlines.items()}
+    clip_config, t5_config, vae_config = (
+        _config("dev", outlines["dev"], part) for part in ("text_encoder", "text_encoder_2", "vae")
+    )
     with _sentences():
-        return _count(configs, parts, file_bytes)
+        t5_config = T5Config.from_dict(t5_config)
+        with torch.device("meta"):
+            t5 = _elements(T5EncoderModel(t5_config)).values()
+            clip = _elements(CLIPTextModel(CLIPTextConfig.from_dict(clip_config))).values()
+            vae = _elements(AutoencoderKL.from_config(vae_config)).values()
+        bases, widths, live, linears = {}, {}, 0, 0
+        for names, skeleton in skeletons(configs, torch.bfloat16).items():
+            elements = _elements(skeleton)
+            live += sum(elements.values())
+            weights = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+            linears += sum(elements[f"{name}.weight"] for name in weights if is_block_linear(name))
+            for name in names:
+                guided = configs[name].get("guidance_embeds", False)
+                own = [count for key, count in elements.items() if guided or "guidance_embedder" not in key]
+                # Bytes of an element, as the files' size tells; files that are too small are refused when loaded.
+                widths[name] = 4 if outlines[name].weights.get("transformer", 0) >= 4 * sum(own) else 2
+                bases[name] = [widths[name] * count for count in own]
+        width = widths["dev"]  # everything else is made in dev's dtype
+        return Sizes(
+            bases={name: bases[name] for name in configs},
+            live=width * live,
+            linears=width * linears,
+            t5=[width * count for count in t5],
+            t5_block=width * sum(t5) // t5_config.num_layers,
+            rest=width * (2 * sum(clip) + sum(vae)),
+        )
 
 
 @contextmanager
@@ -135,36 +161,6 @@ def _sentences() -> Iterator[None]:
         ) from error
 
 
-def _count(
-    configs: Mapping[str, dict[str, object]], parts: Mapping[str, dict[str, object]], file_bytes: Mapping[str, int]
-) -> Sizes:
-    t5_config = T5Config.from_dict(parts["text_encoder_2"])
-    with torch.device("meta"):
-        t5 = _elements(T5EncoderModel(t5_config)).values()
-        clip = _elements(CLIPTextModel(CLIPTextConfig.from_dict(parts["text_encoder"]))).values()
-        vae = _elements(AutoencoderKL.from_config(parts["vae"])).values()
-    bases, widths, live, linears = {}, {}, 0, 0
-    for names, skeleton in skeletons(configs, torch.bfloat16).items():
-        elements = _elements(skeleton)
-        live += sum(elements.values())
-        weights = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
-        linears += sum(elements[f"{name}.weight"] for name in weights if is_block_linear(name))
-        for name in names:
-            guided = configs[name].get("guidance_embeds", False)
-            own = [count for key, count in elements.items() if guided or "guidance_embedder" not in key]
-            widths[name] = _width(sum(own), file_bytes[name])
-            bases[name] = [widths[name] * count for count in own]
-    width = widths["dev"]  # everything else is made in dev's dtype
-    return Sizes(
-        bases={name: bases[name] for name in configs},
-        live=width * live,
-        linears=width * linears,
-        t5=[width * count for count in t5],
-        t5_block=width * sum(t5) // t5_config.num_layers,
-        rest=width * (2 * sum(clip) + sum(vae)),
-    )
-
-
 def _config(name: str, outline: Outline, part: str) -> dict[str, object]:
     if part not in outline.configs:
         raise ValueError(f"The model that shall be {name} has no {part}/config.json; it must be in diffusers layout.")
@@ -174,8 +170,3 @@ def _config(name: str, outline: Outline, part: str) -> dict[str, object]:
 def _elements(module: nn.Module) -> dict[str, int]:
     """The number of elements of each parameter."""
     return {name: parameter.numel() for name, parameter in module.named_parameters()}
-
-
-def _width(elements: int, file_bytes: int) -> int:
-    """Bytes of an element, as the files' size tells: 4 or 2; files that are too small are refused when loaded."""
-    return 4 if file_bytes >= 4 * elements else 2
