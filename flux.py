@@ -5,7 +5,6 @@ that costs nothing, and keeps the requests apart. This module knows diffusers, f
 they come from, nor Cog, nor the files that go out.
 """
 
-import inspect
 import tempfile
 import time
 from collections import OrderedDict
@@ -44,11 +43,8 @@ from service.measure import Stopwatch
 from service.outline import Outline
 from settings import Settings
 
-# How many text tokens each model was trained with: dev as many as diffusers' pipeline takes by default.
-TEXT_TOKENS = {
-    "dev": inspect.signature(FluxPipeline.encode_prompt).parameters["max_sequence_length"].default,
-    "schnell": 256,
-}
+# How many text tokens each model was trained with.
+TEXT_TOKENS = {"dev": 512, "schnell": 256}
 # Turn off tqdm's monitor thread, which only watches stalled bars.
 tqdm.monitor_interval = 0
 # LoRAs are made this much stronger under fp8: the model page says so, and users choose their scales by it.

@@ -76,11 +76,7 @@ def _backend(name: str) -> str:
 
 
 def best_attention(seconds: Mapping[str, float]) -> tuple[str, str]:
-    """The attention to take, and why: the fastest, but cuDNN's only where it saves enough to be worth its plans.
-
-    Args:
-        seconds: of one call, by name.
-    """
+    """The attention to take by seconds of a call, and why: the fastest, but cuDNN's only if it is worth its plans."""
     if not seconds:
         return NATIVE, "since no other can be used"
     fastest, *others = sorted(seconds, key=seconds.__getitem__)

@@ -77,13 +77,9 @@ def by_block(factors: Mapping[str, float], transformer: FluxTransformer2DModel) 
 def skeletons(
     configs: Mapping[str, Mapping[str, object]], dtype: torch.dtype
 ) -> dict[tuple[str, ...], FluxTransformer2DModel]:
-    """A transformer without memory for each architecture, by the names of its models.
+    """A transformer without memory for each architecture in the models' configs, by the names of its models.
 
-    dev and schnell differ in their guidance embedder alone, and share one (see `live.Live` on what a base lacks).
-
-    Args:
-        configs: by model.
-        dtype: of the transformers.
+    dev and schnell differ in their guidance embedder alone, and share one: see `live.Live` on parameters that lack.
     """
     architectures: dict[str, list[str]] = {}
     for name, config in configs.items():

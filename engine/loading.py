@@ -99,7 +99,7 @@ def assemble(
     Args:
         architectures: see `skeletons`.
         bases: pristine transformers by model, never written; on the device or in host memory.
-        components: see `Models`; on the device.
+        components: see `Models`; on the device, but for a T5 whose layers are moved there.
         schedulers: see `Models`.
         precisions: which live weights to make.
         device: where the models compute.
@@ -123,10 +123,7 @@ def assemble(
 def map_weights(folder: Path, transformer: nn.Module, text_encoder: nn.Module) -> tuple[Tensors, Tensors]:
     """The pristine parameters of a model's transformer and CLIP by name, mapped from disk and not read yet.
 
-    Args:
-        folder: of the model.
-        transformer: has the names and shapes that they must have; it may be without memory.
-        text_encoder: likewise.
+    The modules, which may be without memory, have the names and shapes that the parameters must have.
 
     Raises:
         ValueError: see `load`.
@@ -179,14 +176,9 @@ def _small_components(folder: Path, device: torch.device, dtype: torch.dtype) ->
 def _move(
     tensors: Tensors, place: Place, device: torch.device, readers: ThreadPoolExecutor, dtype: torch.dtype | None = None
 ) -> list[Future[Tensors]]:
-    """Futures of some tensors each, which threads move from the mapped files to their place.
+    """Futures of some tensors each, which threads move from the mapped files to their place, converted to a dtype.
 
-    Args:
-        tensors: mapped from disk.
-        place: where they will lie. Beside a CPU no memory is pinned.
-        device: where they are used.
-        readers: the threads.
-        dtype: they are converted to it; None leaves each its own.
+    No memory is pinned for a CPU.
     """
     target = device if place is Place.GPU else torch.device("cpu")
 

@@ -151,13 +151,7 @@ def variant(
 ) -> dict[str, object]:
     """The constants that the kernel is compiled for.
 
-    Args:
-        base: dtype of the bases.
-        live: of the live weights.
-        factor: of the factors.
-        ranks: of the pairs of each weight.
-        columns: of the weights.
-        scaled: whether rows are divided by their scales.
+    Three dtypes, the ranks of each weight's pairs, the weights' columns, and whether rows are divided by their scales.
     """
     choices = RANKS[:1] if factor == torch.float32 else RANKS
     whole = next((rank for rank in choices if rank >= max(ranks, default=0)), choices[-1])

@@ -98,18 +98,12 @@ class Placement:
 
 
 def plan(sizes: Sizes, gpu: int, host: int, *, fp8: bool) -> Placement:
-    """The best placement that fits.
+    """The best placement that fits into the free bytes of a GPU and the PINNED_SHARE of the bytes of host memory.
 
     The GPU is for the weights whose absence costs most. Without bf16 live weights a request for bf16 is drawn in fp8.
     Keeping T5 off the GPU costs 0.2 s for each new prompt; keeping a base off it costs 0.3 s for each new LoRA of
     that model; live weights in turn cost a swap at each change of precision. Weights off the GPU are pinned in the same
     order: T5, which each new prompt needs, then dev's base, then schnell's; the rest stays mapped.
-
-    Args:
-        sizes: of the models.
-        gpu: free bytes of the GPU.
-        host: bytes of host memory, of which PINNED_SHARE may be pinned.
-        fp8: whether this GPU multiplies fp8.
 
     Raises:
         ValueError: a sentence, where nothing fits.

@@ -72,16 +72,10 @@ class Factors(NamedTuple):
 
 
 class Pattern:
-    """PEFT's rank_pattern or alpha_pattern: numbers for the layers whose names regular expressions fit.
-
-    Args:
-        source: the config's name in errors.
-        numbers: by expression.
-        above: each must be larger than this.
-        default: the number for all other layers.
+    """PEFT's rank_pattern or alpha_pattern: a number, above a least one, for the layers that an expression fits.
 
     Raises:
-        ValueError: a sentence about an expression or a number.
+        ValueError: a sentence that names the source, about an expression or a number.
     """
 
     def __init__(self, source: str, numbers: object, above: float = -math.inf, default: float | None = None) -> None:
