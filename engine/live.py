@@ -156,7 +156,7 @@ class Live:
     def __init__(self, module: nn.Module, bases: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.module = module
         self._bases = bases
-        # For each parameter a zero beside it that takes no memory, held where a base lacks that parameter.
+        # Zeros without memory, for parameters that a base lacks.
         self._zeros = {
             name: torch.zeros((), device=parameter.device).expand(parameter.shape)
             for name, parameter in module.named_parameters()

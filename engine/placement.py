@@ -60,24 +60,24 @@ class Sizes:
 
     @cached_property
     def pinned(self) -> Mapping[str, int]:
-        """What each base, and "t5", takes where it is pinned."""
+        """Bytes of each base, and of "t5", where it is pinned."""
         return {name: pinned_bytes(tensors) for name, tensors in {**self.bases, "t5": self.t5}.items()}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What lies where."""
+    """The place of each model's weights, and the memory that all of them take."""
 
     bases: Mapping[str, Place]  # by model
     t5: Place
     precisions: Precisions
-    gpu: int  # bytes that it takes of the GPU, WORK included
-    host: int  # bytes that it takes of pinned host memory
-    left: int = 0  # bytes of the GPU beside that
+    gpu: int  # bytes of the GPU, WORK included
+    host: int  # bytes of pinned host memory
+    left: int = 0  # bytes of the GPU that stay free
 
     @classmethod
     def in_one_memory(cls, names: Iterable[str], *, fp8: bool) -> "Placement":
-        """Everything on the device that draws, and nothing counted: on a CPU there is one memory."""
+        """Everything on the device, with no bytes counted: on a CPU there is one memory."""
         precisions = Precisions.BOTH if fp8 else Precisions.BF16
         return cls(dict.fromkeys(names, Place.GPU), Place.GPU, precisions, gpu=0, host=0)
 

@@ -20,7 +20,7 @@ from service.lines import printable
 MAX_TENSORS = 50_000
 MAX_NAME = 256
 MAX_DOTS = 32
-# Ours by theirs. The parts of a fused layer stand in the order of its rows.
+# Our names of layers by other spellings. The parts of a fused layer stand in the order of its rows.
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 DOUBLE_BLOCK = {
@@ -392,10 +392,9 @@ def _key(plain: str) -> str:
 
 
 def _check_length(name: str) -> None:
-    if len(name) > MAX_NAME:
-        raise ValueError(f"{short(name)} has {len(name)} characters; the name of a tensor has at most {MAX_NAME}.")
-    if name.count(".") > MAX_DOTS:
-        raise ValueError(f"{short(name)} has {name.count('.')} dots; the name of a tensor has at most {MAX_DOTS}.")
+    for count, what, most in ((len(name), "characters", MAX_NAME), (name.count("."), "dots", MAX_DOTS)):
+        if count > most:
+            raise ValueError(f"{short(name)} has {count} {what}; the name of a tensor has at most {most}.")
 
 
 def _reasons_to_ignore(names: Mapping[str, str], table: Mapping[str, Layer]) -> Counter[str]:
@@ -429,7 +428,7 @@ def _reasons_to_ignore(names: Mapping[str, str], table: Mapping[str, Layer]) -> 
 
 
 def _changed_layer(name: str, table: Mapping[str, Layer]) -> Layer | None:
-    """The layer whose name a name begins with."""
+    """The layer that the beginning of a tensor's name names."""
     ends = [*(dot.start() for dot in re.finditer(r"\.", name)), len(name)]
     return next((found[0] for end in ends if (found := _find(table, name[:end]))), None)
 

@@ -119,15 +119,8 @@ class LayerReader:
     def _product(self) -> Callable[[], list[Delta]] | None:
         """The reader of the layer's factors, None where it has none; refuses two kinds of change to one tensor."""
         roles = self._content.tensors.keys()
-        products = [
-            product
-            for product, own in (
-                (self._lora, ("up", "down", "mid")),
-                (self._loha, LOHA),
-                (self._lokr, LOKR),
-            )
-            if not roles.isdisjoint(own)
-        ]
+        readers = ((self._lora, ("up", "down", "mid")), (self._loha, LOHA), (self._lokr, LOKR))
+        products = [product for product, own in readers if not roles.isdisjoint(own)]
         if len(products) > 1 or any(pair <= roles for pair in CONTRADICTIONS):
             raise ValueError(f"The LoRA changes {self._layer} in two ways at once: {', '.join(sorted(roles))}.")
         if not products and "magnitude" in roles:
@@ -147,7 +140,7 @@ class LayerReader:
         return [LowRank(part.start, part.height, _rows(up, part), down, strength) for part in self._layer.parts]
 
     def _pair_of_factors(self) -> tuple[Tensor, Tensor]:
-        """[out, rank] and [rank, in]; MLX keeps them transposed, and calls them by no `.weight`."""
+        """[out, rank] and [rank, in]; MLX stores them transposed, under names without `.weight`."""
         up, down = self._matrix("up"), self._matrix("down")
         out = self._layer.shape[0]
         both_ways = up.shape == (out, out) and down.shape == self._layer.shape == (out, out)
@@ -160,14 +153,12 @@ class LayerReader:
 
     def _loha(self) -> list[Delta]:
         (a, b), (c, d) = self._pair("hada_w1", "hada_t1"), self._pair("hada_w2", "hada_t2")
-        fits = a.shape[1] == b.shape[0] and c.shape[1] == d.shape[0] and (len(a), b.shape[1]) == (len(c), d.shape[1])
-        self._check_fit(fits, (a.shape[0], b.shape[1]), "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+        fits = a.shape[1] == len(b) and c.shape[1] == len(d) and (len(a), b.shape[1]) == (len(c), d.shape[1])
+        self._check_fit(fits, (len(a), b.shape[1]), "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
         self.kinds.add("LoHa")
-        strength = self._strength(b.shape[0])
-        return [
-            Hadamard(part.start, part.height, _rows(a, part), b, _rows(c, part), d, strength)
-            for part in self._layer.parts
-        ]
+        strength = self._strength(len(b))
+        rows = [(part.start, part.height, _rows(a, part), _rows(c, part)) for part in self._layer.parts]
+        return [Hadamard(start, height, left, b, right, d, strength) for start, height, left, right in rows]
 
     def _lokr(self) -> list[Delta]:
         sides, shapes, ranks = [], [], []
@@ -184,13 +175,11 @@ class LayerReader:
         present = [role for role in self._content.tensors if role.startswith("lokr_")]
         self._check_fit(True, (o1 * o2, i1 * i2), *present)
         self.kinds.add("LoKr")
-        # Where both sides are whole, the file's alpha means nothing: LyCORIS writes it and does not use it.
         if ranks:
             strength = self._strength(ranks[-1])
-        elif "alpha" in self._content.tensors:
-            strength = 1.0
-        else:
-            strength = self._adapter.strength(self._content.names, None, None)
+        else:  # both sides are whole: the value of an alpha in the file means nothing, as in LyCORIS
+            alpha = 1.0 if "alpha" in self._content.tensors else None
+            strength = self._adapter.strength(self._content.names, None, alpha)
         return [Kronecker(part.start, part.height, *sides, part.source, strength) for part in self._layer.parts]
 
     def _decomposed(self, parts: list[tuple[str, Delta]]) -> Iterator[tuple[str, Delta]]:
@@ -231,7 +220,7 @@ class LayerReader:
         return (a.T, self._tucker(core, b)) if core in self._content.tensors else (a, b)
 
     def _tucker(self, core: str, down: Tensor) -> Tensor:
-        """A core [rank, rank] times the factor behind it; a core that is no square could blow up a small file."""
+        """A core times the factor behind it; it must be [rank, rank], or a small file could take any amount of memory."""
         if core not in self._content.tensors:
             return down
         matrix = self._matrix(core)
@@ -304,11 +293,9 @@ class LayerReader:
                 f"{WIDER.get(shape[1] / expected[1], OTHER_INPUT)}: it widens the image input from {expected[1]} to "
                 f"{shape[1]} channels."
             )
-        given = " and ".join(f"{self._name(role)} is {_size(self._shape(role))}" for role in roles)
+        shapes = {role: self._get(self._content.tensors[role]).shape for role in roles}
+        given = " and ".join(f"{self._name(role)} is {_size(shape)}" for role, shape in shapes.items())
         return ValueError(f"The LoRA does not fit: {given}, but {self._layer} is {_size(expected)}.")
-
-    def _shape(self, role: str) -> tuple[int, ...]:
-        return tuple(self._get(self._content.tensors[role]).shape)
 
 
 def _is_finite(piece: Tensor) -> bool:
