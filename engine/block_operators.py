@@ -51,9 +51,6 @@ def _empty(tokens: Tensor, width: int) -> Quantized:
     return values, torch.empty(*tokens.shape[:2], 1, dtype=torch.float32, device=tokens.device)
 
 
-# ------------------------------------------------------------------------------------- norm, modulation, quantisation
-
-
 def _norm_quantize_on_cuda(x: Tensor, factor: Tensor, shift: Tensor) -> Quantized:
     if not _is_thrice_a_power_of_two(width := x.shape[2]) or not factor.stride(1) == shift.stride(1) == 1:
         return _norm_quantize(x, factor, shift)
@@ -76,9 +73,6 @@ def _norm_quantize(x: Tensor, factor: Tensor, shift: Tensor) -> Quantized:
 norm_quantize = _operator(
     _norm_quantize, _norm_quantize_on_cuda, "(Tensor x, Tensor factor, Tensor shift) -> (Tensor, Tensor)"
 )
-
-
-# ------------------------------------------------------------------------------------------------- GELU, quantisation
 
 
 def _gelu_quantize_on_cuda(attention: Tensor | None, hidden: Tensor, bias: Tensor) -> Quantized:
@@ -105,9 +99,6 @@ def _gelu_quantize(attention: Tensor | None, hidden: Tensor, bias: Tensor) -> Qu
 gelu_quantize = _operator(
     _gelu_quantize, _gelu_quantize_on_cuda, "(Tensor? attention, Tensor hidden, Tensor bias) -> (Tensor, Tensor)"
 )
-
-
-# ------------------------------------------------------------------------------- norms of queries and keys, and RoPE
 
 
 def _rotate_heads_on_cuda(
@@ -171,9 +162,6 @@ rotate_heads = _operator(
     _rotate_heads_on_cuda,
     "(Tensor[] products, Tensor[] biases, Tensor[] norms, Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)",
 )
-
-
-# -------------------------------------------------------------------------------------------------- product with GELU
 
 
 def _linear_gelu_on_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -135,9 +135,6 @@ def _refuse(joint_attention_kwargs: dict[str, object] | None) -> None:
         raise ValueError("Fused blocks take nothing for the attention: no IP adapter, no mask.")
 
 
-# ------------------------------------------------------------------------------------------------------- arithmetic
-
-
 def _modulation(norm: nn.Module, temb: Tensor, parts: int) -> tuple[Tensor, ...]:
     """Shift, factor and gate, once or twice: [B, C] each."""
     return norm.linear(F.silu(temb)).chunk(parts, dim=1)
@@ -185,9 +182,6 @@ def _feed_forward(ff: FeedForward, x: Tensor, factor: Tensor, shift: Tensor) -> 
     if isinstance(first, Fp8Linear):
         return _product(gelu_quantize(None, _product(x, first), first.bias), second) + second.bias
     return second(linear_gelu(x, first.weight, first.bias))
-
-
-# ---------------------------------------------------------------------------------------------------------- weights
 
 
 def _image_qkv(attn: FluxAttention) -> tuple[Linear, ...]:

@@ -103,9 +103,6 @@ class Recorded:
         return self._output.clone()  # the next replay overwrites it
 
 
-# ----------------------------------------------------------------------------------------------------------------- T5
-
-
 @torch.no_grad()
 def replaying(t5: T5EncoderModel, lengths: Iterable[int], record: Record = cuda_graph) -> Callable[..., object]:
     """T5's forward pass, replayed for one text of any of these lengths in tokens, and as it was for other inputs."""
@@ -134,9 +131,6 @@ def replay(t5: T5EncoderModel, lengths: Iterable[int], record: Record = cuda_gra
         t5.forward = replaying(t5, lengths, record)
     except Exception as error:  # an operation that cannot be recorded, too little memory, an old driver
         print(f"T5 is launched kernel by kernel, since a CUDA graph of it failed: {_first_line(error)}.")
-
-
-# --------------------------------------------------------------------------------------------------------------- steps
 
 
 class Pool:

@@ -20,103 +20,78 @@ from service.lines import printable
 MAX_TENSORS = 50_000
 MAX_NAME = 256
 MAX_DOTS = 32
-# Our names of layers by other spellings. The parts of a fused layer stand in the order of its rows.
-QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+# Spellings of each layer within a block, and ours: of a fused layer all parts, in the order of its rows. Those of
+# double and single blocks are of Black Forest Labs, of XLabs (after processors that hold factors: lora), of MLX
+# (after lists of layers: layers), and in single blocks of DiffSynth-Studio, whose other names are diffusers'.
+QKV = "attn.to_q attn.to_k attn.to_v"
+ADDED_QKV = "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
 DOUBLE_BLOCK = {
-    "img_attn.qkv": QKV,
-    "txt_attn.qkv": ADDED_QKV,
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_attn.norm.query_norm": ("attn.norm_q",),
-    "img_attn.norm.key_norm": ("attn.norm_k",),
-    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
-    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-    "img_mod.lin": ("norm1.linear",),
-    "txt_mod.lin": ("norm1_context.linear",),
-    # XLabs names its factors by the attention processors that hold them.
-    "qkv_lora1": QKV,
-    "qkv_lora2": ADDED_QKV,
-    "proj_lora1": ("attn.to_out.0",),
-    "proj_lora2": ("attn.to_add_out",),
-    # MLX keeps the layers of a sequence in a list of this name.
-    "img_mlp.layers.0": ("ff.net.0.proj",),
-    "img_mlp.layers.2": ("ff.net.2",),
-    "txt_mlp.layers.0": ("ff_context.net.0.proj",),
-    "txt_mlp.layers.2": ("ff_context.net.2",),
+    "img_attn.qkv qkv_lora1": QKV,
+    "txt_attn.qkv qkv_lora2": ADDED_QKV,
+    "img_attn.proj proj_lora1": "attn.to_out.0",
+    "txt_attn.proj proj_lora2": "attn.to_add_out",
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+    "img_mlp.0 img_mlp.layers.0": "ff.net.0.proj",
+    "img_mlp.2 img_mlp.layers.2": "ff.net.2",
+    "txt_mlp.0 txt_mlp.layers.0": "ff_context.net.0.proj",
+    "txt_mlp.2 txt_mlp.layers.2": "ff_context.net.2",
+    "img_mod.lin": "norm1.linear",
+    "txt_mod.lin": "norm1_context.linear",
 }
 SINGLE_BLOCK = {
-    "linear1": (*QKV, "proj_mlp"),
-    "linear2": ("proj_out",),
-    "modulation.lin": ("norm.linear",),
-    "norm.query_norm": ("attn.norm_q",),
-    "norm.key_norm": ("attn.norm_k",),
-    "qkv": QKV,
-    "proj": ("proj_out",),
-    "qkv_lora": QKV,
-    "proj_lora": ("proj_out",),
-    # DiffSynth-Studio, which keeps diffusers' names for the rest of a single block.
-    "to_qkv_mlp": (*QKV, "proj_mlp"),
-    "proj_out": ("proj_out",),
-    "norm.linear": ("norm.linear",),
-    "norm_q_a": ("attn.norm_q",),
-    "norm_k_a": ("attn.norm_k",),
+    "linear1 to_qkv_mlp": f"{QKV} proj_mlp",
+    "linear2 proj proj_lora proj_out": "proj_out",
+    "qkv qkv_lora": QKV,
+    "modulation.lin norm.linear": "norm.linear",
+    "norm.query_norm norm_q_a": "attn.norm_q",
+    "norm.key_norm norm_k_a": "attn.norm_k",
 }
 DIFFSYNTH_BLOCK = {
     "attn.a_to_qkv": QKV,
     "attn.b_to_qkv": ADDED_QKV,
-    "attn.a_to_out": ("attn.to_out.0",),
-    "attn.b_to_out": ("attn.to_add_out",),
-    "ff_a.0": ("ff.net.0.proj",),
-    "ff_a.2": ("ff.net.2",),
-    "ff_b.0": ("ff_context.net.0.proj",),
-    "ff_b.2": ("ff_context.net.2",),
-    "norm1_a.linear": ("norm1.linear",),
-    "norm1_b.linear": ("norm1_context.linear",),
-    "attn.norm_q_a": ("attn.norm_q",),
-    "attn.norm_k_a": ("attn.norm_k",),
-    "attn.norm_q_b": ("attn.norm_added_q",),
-    "attn.norm_k_b": ("attn.norm_added_k",),
+    "attn.a_to_out": "attn.to_out.0",
+    "attn.b_to_out": "attn.to_add_out",
+    "ff_a.0": "ff.net.0.proj",
+    "ff_a.2": "ff.net.2",
+    "ff_b.0": "ff_context.net.0.proj",
+    "ff_b.2": "ff_context.net.2",
+    "norm1_a.linear": "norm1.linear",
+    "norm1_b.linear": "norm1_context.linear",
+    "attn.norm_q_a": "attn.norm_q",
+    "attn.norm_k_a": "attn.norm_k",
+    "attn.norm_q_b": "attn.norm_added_q",
+    "attn.norm_k_b": "attn.norm_added_k",
 }
-OUTSIDE_BLOCKS = {
-    "img_in": "x_embedder",
-    "img_in.proj": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-    "final_layer.linear": "proj_out",
-    # DiffSynth-Studio
-    "time_embedder.timestep_embedder.0": "time_text_embed.timestep_embedder.linear_1",
-    "time_embedder.timestep_embedder.2": "time_text_embed.timestep_embedder.linear_2",
-    "guidance_embedder.timestep_embedder.0": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_embedder.timestep_embedder.2": "time_text_embed.guidance_embedder.linear_2",
-    "pooled_text_embedder.0": "time_text_embed.text_embedder.linear_1",
-    "pooled_text_embedder.2": "time_text_embed.text_embedder.linear_2",
-    "final_proj_out": "proj_out",
-}
-# Black Forest Labs, MLX and DiffSynth-Studio: shift and scale, where diffusers has scale and shift.
-FINAL_MODULATION = ("final_layer.adaLN_modulation.1", "final_layer.adaLN_modulation.layers.1", "final_norm_out.linear")
 DIFFUSERS_BLOCK = {
     # What `fuse_qkv_projections` calls its layers, in every block that has the parts.
     "attn.to_qkv": QKV,
     "attn.to_added_qkv": ADDED_QKV,
     # Older versions kept factors in attention processors: to_out_lora.
-    "attn.to_out": ("attn.to_out.0",),
+    "attn.to_out": "attn.to_out.0",
     # mflux
-    "ff.linear1": ("ff.net.0.proj",),
-    "ff.linear2": ("ff.net.2",),
-    "ff_context.linear1": ("ff_context.net.0.proj",),
-    "ff_context.linear2": ("ff_context.net.2",),
+    "ff.linear1": "ff.net.0.proj",
+    "ff.linear2": "ff.net.2",
+    "ff_context.linear1": "ff_context.net.0.proj",
+    "ff_context.linear2": "ff_context.net.2",
 }
-# Blocks by our name, by theirs, and the layers of one by their names.
+# The same outside blocks: Black Forest Labs' spellings, then DiffSynth-Studio's.
+OUTSIDE_BLOCKS = {
+    "img_in img_in.proj": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer time_embedder.timestep_embedder.0": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer time_embedder.timestep_embedder.2": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer pooled_text_embedder.0": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer pooled_text_embedder.2": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer guidance_embedder.timestep_embedder.0": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer guidance_embedder.timestep_embedder.2": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear final_proj_out": "proj_out",
+}
+# Black Forest Labs, MLX and DiffSynth-Studio: shift and scale, where diffusers has scale and shift.
+FINAL_MODULATION = ("final_layer.adaLN_modulation.1", "final_layer.adaLN_modulation.layers.1", "final_norm_out.linear")
+# Blocks by our name, by theirs, and the spellings within.
 BLOCKS = (
     ("transformer_blocks", "double_blocks", DOUBLE_BLOCK),
     ("single_transformer_blocks", "single_blocks", SINGLE_BLOCK),
@@ -126,33 +101,19 @@ BLOCKS = (
 )
 CLIP = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
-# Prefixes of layers' names, with dots as underscores, and the format that writes them.
+# Prefixes of layers' names by the format that writes them, with dots as underscores.
 PREFIXES = {
-    "base_model_model": "PEFT",
-    "base_model": "PEFT",
-    "lora_unet": "kohya",
-    "lora_transformer": "OneTrainer",
-    "lycoris": "LyCORIS",
-    "model_diffusion_model": "ComfyUI",
-    "diffusion_model": "ComfyUI",
-    "model": "PEFT",
-    "pipe_dit": "DiffSynth",
-    "dit": "DiffSynth",
-    "pipe": "diffusers",
-    "transformer": "diffusers",
-    "unet": "diffusers",
-    "text_encoders_clip_l_transformer": "ComfyUI",
-    "text_encoders_clip_l": "ComfyUI",
-    "clip_l_transformer": "ComfyUI",
-    "clip_l": "ComfyUI",
-    "text_encoder_1": "diffusers",
-    "text_encoder": "diffusers",
-    "lora_te1": "kohya",
-    "lora_te": "kohya",
-    "te1": "kohya",
-    "te": "kohya",
+    "PEFT": "base_model_model base_model model",
+    "kohya": "lora_unet lora_te1 lora_te te1 te",
+    "OneTrainer": "lora_transformer",
+    "LyCORIS": "lycoris",
+    "ComfyUI": "model_diffusion_model diffusion_model clip_l_transformer clip_l"
+    " text_encoders_clip_l_transformer text_encoders_clip_l",
+    "DiffSynth": "pipe_dit dit",
+    "diffusers": "pipe transformer unet text_encoder_1 text_encoder",
 }
-PREFIX = re.compile(f"({'|'.join(PREFIXES)})_+")
+FORMATS = {prefix: written for written, prefixes in PREFIXES.items() for prefix in prefixes.split()}
+PREFIX = re.compile(f"({'|'.join(sorted(FORMATS, key=len, reverse=True))})_+")
 # Prefixes of the names that PEFT's patterns are compared with.
 OUTSIDE_PEFT = re.compile(r"((transformer|unet|diffusion_model|text_encoder)\.)?(base_model\.model\.)?")
 # The adapter's name within a tensor's.
@@ -281,15 +242,16 @@ def layers_by_name(transformer: nn.Module, text_encoder: nn.Module) -> dict[str,
     """Every layer by every spelling, without prefix, with dots as underscores."""
     own = _own_layers("transformer", transformer)
     spelled = dict(own)
-    for ours, theirs, aliases in BLOCKS:
-        for index, (alias, names) in product(range(len(getattr(transformer, ours))), aliases.items()):
-            parts = [own.get(f"{ours}.{index}.{name}") for name in names]
-            if None in parts:
-                continue
-            spelled[f"{theirs}.{index}.{alias}"] = _fuse(parts)
-            if len(parts) > 1:  # OneTrainer numbers the parts of a fused layer
-                spelled |= {f"{theirs}.{index}.{alias}.{number}": part for number, part in enumerate(parts)}
-    spelled |= {alias: own[name] for alias, name in OUTSIDE_BLOCKS.items() if name in own}
+    for ours, theirs, block in BLOCKS:
+        for index, (spellings, names) in product(range(len(getattr(transformer, ours))), block.items()):
+            parts = [own.get(f"{ours}.{index}.{name}") for name in names.split()]
+            for spelling in spellings.split() if None not in parts else ():
+                spelled[f"{theirs}.{index}.{spelling}"] = _fuse(parts)
+                if len(parts) > 1:  # OneTrainer numbers the parts of a fused layer
+                    spelled |= {f"{theirs}.{index}.{spelling}.{number}": part for number, part in enumerate(parts)}
+    for spellings, name in OUTSIDE_BLOCKS.items():
+        if name in own:
+            spelled |= dict.fromkeys(spellings.split(), own[name])
     spelled |= dict.fromkeys(FINAL_MODULATION, _swap_halves(own["norm_out.linear"]))
     for name, layer in _own_layers("text_encoder", text_encoder).items():
         bare = name.removeprefix("text_model.")
@@ -334,7 +296,7 @@ def _find(table: Mapping[str, Layer], name: str) -> tuple[Layer, str] | None:
         prefix = PREFIX.match(key)
         if prefix is None:
             return None
-        formats.append(PREFIXES[prefix[1]])
+        formats.append(FORMATS[prefix[1]])
         key = key[prefix.end() :]
     formats += [written for pattern, written in OWN if re.match(pattern, key)]
     # XLabs' layers have names of their own, whatever stands before them.

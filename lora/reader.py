@@ -92,7 +92,8 @@ class LayerReader:
         self.kinds: set[str] = set()
         self.ranks: set[int] = set()
         self._used: set[str] = set()
-        self._layer, self._content, self._get, self._adapter = layer, content, get, adapter
+        self._layer, self._names, self._tensors = layer, content.names, content.tensors
+        self._get, self._adapter = get, adapter
 
     def deltas(self) -> Iterator[tuple[str, Delta]]:
         """Deltas with the names of their parameters.
@@ -100,7 +101,7 @@ class LayerReader:
         Raises:
             ValueError: a sentence about a tensor that does not fit or holds numbers that are not finite.
         """
-        roles = self._content.tensors.keys()
+        roles = self._tensors.keys()
         if product := self._product():
             names = [f"{part.name}.weight" for part in self._layer.parts]
             parts = list(zip(names, product(), strict=True))
@@ -118,7 +119,7 @@ class LayerReader:
 
     def _product(self) -> Callable[[], list[Delta]] | None:
         """The reader of the layer's factors, None where it has none; refuses two kinds of change to one tensor."""
-        roles = self._content.tensors.keys()
+        roles = self._tensors.keys()
         readers = ((self._lora, ("up", "down", "mid")), (self._loha, LOHA), (self._lokr, LOKR))
         products = [product for product, own in readers if not roles.isdisjoint(own)]
         if len(products) > 1 or any(pair <= roles for pair in CONTRADICTIONS):
@@ -130,12 +131,12 @@ class LayerReader:
         return products[0] if products else None
 
     def _lora(self) -> list[Delta]:
-        if self._adapter.decomposed and "magnitude" not in self._content.tensors:
+        if self._adapter.decomposed and "magnitude" not in self._tensors:
             raise ValueError(f"The LoRA's {self._adapter.source} says use_dora, but {self._layer} has no magnitude.")
         up, down = self._pair_of_factors()
         down = self._tucker("mid", down)
         self._check_fit(up.shape[1] == down.shape[0], (up.shape[0], down.shape[1]), "up", "down")
-        self.kinds.add("DoRA" if "magnitude" in self._content.tensors else "LoRA")
+        self.kinds.add("DoRA" if "magnitude" in self._tensors else "LoRA")
         strength = self._strength(down.shape[0])
         return [LowRank(part.start, part.height, _rows(up, part), down, strength) for part in self._layer.parts]
 
@@ -163,7 +164,7 @@ class LayerReader:
     def _lokr(self) -> list[Delta]:
         sides, shapes, ranks = [], [], []
         for side, core in (("lokr_w1", "lokr_t1"), ("lokr_w2", "lokr_t2")):
-            if side in self._content.tensors:
+            if side in self._tensors:
                 factors = (self._matrix(side),)
             else:
                 factors = self._pair(side, core)
@@ -172,14 +173,14 @@ class LayerReader:
             sides.append(factors)
             shapes.append((factors[0].shape[0], factors[-1].shape[1]))
         (o1, i1), (o2, i2) = shapes
-        present = [role for role in self._content.tensors if role.startswith("lokr_")]
+        present = [role for role in self._tensors if role.startswith("lokr_")]
         self._check_fit(True, (o1 * o2, i1 * i2), *present)
         self.kinds.add("LoKr")
         if ranks:
             strength = self._strength(ranks[-1])
         else:  # both sides are whole: the value of an alpha in the file means nothing, as in LyCORIS
-            alpha = 1.0 if "alpha" in self._content.tensors else None
-            strength = self._adapter.strength(self._content.names, None, alpha)
+            alpha = 1.0 if "alpha" in self._tensors else None
+            strength = self._adapter.strength(self._names, None, alpha)
         return [Kronecker(part.start, part.height, *sides, part.source, strength) for part in self._layer.parts]
 
     def _decomposed(self, parts: list[tuple[str, Delta]]) -> Iterator[tuple[str, Delta]]:
@@ -217,11 +218,11 @@ class LayerReader:
     def _pair(self, side: str, core: str) -> tuple[Tensor, Tensor]:
         """[out, rank] and [rank, in]; with a core, LyCORIS stores the first transposed."""
         a, b = self._matrix(f"{side}_a"), self._matrix(f"{side}_b")
-        return (a.T, self._tucker(core, b)) if core in self._content.tensors else (a, b)
+        return (a.T, self._tucker(core, b)) if core in self._tensors else (a, b)
 
     def _tucker(self, core: str, down: Tensor) -> Tensor:
-        """A core times the factor behind it; it must be [rank, rank], or a small file could take any amount of memory."""
-        if core not in self._content.tensors:
+        """A core times the next factor; it must be [rank, rank], or small files could take any amount of memory."""
+        if core not in self._tensors:
             return down
         matrix = self._matrix(core)
         self._check_fit(matrix.shape == (down.shape[0], down.shape[0]), self._layer.shape, core)
@@ -232,12 +233,12 @@ class LayerReader:
             raise ValueError(f"The LoRA's factors for {self._layer} have rank 0.")
         self.ranks.add(rank)
         alpha = None
-        if "alpha" in self._content.tensors:
+        if "alpha" in self._tensors:
             tensor = self._read("alpha")
             if tensor.numel() != 1:
                 raise ValueError(f"{self._name('alpha')} is {_size(tensor.shape)}; it must be one number.")
             alpha = tensor.item()
-        strength = self._adapter.strength(self._content.names, rank, alpha)
+        strength = self._adapter.strength(self._names, rank, alpha)
         if abs(strength) > MAX_STRENGTH:
             raise ValueError(
                 f"The LoRA's factors for {self._layer} have the strength {strength:g}; none is above {MAX_STRENGTH:g}."
@@ -252,10 +253,10 @@ class LayerReader:
         return tensor.flatten(1)
 
     def _read(self, role: str) -> Tensor:
-        if role not in self._content.tensors:
+        if role not in self._tensors:
             raise self._incomplete(role)
         self._used.add(role)
-        name = self._content.tensors[role]
+        name = self._tensors[role]
         tensor = self._get(name)
         if max(tensor.shape, default=0) > MAX_DIMENSION:
             raise ValueError(
@@ -275,10 +276,10 @@ class LayerReader:
         return tensor
 
     def _name(self, role: str) -> str:
-        return short(self._content.tensors[role])
+        return short(self._tensors[role])
 
     def _incomplete(self, role: str) -> ValueError:
-        return ValueError(f"The LoRA is incomplete: {short(self._content.names[0])} lacks its counterpart of {role}.")
+        return ValueError(f"The LoRA is incomplete: {short(self._names[0])} lacks its counterpart of {role}.")
 
     def _check_fit(self, agree: bool, shape: tuple[int, ...], *roles: str) -> None:
         """Refuse factors that do not agree with each other, or whose product has another shape than the layer."""
@@ -293,7 +294,7 @@ class LayerReader:
                 f"{WIDER.get(shape[1] / expected[1], OTHER_INPUT)}: it widens the image input from {expected[1]} to "
                 f"{shape[1]} channels."
             )
-        shapes = {role: self._get(self._content.tensors[role]).shape for role in roles}
+        shapes = {role: self._get(self._tensors[role]).shape for role in roles}
         given = " and ".join(f"{self._name(role)} is {_size(shape)}" for role, shape in shapes.items())
         return ValueError(f"The LoRA does not fit: {given}, but {self._layer} is {_size(expected)}.")
 
