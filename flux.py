@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -22,14 +22,7 @@ from torch._dynamo.utils import counters
 from tqdm import tqdm
 
 import images
-from engine import fp8
-from engine.acceleration import (
-    choose_attention,
-    compile_models,
-    compiler_settings,
-    convolve_in_float32,
-    keep_compiled_code,
-)
+from engine import acceleration, fp8
 from engine.architecture import by_block, sizes
 from engine.live import Live, Term, add_up
 from engine.loading import Models, load
@@ -137,11 +130,11 @@ class Flux:
         self._embeddings: OrderedDict[bytes, dict[str, Tensor]] = OrderedDict()
         held = [(live, name) for live in (*models.lives(), models.text_encoder) for name in live.names]
         self._tensors, self._round = len(held), cycle(held)
-        self.attention = choose_attention(self._transformers, device)
+        self.attention = acceleration.choose_attention(self._transformers, device)
         if device.type == "cuda":  # on a CPU it gains nothing
             self.components["vae"].to(memory_format=torch.channels_last)
         else:
-            convolve_in_float32(self.components["vae"])
+            acceleration.convolve_in_float32(self.components["vae"])
 
     @staticmethod
     def plan(outlines: Mapping[str, Outline], device: torch.device) -> Placement:
@@ -162,7 +155,9 @@ class Flux:
         Raises:
             ValueError: a sentence about model weights that are missing or do not fit.
         """
-        keep_compiled_code(settings.cache_dir / "compile")  # before live weights compile the kernel that writes them
+        acceleration.keep_compiled_code(
+            settings.cache_dir / "compile"
+        )  # before live weights compile the kernel that writes them
         stopwatch = Stopwatch(device)
         folders = {"dev": Path(settings.models.dev), "schnell": Path(settings.models.schnell)}
         models = load(folders, device, stopwatch, placement)
@@ -180,7 +175,7 @@ class Flux:
         The kernel that merges LoRAs is compiled before for usual ranks; the first request with others waits a second or
         more.
         """
-        compile_models(self._transformers, self.components["vae"], self.device, backend)
+        acceleration.compile_models(self._transformers, self.components["vae"], self.device, backend)
         for go_fast in (True, False):
             self.warm_up(go_fast=go_fast)
         self.replay_t5()
@@ -210,7 +205,7 @@ class Flux:
         for variables. The usual size comes first: the compiler suits its kernels to the sizes that it sees first.
         """
         silent = Stopwatch(self.device)
-        with tempfile.TemporaryDirectory() as folder, compiler_settings(len(self._transformers)):
+        with tempfile.TemporaryDirectory() as folder, acceleration.compiler_settings(len(self._transformers)):
             image = Path(folder) / "grey.png"
             Image.new("RGB", USUAL_SIZE, "grey").save(image)
             usual = {"image": image, "prompt_strength": 1}
@@ -261,8 +256,7 @@ class Flux:
         """
         until = time.perf_counter() + seconds
         _check_products(self.device, next(self._transformers[0].parameters()).dtype)
-        for _ in range(self._tensors):
-            live, name = next(self._round)
+        for live, name in islice(self._round, self._tensors):
             if not live.intact(name):
                 raise RuntimeError(f"{name} is not what was written into it; the next request writes it anew.")
             if time.perf_counter() > until:

@@ -63,16 +63,12 @@ def add_up(terms: Iterable[Term]) -> list[Term]:
     by_content: dict[str, list[Term]] = {}
     for term in terms:
         by_content.setdefault(term.content, []).append(term)
-    return [_as_one(by_content[content]) for content in sorted(by_content)]
-
-
-def _as_one(terms: Sequence[Term]) -> Term:
-    named = {part for term in terms for part in term.parts}
-    return replace(
-        terms[0],
-        scale=float(sum(exact(term.scale) for term in terms)),
-        parts={part: float(sum(exact(term.parts.get(part, term.scale)) for term in terms)) for part in named},
-    )
+    sums = []
+    for _, same in sorted(by_content.items()):
+        named = {part for term in same for part in term.parts}
+        parts = {part: float(sum(exact(term.parts.get(part, term.scale)) for term in same)) for part in named}
+        sums.append(replace(same[0], scale=float(sum(exact(term.scale) for term in same)), parts=parts))
+    return sums
 
 
 class Recipe(NamedTuple):

@@ -74,7 +74,12 @@ def load(
         # The readers move the large tensors, while this thread alone loads the rest: transformers is not thread-safe.
         moving = {name: _move(base, placement.bases[name], device, readers) for name, base in bases.items()}
         moving_t5 = _move(t5, placement.t5, device, readers, dtype)
-        components = _small_components(dev, device, dtype)
+        components = {
+            "text_encoder": CLIPTextModel.from_pretrained(dev / "text_encoder", dtype=dtype).to(device).eval(),
+            "vae": AutoencoderKL.from_pretrained(dev / "vae", torch_dtype=dtype).to(device).eval(),
+            "tokenizer": AutoTokenizer.from_pretrained(dev / "tokenizer"),
+            "tokenizer_2": AutoTokenizer.from_pretrained(dev / "tokenizer_2"),
+        }
     bases = {name: _arrived(tensors) for name, tensors in moving.items()}
     components["text_encoder_2"] = _t5(dev / "text_encoder_2", _arrived(moving_t5))
     if placement.t5 is not Place.GPU:
@@ -161,16 +166,6 @@ def _check_fit(what: str, base: Tensors, module: nn.Module) -> None:
             f"The {what} does not fit its own config: {len(wrong)} tensor(s) are missing or have another shape, the "
             f"first of them {sorted(wrong)[0]}."
         )
-
-
-def _small_components(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
-    """The parts of pipelines beside the transformer and T5, by diffusers' names."""
-    return {
-        "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype).to(device).eval(),
-        "vae": AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).to(device).eval(),
-        "tokenizer": AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        "tokenizer_2": AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
-    }
 
 
 def _move(
