@@ -1,4 +1,4 @@
-"""A LoRA file in any format → deltas by parameter, and a report of what was applied and what was not.
+"""A LoRA file in any format → deltas by parameter, and a report of the tensors that were applied or ignored.
 
 A file's changes to layers of FLUX and CLIP are applied exactly, or the file is refused in one sentence before anything
 is changed. Tensors of other models (a T5, embeddings) are ignored and reported. This module knows files and keeps

@@ -1,4 +1,4 @@
-"""What makes loaded models fast on this machine: attention, convolutions, compiled code.
+"""Loaded models made fast on this machine: attention, convolutions, compiled code.
 
 Everything here happens once, at set-up. Graphs are made under `torch.no_grad`, as diffusers' pipelines run: a call
 under `torch.inference_mode` would compile them all again. One graph serves every size of picture, every length of text,

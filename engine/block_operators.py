@@ -1,4 +1,4 @@
-"""What FLUX's blocks compute between their large products, in one pass over memory each, as operators of torch.
+"""The steps of FLUX's blocks between their large products, in one pass over memory each, as operators of torch.
 
 The compiler does not look into an operator. On a GPU it runs a Triton kernel, which computes in float32 and rounds
 once. On a CPU, for sizes that the kernel does not take, and to tell the compiler the shapes, it runs the function in
@@ -40,7 +40,7 @@ def _is_thrice_a_power_of_two(width: int) -> bool:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[B, N, C] → [B * N, C], whose rows may lie apart, but not the numbers of one."""
+    """[B, N, C] → [B * N, C], with contiguous rows that may lie apart."""
     x = x.flatten(0, 1)
     return x if x.stride(1) == 1 else x.contiguous()
 

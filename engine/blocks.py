@@ -29,7 +29,7 @@ from engine.block_operators import EPS, Quantized, gelu_quantize, linear_gelu, n
 from engine.fp8 import Fp8Linear
 
 Linear = nn.Linear | Fp8Linear
-# What products read: tokens [B, N, K], for fp8 layers quantised.
+# Inputs of products: tokens [B, N, K], for fp8 layers quantised.
 Operand = Tensor | Quantized
 
 
@@ -48,7 +48,7 @@ def fuse(transformer: FluxTransformer2DModel) -> None:
         block.__class__ = SingleBlock if _is_uniform(block) else FluxSingleTransformerBlock
         if isinstance(block, SingleBlock):
             block.joined = _join(_single_inputs(block))
-    # By these names `compile_repeated_blocks` finds what to compile.
+    # The names of blocks that `compile_repeated_blocks` compiles.
     transformer._repeated_blocks = [*type(transformer)._repeated_blocks, DoubleBlock.__name__, SingleBlock.__name__]
     torch.cuda.empty_cache()  # the weights' former memory; does nothing without CUDA
 
@@ -222,7 +222,7 @@ def _join(layers: Sequence[Linear]) -> Joined | None:
 
 
 def _move_together(tensors: Sequence[Tensor]) -> Tensor:
-    """Move tensors into one, below each other; they keep what they hold."""
+    """One tensor of all rows; the tensors keep their numbers and become views of it."""
     joined = torch.cat([tensor.data for tensor in tensors])
     for tensor, rows in zip(tensors, joined.split([len(tensor) for tensor in tensors]), strict=True):
         tensor.data = rows

@@ -39,7 +39,7 @@ def write(rows: Tensor, values: Tensor, scales: Tensor) -> None:
 def product(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """Quantised rows [M, K] with their scales [M, 1] times a weight [N, K] with its own [N, 1]: [M, N], bfloat16."""
     # Row scales give bfloat16 only, on CUDA; `_scaled_mm` wants its second operand column-major, hence .t().
-    # Fast accumulation doubles the rate on Hopper; what it drops is far below fp8's own rounding.
+    # Fast accumulation doubles the rate on Hopper; its error is far below fp8's own rounding.
     return torch._scaled_mm(
         values, weight.t(), scale, weight_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=values.is_cuda
     )

@@ -72,7 +72,7 @@ def add_up(terms: Iterable[Term]) -> list[Term]:
 
 
 class Recipe(NamedTuple):
-    """What a live tensor is written from: base + Σ scale · delta, summed in this order."""
+    """The sum that is written into a live tensor: base + Σ scale · delta, in this order."""
 
     base: Tensor  # the pristine parameter, where it lies
     deltas: Sequence[tuple[float, Delta]]
@@ -278,7 +278,7 @@ class Live:
         if again.equals(tensor.place):
             return True
         tensor.held = tensor.recipe = None
-        self._uploads.leave(0)  # what it was written from may be wrong
+        self._uploads.leave(0)  # the factors there may be wrong
         return False
 
     @cached_property

@@ -44,7 +44,7 @@ class Models:
     live: Mapping[str, Live | None]  # in the base's dtype, by model; None where there is no room
     live_fp8: Mapping[str, Live | None]  # None where there is no room or the device has no fp8
     skeleton: FluxTransformer2DModel  # names and shapes of the transformer's parameters, without memory
-    placement: Placement | None = None  # what lies where; None where the caller of `assemble` decided
+    placement: Placement | None = None  # None where `assemble` was called directly
 
     def lives(self) -> list[Live]:
         """The live transformers, each once."""

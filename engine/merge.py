@@ -57,7 +57,7 @@ def merge(
     launch(lives, scales, bases, blocks, factors, strengths, dtype)
 
 
-merge.register_fake(lambda *_: None)  # tensors without memory stay what they are
+merge.register_fake(lambda *_: None)  # on tensors without memory nothing is written
 
 
 class Sum(NamedTuple):
@@ -208,7 +208,7 @@ def _disagreement(dtype: torch.dtype, device: torch.device) -> str:
     def numbers(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
 
-    # Whole tiles and others; no LoRA, one, several, and one in parts: what most requests need is compiled with it.
+    # Whole tiles and others; no LoRA, one, several, and one in parts. This compiles the kernels of most requests.
     sizes = ((320, 208), (256, 512), (128, 1040), (96, 3072), (160, 336), (96, 336), (64, 720), (64, 80))
     usual = ((), (16,), (32,), (64,), (16, 16), (32, 16), (136, 4), (8,))
     for (rows, columns), ranks in zip(sizes, usual, strict=True):

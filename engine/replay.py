@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from service import faults
 
-# Runs work and records it; returns what runs it again, and its output, which each run overwrites.
+# Records work; returns a function that replays it, and its output, which each replay overwrites.
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 # How diffusers' pipelines call T5, beside its ids.
 OPTIONS = {"output_hidden_states": False}
@@ -193,13 +193,13 @@ class Steps:
             self.stop("memory was short")
 
     def _forward(self, transformer: FluxTransformer2DModel, *inputs: Tensor, **options: object) -> object:
-        """The output, a tuple; of a call as diffusers' pipelines make it: tensors by name, and options that are off."""
+        """The output; replayed if called as diffusers' pipelines do: tensors by name, other options off."""
         plain = partial(type(transformer).forward, transformer)
         tensors = {name: it for name, it in options.items() if isinstance(it, Tensor)}
         off = {name: it for name, it in options.items() if name not in tensors}
         if inputs or any(off.values()) or options.get("return_dict") is not False:
             return plain(*inputs, **options)
-        # Of what is off too: code that was compiled for {} is compiled anew for None, which no recording survives.
+        # Options that are off count too: code compiled for {} is compiled anew for None, which breaks a recording.
         shapes = frozenset((name, it.shape, it.dtype) for name, it in tensors.items())
         kind = id(transformer), shapes, frozenset((name, repr(it)) for name, it in off.items())
         if kind not in self._called:

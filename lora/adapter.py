@@ -86,7 +86,7 @@ class Pattern:
             raise ValueError(
                 f"The LoRA's {source} has {len(numbers)} expressions in a pattern; it may have {MAX_EXPRESSIONS}."
             )
-        self._seconds = PATTERN_SECONDS  # what is left of them
+        self._seconds = PATTERN_SECONDS  # that are left
         self._numbers = [
             (self._compile(expression), _number(source, number, above)) for expression, number in numbers.items()
         ]

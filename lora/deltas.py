@@ -254,7 +254,7 @@ class Decomposed(Delta):
             norm = squares.sqrt_()
         else:
             norm = torch.cat([merged.norm(dim=1, keepdim=True) for _, merged in _merged(base, inner)])
-        # A row or column of zeros stays what it is: nothing gives it a direction.
+        # A row or column of zeros has no direction, and stays zero: its norm is not divided by.
         gain = bring(self.magnitude).float() / norm.clamp_min(torch.finfo(torch.float32).eps)
 
         def add_rows(buffer: Tensor, first: int, scale: float) -> None:

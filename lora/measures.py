@@ -95,7 +95,7 @@ def inner_products(changes: Sequence[Sequence[Delta]], base: Tensor, pristine: M
     """The inner products [n, n] of n LoRAs' changes of one parameter, float64, on the CPU.
 
     Args:
-        changes: the deltas of each LoRA for it; several are added up, none is no change.
+        changes: the deltas of each LoRA for it, which are added up.
         base: the parameter; one without memory will do where no delta depends on its numbers.
         pristine: see `Delta.bind`.
     """
@@ -124,7 +124,7 @@ def _from_factors(changes: Sequence[Sequence[LowRank]], base: Tensor) -> Tensor:
     each = (up.T @ up) * (down @ down.T)  # [Σ rank, Σ rank]
     owner = torch.nn.functional.one_hot(owners, len(changes)).double()  # [Σ rank, n]
     products = owner.T @ each @ owner
-    products.diagonal().clamp_(min=0)  # what cancels out may come to a little less
+    products.diagonal().clamp_(min=0)  # rounding may leave a sum of zero slightly negative
     return products
 
 

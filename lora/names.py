@@ -1,4 +1,4 @@
-"""Every spelling of every layer of FLUX.1 and its CLIP, and what becomes of each name in a LoRA file.
+"""Every spelling of every layer of FLUX.1 and its CLIP, and the layer and role of each name in a LoRA file.
 
 There is one table, made from the models' own modules: layers by spelling, with the rows of each parameter where a
 file's layer is several of ours. A name that fits no layer is ignored for a reason, or the file is refused in one
@@ -66,7 +66,7 @@ DIFFSYNTH_BLOCK = {
     "attn.norm_k_b": "attn.norm_added_k",
 }
 DIFFUSERS_BLOCK = {
-    # What `fuse_qkv_projections` calls its layers, in every block that has the parts.
+    # Layers of `fuse_qkv_projections`, in every block that has the parts.
     "attn.to_qkv": QKV,
     "attn.to_added_qkv": ADDED_QKV,
     # Older versions kept factors in attention processors: to_out_lora.
@@ -273,7 +273,7 @@ def _own_layers(model: str, module: nn.Module) -> dict[str, Layer]:
 
 
 def _fuse(layers: list[Layer]) -> Layer:
-    """One layer whose rows are those of several."""
+    """One layer with the rows of several."""
     parts, source = [], 0
     for layer in layers:
         parts += [replace(part, source=source + part.source) for part in layer.parts]
