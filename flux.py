@@ -1,18 +1,17 @@
 """FLUX.1 [dev] and [schnell]: load them once, draw what a request asks for.
 
-`Flux.generate` tells the story of one request. Its pipeline is made anew from the shared components: that costs
-nothing, and nothing that one request leaves in it can reach the next. This module knows diffusers, folders and files;
-it knows neither where they come from, nor Cog, nor the files that go out.
+`Flux.prepare` and `Flux.draw` tell the story of one request. Each request has a new pipeline of the shared components:
+that costs nothing, and keeps the requests apart. This module knows diffusers, folders and files; it knows neither where
+they come from, nor Cog, nor the files that go out.
 """
 
-import inspect
 import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -23,14 +22,7 @@ from torch._dynamo.utils import counters
 from tqdm import tqdm
 
 import images
-from engine import fp8
-from engine.acceleration import (
-    choose_attention,
-    compile_models,
-    compiler_settings,
-    convolve_in_float32,
-    keep_compiled_code,
-)
+from engine import acceleration, fp8
 from engine.architecture import by_block, sizes
 from engine.live import Live, Term, add_up
 from engine.loading import Models, load
@@ -44,17 +36,13 @@ from service.measure import Stopwatch
 from service.outline import Outline
 from settings import Settings
 
-# How many text tokens each model was trained with: dev as many as diffusers' pipeline takes by itself. A tokenizer that
-# ends earlier wins.
-TEXT_TOKENS = {
-    "dev": inspect.signature(FluxPipeline.encode_prompt).parameters["max_sequence_length"].default,
-    "schnell": 256,
-}
+# How many text tokens each model was trained with.
+TEXT_TOKENS = {"dev": 512, "schnell": 256}
 # Turn off tqdm's monitor thread, which only watches stalled bars.
 tqdm.monitor_interval = 0
 # LoRAs are made this much stronger under fp8: the model page says so, and users choose their scales by it.
 FP8_LORA_FACTOR = 1.5
-# What a health check may take: far less than the five seconds that Cog waits, and no request has to wait longer for it.
+# How long a health check takes: far less than the five seconds that Cog waits, and a request may have to wait for it.
 SECONDS_TO_CHECK = 0.1
 # Pixels of a picture by default: code is compiled for this size first.
 USUAL_SIZE = (1024, 1024)
@@ -70,7 +58,7 @@ class AppliedLora:
     file: LoraFile
     lora: Lora
     left_out: tuple[str, ...]  # parameters that this request's model does not have
-    by_block: Mapping[str, float]  # what the strength is multiplied by, where it is
+    by_block: Mapping[str, float]  # factors of the strength
 
     def term(self, factor: float) -> Term:
         """Its part of the transformer's mix; strengths are multiplied by the factor."""
@@ -84,11 +72,11 @@ class AppliedLora:
         return Term(self.file.content, exact(scale) * exact(factor), self.lora.text_encoder)
 
     def entry(self) -> dict[str, object]:
-        """What names it again: the object that stands for it in JSON."""
+        """The object in JSON that requests it again."""
         return self.choice.entry(self.file.name)
 
     def metric(self) -> dict[str, object]:
-        """What is recorded of it."""
+        """The record of it in a prediction's metrics."""
         metric = {**self.entry(), "name": self.file.name, "trigger_words": list(self.file.trigger_words)}
         metric |= self.lora.report.metric()
         return metric | ({"left_out": list(self.left_out)} if self.left_out else {})
@@ -96,7 +84,7 @@ class AppliedLora:
 
 @dataclass(frozen=True)
 class Canvas:
-    """What is drawn on: the promised size, the input image fitted to it, and how much of each pixel a mask paints."""
+    """The picture's size, the input image fitted to it, and how much of each pixel a mask paints."""
 
     width: int
     height: int
@@ -111,28 +99,23 @@ class Job:
     request: Request
     canvas: Canvas
     loras: tuple[AppliedLora, ...]
-    fp8: bool  # the precision that really runs
+    fp8: bool  # whether it runs in fp8
     pipeline: FluxPipeline | FluxImg2ImgPipeline | FluxInpaintPipeline
     embeddings: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a request came to."""
+    """A request's pictures and how they were drawn."""
 
     images: list[Image.Image]
     loras: tuple[AppliedLora, ...]
     fp8: bool
-    dtype: str  # of what is not fp8, such as "bfloat16"
+    dtype: str  # of everything that is not fp8, such as "bfloat16"
 
 
 class Flux:
-    """Both models with everything that they share, for one thread.
-
-    Args:
-        models: loaded; nothing else may write their live weights.
-        device: where they compute.
-    """
+    """Both models with everything that they share, for one thread; nothing else may write their live weights."""
 
     def __init__(self, models: Models, device: torch.device) -> None:
         self.device = device
@@ -147,19 +130,15 @@ class Flux:
         self._embeddings: OrderedDict[bytes, dict[str, Tensor]] = OrderedDict()
         held = [(live, name) for live in (*models.lives(), models.text_encoder) for name in live.names]
         self._tensors, self._round = len(held), cycle(held)
-        self.attention = choose_attention(self._transformers, device)
+        self.attention = acceleration.choose_attention(self._transformers, device)
         if device.type == "cuda":  # on a CPU it gains nothing
             self.components["vae"].to(memory_format=torch.channels_last)
         else:
-            convolve_in_float32(self.components["vae"])
+            acceleration.convolve_in_float32(self.components["vae"])
 
     @staticmethod
     def plan(outlines: Mapping[str, Outline], device: torch.device) -> Placement:
-        """Where this machine has room for the weights; it needs none of them.
-
-        Args:
-            outlines: of dev and schnell.
-            device: a GPU.
+        """The places for the weights of dev and schnell on this machine and its GPU, before they are downloaded.
 
         Raises:
             ValueError: a sentence about a machine that is too small.
@@ -171,17 +150,14 @@ class Flux:
 
     @classmethod
     def load(cls, settings: Settings, device: torch.device, placement: Placement | None = None) -> "Flux":
-        """Load the models from their folders and compile what draws.
-
-        Args:
-            settings: the folders of dev and schnell; whether to compile, and where compiled code is kept.
-            device: where the models compute.
-            placement: where the weights lie, see `plan`; on the device unless given.
+        """Load the models from their folders and compile them; the weights lie on the device unless they were planned.
 
         Raises:
             ValueError: a sentence about model weights that are missing or do not fit.
         """
-        keep_compiled_code(settings.cache_dir / "compile")  # before live weights compile the kernel that writes them
+        acceleration.keep_compiled_code(
+            settings.cache_dir / "compile"
+        )  # before live weights compile the kernel that writes them
         stopwatch = Stopwatch(device)
         folders = {"dev": Path(settings.models.dev), "schnell": Path(settings.models.schnell)}
         models = load(folders, device, stopwatch, placement)
@@ -194,15 +170,12 @@ class Flux:
         return flux
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compile what draws, now, so that no request waits for it; what is drawn with by default is warmed up last.
+        """Compile the models now, so that no request waits for it; the default precision is warmed up last.
 
         The kernel that merges LoRAs is compiled before for usual ranks; the first request with others waits a second or
         more.
-
-        Args:
-            backend: of `torch.compile`.
         """
-        compile_models(self._transformers, self.components["vae"], self.device, backend)
+        acceleration.compile_models(self._transformers, self.components["vae"], self.device, backend)
         for go_fast in (True, False):
             self.warm_up(go_fast=go_fast)
         self.replay_t5()
@@ -210,16 +183,13 @@ class Flux:
         print(f"Compiled {counters['stats']['unique_graphs']} graphs.")
 
     def replay_t5(self) -> None:
-        """Have T5 replayed for every prompt, if it lies on a GPU; elsewhere its layers are moved for each prompt."""
+        """Replay T5 for every prompt, if it lies on a GPU; elsewhere its layers are moved for each prompt."""
         if self.device.type == "cuda" and (self.placement is None or self.placement.t5 is Place.GPU):
             replay(self.components["text_encoder_2"], map(self.text_tokens, TEXT_TOKENS))
 
     def replay_steps(self) -> None:
-        """Have each step replayed from the second one of its size on, on a GPU that has room for what that keeps.
-
-        On a CPU launching costs nothing.
-        """
-        if self.device.type != "cuda":
+        """Replay each step from the second one of its size on, on a GPU that has room for the graphs."""
+        if self.device.type != "cuda":  # launching costs nothing on a CPU
             return
         left = GRAPHS if self.placement is None else self.placement.left
         if left >= GRAPHS:
@@ -229,13 +199,13 @@ class Flux:
             print(f"Steps are launched kernel by kernel, since {takes}.")
 
     def warm_up(self, *, go_fast: bool) -> None:
-        """Draw what makes every graph that a request of one precision may need.
+        """Make every graph that a request of one precision may need, by drawing.
 
-        That is both models, from an image too, in two sizes unlike in every dimension, so that the graphs take them for
-        variables. The usual size comes first: the compiler suits its kernels to the sizes that it sees first.
+        Both models draw, from an image too, in two sizes that differ in every dimension, so that the graphs take them
+        for variables. The usual size comes first: the compiler suits its kernels to the sizes that it sees first.
         """
         silent = Stopwatch(self.device)
-        with tempfile.TemporaryDirectory() as folder, compiler_settings(len(self._transformers)):
+        with tempfile.TemporaryDirectory() as folder, acceleration.compiler_settings(len(self._transformers)):
             image = Path(folder) / "grey.png"
             Image.new("RGB", USUAL_SIZE, "grey").save(image)
             usual = {"image": image, "prompt_strength": 1}
@@ -245,12 +215,12 @@ class Flux:
                 self.draw(self.prepare(request, (), silent), 0, silent, lambda: None)
 
     def generate(self, request: Request, loras: Iterable[LoraFile], stopwatch: Stopwatch) -> Drawing:
-        """Draw the pictures of a request.
+        """The pictures of a request.
 
         Args:
-            request: what to draw.
+            request: validated.
             loras: the files of `request.loras`, in the same order; each is read before the next one is asked for.
-            stopwatch: is told what took how long.
+            stopwatch: charges phases with their seconds.
 
         Raises:
             ValueError: a sentence about an image, a mask or a LoRA that cannot be used; nothing was changed then.
@@ -276,18 +246,17 @@ class Flux:
             return [_picture(self.draw(job, seed, stopwatch, on_step), job.canvas) for seed in request.seeds]
 
     def check(self, seconds: float = SECONDS_TO_CHECK) -> None:
-        """Prove that the device computes, and that the live weights are what they are recorded to hold.
+        """Prove that the device computes, and that the live weights have the bits that they are recorded to hold.
 
-        Weights are made anew from what they were made from, and compared to the bit, one tensor after another, until
-        the time is up; the next check goes on from there.
+        Tensors are written once more beside themselves and compared, one after another, until the time is up; the next
+        check goes on from there.
 
         Raises:
-            RuntimeError: a sentence about what is wrong.
+            RuntimeError: a sentence about the device or the weights.
         """
         until = time.perf_counter() + seconds
         _check_products(self.device, next(self._transformers[0].parameters()).dtype)
-        for _ in range(self._tensors):
-            live, name = next(self._round)
+        for live, name in islice(self._round, self._tensors):
             if not live.intact(name):
                 raise RuntimeError(f"{name} is not what was written into it; the next request writes it anew.")
             if time.perf_counter() > until:
@@ -313,11 +282,7 @@ class Flux:
         return Job(request, canvas, applied, runs_fp8, pipeline, embeddings)
 
     def draw(self, job: Job, seed: int, stopwatch: Stopwatch, on_step: Callable[[], object]) -> Tensor:
-        """Draw one picture.
-
-        Returns:
-            [3, H, W] in [0, 1], of the canvas's size; what a mask keeps is not pasted back yet.
-        """
+        """One picture [3, H, W] in [0, 1], of the canvas's size, not masked yet."""
         with stopwatch("denoise"):
             latents = denoise(job, seed, on_step)
         with stopwatch("decode"):
@@ -356,11 +321,11 @@ class Flux:
         return pipeline
 
     def text_tokens(self, model: str) -> int:
-        """How many tokens T5 is given for any prompt: a shorter one is padded, a longer one is cut."""
+        """How many tokens T5 is given for any prompt, which is padded or cut; a tokenizer may have a lower limit."""
         return min(TEXT_TOKENS[model], self.components["tokenizer_2"].model_max_length)
 
     def _embed(self, pipeline: FluxPipeline, request: Request, words: list[Term]) -> dict[str, Tensor]:
-        """The prompt's embeddings, remembered by all that they depend on; of the prompt a hash is kept, not a word."""
+        """The prompt's embeddings, kept under a hash of the prompt, its length and CLIP's mix; no prompt is kept."""
         tokens = self.text_tokens(request.model)
         used = len(pipeline.tokenizer_2(request.prompt).input_ids)
         if used > tokens:
@@ -408,7 +373,7 @@ def _steps(request: Request) -> int:
 
 
 def _grid_size(job: Job) -> tuple[int, int]:
-    """The canvas's size, rounded up to what the VAE and the 2x2 patches can express."""
+    """The canvas's size, rounded up to a multiple of the VAE's factor times the patches' 2."""
     grid = job.pipeline.vae_scale_factor * 2
     width, height = (-(-side // grid) * grid for side in (job.canvas.width, job.canvas.height))
     # A single token would need graphs of its own: to the compiler a size of 1 is never a variable.
@@ -417,11 +382,7 @@ def _grid_size(job: Job) -> tuple[int, int]:
 
 @torch.no_grad()
 def denoise(job: Job, seed: int, on_step: Callable[[], object]) -> Tensor:
-    """Run the pipeline for one picture, and call `on_step` after each step.
-
-    Returns:
-        packed latents [1, tokens, channels].
-    """
+    """Packed latents [1, tokens, channels] of one picture; `on_step` is called after each step."""
     width, height = _grid_size(job)
     inputs = {}
     if job.canvas.image is not None:
@@ -462,6 +423,6 @@ def decode(job: Job, latents: Tensor) -> Tensor:
 
 
 def _picture(pixels: Tensor, canvas: Canvas) -> Image.Image:
-    """[3, H, W] in [0, 1] → an image, with what the mask keeps pasted back."""
+    """[3, H, W] in [0, 1] → an image, in which the mask's black pixels are the input image's."""
     drawn = Image.fromarray((pixels.permute(1, 2, 0).float() * 255).round().byte().cpu().numpy())
     return drawn if canvas.mask is None else images.paste_back(drawn, canvas.image, canvas.mask)

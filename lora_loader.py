@@ -1,15 +1,15 @@
-"""A LoRA file in any format → deltas by parameter, and a report of what was applied and what was not.
+"""A LoRA file in any format → deltas by parameter, and a report of the tensors that were applied or ignored.
 
-What a file says about a layer of FLUX or CLIP is applied exactly, or the file is refused in one sentence before
-anything is changed. What belongs to nothing here (a T5, embeddings) is ignored and reported. This module knows files
-and keeps parsed ones; `lora.names` knows what a layer may be called, `lora.reader` what its tensors say, `lora.adapter`
-what is said of all of them.
+A file's changes to layers of FLUX and CLIP are applied exactly, or the file is refused in one sentence before anything
+is changed. Tensors of other models (a T5, embeddings) are ignored and reported. This module knows files and keeps
+parsed ones; `lora.names` knows the spellings of layers, `lora.reader` the tensors of one, `lora.adapter` the configs.
 """
 
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -25,21 +25,21 @@ from service import slabs
 from service.device_thread import check_cancelled
 from service.machine import host_memory
 
-# Of host memory, what parsed LoRAs may take: the rest is for base weights, the page cache and the server.
+# The share of host memory for parsed LoRAs: the rest is for base weights, the page cache and the server.
 CACHE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a file."""
+    """How a file was applied."""
 
-    format: str  # the way of writing names, such as "kohya"
+    format: str  # of names, such as "kohya"
     kinds: tuple[str, ...]
     ranks: tuple[int, ...]
     applied: int
     total: int
     ignored: Mapping[str, int]  # tensors by reason
-    config: str = ""  # what was done with the one beside the file
+    config: str = ""  # whether the one beside the file counts, and why
 
     def __str__(self) -> str:
         """One line."""
@@ -65,7 +65,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Lora:
-    """The deltas of a file; those of each model lie in slabs of their own, since they are brought to it at one time."""
+    """The deltas of a file; those of each model lie in slabs of their own, since they are copied to it together."""
 
     transformer: Mapping[str, tuple[Delta, ...]]  # by parameter name
     text_encoder: Mapping[str, tuple[Delta, ...]]  # CLIP's
@@ -73,20 +73,20 @@ class Lora:
 
     @cached_property
     def nbytes(self) -> int:
-        """Host memory that it takes, as torch rounds it where it is pinned."""
-        changes = [*self.transformer.values(), *self.text_encoder.values()]
-        return slabs.taken(tensor for several in changes for delta in several for tensor in delta.tensors())
+        """Bytes of host memory, as torch rounds them where it is pinned."""
+        changes = chain.from_iterable([*self.transformer.values(), *self.text_encoder.values()])
+        return slabs.taken(tensor for delta in changes for tensor in delta.tensors())
 
 
 def read_lora(file: Path, transformer: nn.Module, text_encoder: nn.Module, config: str = "") -> Lora:
-    """Read a LoRA.
+    """The deltas of a LoRA.
 
     Args:
         file: safetensors, by anyone.
         transformer: a FluxTransformer2DModel of any dimensions; only its names and shapes are looked at.
         text_encoder: a CLIPTextModel, likewise.
-        config: text of the adapter_config.json that lay beside the file. It counts where the file says nothing itself,
-            and where it can be that file's.
+        config: text of the adapter_config.json that lay beside the file. It counts where the file has neither a config
+            nor alphas, and where it fits the file.
 
     Raises:
         ValueError: one sentence, if anything in it cannot be applied exactly or nothing at all can.
@@ -116,20 +116,18 @@ def read_lora(file: Path, transformer: nn.Module, text_encoder: nn.Module, confi
     except (SafetensorError, OSError) as error:
         reason = f" ({error})" if isinstance(error, SafetensorError) else ""
         raise ValueError(f"The LoRA is not a safetensors file that can be read{reason}.") from error
-    modules = {"transformer": transformer, "text_encoder": text_encoder}
-    packed = {model: deltas.pack(_in_order(by_model[model], module)) for model, module in modules.items()}
+    packed = {}
+    for model, module in (("transformer", transformer), ("text_encoder", text_encoder)):
+        # In the order in which parameters are written: the first ones are then the first to be copied to the device.
+        names = [name for name, _ in module.named_parameters() if name in by_model[model]]
+        packed[model] = deltas.pack({name: by_model[model][name] for name in names})
     return Lora(**packed, report=_report(found, readers, ignored, said))
-
-
-def _in_order(by_parameter: Mapping[str, tuple[Delta, ...]], module: nn.Module) -> dict[str, tuple[Delta, ...]]:
-    """The same, in the order of the module's parameters: they are written in it, and the first ones come first."""
-    return {name: by_parameter[name] for name, _ in module.named_parameters() if name in by_parameter}
 
 
 def _adapters(
     metadata: Mapping[str, str], models: Collection[str], config: str, factors: Iterable[Factors]
 ) -> tuple[dict[str, Adapter], str]:
-    """Strengths by model: the header's, else those of the config beside the file; and what was done with that."""
+    """The config of each model, of the header or beside the file; and what became of the one beside it."""
     header = read_header(metadata, models)
     if header is not None:
         return header, f"its {BESIDE} is left aside: the header has one" if config else ""
@@ -154,13 +152,7 @@ def _report(
 
 
 class LoraCache:
-    """Parsed LoRAs in host memory, by content; the least recently used go first.
-
-    Args:
-        transformer: see `read_lora`.
-        text_encoder: see `read_lora`.
-        max_bytes: what they may hold together; a larger one is read each time anew.
-    """
+    """Parsed LoRAs in host memory by content, of at most `max_bytes`; the least recently used are dropped first."""
 
     def __init__(self, transformer: nn.Module, text_encoder: nn.Module, max_bytes: int | None = None) -> None:
         self._models = (transformer, text_encoder)
@@ -173,17 +165,9 @@ class LoraCache:
         Raises:
             ValueError: see `read_lora`.
         """
-        lora = self._loras.get(file.content)
-        if lora is None:
-            lora = read_lora(file.path, *self._models, file.config)
-            if lora.nbytes <= self._max_bytes:
-                self._make_room(lora.nbytes)
-                self._loras[file.content] = lora
-        else:
-            self._loras.move_to_end(file.content)
+        lora = self._loras.pop(file.content, None) or read_lora(file.path, *self._models, file.config)
+        if lora.nbytes <= self._max_bytes:  # a larger one is read each time anew
+            while sum(it.nbytes for it in [*self._loras.values(), lora]) > self._max_bytes:
+                self._loras.popitem(last=False)
+            self._loras[file.content] = lora  # the last one
         return lora
-
-    def _make_room(self, size: int) -> None:
-        held = sum(lora.nbytes for lora in self._loras.values())
-        while self._loras and held + size > self._max_bytes:
-            held -= self._loras.popitem(last=False)[1].nbytes

@@ -1,1 +1,1 @@
-"""What draws: loading, placement in memory, live weights, fp8, compiled code."""
+"""Drawing with the models: loading, placement in memory, live weights, fp8, compiled code."""

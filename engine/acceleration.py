@@ -1,8 +1,8 @@
-"""What makes loaded models fast on this machine: attention, convolutions, compiled code.
+"""Loaded models made fast on this machine: attention, convolutions, compiled code.
 
 Everything here happens once, at set-up. Graphs are made under `torch.no_grad`, as diffusers' pipelines run: a call
-under `torch.inference_mode` would compile them all again. They take every size of picture and every length of text,
-read the live weights where these lie, and are the same for dev and schnell. This module knows nothing of requests.
+under `torch.inference_mode` would compile them all again. One graph serves every size of picture, every length of text,
+every mix of live weights, dev and schnell. This module knows nothing of requests.
 """
 
 import os
@@ -18,17 +18,16 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Exact attention: FlashAttention 3 where it is installed, and torch's own, which takes a kernel for each call, with
-# cuDNN's among them or without it. diffusers' back end for cuDNN's alone copies what it is given: 3 ms of a step on an
-# H200.
+# Exact attention: FlashAttention 3 where it is installed, and torch's own, which chooses a kernel for each call, with
+# cuDNN's among them or without it. diffusers' back end for cuDNN's alone copies its inputs: 3 ms of a step on an H200.
 FLASH_3, NATIVE = "_flash_3", "native"
 CUDNN = "native with cuDNN"
 # torch's kernels beside cuDNN's.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-# How much of the others' time cuDNN must save: it makes a plan for each new length of text and picture together and for
-# each thread, 0.05 s on an H200, and never frees one.
+# The part of the others' time that cuDNN must save: it makes a plan for each new length of text and picture together
+# and for each thread, 0.05 s on an H200, and never frees one.
 CUDNN_SAVES = 0.1
-# Tokens of a picture of 1024x1024 pixels with dev's text: what the back ends are compared on.
+# The back ends are compared on the tokens of a picture of 1024x1024 pixels and dev's text.
 TOKENS = 4096 + 512
 # How back ends are timed: so many calls queued together, so many times.
 CALLS, ROUNDS = 10, 5
@@ -49,13 +48,9 @@ def keep_compiled_code(folder: Path) -> None:
 
 
 def choose_attention(transformers: Sequence[FluxTransformer2DModel], device: torch.device) -> str:
-    """Give the transformers the fastest attention of this machine, measured; print which and why.
-
-    Returns:
-        its name in diffusers.
-    """
+    """diffusers' name of the attention that measures fastest here, which the transformers are given; print why."""
     if device.type != "cuda":
-        return "native"  # the only one on a CPU, and what they have already
+        return NATIVE  # the only one on a CPU, and diffusers' default
     config = transformers[0].config
     shape = (1, TOKENS, config.num_attention_heads, config.attention_head_dim)
     seconds = {}
@@ -81,11 +76,7 @@ def _backend(name: str) -> str:
 
 
 def best_attention(seconds: Mapping[str, float]) -> tuple[str, str]:
-    """The attention to take, and why: the fastest, but cuDNN's only where it saves enough to be worth its plans.
-
-    Args:
-        seconds: of one call, by name.
-    """
+    """The attention to take by seconds of a call, and why: the fastest, but cuDNN's only if it is worth its plans."""
     if not seconds:
         return NATIVE, "since no other can be used"
     fastest, *others = sorted(seconds, key=seconds.__getitem__)
@@ -100,16 +91,11 @@ def best_attention(seconds: Mapping[str, float]) -> tuple[str, str]:
 
 @contextmanager
 def compiler_settings(transformers: int) -> Iterator[None]:
-    """What the compiler is told while graphs are made: enter this around the first calls of compiled models.
-
-    torch keeps these settings for each thread and context, so they end where this is left.
+    """The compiler's settings while graphs of so many transformers are made: enter this around their first calls.
 
     Sizes that happen to be equal get symbols of their own: else a graph of the VAE that is made for a square picture
     would hold for squares alone, and another would be made for all others. The number of graphs that a block's code may
     have, 8 by itself, follows from the number of transformers, since all their blocks share that code.
-
-    Args:
-        transformers: how many are compiled.
     """
     limit = max(torch._dynamo.config.recompile_limit, VARIANTS * transformers)
     with torch._dynamo.config.patch(recompile_limit=limit), symbols.patch(use_duck_shape=False):
@@ -121,11 +107,7 @@ def compile_models(
 ) -> None:
     """Let the repeated blocks of transformers and both halves of the VAE be compiled when they are first called.
 
-    Args:
-        transformers: those that denoise.
-        vae: not compiled on a CPU, where torch picks a convolution by its size: each range of sizes would be a graph.
-        device: where they compute.
-        backend: of `torch.compile`.
+    The VAE is not compiled on a CPU, where torch picks a convolution by its size: each range of sizes would be a graph.
     """
     options = COMPILE | {"backend": backend}
     for transformer in transformers:
@@ -136,15 +118,15 @@ def compile_models(
 
 
 def convolves_bfloat16() -> bool:
-    """Whether this CPU has a fast kernel for convolutions in bfloat16: oneDNN's, which not every build of torch has."""
+    """Whether this CPU and this build of torch have a fast kernel for convolutions in bfloat16, oneDNN's."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def convolve_in_float32(vae: AutoencoderKL) -> None:
-    """Let both halves of a VAE compute in float32, and take and give what they took and gave.
+    """Let both halves of a bfloat16 VAE compute in float32, and give bfloat16 as before.
 
     A CPU without AVX-512 has no fast kernel for convolutions in bfloat16: one takes a hundred times as long as in
-    float32. Nothing is changed where the CPU has one, or the VAE is float32 already.
+    float32. Nothing is changed where the CPU has one.
     """
     if vae.dtype != torch.bfloat16 or convolves_bfloat16():
         return

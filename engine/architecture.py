@@ -1,6 +1,6 @@
-"""What FLUX.1 is made of: modules without memory, made from configs alone, and the bytes that they will take.
+"""FLUX.1's modules without memory, made from configs alone, and the bytes that they will take.
 
-With `Sizes` of a model that is not here yet its placement can be planned. This module knows configs and shapes; it
+By its `Sizes` the placement of a model can be planned before it is downloaded. This module knows configs and shapes; it
 knows neither files nor where anything lies.
 """
 
@@ -24,7 +24,7 @@ BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 KINDS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
 MODULATION = (".norm.linear", ".norm1.linear", ".norm1_context.linear")
 # The official models' configs, as far as they are not the defaults of diffusers and transformers: those of the
-# transformer are FLUX.1's. The repo of dev is gated; whoever asks what it takes need not have it.
+# transformer are FLUX.1's. The repo of dev is gated, and its placement can be planned without access to it.
 OFFICIAL = {
     "transformer": {},
     "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
@@ -63,12 +63,7 @@ def is_block_linear(name: str) -> bool:
 
 
 def by_block(factors: Mapping[str, float], transformer: FluxTransformer2DModel) -> tuple[dict[str, float], list[str]]:
-    """The same factors by single blocks, as the transformer calls them; and the keys that name blocks it lacks.
-
-    Args:
-        factors: by keys that `request.named_blocks` reads; which of several counts: see `LoraChoice.blocks`.
-        transformer: whose blocks they are.
-    """
+    """The factors of `LoraChoice.blocks` by the transformer's names of single blocks; and keys of blocks it lacks."""
     named = sorted(((*named_blocks(key), key) for key in factors), key=lambda it: len(it[1]), reverse=True)
     found, lacking = {}, []
     for kind, numbers, key in named:
@@ -82,13 +77,9 @@ def by_block(factors: Mapping[str, float], transformer: FluxTransformer2DModel) 
 def skeletons(
     configs: Mapping[str, Mapping[str, object]], dtype: torch.dtype
 ) -> dict[tuple[str, ...], FluxTransformer2DModel]:
-    """A transformer without memory for each architecture, by the names of its models.
+    """A transformer without memory for each architecture in the models' configs, by the names of its models.
 
-    dev and schnell differ in their guidance embedder alone, and share one (see `live.Live` on what a base lacks).
-
-    Args:
-        configs: of the transformers, by model.
-        dtype: of the live weights.
+    dev and schnell differ in their guidance embedder alone, and share one: see `live.Live` on parameters that lack.
     """
     architectures: dict[str, list[str]] = {}
     for name, config in configs.items():
@@ -117,60 +108,53 @@ def outlined(outline: Outline) -> tuple[FluxTransformer2DModel, CLIPTextModel]:
 
 
 def sizes(outlines: Mapping[str, Outline]) -> Sizes:
-    """What the models will take in memory.
-
-    Args:
-        outlines: of dev and schnell; dev's text encoders and VAE serve both.
+    """Bytes of memory that dev and schnell will take; dev's text encoders and VAE serve both.
 
     Raises:
         ValueError: a sentence about a part without a config, or with one that makes no sense.
     """
     configs = {name: _config(name, outline, "transformer") for name, outline in outlines.items()}
-    parts = {part: _config("dev", outlines["dev"], part) for part in ("text_encoder", "text_encoder_2", "vae")}
-    file_bytes = {name: outline.weights.get("transformer", 0) for name, outline in outlines.items()}
+    clip_config, t5_config, vae_config = (
+        _config("dev", outlines["dev"], part) for part in ("text_encoder", "text_encoder_2", "vae")
+    )
     with _sentences():
-        return _count(configs, parts, file_bytes)
+        t5_config = T5Config.from_dict(t5_config)
+        with torch.device("meta"):
+            t5 = _elements(T5EncoderModel(t5_config)).values()
+            clip = _elements(CLIPTextModel(CLIPTextConfig.from_dict(clip_config))).values()
+            vae = _elements(AutoencoderKL.from_config(vae_config)).values()
+        bases, widths, live, linears = {}, {}, 0, 0
+        for names, skeleton in skeletons(configs, torch.bfloat16).items():
+            elements = _elements(skeleton)
+            live += sum(elements.values())
+            weights = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+            linears += sum(elements[f"{name}.weight"] for name in weights if is_block_linear(name))
+            for name in names:
+                guided = configs[name].get("guidance_embeds", False)
+                own = [count for key, count in elements.items() if guided or "guidance_embedder" not in key]
+                # Bytes of an element, as the files' size tells; files that are too small are refused when loaded.
+                widths[name] = 4 if outlines[name].weights.get("transformer", 0) >= 4 * sum(own) else 2
+                bases[name] = [widths[name] * count for count in own]
+        width = widths["dev"]  # everything else is made in dev's dtype
+        return Sizes(
+            bases={name: bases[name] for name in configs},
+            live=width * live,
+            linears=width * linears,
+            t5=[width * count for count in t5],
+            t5_block=width * sum(t5) // t5_config.num_layers,
+            rest=width * (2 * sum(clip) + sum(vae)),
+        )
 
 
 @contextmanager
 def _sentences() -> Iterator[None]:
-    """Turn whatever a library finds wrong with configs, or does not find, into a sentence."""
+    """Turn any error of a library about configs into a sentence."""
     try:
         yield
     except Exception as error:
         raise ValueError(
             f"The configs of dev and schnell describe no FLUX ({type(error).__name__}); fetch or copy them again."
         ) from error
-
-
-def _count(
-    configs: Mapping[str, dict[str, object]], parts: Mapping[str, dict[str, object]], file_bytes: Mapping[str, int]
-) -> Sizes:
-    t5_config = T5Config.from_dict(parts["text_encoder_2"])
-    with torch.device("meta"):
-        t5 = _elements(T5EncoderModel(t5_config)).values()
-        clip = _elements(CLIPTextModel(CLIPTextConfig.from_dict(parts["text_encoder"]))).values()
-        vae = _elements(AutoencoderKL.from_config(parts["vae"])).values()
-    bases, widths, live, linears = {}, {}, 0, 0
-    for names, skeleton in skeletons(configs, torch.bfloat16).items():
-        elements = _elements(skeleton)
-        live += sum(elements.values())
-        weights = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
-        linears += sum(elements[f"{name}.weight"] for name in weights if is_block_linear(name))
-        for name in names:
-            guided = configs[name].get("guidance_embeds", False)
-            own = [count for key, count in elements.items() if guided or "guidance_embedder" not in key]
-            widths[name] = _width(sum(own), file_bytes[name])
-            bases[name] = [widths[name] * count for count in own]
-    width = widths["dev"]  # in whose dtype all the rest is made
-    return Sizes(
-        bases={name: bases[name] for name in configs},
-        live=width * live,
-        linears=width * linears,
-        t5=[width * count for count in t5],
-        t5_block=width * sum(t5) // t5_config.num_layers,
-        rest=width * (2 * sum(clip) + sum(vae)),
-    )
 
 
 def _config(name: str, outline: Outline, part: str) -> dict[str, object]:
@@ -180,11 +164,5 @@ def _config(name: str, outline: Outline, part: str) -> dict[str, object]:
 
 
 def _elements(module: nn.Module) -> dict[str, int]:
-    """The elements of each parameter."""
+    """The number of elements of each parameter."""
     return {name: parameter.numel() for name, parameter in module.named_parameters()}
-
-
-def _width(elements: int, file_bytes: int) -> int:
-    """Bytes of an element by those of the files; ones of too few bytes are refused when they are loaded."""
-    wide, half = torch.float32.itemsize, torch.bfloat16.itemsize
-    return wide if file_bytes >= wide * elements else half

@@ -1,8 +1,8 @@
-"""What FLUX's blocks compute between their large products, in one pass over memory each, as operators of torch.
+"""The steps of FLUX's blocks between their large products, in one pass over memory each, as operators of torch.
 
-To the compiler an operator is one call that it does not look into. On a GPU that is a Triton kernel, elsewhere, and for
-sizes that the kernel does not take, the same in torch, which also tells the compiler the shapes. The kernels compute in
-float32 and round once. Triton is imported where the first CUDA tensor comes: torch has it beside CUDA alone.
+The compiler does not look into an operator. On a GPU it runs a Triton kernel, which computes in float32 and rounds
+once. On a CPU, for sizes that the kernel does not take, and to tell the compiler the shapes, it runs the function in
+torch. Triton comes with torch for CUDA alone, so it is imported for the first CUDA tensor.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,20 +24,14 @@ CHUNK = 8
 Quantized = tuple[Tensor, Tensor]  # e4m3 values [B, N, C] and float32 scales [B, N, 1], as of `fp8.quantize_rows`
 
 
-def _operator(schema: str, on_cuda: Callable[..., object]) -> Callable[[Callable[..., object]], Callable[..., object]]:
-    """Make a function in torch an operator of its name, for which CUDA has another function."""
-
-    def register(function: Callable[..., object]) -> Callable[..., object]:
-        name = f"flux_sprites::{function.__name__}"
-        torch.library.define(name, schema)
-        torch.library.impl(name, "CompositeExplicitAutograd", function)
-        torch.library.impl(name, "CUDA", on_cuda)
-        torch.library.register_fake(name, function)
-        operator = getattr(torch.ops.flux_sprites, function.__name__).default
-        operator.__doc__ = function.__doc__
-        return operator
-
-    return register
+def _operator(in_torch: Callable[..., object], on_cuda: Callable[..., object], schema: str) -> Callable[..., object]:
+    """An operator: the function in torch, named like it without the underscore, and another function on CUDA."""
+    name = in_torch.__name__.removeprefix("_")
+    torch.library.define(f"flux_sprites::{name}", schema)
+    torch.library.impl(f"flux_sprites::{name}", "CompositeExplicitAutograd", in_torch)
+    torch.library.impl(f"flux_sprites::{name}", "CUDA", on_cuda)
+    torch.library.register_fake(f"flux_sprites::{name}", in_torch)
+    return getattr(torch.ops.flux_sprites, name).default
 
 
 def _is_thrice_a_power_of_two(width: int) -> bool:
@@ -46,7 +40,7 @@ def _is_thrice_a_power_of_two(width: int) -> bool:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[B, N, C] → [B * N, C], whose rows may lie apart, but not the numbers of one."""
+    """[B, N, C] → [B * N, C], with contiguous rows that may lie apart."""
     x = x.flatten(0, 1)
     return x if x.stride(1) == 1 else x.contiguous()
 
@@ -55,9 +49,6 @@ def _empty(tokens: Tensor, width: int) -> Quantized:
     """Memory for quantised rows, one for each token of [B, N, ...]."""
     values = torch.empty(*tokens.shape[:2], width, dtype=E4M3, device=tokens.device)
     return values, torch.empty(*tokens.shape[:2], 1, dtype=torch.float32, device=tokens.device)
-
-
-# ------------------------------------------------------------------------------------- norm, modulation, quantisation
 
 
 def _norm_quantize_on_cuda(x: Tensor, factor: Tensor, shift: Tensor) -> Quantized:
@@ -74,17 +65,14 @@ def _norm_quantize_on_cuda(x: Tensor, factor: Tensor, shift: Tensor) -> Quantize
 
 
 def _norm_quantize(x: Tensor, factor: Tensor, shift: Tensor) -> Quantized:
+    """norm(x) * (1 + factor) + shift, quantised: x [B, N, C], factor and shift [B, C]."""
     y = F.layer_norm(x.float(), x.shape[2:], eps=EPS)
     return quantize_rows(y * (1 + factor.float()[:, None]) + shift.float()[:, None])
 
 
-@_operator("(Tensor x, Tensor factor, Tensor shift) -> (Tensor, Tensor)", _norm_quantize_on_cuda)
-def norm_quantize(x: Tensor, factor: Tensor, shift: Tensor) -> Quantized:
-    """norm(x) * (1 + factor) + shift, quantised: x [B, N, C], factor and shift [B, C]."""
-    return _norm_quantize(x, factor, shift)
-
-
-# ------------------------------------------------------------------------------------------------- GELU, quantisation
+norm_quantize = _operator(
+    _norm_quantize, _norm_quantize_on_cuda, "(Tensor x, Tensor factor, Tensor shift) -> (Tensor, Tensor)"
+)
 
 
 def _gelu_quantize_on_cuda(attention: Tensor | None, hidden: Tensor, bias: Tensor) -> Quantized:
@@ -103,17 +91,14 @@ def _gelu_quantize_on_cuda(attention: Tensor | None, hidden: Tensor, bias: Tenso
 
 
 def _gelu_quantize(attention: Tensor | None, hidden: Tensor, bias: Tensor) -> Quantized:
+    """GELU(hidden + bias), behind attention where there is one, quantised: attention [B, N, A], hidden [B, N, H]."""
     hidden = F.gelu(hidden.float() + bias.float(), approximate="tanh")
     return quantize_rows(hidden if attention is None else torch.cat([attention.float(), hidden], dim=2))
 
 
-@_operator("(Tensor? attention, Tensor hidden, Tensor bias) -> (Tensor, Tensor)", _gelu_quantize_on_cuda)
-def gelu_quantize(attention: Tensor | None, hidden: Tensor, bias: Tensor) -> Quantized:
-    """GELU(hidden + bias), behind attention where there is one, quantised: attention [B, N, A], hidden [B, N, H]."""
-    return _gelu_quantize(attention, hidden, bias)
-
-
-# ------------------------------------------------------------------------------- norms of queries and keys, and RoPE
+gelu_quantize = _operator(
+    _gelu_quantize, _gelu_quantize_on_cuda, "(Tensor? attention, Tensor hidden, Tensor bias) -> (Tensor, Tensor)"
+)
 
 
 def _rotate_heads_on_cuda(
@@ -144,6 +129,15 @@ def _rotate_heads_on_cuda(
 def _rotate_heads(
     products: Sequence[Tensor], biases: Sequence[Tensor], norms: Sequence[Tensor], cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys with norms and RoPE, and values, the streams one behind the other: [B, all tokens, heads, D].
+
+    Args:
+        products: [B, n, heads * D]: query, key and value of each stream (text, image), without their biases.
+        biases: of the same, [heads * D].
+        norms: weights of the RMS norms of query and key, of each stream, [D]; their dtype is that of the result.
+        cos: [all tokens, D], float32.
+        sin: likewise.
+    """
     size = len(norms[0])
     heads = [
         (product.float() + bias.float()).unflatten(2, (-1, size))
@@ -163,26 +157,11 @@ def _rotate_heads(
     return query, key, value
 
 
-@_operator(
-    "(Tensor[] products, Tensor[] biases, Tensor[] norms, Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)",
+rotate_heads = _operator(
+    _rotate_heads,
     _rotate_heads_on_cuda,
+    "(Tensor[] products, Tensor[] biases, Tensor[] norms, Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)",
 )
-def rotate_heads(
-    products: Sequence[Tensor], biases: Sequence[Tensor], norms: Sequence[Tensor], cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys with norms and RoPE, and values, the streams one behind the other: [B, all tokens, heads, D].
-
-    Args:
-        products: [B, n, heads * D]: query, key and value of each stream (text, image), without their biases.
-        biases: of the same, [heads * D].
-        norms: weights of the RMS norms of query and key, of each stream, [D]; their dtype is that of the result.
-        cos: [all tokens, D], float32.
-        sin: likewise.
-    """
-    return _rotate_heads(products, biases, norms, cos, sin)
-
-
-# -------------------------------------------------------------------------------------------------- product with GELU
 
 
 def _linear_gelu_on_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -191,13 +170,9 @@ def _linear_gelu_on_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU(x @ weight.T + bias): x [B, N, K] → [B, N, M]."""
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
-@_operator("(Tensor x, Tensor weight, Tensor bias) -> Tensor", _linear_gelu_on_cuda)
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x @ weight.T + bias): x [B, N, K] → [B, N, M].
-
-    An operator, since the compiler would take torch's own apart, on a GPU too, into a product and a GELU.
-    """
-    return _linear_gelu(x, weight, bias)
+# An operator, since the compiler would split torch's own into a product and a GELU, on a GPU too.
+linear_gelu = _operator(_linear_gelu, _linear_gelu_on_cuda, "(Tensor x, Tensor weight, Tensor bias) -> Tensor")

@@ -7,8 +7,7 @@
     bf16                    GELU is applied by the product before it; a single block's last product reads its two
                             inputs where they lie, instead of one that is put together
 
-Parameters keep their names and shapes, and whoever writes them writes the joined matrices. This module knows no live
-weights.
+Parameters keep their names and shapes, and are views of the joined matrices. This module knows no live weights.
 """
 
 from collections.abc import Sequence
@@ -30,19 +29,16 @@ from engine.block_operators import EPS, Quantized, gelu_quantize, linear_gelu, n
 from engine.fp8 import Fp8Linear
 
 Linear = nn.Linear | Fp8Linear
-# What products read: tokens [B, N, K], for fp8 layers quantised.
+# Inputs of products: tokens [B, N, K], for fp8 layers quantised.
 Operand = Tensor | Quantized
 
 
 def fuse(transformer: FluxTransformer2DModel) -> None:
-    """Let a transformer's blocks compute in this way; a block that is fp8 in part stays diffusers' own.
+    """Let an allocated transformer's blocks compute in this way; a block that is fp8 in part stays diffusers' own.
 
     Call it once, after layers were replaced by fp8 ones, and before anything keeps views of the weights: those of
     layers that read the same input are moved into one matrix. Weights that are part of a larger memory already, as of
     fp8 layers in place of bf16 ones, are not moved, and multiplied one by one.
-
-    Args:
-        transformer: its memory is allocated; what that holds stays.
     """
     for block in transformer.transformer_blocks:
         block.__class__ = DoubleBlock if _is_uniform(block) else FluxTransformerBlock
@@ -52,15 +48,15 @@ def fuse(transformer: FluxTransformer2DModel) -> None:
         block.__class__ = SingleBlock if _is_uniform(block) else FluxSingleTransformerBlock
         if isinstance(block, SingleBlock):
             block.joined = _join(_single_inputs(block))
-    # By these names `compile_repeated_blocks` finds what to compile.
+    # The names of blocks that `compile_repeated_blocks` compiles.
     transformer._repeated_blocks = [*type(transformer)._repeated_blocks, DoubleBlock.__name__, SingleBlock.__name__]
-    torch.cuda.empty_cache()  # where the weights lay before; does nothing without CUDA
+    torch.cuda.empty_cache()  # the weights' former memory; does nothing without CUDA
 
 
 class Joined(nn.Module):
     """The weights of layers that read the same input as one: [ΣN, K], and for fp8 the scales [ΣN, 1].
 
-    A copy of a block lacks it, and multiplies the layers one by one: the copied parameters are not views of this.
+    A copied block has none and multiplies its layers one by one: its parameters are not views of this.
     """
 
     def __init__(self, layers: Sequence[Linear]) -> None:
@@ -70,7 +66,7 @@ class Joined(nn.Module):
             self.register_buffer(name, _move_together([getattr(layer, name) for layer in layers]), persistent=False)
 
     def __deepcopy__(self, _: dict[int, object]) -> None:
-        """None stands for it in the copy."""
+        """None in place of a copy."""
 
 
 class DoubleBlock(FluxTransformerBlock):
@@ -139,16 +135,13 @@ def _refuse(joint_attention_kwargs: dict[str, object] | None) -> None:
         raise ValueError("Fused blocks take nothing for the attention: no IP adapter, no mask.")
 
 
-# ------------------------------------------------------------------------------------------------------- arithmetic
-
-
 def _modulation(norm: nn.Module, temb: Tensor, parts: int) -> tuple[Tensor, ...]:
     """Shift, factor and gate, once or twice: [B, C] each."""
     return norm.linear(F.silu(temb)).chunk(parts, dim=1)
 
 
 def _modulated(x: Tensor, factor: Tensor, shift: Tensor, reader: Linear) -> Operand:
-    """norm(x) * (1 + factor) + shift as the layer that reads it takes it: x [B, N, C], factor and shift [B, C]."""
+    """norm(x) * (1 + factor) + shift, quantised for an fp8 reader: x [B, N, C], factor and shift [B, C]."""
     if isinstance(reader, Fp8Linear):
         return norm_quantize(x, factor, shift)
     return F.layer_norm(x, x.shape[2:], eps=EPS) * (1 + factor[:, None]) + shift[:, None]
@@ -191,9 +184,6 @@ def _feed_forward(ff: FeedForward, x: Tensor, factor: Tensor, shift: Tensor) -> 
     return second(linear_gelu(x, first.weight, first.bias))
 
 
-# ---------------------------------------------------------------------------------------------------------- weights
-
-
 def _image_qkv(attn: FluxAttention) -> tuple[Linear, ...]:
     return attn.to_q, attn.to_k, attn.to_v
 
@@ -232,7 +222,7 @@ def _join(layers: Sequence[Linear]) -> Joined | None:
 
 
 def _move_together(tensors: Sequence[Tensor]) -> Tensor:
-    """Move tensors into one, below each other; they keep what they hold."""
+    """One tensor of all rows; the tensors keep their numbers and become views of it."""
     joined = torch.cat([tensor.data for tensor in tensors])
     for tensor, rows in zip(tensors, joined.split([len(tensor) for tensor in tensors]), strict=True):
         tensor.data = rows

@@ -19,14 +19,9 @@ SMALLEST = torch.finfo(torch.float32).tiny * LARGEST
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise each row by its own largest magnitude.
+    """e4m3 values [..., K] and float32 scales [..., 1] of x [..., K], any floating dtype.
 
-    Args:
-        x: [..., K], any floating dtype.
-
-    Returns:
-        e4m3 values [..., K] and float32 scales [..., 1]; their product is x up to fp8's rounding (relative error at
-        most 2^-4 for normal numbers).
+    Their product is x up to fp8's rounding (relative error at most 2^-4 for normal numbers).
     """
     x = x.float()
     scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST) / LARGEST
@@ -36,14 +31,15 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def write(rows: Tensor, values: Tensor, scales: Tensor) -> None:
     """Quantise float32 rows [n, K] into e4m3 values [n, K] and float32 scales [n, 1]."""
-    for place, it in zip((values, scales), quantize_rows(rows), strict=True):
-        place.copy_(it)
+    quantized, its_scales = quantize_rows(rows)
+    values.copy_(quantized)
+    scales.copy_(its_scales)
 
 
 def product(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """Quantised rows [M, K] with their scales [M, 1] times a weight [N, K] with its own [N, 1]: [M, N], bfloat16."""
     # Row scales give bfloat16 only, on CUDA; `_scaled_mm` wants its second operand column-major, hence .t().
-    # Fast accumulation doubles the rate on Hopper; what it drops is far below fp8's own rounding.
+    # Fast accumulation doubles the rate on Hopper; its error is far below fp8's own rounding.
     return torch._scaled_mm(
         values, weight.t(), scale, weight_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=values.is_cuda
     )
@@ -52,25 +48,21 @@ def product(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor)
 class Fp8Linear(nn.Module):
     """Stands where an `nn.Linear` stood and shares its bias; the weight is written later, row by row.
 
-    Input [..., K] in any floating dtype → output [..., N] in the same dtype.
-
-    Args:
-        linear: what it replaces.
-        in_place: keep the fp8 weight in the memory of the one that it replaces, which is garbage from then on.
+    Input [..., K] in any floating dtype → output [..., N] in the same dtype. With `in_place` the fp8 weight lies in the
+    memory of the one that it replaces, which is garbage from then on.
     """
 
     def __init__(self, linear: nn.Linear, *, in_place: bool = False) -> None:
         super().__init__()
         if not fits(linear):
             raise ValueError(f"An fp8 layer's sizes must be multiples of {MULTIPLE}, not {tuple(linear.weight.shape)}.")
-        device = linear.weight.device
+        old = linear.weight.data
         if in_place:
-            weight = linear.weight.data.flatten().view(E4M3)[: linear.weight.numel()].view(linear.weight.shape)
+            weight = old.flatten().view(E4M3)[: old.numel()].view(old.shape)
         else:
-            weight = torch.zeros(linear.weight.shape, dtype=E4M3, device=device)
+            weight = torch.zeros_like(old, dtype=E4M3)
         self.register_buffer("weight", weight)  # [N, K]
-        scale = torch.ones(linear.out_features, 1, dtype=torch.float32, device=device)
-        self.register_buffer("scale", scale)  # [N, 1]
+        self.register_buffer("scale", torch.ones(len(old), 1, dtype=torch.float32, device=old.device))  # [N, 1]
         self.bias = linear.bias
 
     def write_rows(self, start: int, rows: Tensor) -> None:
@@ -86,7 +78,7 @@ class Fp8Linear(nn.Module):
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one dtype hold the same bits: a NaN is itself here, and float8 can be compared."""
+    """Whether two tensors of one dtype hold the same bits; torch.equal takes no float8, and no NaN for equal."""
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
@@ -97,7 +89,7 @@ def supported(device: torch.device) -> bool:
     GPUs do from compute capability 8.9 (Ada, Hopper), CPUs with torch 2.13.
     """
     generator = torch.Generator().manual_seed(0)
-    # Rows of unlike magnitude, as many as no kernel's tile has; in bfloat16, which is what draws.
+    # Rows of unlike magnitude, as many as no kernel's tile has; in bfloat16, as pictures are drawn.
     x, weight = (
         torch.randn(n, 64, generator=generator, dtype=torch.float32) * torch.arange(1, n + 1)[:, None] for n in (17, 32)
     )
@@ -122,11 +114,7 @@ def fits(linear: nn.Linear) -> bool:
 def replace_linears(
     module: nn.Module, chosen: Callable[[str], bool], *, in_place: bool = False
 ) -> dict[str, Fp8Linear]:
-    """Replace each `nn.Linear` that fits and whose name is chosen; `in_place` is each layer's own.
-
-    Returns:
-        the new layers by name.
-    """
+    """The new layers by name, each in place of an `nn.Linear` that fits and whose name is chosen."""
     linears = [(name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear)]
     replaced = {name: Fp8Linear(child, in_place=in_place) for name, child in linears if fits(child) and chosen(name)}
     for name, layer in replaced.items():

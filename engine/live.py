@@ -3,8 +3,8 @@
     live = round(base + Σ scale · delta)        summed in float32, rounded once
 
 Bases are never written. The live tensors never move, so compiled graphs stay valid. Each live tensor remembers the mix
-that it holds and forgets it before it is written: whatever interrupts a write, the next request repairs it. It also
-remembers what it was written from, so that its bits can be checked at any time. This module knows where weights lie; it
+that it holds and forgets it before it is written, so the next request repairs an interrupted write. It also remembers
+the recipe that it was written from, so its bits can be checked at any time. This module knows where weights lie; it
 knows neither LoRA files nor pipelines.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -24,22 +25,21 @@ from request import exact
 from service.slabs import SLAB, Uploads
 
 # Elements of the float32 buffer in which a mix is summed. It stays in the last-level cache (8 MiB on a CPU, 36 MiB of
-# an H100's 50), so that only the base and the live tensor travel through memory; it fills that cache, because each run
-# of rows costs a synchronisation of threads on a CPU and a few kernel launches on a GPU, where the most frequent weight
-# of FLUX is one run.
+# an H100's 50), and fills it: each run of rows costs a synchronisation of threads on a CPU and a few kernel launches on
+# a GPU, where the most frequent weight of FLUX is one run.
 BUFFER_ELEMENTS = {"cpu": 2**21, "cuda": 3072 * 3072}
-# Bytes of LoRAs that may lie on the device while a mix is written, and how many of them stay there for the next one;
-# they count towards the placement's working memory, and a swap needs little beside them. Eight LoRAs of rank 64 on the
-# layers that fp8 multiplies fit, and eight of rank 16 stay; what does not fit comes tensor by tensor.
+# Bytes of LoRAs that may lie on the device while a mix is written, and that stay there for the next one, as part of the
+# placement's working memory. Eight LoRAs of rank 64 on the layers that fp8 multiplies fit, and eight of rank 16 stay;
+# the rest comes tensor by tensor.
 UPLOADS, KEPT = 4 * SLAB, SLAB
 # Bytes of bases whose weights the fused kernel writes together: the first are written while the factors of the next are
-# still under way. A base that lies in host memory counts as several, since it takes room on the device meanwhile.
+# still being copied. A base in host memory counts as several, since it takes room on the device meanwhile.
 BATCH, BROUGHT = 4 * SLAB, 4
 
 
 @dataclass(frozen=True)
 class Term:
-    """One LoRA of a mix, as far as one module is concerned.
+    """One LoRA's part of a module's mix.
 
     Strengths are finite; a float stands for the decimal that it is written as, so that 0.1 and 0.2 add up to 0.3.
     """
@@ -56,37 +56,30 @@ class Term:
 
 
 def add_up(terms: Iterable[Term]) -> list[Term]:
-    """The same sum, each content once, in an order that does not depend on theirs: sums of floats do.
+    """The same sum with each content once, sorted by content, since a sum of floats depends on its order.
 
     Equal contents are added up exactly, then rounded: one at 0.4 and again at 0.3 has the bits of one at 0.7.
     """
     by_content: dict[str, list[Term]] = {}
     for term in terms:
         by_content.setdefault(term.content, []).append(term)
-    return [_as_one(by_content[content]) for content in sorted(by_content)]
-
-
-def _as_one(terms: Sequence[Term]) -> Term:
-    """Terms of one content as one."""
-    named = {part for term in terms for part in term.parts}
-    return replace(
-        terms[0],
-        scale=float(sum(exact(term.scale) for term in terms)),
-        parts={part: float(sum(exact(term.parts.get(part, term.scale)) for term in terms)) for part in named},
-    )
+    sums = []
+    for _, same in sorted(by_content.items()):
+        named = {part for term in same for part in term.parts}
+        parts = {part: float(sum(exact(term.parts.get(part, term.scale)) for term in same)) for part in named}
+        sums.append(replace(same[0], scale=float(sum(exact(term.scale) for term in same)), parts=parts))
+    return sums
 
 
 class Recipe(NamedTuple):
-    """What a live tensor is written from: base + Σ scale · delta, summed in this order."""
+    """The sum that is written into a live tensor: base + Σ scale · delta, in this order."""
 
     base: Tensor  # the pristine parameter, where it lies
     deltas: Sequence[tuple[float, Delta]]
     pristine: Mapping[str, Tensor]  # all parameters of that base, by name
 
     def rows(self, buffer: Tensor, bring: Bring) -> Iterator[tuple[int, Tensor]]:
-        """The parameter on the buffer's device, from top to bottom: the first row of each run, and the run.
-
-        The same recipe gives the same runs and the same bits, however often it is asked.
+        """The first row of each run, and the run, from top to bottom: always the same runs, and the same bits.
 
         Args:
             buffer: float32, of at least one row's elements; each run lies in it, and is overwritten by the next one.
@@ -113,21 +106,9 @@ class Place:
     values: Tensor  # [N, ...]
     scales: Tensor | None = None  # [N, 1]
 
-    def another(self) -> "Place":
-        """Memory for an equal one."""
-        return Place(torch.empty_like(self.values), None if self.scales is None else torch.empty_like(self.scales))
-
-    def rows(self, start: int, count: int) -> "Place":
-        """A run of its rows."""
-        rows = slice(start, start + count)
-        return Place(self.values[rows], None if self.scales is None else self.scales[rows])
-
-    def write(self, rows: Tensor) -> None:
-        """Write float32 rows, as many as it has, rounded."""
-        if self.scales is None:
-            self.values.copy_(rows)
-        else:
-            fp8.write(rows, self.values, self.scales)
+    def map(self, make: Callable[[Tensor], Tensor]) -> "Place":
+        """A place of the tensors that are made of these."""
+        return Place(make(self.values), None if self.scales is None else make(self.scales))
 
     def equals(self, other: "Place") -> bool:
         """Whether both hold the same bits."""
@@ -137,7 +118,7 @@ class Place:
 
 
 class LiveTensor:
-    """One live tensor, the mix that it holds, and what that was written from (both None while they are unknown)."""
+    """One live tensor, the mix that it holds, and the recipe of that (both None while they are unknown)."""
 
     def __init__(self, values: Tensor, scales: Tensor | None = None) -> None:
         self.place = Place(values, scales)
@@ -146,13 +127,7 @@ class LiveTensor:
         self.rivals: list[LiveTensor] = []  # others that are written into the same memory
 
     def hold(self, mix: object, recipe: Recipe, batch: "Batch") -> bool:
-        """Have the recipe written with a batch, unless it is what this tensor holds; whether it is.
-
-        Args:
-            mix: what this is, to be compared with what is held.
-            recipe: what to write.
-            batch: what will be written.
-        """
+        """Whether this tensor does not hold the mix yet; if so its recipe is added to a batch that will be written."""
         if self.held == mix:
             self.recipe = recipe  # its deltas are equal, but may have been read anew: the old ones can go
             return False
@@ -177,7 +152,7 @@ class Live:
     def __init__(self, module: nn.Module, bases: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.module = module
         self._bases = bases
-        # For each parameter a zero beside it that takes no memory, held where a base lacks that parameter.
+        # Zeros without memory, for parameters that a base lacks.
         self._zeros = {
             name: torch.zeros((), device=parameter.device).expand(parameter.shape)
             for name, parameter in module.named_parameters()
@@ -194,8 +169,8 @@ class Live:
 
         Args:
             chosen: which `nn.Linear`, by name, should become an fp8 layer if its sizes fit.
-            in_turn: keep its fp8 weights in the memory of those that they replace: only one of the two modules holds
-                its mix at a time, and `hold` makes it the one that is asked for.
+            in_turn: keep its fp8 weights in the memory of those that they replace: then only the module whose `hold`
+                was called last holds its mix.
         """
         shared = {id(parameter): parameter for parameter in self.module.parameters()}
         twin = copy.copy(self)
@@ -215,7 +190,7 @@ class Live:
     @torch.no_grad()
     @float32_products()
     def hold(self, base: str, terms: Sequence[Term]) -> int:
-        """Make the module hold base + terms, in whatever order they come; return how many tensors had to be written.
+        """How many tensors had to be written to make the module hold base + terms, in whatever order these come.
 
         Anything may interrupt this (an error, a cancellation): the next call writes what is then unknown.
         """
@@ -235,7 +210,7 @@ class Live:
         return written
 
     def _wanted(self, base: str, terms: Sequence[Term]) -> Iterator[tuple[LiveTensor, object, Recipe]]:
-        """What each tensor shall hold, in their order: its mix, and what that is written from."""
+        """Each tensor with the mix that it shall hold, and the recipe of that."""
         pristine = self._bases[base]
         for name, tensor in self._tensors.items():
             own = pristine.get(name)
@@ -249,7 +224,7 @@ class Live:
             yield tensor, mix, Recipe(self._zeros[name] if own is None else own, deltas, pristine)
 
     def _hold(self, batch: Batch) -> None:
-        """Write some tensors, of which nothing is claimed meanwhile."""
+        """Write some tensors; meanwhile they are recorded to hold nothing."""
         for tensor, _, _ in batch:
             for it in (tensor, *tensor.rivals):
                 it.held = it.recipe = None
@@ -258,7 +233,7 @@ class Live:
             tensor.recipe, tensor.held = recipe, mix
 
     def _write(self, works: Iterable[tuple[Place, Recipe]], uploads: Uploads) -> None:
-        """Write what the recipes say: what the fused kernel can write, mere copies, and the rest run by run."""
+        """Write the recipes: by the fused kernel where it can, mere copies together, the rest run by run."""
         sums: list[merge.Sum] = []
         copies: list[tuple[Tensor, Tensor]] = []
         for place, recipe in works:
@@ -271,11 +246,13 @@ class Live:
                 copies.append((place.values, recipe.base))
                 continue
             for start, rows in recipe.rows(self._buffer, uploads):
-                run = place.rows(start, len(rows))
-                if merged and run.scales is not None:
+                run = place.map(itemgetter(slice(start, start + len(rows))))
+                if run.scales is None:
+                    run.values.copy_(rows)
+                elif merged:
                     merge.write([merge.Sum(run.values, run.scales, rows, ())], uploads)  # quantised in one pass
                 else:
-                    run.write(rows)
+                    fp8.write(rows, run.values, run.scales)
         merge.write(sums, uploads)
         if copies:
             torch._foreach_copy_(*map(list, zip(*copies, strict=True)), non_blocking=True)
@@ -288,25 +265,25 @@ class Live:
     @torch.no_grad()
     @float32_products()
     def intact(self, name: str) -> bool:
-        """Whether a tensor is, to the bit, what it is recorded to hold; one that is not is written anew when needed.
+        """Whether a tensor has the bits that it is recorded to hold; one that has not is written anew when needed.
 
-        It is written once more, beside the first one, and compared. Its factors come from the host's memory, not from
-        what lies on the device, and come alone: not a whole LoRA for one tensor.
+        It is written once more, beside the first one, and compared. Its factors are copied from host memory once more,
+        without the rest of their LoRA.
         """
         tensor = self._tensors[name]
         if tensor.held is None:
             return True
-        again = tensor.place.another()
+        again = tensor.place.map(torch.empty_like)
         self._write([(again, tensor.recipe)], Uploads(self._device, room=0))
         if again.equals(tensor.place):
             return True
         tensor.held = tensor.recipe = None
-        self._uploads.leave(0)  # what it was written from may be wrong
+        self._uploads.leave(0)  # the factors there may be wrong
         return False
 
     @cached_property
     def _buffer(self) -> Tensor:
-        """Where runs of rows are summed, float32."""
+        """Float32 memory in which runs of rows are summed."""
         largest = max(zero.numel() for zero in self._zeros.values())
         return torch.empty(min(BUFFER_ELEMENTS[self._device.type], largest), device=self._device)
 

@@ -1,7 +1,7 @@
 """From model directories in diffusers layout to modules that are ready to draw, each where the placement says.
 
-Files are mapped, not read: what goes to the GPU goes there straight from the page cache, several tensors at a time, and
-on a CPU the mapped pages are the weights. This module knows files, modules and devices; it knows no requests.
+Files are mapped, not read: weights go to the GPU straight from the page cache, several tensors at a time, and on a CPU
+the mapped pages are the weights. This module knows files, modules and devices; it knows no requests.
 """
 
 import copy
@@ -38,13 +38,13 @@ Tensors = dict[str, Tensor]
 class Models:
     """All loaded models of both FLUX.1."""
 
-    components: Mapping[str, object]  # what all pipelines share, by diffusers' names
+    components: Mapping[str, object]  # modules and tokenizers that all pipelines share, by diffusers' names
     schedulers: Mapping[str, Mapping[str, object]]  # configs, by model
     text_encoder: Live  # CLIP; its one base is called "shared"
     live: Mapping[str, Live | None]  # in the base's dtype, by model; None where there is no room
     live_fp8: Mapping[str, Live | None]  # None where there is no room or the device has no fp8
     skeleton: FluxTransformer2DModel  # names and shapes of the transformer's parameters, without memory
-    placement: Placement | None = None  # what lies where; None where the caller of `assemble` decided
+    placement: Placement | None = None  # None where `assemble` was called directly
 
     def lives(self) -> list[Live]:
         """The live transformers, each once."""
@@ -54,13 +54,7 @@ class Models:
 def load(
     folders: Mapping[str, Path], device: torch.device, stopwatch: Stopwatch, placement: Placement | None = None
 ) -> Models:
-    """Load the models.
-
-    Args:
-        folders: of dev and schnell.
-        device: where they compute.
-        stopwatch: is told what took how long.
-        placement: where the weights lie; on the device unless given.
+    """The models in the folders of dev and schnell; their weights lie on the device unless a placement is given.
 
     Raises:
         ValueError: a sentence: weights that cannot be read, or do not fit their own config.
@@ -80,7 +74,12 @@ def load(
         # The readers move the large tensors, while this thread alone loads the rest: transformers is not thread-safe.
         moving = {name: _move(base, placement.bases[name], device, readers) for name, base in bases.items()}
         moving_t5 = _move(t5, placement.t5, device, readers, dtype)
-        components = _small_components(dev, device, dtype)
+        components = {
+            "text_encoder": CLIPTextModel.from_pretrained(dev / "text_encoder", dtype=dtype).to(device).eval(),
+            "vae": AutoencoderKL.from_pretrained(dev / "vae", torch_dtype=dtype).to(device).eval(),
+            "tokenizer": AutoTokenizer.from_pretrained(dev / "tokenizer"),
+            "tokenizer_2": AutoTokenizer.from_pretrained(dev / "tokenizer_2"),
+        }
     bases = {name: _arrived(tensors) for name, tensors in moving.items()}
     components["text_encoder_2"] = _t5(dev / "text_encoder_2", _arrived(moving_t5))
     if placement.t5 is not Place.GPU:
@@ -100,15 +99,15 @@ def assemble(
     precisions: Precisions,
     device: torch.device,
 ) -> Models:
-    """Make models of weights that lie where they shall lie.
+    """Models of weights that have been moved to their places.
 
     Args:
         architectures: see `skeletons`.
         bases: pristine transformers by model, never written; on the device or in host memory.
-        components: what all pipelines share, by diffusers' names, on the device.
-        schedulers: configs, by model.
+        components: see `Models`; on the device, but for a T5 whose layers are moved there.
+        schedulers: see `Models`.
         precisions: which live weights to make.
-        device: where they compute.
+        device: where the models compute.
     """
     clip = components["text_encoder"]
     pristine_clip = {name: parameter.detach().clone() for name, parameter in clip.named_parameters()}
@@ -129,26 +128,20 @@ def assemble(
 def map_weights(folder: Path, transformer: nn.Module, text_encoder: nn.Module) -> tuple[Tensors, Tensors]:
     """The pristine parameters of a model's transformer and CLIP by name, mapped from disk and not read yet.
 
-    Args:
-        folder: of the model.
-        transformer: has the names and shapes that they must have; it may be without memory.
-        text_encoder: likewise.
+    The modules, which may be without memory, have the names and shapes that the parameters must have.
 
     Raises:
-        ValueError: a sentence: weights that cannot be read, or do not fit their own config.
+        ValueError: see `load`.
     """
     base = _mapped(folder / "transformer", "diffusion_pytorch_model")
     _check_fit("transformer of dev", base, transformer)
     # Files and versions of transformers differ in whether names begin with text_model; a file may have more parts.
-    stored = {_bare(name): tensor for name, tensor in _mapped(folder / "text_encoder", "model").items()}
-    names = [name for name, _ in text_encoder.named_parameters() if _bare(name) in stored]
-    clip = {name: stored[_bare(name)] for name in names}
+    mapped = _mapped(folder / "text_encoder", "model")
+    stored = {name.removeprefix("text_model."): tensor for name, tensor in mapped.items()}
+    names = {name: name.removeprefix("text_model.") for name, _ in text_encoder.named_parameters()}
+    clip = {name: stored[bare] for name, bare in names.items() if bare in stored}
     _check_fit("text encoder of dev", clip, text_encoder)
     return base, clip
-
-
-def _bare(name: str) -> str:
-    return name.removeprefix("text_model.")
 
 
 def _mapped(folder: Path, stem: str) -> Tensors:
@@ -175,27 +168,12 @@ def _check_fit(what: str, base: Tensors, module: nn.Module) -> None:
         )
 
 
-def _small_components(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
-    """What pipelines need beside the transformer and T5, by diffusers' names."""
-    return {
-        "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype).to(device).eval(),
-        "vae": AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).to(device).eval(),
-        "tokenizer": AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        "tokenizer_2": AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
-    }
-
-
 def _move(
     tensors: Tensors, place: Place, device: torch.device, readers: ThreadPoolExecutor, dtype: torch.dtype | None = None
 ) -> list[Future[Tensors]]:
-    """Start moving tensors to where they will lie; each future is some of them.
+    """Futures of some tensors each, which threads move from the mapped files to their place, converted to a dtype.
 
-    Args:
-        tensors: mapped from disk; what stays mapped is there already.
-        place: where they will lie. Beside a CPU no memory is pinned.
-        device: where they are used.
-        readers: what moves them.
-        dtype: what they become on the way; None leaves each its own.
+    No memory is pinned for a CPU.
     """
     target = device if place is Place.GPU else torch.device("cpu")
 
@@ -225,13 +203,8 @@ def _t5(folder: Path, tensors: Tensors) -> T5EncoderModel:
 def move_when_used(t5: T5EncoderModel, device: torch.device, *, pinned: bool = True) -> None:
     """Keep T5's layers in host memory; each is copied to the device for its call, while the one before computes.
 
-    diffusers pins what it offloads. `Tensor.pin_memory` asks about the block that a tensor lies in, and returns a
+    diffusers pins all layers now, or each for its copy alone, so that they stay mapped. `Tensor.pin_memory` returns a
     tensor of a pinned slab as it is, so nothing is pinned twice.
-
-    Args:
-        t5: in host memory.
-        device: where it computes.
-        pinned: pin its layers now; else each is pinned for its copy alone, and they stay mapped.
     """
     apply_group_offloading(
         t5,

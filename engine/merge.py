@@ -1,8 +1,8 @@
 """Many weights at once, each base + Σ strength · up @ down: the operator of the fused kernel, and where it is trusted.
 
 Nearly all LoRAs are nothing but such products. On a GPU one kernel reads base and factors, sums on tensor cores and
-writes what is live, rounded once (`engine.merge_kernel`); torch's own operations would pass over each weight several
-times. The operator is known to torch, so that its launches can be counted on tensors without memory.
+writes the live weight, rounded once (`engine.merge_kernel`); torch's own operations would pass over each weight several
+times. The kernel is an operator of torch, so that its launches can be counted on tensors without memory.
 """
 
 import functools
@@ -18,7 +18,7 @@ from lora.deltas import Delta, LowRank, float32_products, pack
 from service import faults
 from service.slabs import SLAB, Uploads
 
-# What the kernel writes, and the factors that it multiplies: those of 16 bits on tensor cores. Others become float32.
+# Dtypes that the kernel writes, and dtypes of factors that it multiplies; others become float32.
 DTYPES = (torch.bfloat16, fp8.E4M3)
 FACTORS = {torch.bfloat16, torch.float16, torch.float32}
 # Where weights and factors must begin: the kernel loads 16 bytes at a time.
@@ -47,8 +47,8 @@ def merge(
         scales: [N, 1] each, float32, for e4m3 alone: each row's largest magnitude over 448, as in `fp8.quantize_rows`.
         bases: [N, K] each, contiguous.
         blocks: memory in which factors lie: views of thousands of them would take longer to make than all the sums.
-        factors: of each weight, as many for one as for another: where a pair of factors lies. That is the block and the
-            byte of up [N, rank], the block and the byte of down [rank, K], and the rank, as of every other weight.
+        factors: five numbers for each pair, weight after weight, with as many pairs of the same ranks for each: the
+            block and the byte of up [N, rank], the block and the byte of down [rank, K], and the rank.
         strengths: of each pair.
         dtype: of all factors.
     """
@@ -57,7 +57,7 @@ def merge(
     launch(lives, scales, bases, blocks, factors, strengths, dtype)
 
 
-merge.register_fake(lambda *_: None)  # tensors without memory stay what they are
+merge.register_fake(lambda *_: None)  # on tensors without memory nothing is written
 
 
 class Sum(NamedTuple):
@@ -124,12 +124,7 @@ class Launch:
 
 
 def write(sums: Iterable[Sum], uploads: Uploads) -> None:
-    """Write weights, in one launch for all that are of one kind.
-
-    Args:
-        sums: each fits.
-        uploads: brings factors to the device of the weights.
-    """
+    """Write weights that fit, in one launch for all that are of one kind; uploads bring the factors to their device."""
     launches: dict[tuple, Launch] = {}
     alone = 0  # bytes of factors that these launches keep on the device
     for it in sums:
@@ -182,8 +177,8 @@ def _aligned(tensor: Tensor) -> Tensor:
 def trusted(device: torch.device) -> frozenset[torch.dtype]:
     """The dtypes that the kernel may write on this device: those for which it agrees with torch's own operations.
 
-    A kernel that cannot be compiled here, or comes to something else than rounding explains, is not used, and a line
-    says so. On a CPU there is none; on "meta", which has no numbers, all count.
+    A kernel that cannot be compiled here, or whose results differ by more than rounding, is not used, and a line says
+    so. On a CPU there is none; on "meta", which has no numbers, all count.
     """
     if device.type != "cuda":
         return frozenset(DTYPES if device.type == "meta" else ())
@@ -207,13 +202,13 @@ def trusted(device: torch.device) -> frozenset[torch.dtype]:
 @torch.no_grad()
 @float32_products()
 def _disagreement(dtype: torch.dtype, device: torch.device) -> str:
-    """How the kernel's results differ from torch's, on a few weights; nothing where rounding explains it."""
+    """How the kernel's results differ from torch's by more than rounding, on a few weights; empty if they do not."""
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
 
-    # Whole tiles and others; no LoRA, one, several, and one in parts: what most requests need is compiled with it.
+    # Whole tiles and others; no LoRA, one, several, and one in parts. This compiles the kernels of most requests.
     sizes = ((320, 208), (256, 512), (128, 1040), (96, 3072), (160, 336), (96, 336), (64, 720), (64, 80))
     usual = ((), (16,), (32,), (64,), (16, 16), (32, 16), (136, 4), (8,))
     for (rows, columns), ranks in zip(sizes, usual, strict=True):
@@ -233,7 +228,7 @@ def _disagreement(dtype: torch.dtype, device: torch.device) -> str:
             if not torch.allclose(scale, its_scale, rtol=1e-5, atol=0):
                 return f"scales of ranks {ranks} differ"
             live, expected = live.float() * scale, expected.float() * its_scale
-        # What one rounding may come to the other way: a step of the dtype, beside sums that float32 has rounded.
+        # A number may be rounded the other way, which is a step of the dtype; float32 rounds the sums before.
         step = {torch.bfloat16: 2.0**-7, fp8.E4M3: 2.0**-3}[dtype]
         off = (live.float() - expected.float()).abs()
         tolerance = 1e-5 * exact.abs().amax() + (0 if its_scale is None else its_scale * 2.0**-9)

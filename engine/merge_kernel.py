@@ -18,7 +18,7 @@ from engine.fp8 import LARGEST, SMALLEST
 
 # Rows and columns of a tile, stages of the loop's pipeline, warps of a program: the best of twenty on an H200.
 TILE = {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 3, "num_warps": 4}
-# Ranks that are multiplied at once: the least of these that holds all of a sum's; one above the largest goes in parts.
+# Ranks that are multiplied at once: the least of these that holds all ranks of a sum; larger ones are taken in parts.
 RANKS = (16, 32, 64)
 # Bytes of ranks up to which the loop over parts is unrolled: the loads of all of them are under way at once, in shared
 # memory, of which Ada's processors have 99 KB.
@@ -149,15 +149,9 @@ def variant(
     *,
     scaled: bool,
 ) -> dict[str, object]:
-    """What the kernel is compiled for.
+    """The constants that the kernel is compiled for.
 
-    Args:
-        base: dtype of the bases.
-        live: of the live weights.
-        factor: of the factors.
-        ranks: of the pairs of each weight.
-        columns: of the weights.
-        scaled: whether rows are divided by their scales.
+    Three dtypes, the ranks of each weight's pairs, the weights' columns, and whether rows are divided by their scales.
     """
     choices = RANKS[:1] if factor == torch.float32 else RANKS
     whole = next((rank for rank in choices if rank >= max(ranks, default=0)), choices[-1])

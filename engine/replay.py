@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from service import faults
 
-# Runs work and records it; returns what runs it again, and its output, which each run overwrites.
+# Records work; returns a function that replays it, and its output, which each replay overwrites.
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 # How diffusers' pipelines call T5, beside its ids.
 OPTIONS = {"output_hidden_states": False}
@@ -30,24 +30,23 @@ FAILURES = 3
 
 
 def cuda_graph(work: Callable[[], Tensor], pool: tuple[int, int] | None = None) -> tuple[Callable[[], None], Tensor]:
-    """Record the kernels that work launches on the current device; work must not wait for them.
+    """A replay of the kernels that work launches on the current device, and its output, which each replay overwrites.
 
-    It must have run before, since what is loaded at a first call cannot be recorded. Nothing runs while it is recorded.
-
-    A graph may be replayed in any thread: it is launched on the stream where that thread works, torch's default one
-    unless it has chosen another, and so runs after all that was queued there before, and before all that comes.
+    Work must have run before, since a first call loads kernels, which cannot be recorded; and it must not wait for its
+    kernels, which do not run while they are recorded. A graph may be replayed in any thread: it is launched on that
+    thread's current stream, in order with everything else that is queued there.
 
     A replay returns once the one before it has ended. Else all steps of a picture would be queued at once: its bar
-    would be full at the first, and a cancellation heard after the last.
+    would be full at the first step, and a cancellation noticed after the last.
 
-    A recording that fails leaves torch as it was, and raises what the work raised. torch itself would go on recording,
+    A recording that fails leaves torch as it was, and raises the error of the work. torch itself would go on recording,
     into the generator of random numbers, into the pool of memory, and on the stream where it recorded; and it would
     raise that the recording could not be ended, which says nothing.
 
     Args:
-        work: launches kernels, and gives their output.
-        pool: where they keep what they compute with, of `torch.cuda.graph_pool_handle`; their own unless given. Graphs
-            that share one overwrite each other's outputs, so each output has to be copied before the next is replayed.
+        work: launches kernels, and returns their output.
+        pool: their memory, of `torch.cuda.graph_pool_handle`; of their own unless given. Graphs that share one
+            overwrite each other's outputs, so each output has to be copied before the next is replayed.
     """
     device = torch.cuda.current_device()
     generator, pool = torch.cuda.default_generators[device], pool or torch.cuda.graph_pool_handle()
@@ -90,38 +89,23 @@ def cuda_graph(work: Callable[[], Tensor], pool: tuple[int, int] | None = None) 
 
 
 class Recorded:
-    """Work that was recorded, and memory for its inputs, since it reads these where they lay then.
-
-    Args:
-        work: takes tensors by their names.
-        inputs: have the shapes and dtypes that all later ones have.
-        record: how it is recorded.
-    """
+    """Recorded work, and memory for its inputs: tensors by name, always of the same shapes and dtypes."""
 
     def __init__(self, work: Callable[..., Tensor], inputs: Mapping[str, Tensor], record: Record) -> None:
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self._replay, self._output = record(partial(work, **self._inputs))
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What the work gives for these inputs."""
+        """The output for these inputs."""
         for name, place in self._inputs.items():
             place.copy_(inputs[name])
         self._replay()
         return self._output.clone()  # the next replay overwrites it
 
 
-# ----------------------------------------------------------------------------------------------------------------- T5
-
-
 @torch.no_grad()
 def replaying(t5: T5EncoderModel, lengths: Iterable[int], record: Record = cuda_graph) -> Callable[..., object]:
-    """T5's forward pass, replayed for one text of any of these lengths, and as it was for all other inputs.
-
-    Args:
-        t5: on the device where it computes.
-        lengths: in tokens.
-        record: how its work is recorded.
-    """
+    """T5's forward pass, replayed for one text of any of these lengths in tokens, and as it was for other inputs."""
     plain = partial(T5EncoderModel.forward, t5)  # not the replay, should there be one already
 
     def work(input_ids: Tensor) -> Tensor:
@@ -142,43 +126,40 @@ def replaying(t5: T5EncoderModel, lengths: Iterable[int], record: Record = cuda_
 
 
 def replay(t5: T5EncoderModel, lengths: Iterable[int], record: Record = cuda_graph) -> None:
-    """Let T5 replay its work, as `replaying` says; where that cannot be recorded, the log says so, and T5 stays."""
+    """Let T5 replay its work, see `replaying`; where it cannot be recorded, the log says so, and T5 stays as it is."""
     try:
         t5.forward = replaying(t5, lengths, record)
     except Exception as error:  # an operation that cannot be recorded, too little memory, an old driver
         print(f"T5 is launched kernel by kernel, since a CUDA graph of it failed: {_first_line(error)}.")
 
 
-# --------------------------------------------------------------------------------------------------------------- steps
-
-
 class Pool:
-    """Memory of the current device that CUDA graphs share: each computes where others do, over what they gave.
+    """Memory of the current device that CUDA graphs share, each overwriting the results of the others.
 
-    Once none of its graphs is left it serves no other.
+    Once all of its graphs are freed it cannot be used for new ones.
     """
 
     def __init__(self) -> None:
         self._handle = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        """Record work, as `cuda_graph` says."""
+        """The same as `cuda_graph` gives, in this memory."""
         return cuda_graph(work, self._handle)
 
     def bytes(self) -> int:
-        """How large it is."""
+        """Its size."""
         return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._handle))
 
 
 class Steps:
     """Forward passes of transformers, replayed once `start` was called.
 
-    For each kind of inputs the first call runs as it was: kernels are loaded then, and cuDNN plans for this length. The
-    second one is recorded, and it and all later ones are replayed. Calls of any other form run as they were.
+    For each kind of inputs the first call is not recorded: it loads kernels, and cuDNN plans for this length. The
+    second one is recorded, and it and all later ones are replayed. Calls of any other form are never recorded.
 
     Args:
-        transformers: their parameters never move; nothing but the kind of its inputs decides what one launches.
-        most: bytes that all that is recorded may keep together.
+        transformers: their parameters never move; the kind of its inputs alone decides which kernels one launches.
+        most: bytes that all graphs may keep together.
     """
 
     def __init__(self, transformers: Sequence[FluxTransformer2DModel], most: int) -> None:
@@ -190,22 +171,14 @@ class Steps:
         self._failures = 0
 
     def start(self, make_pool: Callable[[], Pool] = Pool) -> None:
-        """Replay from now on.
-
-        Args:
-            make_pool: makes what steps are recorded by, and where these keep what they compute with.
-        """
+        """Replay from now on, recorded by pools that are made by `make_pool`."""
         self._recorded.clear()
         self._make_pool = make_pool
         for transformer in self._transformers:
             transformer.forward = partial(self._forward, transformer)
 
     def stop(self, why: str) -> None:
-        """Forget all that was recorded, and launch kernels one by one, for good; the log says why, if it was started.
-
-        Args:
-            why: goes on after "since".
-        """
+        """Free all graphs and launch kernels one by one, for good; if it was started, the log says since `why`."""
         if self._make_pool is None:
             return
         print(f"From now on steps are launched kernel by kernel, since {why}.")
@@ -215,18 +188,18 @@ class Steps:
             vars(transformer).pop("forward", None)
 
     def give_back(self, error: Exception) -> None:
-        """Stop, if what a request ended with says that the GPU's memory was short, and not the host's."""
+        """Stop, if a request's error says that the GPU's memory was short, and not the host's."""
         if _gpu_is_full(error):
             self.stop("memory was short")
 
     def _forward(self, transformer: FluxTransformer2DModel, *inputs: Tensor, **options: object) -> object:
-        """As diffusers' pipelines call a transformer: tensors by name, else only what is off; gives a tuple."""
+        """The output; replayed if called as diffusers' pipelines do: tensors by name, other options off."""
         plain = partial(type(transformer).forward, transformer)
         tensors = {name: it for name, it in options.items() if isinstance(it, Tensor)}
         off = {name: it for name, it in options.items() if name not in tensors}
         if inputs or any(off.values()) or options.get("return_dict") is not False:
             return plain(*inputs, **options)
-        # Of what is off too: code that was compiled for {} is compiled anew for None, which no recording survives.
+        # Options that are off count too: code compiled for {} is compiled anew for None, which breaks a recording.
         shapes = frozenset((name, it.shape, it.dtype) for name, it in tensors.items())
         kind = id(transformer), shapes, frozenset((name, repr(it)) for name, it in off.items())
         if kind not in self._called:
@@ -249,8 +222,8 @@ class Steps:
             self._fail(kind, error)
             return False
         if self._recorded and kept > self._most:
-            # What a larger picture computes with is not put together from what smaller ones left, but theirs finds room
-            # in its. So this one will be the first of a new pool, at its next step.
+            # The activations of a larger picture find no room between those of smaller ones, but theirs find room in
+            # its memory. So this graph will be the first of a new pool, at the picture's next step.
             self._recorded.clear()
             return False
         self._recorded[kind] = recorded
@@ -259,7 +232,7 @@ class Steps:
         return True
 
     def _fail(self, kind: Hashable, error: Exception) -> None:
-        """Let this kind be called as it was once more, which loads what may have lacked; or record no more at all."""
+        """Let this kind run unrecorded once more, to load missing kernels; after too many failures, record no more."""
         self._failures += 1
         if self._failures == FAILURES or _gpu_is_full(error):
             self.stop(f"a CUDA graph of one failed: {_first_line(error)}")
@@ -269,7 +242,7 @@ class Steps:
 
 
 def _gpu_is_full(error: Exception) -> bool:
-    """Whether an error says that the GPU had no memory left; torch has the same type for a host that has none."""
+    """Whether an error says that the GPU had no memory left; torch raises the same type when the host has none."""
     return isinstance(error, RuntimeError) and "CUDA" in str(error) and faults.out_of_memory(error)
 
 

@@ -1,7 +1,7 @@
-"""What a LoRA's header, or a config beside its file, says of the whole: its strengths, and what its base was.
+"""The strengths and the base model that a LoRA's header states, or a config beside its file.
 
-PEFT calls this an adapter's config: diffusers writes it into the header, PEFT beside the file. What it says is done, or
-refused by the name that PEFT has for it. This module knows configs; it knows no layer of any model.
+PEFT calls this an adapter's config: diffusers writes it into the header, PEFT beside the file. Each of its settings is
+followed, or refused by PEFT's name for it. This module knows configs; it knows no layer of any model.
 """
 
 import math
@@ -18,28 +18,29 @@ import regex
 from service import strict_json
 from service.device_thread import check_cancelled
 
-# Where diffusers writes a config, and PEFT: a field of the header, a file beside the weights.
+# Where a config is: in this field of the header (diffusers), or in this file beside the weights (PEFT).
 IN_HEADER, BESIDE = "lora_adapter_metadata", "adapter_config.json"
 # FLUX.1 and its CLIP have some 600 layers; a config may have an expression for each.
 MAX_EXPRESSIONS = 2_000
-# Characters of an expression, with what must occur often written out as often: so it is compiled, and ten characters
-# may take gigabytes.
+# Characters of an expression with its repetitions written out, as they are when it is compiled: ten characters may take
+# gigabytes.
 MAX_EXPRESSION = 1_024
-# What the expressions of a pattern may take together, and one of them for one name.
+# Seconds for all expressions of a pattern together, and for one of them and one name.
 PATTERN_SECONDS, MATCH_SECONDS = 5.0, 1.0
-# Letters and dots, escaped or not: such an expression takes no time to speak of, in Python's own engine too.
+# Letters and dots, escaped or not: such an expression cannot take long, so Python's own engine compares it.
 PLAIN = re.compile(r"\^?(?:\w|\\?\.)+", re.ASCII)
+# Expressions that the engine with a time limit may read otherwise: braces that count nothing, and sets of sets.
 UNSURE = re.compile(r"\{(?!\d+(,\d*)?\}|,\d+\})|\[[^\]]*(\[|--|&&|~~|\|\|)")
 # PEFT's names for the kinds of change that are applied here, and its defaults of rank and alpha.
 KINDS = ("LORA", "LOHA", "LOKR")
 DEFAULT = 8
-# How factors are initialized. These leave the base alone; the others changed it, and factors mean nothing without that.
+# How factors are initialized. These leave the base alone; the others changed it, so their factors do not fit ours.
 INITS = ("true", "false", "none", "gaussian", "eva", "mica", "orthogonal")
 INITS_OF_BASE = re.compile(r"pissa(_niter_\d+)?|olora|corda|lora_ga|loftq")
 CONVERT = "save it for the base as it was, with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
 # Switches of PEFT that are followed here; the last means nothing for matrices.
 SWITCHES = ("use_rslora", "use_dora", "use_effective_conv2d")
-# What changes how factors are applied, where it is set at all.
+# Settings that change how factors are applied, in ways that are not done here.
 REFUSED = {
     "alora_invocation_tokens": "it acts only behind certain tokens",
     "arrow_config": "it chooses among several LoRAs for each token",
@@ -51,61 +52,52 @@ REFUSED = {
     "use_bdlora": "its factors are made of blocks",
     "use_qalora": "it takes averages of what goes into a layer",
 }
-# Where headers name the model that a file was trained for, and what has FLUX.1's names and shapes and is another.
+# Fields of headers that tell the model that a file was trained for, and models that share FLUX.1's names and shapes.
 BASES = ("modelspec.architecture", "modelspec.implementation", "ss_base_model_version")
-# Where they do so for people: Stability's model spec (sd-scripts, OneTrainer, SimpleTuner), ai-toolkit and sd-scripts,
-# sd-scripts' own file, others.
-NAMED_BASES = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name", "base_model")
 OTHER_BASES = {r"flux[ ._-]?2(?!\d)": "FLUX.2", r"(?<![a-z])chroma(?![a-z])": "Chroma"}
-# For Python's own engine, or for the one that can be stopped.
+# Fields that name it to users: of Stability's model spec (sd-scripts, OneTrainer, SimpleTuner), of ai-toolkit and
+# sd-scripts, of sd-scripts, of others.
+NAMED_BASES = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name", "base_model")
+# For Python's own engine, or for the one with a time limit.
 Expression = re.Pattern[str] | regex.Pattern[str]
 
 
 class Factors(NamedTuple):
-    """What a file has for a layer, as far as a config says so too."""
+    """A pair of factors in a file, to be compared with a config."""
 
     names: tuple[str, ...]  # the layer's
     kind: str  # PEFT's name of it
-    rank: int | None  # None where there is none: LoKr's whole matrices
+    rank: int | None  # None for LoKr's whole matrices
     has_alpha: bool
 
 
 class Pattern:
-    """PEFT's rank_pattern or alpha_pattern: numbers for the layers whose names regular expressions fit.
-
-    Args:
-        source: of the config, as errors name it.
-        numbers: by expression.
-        above: what each must be larger than.
+    """PEFT's rank_pattern or alpha_pattern: a number, above a least one, for the layers that an expression fits.
 
     Raises:
-        ValueError: a sentence about what is wrong with them.
+        ValueError: a sentence that names the source, about an expression or a number.
     """
 
-    def __init__(self, source: str, numbers: object, above: float = -math.inf) -> None:
-        self._source = source
+    def __init__(self, source: str, numbers: object, above: float = -math.inf, default: float | None = None) -> None:
+        self._source, self._default = source, default
         if not isinstance(numbers, dict):
             raise ValueError(f"The LoRA's {source} has {_shown(numbers)} where numbers by expression must be.")
         if len(numbers) > MAX_EXPRESSIONS:
             raise ValueError(
                 f"The LoRA's {source} has {len(numbers)} expressions in a pattern; it may have {MAX_EXPRESSIONS}."
             )
-        self._seconds = PATTERN_SECONDS  # what is left of them
+        self._seconds = PATTERN_SECONDS  # that are left
         self._numbers = [
             (self._compile(expression), _number(source, number, above)) for expression, number in numbers.items()
         ]
 
     def find(self, names: Iterable[str]) -> float | None:
-        """The number for a layer, by PEFT's rule: of the first expression that fits its name, or what follows a dot.
-
-        Args:
-            names: what the layer is called, where it is called several things.
-        """
+        """The number for a layer of these names, by PEFT's rule: the first expression that fits a name, or its end."""
         with self._timed(_shown(next(iter(names), ""))):
             for expression, number in self._numbers:
                 if any(self._fits(expression, name) for name in names):
                     return number
-        return None
+        return self._default
 
     def _fits(self, expression: Expression, name: str) -> bool:
         if isinstance(expression, re.Pattern):
@@ -117,10 +109,7 @@ class Pattern:
         return expression.match(name, timeout=min(MATCH_SECONDS, left)) is not None
 
     def _compile(self, expression: str) -> Expression:
-        """An expression as PEFT takes it; for an engine that can be stopped, unless it is plain.
-
-        What that engine reads otherwise is refused: braces that count nothing, and sets of sets.
-        """
+        """The expression that PEFT makes of it, for an engine with a time limit unless it is plain."""
         counts = [max(1, int(count)) for count in re.findall(r"\{(\d+)", expression[:MAX_EXPRESSION])]
         if len(expression) * math.prod(counts) > MAX_EXPRESSION:
             raise ValueError(
@@ -141,7 +130,7 @@ class Pattern:
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
-        """Count the time of what may take long, and give up where all the time has been used."""
+        """Count the time inside, and give up when all seconds of the pattern are used."""
         check_cancelled()
         began = time.monotonic()
         self._until = began + self._seconds
@@ -178,60 +167,44 @@ NO_PATTERN = Pattern(IN_HEADER, {})
 
 @dataclass(frozen=True)
 class Adapter:
-    """The strengths of a LoRA's layers, and what else its config says of them; without one, what is usual."""
+    """A config's strengths of a LoRA's layers; the defaults are those without a config."""
 
-    source: str = IN_HEADER  # of the config, as errors name it
-    alpha: float | None = None
-    rank: float | None = None
+    source: str = IN_HEADER  # the config's name in errors
     alphas: Pattern = NO_PATTERN
     ranks: Pattern = NO_PATTERN
     rank_stabilized: bool = False
     decomposed: bool = False  # DoRA: each layer has a magnitude
 
     def strength(self, names: Iterable[str], rank: int | None, alpha: float | None) -> float:
-        """What the product of a layer's factors is multiplied by.
+        """The strength by which the product of a layer's factors is multiplied.
 
         Args:
             names: the layer's in the file.
             rank: of its factors; None where they have none.
-            alpha: the layer's own; wins over the config's, and is divided by the rank whatever that says.
+            alpha: the layer's own; wins over the config's, and is divided by the rank, rank-stabilized or not.
         """
         if alpha is not None:
             return alpha / rank if rank else 1.0
-        alpha, rank = self.alpha_of(names), rank or self.rank_of(names)
+        alpha, rank = self.alphas.find(names), rank or self.ranks.find(names)
         if alpha is None or rank is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
-    def alpha_of(self, names: Iterable[str]) -> float | None:
-        """What the config says for a layer; None where it says nothing."""
-        found = self.alphas.find(names)
-        return self.alpha if found is None else found
-
-    def rank_of(self, names: Iterable[str]) -> float | None:
-        """The same of its rank."""
-        found = self.ranks.find(names)
-        return self.rank if found is None else found
-
     def misfit(self, factors: Iterable[Factors]) -> str | None:
-        """Whose rank in a file is another than this says; None where the config may be that file's."""
+        """Why this cannot be the config of factors: a rank that differs; None where it may be."""
         for names, _, rank, _ in factors:
-            stated = self.rank_of(names)
+            stated = self.ranks.find(names)
             if None not in (rank, stated) and rank != stated:
                 return f"it says rank {stated:g} for {_shown(names[0])}, whose factors have {rank}"
         return None
 
 
 def read_header(metadata: Mapping[str, str], models: Collection[str]) -> dict[str, Adapter] | None:
-    """The configs in a header, for "transformer" and "text_encoder"; None where there are none.
-
-    Args:
-        metadata: the header's.
-        models: those that the file has something for; of others, the header may say what cannot be done here.
+    """The header's config for each of the models that the file changes; None where it has none at all.
 
     Raises:
-        ValueError: a sentence about a config that makes no sense, about what it says and cannot be done here, or about
-            another model that the file is made for.
+        ValueError: a sentence about a config that makes no sense, about a setting of these models that cannot be
+            followed here, or about another model that the file is made for.
     """
     for key in BASES:
         _refuse_other_base("header", key, metadata.get(key))
@@ -251,14 +224,7 @@ def read_header(metadata: Mapping[str, str], models: Collection[str]) -> dict[st
 
 
 def read_config(text: str, factors: Iterable[Factors]) -> tuple[Adapter, str]:
-    """The config that lay beside a file.
-
-    Args:
-        text: JSON.
-        factors: what the file has.
-
-    Returns:
-        The adapter that counts, and what was done with the config, for the log.
+    """The adapter that counts, of the JSON beside a file with these factors; and what became of it, for the log.
 
     Raises:
         ValueError: see `read_header`.
@@ -276,12 +242,7 @@ def read_config(text: str, factors: Iterable[Factors]) -> tuple[Adapter, str]:
 
 
 def named_base(metadata: Mapping[str, str], config: str = "") -> tuple[str, str] | None:
-    """The base model that a file says it is made for, and where it says so; None where it says nothing.
-
-    Args:
-        metadata: the header's; its own fields come first, then a config in it.
-        config: text of the config beside the file, which is asked last.
-    """
+    """The base model that a file says it is made for, and where: in its header, a config there, or one beside it."""
     stated = [(key, metadata.get(key)) for key in NAMED_BASES]
     for source, text in ((IN_HEADER, metadata.get(IN_HEADER, "{}")), (BESIDE, config or "{}")):
         with suppress(ValueError):
@@ -296,7 +257,7 @@ def _another_s(config: Mapping[str, object], factors: Iterable[Factors]) -> str 
     if not config.keys() & {"peft_type", "r", "lora_alpha", "alpha"}:
         return "it says nothing that PEFT says"
     for names, kind, _, _ in factors:
-        # Some kinds that are called so have LoRA's factors and more.
+        # Kinds whose names end so have LoRA's factors, and some have more.
         if kind != _kind(config) and not (kind == "LORA" and _kind(config).endswith("LORA")):
             return f"it is for {_shown(_kind(config))}, and {_shown(names[0])} has factors of {kind}"
     return None
@@ -323,19 +284,19 @@ def _adapter(config: Mapping[str, object], source: str) -> Adapter:
             raise ValueError(f"The LoRA's {source} says {name} {_shown(value)}; it must be true or false.")
         return bool(value)
 
+    alpha = _number(source, config.get("lora_alpha", config.get("alpha", DEFAULT)))
+    rank = _number(source, config.get("r", DEFAULT), above=0)
     return Adapter(
         source,
-        _number(source, config.get("lora_alpha", config.get("alpha", DEFAULT))),
-        _number(source, config.get("r", DEFAULT), above=0),
-        Pattern(source, config.get("alpha_pattern") or {}),
-        Pattern(source, config.get("rank_pattern") or {}, above=0),
+        Pattern(source, config.get("alpha_pattern") or {}, default=alpha),
+        Pattern(source, config.get("rank_pattern") or {}, above=0, default=rank),
         switch("use_rslora"),
         switch("use_dora"),
     )
 
 
 def _refuse(config: Mapping[str, object], source: str) -> None:
-    """Refuse what a config says and cannot be done here."""
+    """Refuse a config with a setting that cannot be followed here."""
     init = str(config.get("init_lora_weights", True)).lower()
     if INITS_OF_BASE.fullmatch(init):
         remedy = "train it with another, such as true" if init == "loftq" else CONVERT

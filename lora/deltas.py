@@ -1,10 +1,10 @@
-"""What a LoRA adds to a parameter, kept in the few numbers that its file gives, and multiplied out row by row.
+"""A LoRA's changes of a parameter, stored as the file's factors, and multiplied out row by row.
 
 A delta changes some rows of one parameter (elements, where that has one dimension). Its tensors stay in host memory in
-the file's own dtype, packed into slabs with all others of their LoRA; `bind` brings them beside the parameter, and the
-bound delta adds `scale` times itself, in float32, to any run of rows. Stored tensors are never changed, and products
-are taken in one order: the same deltas added in the same runs of rows give the same bits, whatever happened before.
-This module knows neither files nor FLUX.
+the file's own dtype, packed into slabs with all others of their LoRA; `bind` copies them to the parameter's device, and
+the bound delta adds `scale` times itself, in float32, to any run of rows. Stored tensors are never changed, and
+products are taken in one order: the same deltas added in the same runs of rows always give the same bits. This module
+knows neither files nor FLUX.
 
     LowRank        up @ down                                   LoRA
     LowRanks       several of these at once
@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import NamedTuple, Self
 
 import torch
@@ -45,13 +45,7 @@ class BoundDelta:
     add_rows: AddRows
 
     def add_to(self, buffer: Tensor, start: int, scale: float) -> None:
-        """Add scale times this delta, in place.
-
-        Args:
-            buffer: float32, the parameter's rows [start, start + len(buffer)).
-            start: the first of them.
-            scale: any finite number.
-        """
+        """Add scale times this delta, in place, to a buffer of the parameter's rows from start on, float32."""
         first = max(start, self.start)
         last = min(start + len(buffer), self.start + self.height)
         if first < last:
@@ -66,7 +60,7 @@ class Delta(ABC):
     height: int
 
     def tensors(self) -> Iterator[Tensor]:
-        """What it holds; a tensor may belong to several deltas."""
+        """Its tensors, which may belong to other deltas too."""
         for field in fields(self):
             yield from _tensors_in(getattr(self, field.name))
 
@@ -75,23 +69,23 @@ class Delta(ABC):
         return replace(self, **{field.name: _exchanged(getattr(self, field.name), equal) for field in fields(self)})
 
     def bind(self, base: Tensor, pristine: Mapping[str, Tensor], bring: Bring) -> BoundDelta:
-        """Put the factors beside the parameter.
+        """This delta with its tensors on the parameter's device.
 
         Args:
             base: the whole pristine parameter, on the device where it will be summed.
-            pristine: all parameters by name, wherever they lie: a DoRA on a fused layer measures its other parts too.
-            bring: puts a tensor of a delta there.
+            pristine: all parameters by name, on any device: a DoRA on a fused layer measures its other parts too.
+            bring: copies a tensor of a delta to that device.
         """
         rows = base[self.start : self.start + self.height]
         return BoundDelta(self.start, self.height, self._bind(rows, pristine, bring))
 
     @abstractmethod
     def _bind(self, base: Tensor, pristine: Mapping[str, Tensor], bring: Bring) -> AddRows:
-        """Do the same for this delta's own rows of the base."""
+        """The function that adds this delta's own rows; the base is given by these rows too."""
 
 
 class Layout(NamedTuple):
-    """Where the factors of a low-rank delta lie in one block of memory, each in one piece."""
+    """Where the factors of a low-rank delta lie in one block of memory, both contiguous."""
 
     block: torch.UntypedStorage
     up: int  # byte where [height, rank] begins
@@ -111,17 +105,16 @@ class LowRank(Delta):
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """Of its product: [height, in]; kept, since each swap asks."""
+        """The product's, [height, in]; kept, since each swap asks for it."""
         return len(self.up), self.down.shape[1]
 
     @cached_property
     def layout(self) -> Layout | None:
-        """Where its factors lie, if in one block and of one dtype, as those of a packed LoRA; each swap asks."""
+        """Where its factors lie, if in one block and of one dtype, as in a packed LoRA; kept as above."""
         up, down = self.up, self.down
         block = up.untyped_storage()
-        if block is not down.untyped_storage() or up.dtype != down.dtype:
-            return None
-        if not (up.is_contiguous() and down.is_contiguous()):
+        contiguous = up.is_contiguous() and down.is_contiguous()
+        if block is not down.untyped_storage() or up.dtype != down.dtype or not contiguous:
             return None
         starts = [it.storage_offset() * it.itemsize for it in (up, down)]
         return Layout(block, *starts, max(starts[0] + up.nbytes, starts[1] + down.nbytes), up.shape[1], up.dtype)
@@ -153,7 +146,7 @@ class LowRanks(Delta):
 
 
 def gather(terms: Iterable[tuple[float, Delta]]) -> list[tuple[float, Delta]]:
-    """The same sum with its low-rank deltas of equal rows taken together, before all others."""
+    """The same sum with its low-rank deltas of equal rows as one `LowRanks`, before all others."""
     others: list[tuple[float, Delta]] = []
     together: dict[tuple[int, int], list[tuple[float, LowRank]]] = {}
     for scale, delta in terms:
@@ -194,7 +187,8 @@ class Kronecker(Delta):
     strength: float
 
     def _bind(self, base: Tensor, pristine: Mapping[str, Tensor], bring: Bring) -> AddRows:
-        left, right = (_product([bring(factor).float() for factor in side]) for side in (self.left, self.right))
+        sides = ([bring(factor).float() for factor in side] for side in (self.left, self.right))
+        left, right = (reduce(torch.matmul, side) for side in sides)  # each a matrix
 
         def add_rows(buffer: Tensor, first: int, scale: float) -> None:
             rows = torch.arange(self.source + first, self.source + first + len(buffer), device=buffer.device)
@@ -260,7 +254,7 @@ class Decomposed(Delta):
             norm = squares.sqrt_()
         else:
             norm = torch.cat([merged.norm(dim=1, keepdim=True) for _, merged in _merged(base, inner)])
-        # A row or column of zeros stays what it is: nothing gives it a direction.
+        # A row or column of zeros has no direction, and stays zero: its norm is not divided by.
         gain = bring(self.magnitude).float() / norm.clamp_min(torch.finfo(torch.float32).eps)
 
         def add_rows(buffer: Tensor, first: int, scale: float) -> None:
@@ -284,10 +278,10 @@ def _merged(base: Tensor, add_rows: AddRows) -> Iterator[tuple[int, Tensor]]:
 
 @contextmanager
 def float32_products() -> Iterator[None]:
-    """Take products of float32 matrices in float32, whatever a library or the operator has allowed.
+    """Take products of float32 matrices in float32, even where a library or the operator has allowed TensorFloat-32.
 
-    In TensorFloat-32 the factors would be rounded to 10 bits, and the same deltas come to other bits. torch has two
-    interfaces for this: the older one cannot be read while the two disagree, and setting it sets the newer one too.
+    That would round the factors to 10 bits, and give the same deltas other bits. torch has two interfaces for this: the
+    older one cannot be read while the two disagree, and setting it sets the newer one too.
     """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     precisions = [backend.fp32_precision for backend in backends]
@@ -301,10 +295,6 @@ def float32_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(older)
         for backend, precision in zip(backends, precisions, strict=True):
             backend.fp32_precision = precision
-
-
-def _product(factors: list[Tensor]) -> Tensor:
-    return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
 
 
 def _tensors_in(value: object) -> Iterator[Tensor]:
@@ -326,12 +316,10 @@ def _exchanged(value: object, equal: Callable[[Tensor], Tensor]) -> object:
 
 
 def pack(deltas: Mapping[str, Sequence[Delta]]) -> dict[str, tuple[Delta, ...]]:
-    """The same deltas, their tensors copied into slabs: one allocation and one upload for nearly every LoRA.
+    """The same deltas by parameter, their tensors copied into slabs: one allocation and upload for nearly every LoRA.
 
-    Results then depend neither on how a file aligns its tensors nor on the file being there.
-
-    Args:
-        deltas: by parameter; a tensor that several of them hold is stored once.
+    A tensor that several deltas hold is stored once. Results then depend neither on how a file aligns its tensors nor
+    on the file being there.
     """
     tensors = {id(tensor): tensor for several in deltas.values() for delta in several for tensor in delta.tensors()}
     packed = slabs.pack(tensors)

@@ -1,4 +1,4 @@
-"""How large the deltas of LoRAs are, and how much they have in common, as norms and inner products of matrices.
+"""How large the deltas of LoRAs are, and how similar, as norms and inner products of matrices.
 
 Low-rank deltas are measured from their factors alone: with U1 [out, r1], D1 [r1, in] and U2, D2 likewise, the inner
 product of U1 @ D1 and U2 @ D2 is the sum of (U1ᵀ @ U2) * (D1 @ D2ᵀ), and no [out, in] matrix is made. All other kinds
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from lora.deltas import Decomposed, Delta, LowRank, Replacement
 
-# What one LoRA changes, by parameter name.
+# The deltas of one LoRA, by parameter name.
 Changes = Mapping[str, Sequence[Delta]]
 
 # Elements of a run of rows, of each LoRA: its float32 and float64 copies take 12 MiB.
 RUN_ELEMENTS = 2**20
-# What these kinds come to depends on the base's weights.
+# Kinds whose size depends on the base's weights.
 FROM_BASE = (Decomposed, Replacement)
 
 
@@ -29,12 +29,12 @@ class Size:
 
     delta: float
     base: float | None = None  # None without the base's weights
-    most: tuple[str, float] | None = None  # the parameter that changes most beside its base, and by how much of it
-    left_out: int = 0  # parameters whose change only the base's weights would tell
+    most: tuple[str, float] | None = None  # the largest ratio of a parameter's change to its base, and whose it is
+    left_out: int = 0  # parameters whose change depends on the base's weights, without these
 
     @property
     def ratio(self) -> float | None:
-        """The change as a part of the base; None where that is not here, or zero."""
+        """The change as a part of the base; None without a base, or with one of zeros."""
         return self.delta / self.base if self.base else None
 
 
@@ -81,7 +81,7 @@ def _size(squares: Mapping[str, tuple[float, float]], left_out: int, *, known: b
 
 
 def cosine(products: Tensor, first: int, second: int) -> float | None:
-    """The cosine of two LoRAs' changes by their inner products; None where one is nothing, or beyond all numbers."""
+    """The cosine of two LoRAs' changes by their inner products; None where one is zero or infinite."""
     norms = math.sqrt(products[first, first].item()) * math.sqrt(products[second, second].item())
     return min(1.0, max(-1.0, products[first, second].item() / norms)) if 0 < norms < math.inf else None
 
@@ -95,14 +95,13 @@ def inner_products(changes: Sequence[Sequence[Delta]], base: Tensor, pristine: M
     """The inner products [n, n] of n LoRAs' changes of one parameter, float64, on the CPU.
 
     Args:
-        changes: the deltas of each LoRA for it; several are added up, none is no change.
+        changes: the deltas of each LoRA for it, which are added up.
         base: the parameter; one without memory will do where no delta depends on its numbers.
         pristine: see `Delta.bind`.
     """
     deltas = [delta for several in changes for delta in several]
-    ranks = sum(delta.down.shape[0] for delta in deltas if isinstance(delta, LowRank))
     # With more ranks than that, to multiply out the factors takes less work and memory.
-    if all(isinstance(delta, LowRank) for delta in deltas) and 2 * ranks <= min(base.shape):
+    if all(isinstance(it, LowRank) for it in deltas) and 2 * sum(len(it.down) for it in deltas) <= min(base.shape):
         return _from_factors(changes, base)
     products = torch.zeros(len(changes), len(changes), dtype=torch.float64)
     for rows in _rows(changes, base, pristine):
@@ -114,24 +113,24 @@ def inner_products(changes: Sequence[Sequence[Delta]], base: Tensor, pristine: M
 def _from_factors(changes: Sequence[Sequence[LowRank]], base: Tensor) -> Tensor:
     """The same of low-rank deltas: side by side, all of them are one pair of factors of the whole parameter."""
     owned = [(index, delta) for index, deltas in enumerate(changes) for delta in deltas]
-    owners = torch.tensor([index for index, delta in owned for _ in range(delta.down.shape[0])], dtype=torch.long)
+    owners = torch.tensor([index for index, delta in owned for _ in range(len(delta.down))], dtype=torch.long)
     up = torch.zeros(base.shape[0], len(owners), dtype=torch.float64)  # [out, Σ rank]
     down = torch.zeros(len(owners), base.shape[1], dtype=torch.float64)  # [Σ rank, in]
     at = 0
     for _, delta in owned:
-        ranks = slice(at, at := at + delta.down.shape[0])
+        ranks = slice(at, at := at + len(delta.down))
         up[delta.start : delta.start + delta.height, ranks] = delta.up.double() * delta.strength
         down[ranks] = delta.down.double()
     each = (up.T @ up) * (down @ down.T)  # [Σ rank, Σ rank]
     owner = torch.nn.functional.one_hot(owners, len(changes)).double()  # [Σ rank, n]
     products = owner.T @ each @ owner
-    products.diagonal().clamp_(min=0)  # what cancels out may come to a little less
+    products.diagonal().clamp_(min=0)  # rounding may leave a sum of zero slightly negative
     return products
 
 
 def _rows(changes: Sequence[Sequence[Delta]], base: Tensor, pristine: Mapping[str, Tensor]) -> Iterator[Tensor]:
     """Runs of rows of each LoRA's change: float32 [n, rows, ...]."""
-    bound = [[delta.bind(base, pristine, _here) for delta in deltas] for deltas in changes]
+    bound = [[delta.bind(base, pristine, bring=lambda tensor: tensor) for delta in deltas] for deltas in changes]
     height = max(1, RUN_ELEMENTS // base[0].numel())
     for start in range(0, base.shape[0], height):
         rows = torch.zeros(len(changes), *base[start : start + height].shape)
@@ -139,7 +138,3 @@ def _rows(changes: Sequence[Sequence[Delta]], base: Tensor, pristine: Mapping[st
             for delta in deltas:
                 delta.add_to(run, start, 1.0)
         yield rows
-
-
-def _here(tensor: Tensor) -> Tensor:
-    return tensor

@@ -1,14 +1,15 @@
-"""Every spelling of every layer of FLUX.1 and its CLIP, and what becomes of each name in a LoRA file.
+"""Every spelling of every layer of FLUX.1 and its CLIP, and the layer and role of each name in a LoRA file.
 
-There is one table: spellings from the models' own modules, with the rows of each parameter where a file's layer is
-several of ours. A name that fits no layer is ignored for a reason, or the file is refused in one sentence. This module
-knows names and shapes; it reads no tensor.
+There is one table, made from the models' own modules: layers by spelling, with the rows of each parameter where a
+file's layer is several of ours. A name that fits no layer is ignored for a reason, or the file is refused in one
+sentence. This module knows names and shapes; it reads no tensor.
 """
 
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from torch import nn
 
@@ -19,150 +20,121 @@ from service.lines import printable
 MAX_TENSORS = 50_000
 MAX_NAME = 256
 MAX_DOTS = 32
-# Ours by theirs. The parts of a fused layer stand in the order of its rows.
-QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+# Spellings of each layer within a block, and ours: of a fused layer all parts, in the order of its rows. Those of
+# double and single blocks are of Black Forest Labs, of XLabs (after processors that hold factors: lora), of MLX
+# (after lists of layers: layers), and in single blocks of DiffSynth-Studio, whose other names are diffusers'.
+QKV = "attn.to_q attn.to_k attn.to_v"
+ADDED_QKV = "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
 DOUBLE_BLOCK = {
-    "img_attn.qkv": QKV,
-    "txt_attn.qkv": ADDED_QKV,
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_attn.norm.query_norm": ("attn.norm_q",),
-    "img_attn.norm.key_norm": ("attn.norm_k",),
-    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
-    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-    "img_mod.lin": ("norm1.linear",),
-    "txt_mod.lin": ("norm1_context.linear",),
-    # XLabs names its factors by the attention processors that hold them.
-    "qkv_lora1": QKV,
-    "qkv_lora2": ADDED_QKV,
-    "proj_lora1": ("attn.to_out.0",),
-    "proj_lora2": ("attn.to_add_out",),
-    # MLX keeps the layers of a sequence in a list of this name.
-    "img_mlp.layers.0": ("ff.net.0.proj",),
-    "img_mlp.layers.2": ("ff.net.2",),
-    "txt_mlp.layers.0": ("ff_context.net.0.proj",),
-    "txt_mlp.layers.2": ("ff_context.net.2",),
+    "img_attn.qkv qkv_lora1": QKV,
+    "txt_attn.qkv qkv_lora2": ADDED_QKV,
+    "img_attn.proj proj_lora1": "attn.to_out.0",
+    "txt_attn.proj proj_lora2": "attn.to_add_out",
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+    "img_mlp.0 img_mlp.layers.0": "ff.net.0.proj",
+    "img_mlp.2 img_mlp.layers.2": "ff.net.2",
+    "txt_mlp.0 txt_mlp.layers.0": "ff_context.net.0.proj",
+    "txt_mlp.2 txt_mlp.layers.2": "ff_context.net.2",
+    "img_mod.lin": "norm1.linear",
+    "txt_mod.lin": "norm1_context.linear",
 }
 SINGLE_BLOCK = {
-    "linear1": (*QKV, "proj_mlp"),
-    "linear2": ("proj_out",),
-    "modulation.lin": ("norm.linear",),
-    "norm.query_norm": ("attn.norm_q",),
-    "norm.key_norm": ("attn.norm_k",),
-    "qkv": QKV,
-    "proj": ("proj_out",),
-    "qkv_lora": QKV,
-    "proj_lora": ("proj_out",),
-    # DiffSynth-Studio, which keeps diffusers' names for the rest of a single block.
-    "to_qkv_mlp": (*QKV, "proj_mlp"),
-    "proj_out": ("proj_out",),
-    "norm.linear": ("norm.linear",),
-    "norm_q_a": ("attn.norm_q",),
-    "norm_k_a": ("attn.norm_k",),
+    "linear1 to_qkv_mlp": f"{QKV} proj_mlp",
+    "linear2 proj proj_lora proj_out": "proj_out",
+    "qkv qkv_lora": QKV,
+    "modulation.lin norm.linear": "norm.linear",
+    "norm.query_norm norm_q_a": "attn.norm_q",
+    "norm.key_norm norm_k_a": "attn.norm_k",
 }
 DIFFSYNTH_BLOCK = {
     "attn.a_to_qkv": QKV,
     "attn.b_to_qkv": ADDED_QKV,
-    "attn.a_to_out": ("attn.to_out.0",),
-    "attn.b_to_out": ("attn.to_add_out",),
-    "ff_a.0": ("ff.net.0.proj",),
-    "ff_a.2": ("ff.net.2",),
-    "ff_b.0": ("ff_context.net.0.proj",),
-    "ff_b.2": ("ff_context.net.2",),
-    "norm1_a.linear": ("norm1.linear",),
-    "norm1_b.linear": ("norm1_context.linear",),
-    "attn.norm_q_a": ("attn.norm_q",),
-    "attn.norm_k_a": ("attn.norm_k",),
-    "attn.norm_q_b": ("attn.norm_added_q",),
-    "attn.norm_k_b": ("attn.norm_added_k",),
+    "attn.a_to_out": "attn.to_out.0",
+    "attn.b_to_out": "attn.to_add_out",
+    "ff_a.0": "ff.net.0.proj",
+    "ff_a.2": "ff.net.2",
+    "ff_b.0": "ff_context.net.0.proj",
+    "ff_b.2": "ff_context.net.2",
+    "norm1_a.linear": "norm1.linear",
+    "norm1_b.linear": "norm1_context.linear",
+    "attn.norm_q_a": "attn.norm_q",
+    "attn.norm_k_a": "attn.norm_k",
+    "attn.norm_q_b": "attn.norm_added_q",
+    "attn.norm_k_b": "attn.norm_added_k",
 }
-OUTSIDE_BLOCKS = {
-    "img_in": "x_embedder",
-    "img_in.proj": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-    "final_layer.linear": "proj_out",
-    # DiffSynth-Studio
-    "time_embedder.timestep_embedder.0": "time_text_embed.timestep_embedder.linear_1",
-    "time_embedder.timestep_embedder.2": "time_text_embed.timestep_embedder.linear_2",
-    "guidance_embedder.timestep_embedder.0": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_embedder.timestep_embedder.2": "time_text_embed.guidance_embedder.linear_2",
-    "pooled_text_embedder.0": "time_text_embed.text_embedder.linear_1",
-    "pooled_text_embedder.2": "time_text_embed.text_embedder.linear_2",
-    "final_proj_out": "proj_out",
-}
-# Black Forest Labs, MLX and DiffSynth-Studio: shift and scale, where diffusers has scale and shift.
-FINAL_MODULATION = ("final_layer.adaLN_modulation.1", "final_layer.adaLN_modulation.layers.1", "final_norm_out.linear")
 DIFFUSERS_BLOCK = {
-    # What `fuse_qkv_projections` calls its layers, in every block that has the parts.
+    # Layers of `fuse_qkv_projections`, in every block that has the parts.
     "attn.to_qkv": QKV,
     "attn.to_added_qkv": ADDED_QKV,
     # Older versions kept factors in attention processors: to_out_lora.
-    "attn.to_out": ("attn.to_out.0",),
+    "attn.to_out": "attn.to_out.0",
     # mflux
-    "ff.linear1": ("ff.net.0.proj",),
-    "ff.linear2": ("ff.net.2",),
-    "ff_context.linear1": ("ff_context.net.0.proj",),
-    "ff_context.linear2": ("ff_context.net.2",),
+    "ff.linear1": "ff.net.0.proj",
+    "ff.linear2": "ff.net.2",
+    "ff_context.linear1": "ff_context.net.0.proj",
+    "ff_context.linear2": "ff_context.net.2",
 }
+# The same outside blocks: Black Forest Labs' spellings, then DiffSynth-Studio's.
+OUTSIDE_BLOCKS = {
+    "img_in img_in.proj": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer time_embedder.timestep_embedder.0": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer time_embedder.timestep_embedder.2": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer pooled_text_embedder.0": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer pooled_text_embedder.2": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer guidance_embedder.timestep_embedder.0": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer guidance_embedder.timestep_embedder.2": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear final_proj_out": "proj_out",
+}
+# Black Forest Labs, MLX and DiffSynth-Studio: shift and scale, where diffusers has scale and shift.
+FINAL_MODULATION = ("final_layer.adaLN_modulation.1", "final_layer.adaLN_modulation.layers.1", "final_norm_out.linear")
+# Blocks by our name, by theirs, and the spellings within.
+BLOCKS = (
+    ("transformer_blocks", "double_blocks", DOUBLE_BLOCK),
+    ("single_transformer_blocks", "single_blocks", SINGLE_BLOCK),
+    ("transformer_blocks", "blocks", DIFFSYNTH_BLOCK),
+    ("transformer_blocks", "transformer_blocks", DIFFUSERS_BLOCK),
+    ("single_transformer_blocks", "single_transformer_blocks", DIFFUSERS_BLOCK),
+)
 CLIP = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
-# What may stand before a layer's name, with dots as underscores, and which format writes it so.
+# Prefixes of layers' names by the format that writes them, with dots as underscores.
 PREFIXES = {
-    "base_model_model": "PEFT",
-    "base_model": "PEFT",
-    "lora_unet": "kohya",
-    "lora_transformer": "OneTrainer",
-    "lycoris": "LyCORIS",
-    "model_diffusion_model": "ComfyUI",
-    "diffusion_model": "ComfyUI",
-    "model": "PEFT",
-    "pipe_dit": "DiffSynth",
-    "dit": "DiffSynth",
-    "pipe": "diffusers",
-    "transformer": "diffusers",
-    "unet": "diffusers",
-    "text_encoders_clip_l_transformer": "ComfyUI",
-    "text_encoders_clip_l": "ComfyUI",
-    "clip_l_transformer": "ComfyUI",
-    "clip_l": "ComfyUI",
-    "text_encoder_1": "diffusers",
-    "text_encoder": "diffusers",
-    "lora_te1": "kohya",
-    "lora_te": "kohya",
-    "te1": "kohya",
-    "te": "kohya",
+    "PEFT": "base_model_model base_model model",
+    "kohya": "lora_unet lora_te1 lora_te te1 te",
+    "OneTrainer": "lora_transformer",
+    "LyCORIS": "lycoris",
+    "ComfyUI": "model_diffusion_model diffusion_model clip_l_transformer clip_l"
+    " text_encoders_clip_l_transformer text_encoders_clip_l",
+    "DiffSynth": "pipe_dit dit",
+    "diffusers": "pipe transformer unet text_encoder_1 text_encoder",
 }
-PREFIX = re.compile(f"({'|'.join(PREFIXES)})_+")
-# What stands before the name that PEFT knew a layer by, which its patterns are for.
+FORMATS = {prefix: written for written, prefixes in PREFIXES.items() for prefix in prefixes.split()}
+PREFIX = re.compile(f"({'|'.join(sorted(FORMATS, key=len, reverse=True))})_+")
+# Prefixes of the names that PEFT's patterns are compared with.
 OUTSIDE_PEFT = re.compile(r"((transformer|unet|diffusion_model|text_encoder)\.)?(base_model\.model\.)?")
-# The name of the adapter, where it stands within a tensor's.
+# The adapter's name within a tensor's.
 ADAPTER = re.compile(r"\.(?:lora_[ABab]|lora_up|lora_down|lora_magnitude_vector)\.([^.]+)\.")
-# Whose own names of layers begin so, where no prefix tells.
+# The format of a name without prefix, by its beginning.
 OWN = (
     (r"(double|single)_blocks_\d+_(qkv|proj)(_lora\d?)?$", "XLabs"),
     (r"blocks_|single_blocks_\d+_(to_|proj_|norm_)|(time|pooled_text)_embedder|final_(proj|norm)_out", "DiffSynth"),
     (r"(double|single)_blocks|(img|txt|time|vector|guidance)_in|final_layer", "BFL"),
     (r"", "diffusers"),
 )
-# Words that wrappers put anywhere within names, and that say nothing about the layer: of torch.compile, FSDP,
-# checkpointing, DDP, attention processors and PEFT.
+# Words of wrappers anywhere within names: of torch.compile, FSDP, checkpointing, DDP, attention processors and PEFT.
 WRAPPER = re.compile(
     r"(?:(?<![._])[._]+|^)(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|module|processor|base_layer)(?=[._]|$)"
 )
 
-# What may stand behind a layer's name; each group is one role that a tensor can have for its layer. PEFT puts the
-# adapter's name within, whatever somebody called it.
+# Roles of the factors that LyCORIS names so.
+LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+LOHA = ("hada_w1_a", "hada_w1_b", "hada_t1", "hada_w2_a", "hada_w2_b", "hada_t2")
+# A layer's name and an end that tells a tensor's role for the layer, the name of its group. PEFT puts the adapter's
+# name within.
 TENSOR = re.compile(
     r"(?P<stem>.+?)(?:"
     r"(?P<up>\.(?:lora_[Bb]|lora_up)(?:\.[^.]+)?\.weight|\.lora_[Bb]"
@@ -173,17 +145,12 @@ TENSOR = re.compile(
     r"(?P<mid>\.lora_mid\.weight)|"
     r"(?P<alpha>(?:_lora|\.lora)?\.alpha)|"
     r"(?P<magnitude>\.dora_scale(?:\.weight)?|\.magnitude|\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?)|"
-    r"\.(?:(?:"
-    r"(?P<lokr_w1>lokr_w1)|(?P<lokr_w1_a>lokr_w1_a)|(?P<lokr_w1_b>lokr_w1_b)|"
-    r"(?P<lokr_w2>lokr_w2)|(?P<lokr_w2_a>lokr_w2_a)|(?P<lokr_w2_b>lokr_w2_b)|(?P<lokr_t2>lokr_t2)|"
-    r"(?P<hada_w1_a>hada_w1_a)|(?P<hada_w1_b>hada_w1_b)|(?P<hada_t1>hada_t1)|"
-    r"(?P<hada_w2_a>hada_w2_a)|(?P<hada_w2_b>hada_w2_b)|(?P<hada_t2>hada_t2)"
-    r")(?:\.[^.]+)?|"
+    r"\.(?:(?:" + "|".join(f"(?P<{role}>{role})" for role in (*LOKR, *LOHA)) + r")(?:\.[^.]+)?|"
     r"(?P<diff>(?:scale\.)?diff|w_norm)|(?P<diff_b>diff_b|b_norm)|"
     r"(?P<value>(?:modules_to_save\.[^.]+\.)?weight|(?:scale\.)?set_weight|scale)|(?P<value_b>(?:modules_to_save\.[^.]+\.)?bias)"
     r"))"
 )
-# Names of no layer here, and why the file can be applied all the same. Matched against names with dots as underscores.
+# Names of no layer here, and why they may be ignored. Matched against names with dots as underscores.
 IGNORED = (
     (r"(^|_)(te3|te2_(encoder|shared|final))_|text_encoders_t5|(^|_)[tT]5(xxl)?_", "the T5 part is ignored"),
     (r"text_encoder_([23]|two)_|(^|_)encoder_block_\d+_layer_\d+_", "the T5 part is ignored"),
@@ -194,8 +161,8 @@ IGNORED = (
 NO_LAYER = "no layer of FLUX.1 has such a name"
 NO_GUIDANCE = (r"guidance_(in|embedder)_", "this FLUX has no guidance embedder")
 SVDQUANT = "packed for SVDQuant (Nunchaku), in an order that only its kernels read"
-# Words that give away files of other kinds, the surest ones first. Matched like the above, but only where a name fits
-# neither a layer nor what is ignored.
+# Words in names that tell files of other kinds, the surest ones first. Matched like the above, where a name fits
+# neither a layer nor those.
 OTHERS = (
     (r"^(first_stage_model_|vae_)?(encoder|decoder)_(conv|down|up|mid)|^first_stage_model_|^quant_conv", "a VAE"),
     (r"^clip_[lg]$|^string_to_param|^text_encoders_[01]$", "an embedding"),
@@ -226,7 +193,7 @@ OTHERS = (
     (r"transformer_blocks_\d+_attn[12]_", "made for LTX-Video, PixArt or Sana"),
     (r"^(base_model_model_)?model_layers_\d+_", "made for a language model"),
 )
-# Words of which PEFT and LyCORIS make names of tensors: a name with one of them is not ignored, whatever it means.
+# Words in PEFT's and LyCORIS' names of tensors: a name with one of them is a change, and not ignored.
 CHANGE = re.compile(
     r"(?<![a-z])(lo(ra|ha|kr)|(ada|d|g|gra|rand|tiny|uni|v|vb|x)lora|hada|lycoris|dora|adapter|delta|diff|b?oft|ia3|vera"
     r"|hi?ra|c3a|miss|bone|road|shira|waveft|fourierft|psoft|osf)(?![a-z])",
@@ -240,7 +207,7 @@ BLOCK = re.compile(
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a file's layer, and the parameter whose rows they are."""
+    """Rows of a parameter, and the same rows of a file's layer."""
 
     name: str  # the module's, such as transformer_blocks.0.attn.to_q
     start: int  # the first of the parameter's rows
@@ -264,9 +231,9 @@ class Layer:
 
 @dataclass
 class Content:
-    """What a file has for a layer."""
+    """A file's tensors for a layer."""
 
-    format: str  # whose way of writing names it is
+    format: str  # that writes names so
     names: tuple[str, ...]  # the layer's, as PEFT may have known it: without wrappers, and with them
     tensors: dict[str, str] = field(default_factory=dict)  # tensor names by role
 
@@ -275,22 +242,16 @@ def layers_by_name(transformer: nn.Module, text_encoder: nn.Module) -> dict[str,
     """Every layer by every spelling, without prefix, with dots as underscores."""
     own = _own_layers("transformer", transformer)
     spelled = dict(own)
-    for ours, theirs, aliases in (
-        ("transformer_blocks", "double_blocks", DOUBLE_BLOCK),
-        ("single_transformer_blocks", "single_blocks", SINGLE_BLOCK),
-        ("transformer_blocks", "blocks", DIFFSYNTH_BLOCK),
-        ("transformer_blocks", "transformer_blocks", DIFFUSERS_BLOCK),
-        ("single_transformer_blocks", "single_transformer_blocks", DIFFUSERS_BLOCK),
-    ):
-        for index in range(len(getattr(transformer, ours))):
-            for alias, names in aliases.items():
-                parts = [own.get(f"{ours}.{index}.{name}") for name in names]
-                if None in parts:
-                    continue
-                spelled[f"{theirs}.{index}.{alias}"] = _fuse(parts)
+    for ours, theirs, block in BLOCKS:
+        for index, (spellings, names) in product(range(len(getattr(transformer, ours))), block.items()):
+            parts = [own.get(f"{ours}.{index}.{name}") for name in names.split()]
+            for spelling in spellings.split() if None not in parts else ():
+                spelled[f"{theirs}.{index}.{spelling}"] = _fuse(parts)
                 if len(parts) > 1:  # OneTrainer numbers the parts of a fused layer
-                    spelled |= {f"{theirs}.{index}.{alias}.{number}": part for number, part in enumerate(parts)}
-    spelled |= {alias: own[name] for alias, name in OUTSIDE_BLOCKS.items() if name in own}
+                    spelled |= {f"{theirs}.{index}.{spelling}.{number}": part for number, part in enumerate(parts)}
+    for spellings, name in OUTSIDE_BLOCKS.items():
+        if name in own:
+            spelled |= dict.fromkeys(spellings.split(), own[name])
     spelled |= dict.fromkeys(FINAL_MODULATION, _swap_halves(own["norm_out.linear"]))
     for name, layer in _own_layers("text_encoder", text_encoder).items():
         bare = name.removeprefix("text_model.")
@@ -312,7 +273,7 @@ def _own_layers(model: str, module: nn.Module) -> dict[str, Layer]:
 
 
 def _fuse(layers: list[Layer]) -> Layer:
-    """One layer whose rows are those of several."""
+    """One layer with the rows of several."""
     parts, source = [], 0
     for layer in layers:
         parts += [replace(part, source=source + part.source) for part in layer.parts]
@@ -335,7 +296,7 @@ def _find(table: Mapping[str, Layer], name: str) -> tuple[Layer, str] | None:
         prefix = PREFIX.match(key)
         if prefix is None:
             return None
-        formats.append(PREFIXES[prefix[1]])
+        formats.append(FORMATS[prefix[1]])
         key = key[prefix.end() :]
     formats += [written for pattern, written in OWN if re.match(pattern, key)]
     # XLabs' layers have names of their own, whatever stands before them.
@@ -344,13 +305,10 @@ def _find(table: Mapping[str, Layer], name: str) -> tuple[Layer, str] | None:
 
 
 def assign(names: Collection[str], table: Mapping[str, Layer]) -> tuple[dict[Layer, Content], Counter[str]]:
-    """Give each tensor its layer and its role.
-
-    Returns:
-        what the file has for each layer, and how many tensors are ignored, by reason.
+    """A file's tensors for each layer, and how many tensors are ignored, by reason.
 
     Raises:
-        ValueError: a sentence about a name that stands for something else than a change to FLUX.1 or its CLIP.
+        ValueError: a sentence about a name that means no change to FLUX.1 or its CLIP.
     """
     if len(names) > MAX_TENSORS:
         raise ValueError(f"The file has {len(names)} tensors; a LoRA has at most {MAX_TENSORS}.")
@@ -389,30 +347,30 @@ def _as_peft_knew(stem: str) -> str:
     return stem[OUTSIDE_PEFT.match(stem).end() :].rstrip("._")
 
 
+def _key(plain: str) -> str:
+    """The layer's name within a tensor's, or the whole of one without a role, with dots as underscores."""
+    match = TENSOR.fullmatch(plain)
+    return (match["stem"] if match else plain).replace(".", "_")
+
+
 def _check_length(name: str) -> None:
-    if len(name) > MAX_NAME:
-        raise ValueError(f"{short(name)} has {len(name)} characters; the name of a tensor has at most {MAX_NAME}.")
-    if name.count(".") > MAX_DOTS:
-        raise ValueError(f"{short(name)} has {name.count('.')} dots; the name of a tensor has at most {MAX_DOTS}.")
+    for count, what, most in ((len(name), "characters", MAX_NAME), (name.count("."), "dots", MAX_DOTS)):
+        if count > most:
+            raise ValueError(f"{short(name)} has {count} {what}; the name of a tensor has at most {most}.")
 
 
 def _reasons_to_ignore(names: Mapping[str, str], table: Mapping[str, Layer]) -> Counter[str]:
-    """Why names that fit no layer may be ignored: how many, by reason.
-
-    Args:
-        names: each with what it is without wrappers.
-        table: see `assign`.
+    """How many names that fit no layer are ignored, by reason; each is given with its form without wrappers.
 
     Raises:
-        ValueError: a sentence about one that may not.
+        ValueError: a sentence about one that may not be ignored.
     """
     listed = IGNORED if "guidance_in_in_layer" in table else (*IGNORED, NO_GUIDANCE)
     reasons: Counter[str] = Counter()
     strange = {}
     for name, plain in names.items():
         check_cancelled()
-        match = TENSOR.fullmatch(plain)
-        key = (match["stem"] if match else plain).replace(".", "_")
+        key = _key(plain)
         reason = next((reason for pattern, reason in listed if re.search(pattern, key)), None)
         if reason is None or _changed_layer(plain, table) is not None:
             strange[name] = plain.replace(".", "_")
@@ -432,25 +390,24 @@ def _reasons_to_ignore(names: Mapping[str, str], table: Mapping[str, Layer]) -> 
 
 
 def _changed_layer(name: str, table: Mapping[str, Layer]) -> Layer | None:
-    """The layer whose name a name begins with."""
+    """The layer that the beginning of a tensor's name names."""
     ends = [*(dot.start() for dot in re.finditer(r"\.", name)), len(name)]
     return next((found[0] for end in ends if (found := _find(table, name[:end]))), None)
 
 
 def _change(name: str, table: Mapping[str, Layer]) -> str | None:
-    """What a name of nothing here would change, as the end of a sentence; None where it does not look like a change."""
+    """The end of a sentence about a name's change that cannot be applied; None where it does not look like a change."""
     if layer := _changed_layer(name, table):
         return (
             f"a kind of change to {layer} that cannot be applied here; it must be a LoRA, DoRA, LoHa, LoKr or a full "
             "difference"
         )
-    match = TENSOR.fullmatch(name)
-    block = BLOCK.search((match["stem"] if match else name).rstrip("._").replace(".", "_"))
+    block = BLOCK.search(_key(name).rstrip("_"))
     if block and f"{block[1]}_0{block[3]}" in table:
         count = len({m[1] for spelling in table if (m := re.match(rf"{block[1]}_(\d+)_", spelling))})
         if int(block[2]) >= count:
             return f"a layer that this FLUX lacks: of {block[1]} it has {count}, counted from 0"
-    if match or block or CHANGE.search(name):
+    if block or TENSOR.fullmatch(name) or CHANGE.search(name):
         return "and FLUX.1 has no layer of such a name; what it would change cannot be applied"
     return None
 
@@ -467,11 +424,7 @@ def refuse_what_is_no_lora(found: Mapping[Layer, Content], ignored: Iterable[str
 
 
 def claim(layer: Layer, claimed: dict[str, Layer]) -> None:
-    """Record whose parameters a layer changes.
-
-    Raises:
-        ValueError: another layer of the file changes one of them.
-    """
+    """Record the layer that changes each parameter; refuse a file in which two layers change one."""
     for part in layer.parts:
         if claimed.setdefault(part.name, layer) is not layer:
             raise ValueError(

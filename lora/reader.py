@@ -1,8 +1,8 @@
-"""What a LoRA file holds for one layer → deltas by parameter.
+"""A LoRA file's tensors for one layer → deltas by parameter.
 
-A layer's tensors have roles (`up`, `alpha`, `lokr_w1`, `diff_b` ...). What they say is applied exactly, or refused in
-one sentence. Where nothing has to be converted, the deltas' tensors are views of the mapped file: `deltas.pack` copies
-them. This module knows shapes, number types and arithmetic; it knows no spelling of a layer.
+The tensors have roles (`up`, `alpha`, `lokr_w1`, `diff_b` ...). They are applied exactly, or refused in one sentence.
+Tensors that need no conversion stay views of the mapped file: `deltas.pack` copies them. This module knows shapes,
+number types and arithmetic; it knows no spelling of a layer.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora.adapter import Adapter, Factors
 from lora.deltas import Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, Replacement
-from lora.names import Content, Layer, Part, short
+from lora.names import LOHA, LOKR, Content, Layer, Part, short
 from service.device_thread import check_cancelled
 
 # How numbers may be stored. Float4 is packed in pairs that torch cannot take apart.
@@ -23,7 +23,7 @@ FLOATS |= {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.
 MAX_DIMENSION = 21_504
 # Of alpha / rank. Trainers use 0.1 to 100; factors of float32 times 10^30 are no numbers any more.
 MAX_STRENGTH = 1e6
-# Looked through at a time, between two looks at whether somebody still waits.
+# Elements that are looked through between two checks for a cancellation.
 PIECE = 2**22
 INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 # Pairs of roles whose product has a rank, by PEFT's name for their kind; LoKr may have whole matrices instead.
@@ -34,9 +34,9 @@ PAIRS = {
     ("lokr_w2_a", "lokr_w2_b"): "LOKR",
 }
 
-# Each alone says what a weight or a bias becomes. A magnitude is that of the base with a product, and of nothing else.
+# Each of the two determines a weight or a bias. A magnitude belongs to the base plus a product, and to nothing else.
 CONTRADICTIONS = ({"value", "diff"}, {"value_b", "diff_b"}, {"magnitude", "value"}, {"magnitude", "diff"})
-# What FLUX.1's relatives are given beside the noisy image, by how many times as many channels that makes.
+# FLUX.1's relatives with more input channels, by how many times as many.
 WIDER = {
     2: "This is a control LoRA, and a control LoRA needs a control image, which cannot be given here",
     6: "This LoRA is made for FLUX.1 Fill, which is given an image and its mask as channels",
@@ -45,13 +45,7 @@ OTHER_INPUT = "This LoRA is made for another model than FLUX.1 [dev] and [schnel
 
 
 def factors_of(layer: Layer, content: Content, shape: Callable[[str], Sequence[int]]) -> Iterator[Factors]:
-    """What a layer's tensors say that a config may say too.
-
-    Args:
-        layer: whose they are.
-        content: the names of its tensors by role.
-        shape: gives a tensor's shape by its name.
-    """
+    """A layer's pairs of factors, by the shapes of the tensors that are named in its content."""
     tensors = content.tensors
     for (left, right), kind in PAIRS.items():
         if {left, right} <= tensors.keys():
@@ -78,13 +72,9 @@ def _is_transposed(left: Sequence[int], right: Sequence[int], rows: int | None) 
 
 
 def name_full_ranks(contents: Mapping[Layer, Content], shape: Callable[[str], Sequence[int]]) -> None:
-    """Call the lone factors that ai-toolkit's fullrank writes what they are: differences.
+    """Give the lone factors that ai-toolkit's fullrank writes the role of differences.
 
     Such a factor has the rows of its layer. Where a pair of the file is of that rank, it may also be half of a pair.
-
-    Args:
-        contents: what the file has for each layer.
-        shape: gives a tensor's shape by its name.
     """
     ranks = {it.rank for layer, content in contents.items() for it in factors_of(layer, content, shape)}
     for layer, content in contents.items():
@@ -96,28 +86,22 @@ def name_full_ranks(contents: Mapping[Layer, Content], shape: Callable[[str], Se
 
 
 class LayerReader:
-    """Makes deltas of what a file has for one layer.
-
-    Args:
-        layer: whose parameters change.
-        content: the names of its tensors by role.
-        get: gives a tensor of the file by its name.
-        adapter: the strengths that the header says, or the config beside the file.
-    """
+    """Makes deltas of a file's tensors for one layer, which `get` reads by their names."""
 
     def __init__(self, layer: Layer, content: Content, get: Callable[[str], Tensor], adapter: Adapter) -> None:
         self.kinds: set[str] = set()
         self.ranks: set[int] = set()
         self._used: set[str] = set()
-        self._layer, self._content, self._get, self._adapter = layer, content, get, adapter
+        self._layer, self._names, self._tensors = layer, content.names, content.tensors
+        self._get, self._adapter = get, adapter
 
     def deltas(self) -> Iterator[tuple[str, Delta]]:
         """Deltas with the names of their parameters.
 
         Raises:
-            ValueError: a sentence about a tensor that does not fit or is no number.
+            ValueError: a sentence about a tensor that does not fit or holds numbers that are not finite.
         """
-        roles = self._content.tensors.keys()
+        roles = self._tensors.keys()
         if product := self._product():
             names = [f"{part.name}.weight" for part in self._layer.parts]
             parts = list(zip(names, product(), strict=True))
@@ -135,16 +119,9 @@ class LayerReader:
 
     def _product(self) -> Callable[[], list[Delta]] | None:
         """The reader of the layer's factors, None where it has none; refuses two kinds of change to one tensor."""
-        roles = self._content.tensors.keys()
-        products = [
-            product
-            for product, own in (
-                (self._lora, {"up", "down", "mid"}),
-                (self._loha, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"}),
-                (self._lokr, {f"lokr_{side}" for side in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}),
-            )
-            if roles & own
-        ]
+        roles = self._tensors.keys()
+        readers = ((self._lora, ("up", "down", "mid")), (self._loha, LOHA), (self._lokr, LOKR))
+        products = [product for product, own in readers if not roles.isdisjoint(own)]
         if len(products) > 1 or any(pair <= roles for pair in CONTRADICTIONS):
             raise ValueError(f"The LoRA changes {self._layer} in two ways at once: {', '.join(sorted(roles))}.")
         if not products and "magnitude" in roles:
@@ -154,17 +131,17 @@ class LayerReader:
         return products[0] if products else None
 
     def _lora(self) -> list[Delta]:
-        if self._adapter.decomposed and "magnitude" not in self._content.tensors:
+        if self._adapter.decomposed and "magnitude" not in self._tensors:
             raise ValueError(f"The LoRA's {self._adapter.source} says use_dora, but {self._layer} has no magnitude.")
         up, down = self._pair_of_factors()
         down = self._tucker("mid", down)
         self._check_fit(up.shape[1] == down.shape[0], (up.shape[0], down.shape[1]), "up", "down")
-        self.kinds.add("DoRA" if "magnitude" in self._content.tensors else "LoRA")
+        self.kinds.add("DoRA" if "magnitude" in self._tensors else "LoRA")
         strength = self._strength(down.shape[0])
         return [LowRank(part.start, part.height, _rows(up, part), down, strength) for part in self._layer.parts]
 
     def _pair_of_factors(self) -> tuple[Tensor, Tensor]:
-        """[out, rank] and [rank, in]; MLX keeps them transposed, and calls them by no `.weight`."""
+        """[out, rank] and [rank, in]; MLX stores them transposed, under names without `.weight`."""
         up, down = self._matrix("up"), self._matrix("down")
         out = self._layer.shape[0]
         both_ways = up.shape == (out, out) and down.shape == self._layer.shape == (out, out)
@@ -177,19 +154,17 @@ class LayerReader:
 
     def _loha(self) -> list[Delta]:
         (a, b), (c, d) = self._pair("hada_w1", "hada_t1"), self._pair("hada_w2", "hada_t2")
-        fits = a.shape[1] == b.shape[0] and c.shape[1] == d.shape[0] and (len(a), b.shape[1]) == (len(c), d.shape[1])
-        self._check_fit(fits, (a.shape[0], b.shape[1]), "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+        fits = a.shape[1] == len(b) and c.shape[1] == len(d) and (len(a), b.shape[1]) == (len(c), d.shape[1])
+        self._check_fit(fits, (len(a), b.shape[1]), "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
         self.kinds.add("LoHa")
-        strength = self._strength(b.shape[0])
-        return [
-            Hadamard(part.start, part.height, _rows(a, part), b, _rows(c, part), d, strength)
-            for part in self._layer.parts
-        ]
+        strength = self._strength(len(b))
+        rows = [(part.start, part.height, _rows(a, part), _rows(c, part)) for part in self._layer.parts]
+        return [Hadamard(start, height, left, b, right, d, strength) for start, height, left, right in rows]
 
     def _lokr(self) -> list[Delta]:
         sides, shapes, ranks = [], [], []
         for side, core in (("lokr_w1", "lokr_t1"), ("lokr_w2", "lokr_t2")):
-            if side in self._content.tensors:
+            if side in self._tensors:
                 factors = (self._matrix(side),)
             else:
                 factors = self._pair(side, core)
@@ -198,16 +173,14 @@ class LayerReader:
             sides.append(factors)
             shapes.append((factors[0].shape[0], factors[-1].shape[1]))
         (o1, i1), (o2, i2) = shapes
-        present = [role for role in self._content.tensors if role.startswith("lokr_")]
+        present = [role for role in self._tensors if role.startswith("lokr_")]
         self._check_fit(True, (o1 * o2, i1 * i2), *present)
         self.kinds.add("LoKr")
-        # Where both sides are whole, the file's alpha means nothing: LyCORIS writes it and does not use it.
         if ranks:
             strength = self._strength(ranks[-1])
-        elif "alpha" in self._content.tensors:
-            strength = 1.0
-        else:
-            strength = self._adapter.strength(self._content.names, None, None)
+        else:  # both sides are whole: the value of an alpha in the file means nothing, as in LyCORIS
+            alpha = 1.0 if "alpha" in self._tensors else None
+            strength = self._adapter.strength(self._names, None, alpha)
         return [Kronecker(part.start, part.height, *sides, part.source, strength) for part in self._layer.parts]
 
     def _decomposed(self, parts: list[tuple[str, Delta]]) -> Iterator[tuple[str, Delta]]:
@@ -245,14 +218,11 @@ class LayerReader:
     def _pair(self, side: str, core: str) -> tuple[Tensor, Tensor]:
         """[out, rank] and [rank, in]; with a core, LyCORIS stores the first transposed."""
         a, b = self._matrix(f"{side}_a"), self._matrix(f"{side}_b")
-        return (a.T, self._tucker(core, b)) if core in self._content.tensors else (a, b)
+        return (a.T, self._tucker(core, b)) if core in self._tensors else (a, b)
 
     def _tucker(self, core: str, down: Tensor) -> Tensor:
-        """Multiply a core [rank, rank] into the factor behind it.
-
-        It must be a square: with more rows it would make a small file into any amount of memory.
-        """
-        if core not in self._content.tensors:
+        """A core times the next factor; it must be [rank, rank], or small files could take any amount of memory."""
+        if core not in self._tensors:
             return down
         matrix = self._matrix(core)
         self._check_fit(matrix.shape == (down.shape[0], down.shape[0]), self._layer.shape, core)
@@ -263,12 +233,12 @@ class LayerReader:
             raise ValueError(f"The LoRA's factors for {self._layer} have rank 0.")
         self.ranks.add(rank)
         alpha = None
-        if "alpha" in self._content.tensors:
+        if "alpha" in self._tensors:
             tensor = self._read("alpha")
             if tensor.numel() != 1:
                 raise ValueError(f"{self._name('alpha')} is {_size(tensor.shape)}; it must be one number.")
             alpha = tensor.item()
-        strength = self._adapter.strength(self._content.names, rank, alpha)
+        strength = self._adapter.strength(self._names, rank, alpha)
         if abs(strength) > MAX_STRENGTH:
             raise ValueError(
                 f"The LoRA's factors for {self._layer} have the strength {strength:g}; none is above {MAX_STRENGTH:g}."
@@ -283,10 +253,10 @@ class LayerReader:
         return tensor.flatten(1)
 
     def _read(self, role: str) -> Tensor:
-        if role not in self._content.tensors:
+        if role not in self._tensors:
             raise self._incomplete(role)
         self._used.add(role)
-        name = self._content.tensors[role]
+        name = self._tensors[role]
         tensor = self._get(name)
         if max(tensor.shape, default=0) > MAX_DIMENSION:
             raise ValueError(
@@ -306,10 +276,10 @@ class LayerReader:
         return tensor
 
     def _name(self, role: str) -> str:
-        return short(self._content.tensors[role])
+        return short(self._tensors[role])
 
     def _incomplete(self, role: str) -> ValueError:
-        return ValueError(f"The LoRA is incomplete: {short(self._content.names[0])} lacks its counterpart of {role}.")
+        return ValueError(f"The LoRA is incomplete: {short(self._names[0])} lacks its counterpart of {role}.")
 
     def _check_fit(self, agree: bool, shape: tuple[int, ...], *roles: str) -> None:
         """Refuse factors that do not agree with each other, or whose product has another shape than the layer."""
@@ -317,18 +287,16 @@ class LayerReader:
             raise self._misfit(shape if agree else (), *roles)
 
     def _misfit(self, shape: tuple[int, ...], *roles: str) -> ValueError:
-        """Why a change of a shape does not fit the layer; without one, its factors do not even fit each other."""
+        """The error about a change of a shape that does not fit the layer, or of factors that do not fit each other."""
         expected = self._layer.shape
         if self._layer.parts[0].name == "x_embedder" and len(shape) == 2 and shape[1] > expected[1]:
             return ValueError(
                 f"{WIDER.get(shape[1] / expected[1], OTHER_INPUT)}: it widens the image input from {expected[1]} to "
                 f"{shape[1]} channels."
             )
-        given = " and ".join(f"{self._name(role)} is {_size(self._shape(role))}" for role in roles)
+        shapes = {role: self._get(self._tensors[role]).shape for role in roles}
+        given = " and ".join(f"{self._name(role)} is {_size(shape)}" for role, shape in shapes.items())
         return ValueError(f"The LoRA does not fit: {given}, but {self._layer} is {_size(expected)}.")
-
-    def _shape(self, role: str) -> tuple[int, ...]:
-        return tuple(self._get(self._content.tensors[role]).shape)
 
 
 def _is_finite(piece: Tensor) -> bool:
