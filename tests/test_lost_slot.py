@@ -11,9 +11,9 @@ import pytest
 
 import local_cog.server
 from harness.hosts import File, Host
+from harness.waiting import wait_until
 from local_cog.server import CogServer, Verdict, serve
 from settings import ROOT
-from tests.support.waiting import wait_until
 
 # A server is given up after two seconds here.
 LOOKS, SECONDS = 10, 0.2

@@ -18,11 +18,11 @@ from safetensors.torch import save
 import images
 from harness import soak
 from harness.hosts import Host
+from harness.waiting import wait_until
 from local_cog.data_uri import uri
 from local_cog.server import CogServer, failure, files
 from settings import GIB, ROOT
 from tests.support.lora_files import EXACT, changes, is_block
-from tests.support.waiting import wait_until
 
 SMALL = {"prompt": "a red fox", "megapixels": "0.25", "num_inference_steps": 2, "seed": 3, "output_format": "png"}
 UNSAFE = {"disable_safety_checker": True}

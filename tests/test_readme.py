@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from harness.hosts import Host, civitai, hugging_face, replicate, status
+from harness.waiting import wait_until
 from local_cog.server import free_port
 from settings import ROOT
 from tests.support.fetching import make_tar
-from tests.support.waiting import wait_until
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Of the shell, a block that says so itself is not run, and script/test is what runs here.

@@ -23,6 +23,7 @@ import local_cog.server
 from harness.fuzz import fuzzing, run
 from harness.hosts import File, Host
 from harness.soak import Report, Soak, soaking, worker_of
+from harness.waiting import wait_until
 from local_cog.data_uri import uri
 from local_cog.server import CogServer, failure, files, serve
 from service.leftovers import Leftovers, sweep
@@ -30,7 +31,6 @@ from service.measure import PeakMemory
 from settings import ROOT
 from tests.support.faulty import HUNGRY, PLANTED
 from tests.support.lora_files import EXACT, changes, is_block
-from tests.support.waiting import wait_until
 from tests.test_predict import SECONDS_TO_FREE, encoded, photo
 
 CPU = torch.device("cpu")
@@ -66,10 +66,7 @@ def picture(server: CogServer, **inputs: object) -> bytes:
 
 def when_idle(server: CogServer, seconds: float = 10) -> tuple[str, str | None]:
     """What the first health check says that finds no prediction running."""
-    give_up = time.monotonic() + seconds
-    while (health := server.health())["status"] == "BUSY":
-        assert time.monotonic() < give_up
-        time.sleep(0.02)
+    health = wait_until(lambda: (it := server.health())["status"] != "BUSY" and it, seconds)
     return health["status"], health.get("user_healthcheck_error")
 
 
@@ -288,10 +285,7 @@ def test_twenty_cancellations_in_a_row_leave_no_trace(server: CogServer) -> None
         server.start(inputs, f"cancelled-{number}")
         time.sleep(rng.uniform(0.05, 0.5))
         assert server.cancel(f"cancelled-{number}") == 200
-        cancelled = time.monotonic()
-        while server.health()["status"] == "BUSY":
-            time.sleep(0.01)
-        assert time.monotonic() - cancelled < SECONDS_TO_FREE
+        when_idle(server, SECONDS_TO_FREE)
     assert when_idle(server) == ("READY", None)
     assert picture(server) == before
 

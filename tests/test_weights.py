@@ -15,6 +15,7 @@ from safetensors.numpy import save
 
 import images
 from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, status
+from harness.waiting import wait_until
 from local_cog.server import CogServer, failure, files
 from request import LoraChoice
 from settings import MIB, MINIATURE, ROOT, Settings
@@ -33,7 +34,6 @@ from tests.support.fetching import (
     refusal,
     start,
 )
-from tests.support.waiting import wait_until
 from weights import WeightsCache, fetch_pictures, parse_picture
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_behind")

@@ -22,11 +22,11 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from cluster.api_common import Authorised, InputSchema, Streamed, Turns, exception_handlers
+from harness.waiting import wait_until
 from local_cog import schema
 from local_cog.server import LOOPBACK
 from settings import ROOT
 from tests.cluster.served import exchange, served
-from tests.support.waiting import wait_until
 
 GET = b"GET /v1/%s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 

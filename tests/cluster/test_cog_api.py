@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 
 from harness.cluster import ENDS, Cluster, Hooks, Server
+from harness.waiting import wait_until
 from settings import VERSION
 from tests.cluster.small_cluster import comparable
 
@@ -249,16 +250,12 @@ def test_a_client_that_leaves_cancels_what_it_waited_for(cluster: Cluster) -> No
     body = json.dumps({"input": {"prompt": "slow", "steps": 50}})
     connection.request("PUT", "/predictions/left", body, {**JSON, **cluster.headers})
 
-    def wait_for(status: str) -> None:
-        give_up = time.monotonic() + 20
-        # Until it is known, this lacks its input.
-        while (state := json.loads(cluster.request("PUT", "/predictions/left", {})[2])).get("status") != status:
-            assert time.monotonic() < give_up, state
-            time.sleep(0.1)
+    def status() -> str | None:  # None until it is known: then this request lacks its input
+        return json.loads(cluster.request("PUT", "/predictions/left", {})[2]).get("status")
 
-    wait_for("processing")
+    wait_until(lambda: status() == "processing", pause=0.1)
     connection.close()
-    wait_for("canceled")
+    wait_until(lambda: status() == "canceled", pause=0.1)
 
 
 def test_wrong_input_is_refused_at_once_while_all_workers_are_busy(cluster: Cluster) -> None:

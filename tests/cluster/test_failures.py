@@ -49,9 +49,9 @@ from cluster.webhooks import Webhooks, open_client
 from cluster.worker import CogWorker
 from harness.cluster import Hooks
 from harness.postgres import Postgres, find_programs
+from harness.waiting import until
 from local_cog.data_uri import uri
 from local_cog.server import Verdict
-from tests.support.waiting import until
 
 STARTED = {"status": "processing", "logs": "begun", "metrics": {}}
 DRAWN = {"status": "succeeded", "logs": "done", "metrics": {"predict_time": 1.0}, "output": [uri(b"a picture")]}

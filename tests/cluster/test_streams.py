@@ -13,7 +13,7 @@ from sqlalchemy import event
 
 from cluster.predictions import Prediction, Predictions, now
 from cluster.streams import SECONDS_BETWEEN_LOOKS, Streams
-from tests.support.waiting import until
+from harness.waiting import until
 
 LISTENERS = 300
 

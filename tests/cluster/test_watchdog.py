@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 
 from cluster.local import descendants
+from harness.waiting import wait_until
 from settings import ROOT
-from tests.support.waiting import wait_until
 
 SECONDS = 3
 # What the process does once it is watched; it says so before.

@@ -19,12 +19,12 @@ import pytest
 
 import playground.server
 from harness.hosts import Host, status
+from harness.waiting import wait_until
 from local_cog.server import LOOPBACK, CogServer, free_port
 from playground.server import HEADERS, PAGE, page_files
 from playground.target import NoAnswerError, Target
 from settings import ROOT
 from tests.support.playground import own_address, served
-from tests.support.waiting import wait_until
 
 # As much as the page needs of a predictor: its setup takes a moment or fails, and it draws slowly if asked to.
 PREDICTOR = """

@@ -24,6 +24,7 @@ pytest.importorskip("playwright", reason="Playwright is not installed; .ci/run i
 from playwright.sync_api import Locator, Page, Route, expect
 
 from harness.soak import worker_of
+from harness.waiting import wait_until
 from local_cog.server import LOOPBACK, CogServer, free_port, url
 from playground.server import Playground
 from playground.target import Target
@@ -32,7 +33,6 @@ from tests.support.browser import Opener
 from tests.support.faulty import PLANTED
 from tests.support.page import FOX, draw, history, press, progress, serious_faults, shared
 from tests.support.playground import address_of, own_address, playground, served
-from tests.support.waiting import wait_until
 
 # A predictor that does what its prompt says: fails, stands still, or waits in the middle until a file is there.
 PREDICTOR = """

@@ -14,11 +14,11 @@ import pytest
 from huggingface_hub import constants
 
 from harness.hosts import File, Host, hugging_face, in_json, status
+from harness.waiting import wait_until
 from settings import MIB, ROOT, Settings
 from sources.base_models import on_disk, outline, snapshot
 from tests.support.caches import SECRET
 from tests.support.fetching import LARGE, LORA, OTHER, QUICK, make_lora, start
-from tests.support.waiting import wait_until
 
 PIPELINE = {
     "model_index.json": b"{}",

@@ -19,12 +19,12 @@ import pytest
 import urllib3
 
 from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, status, trickle
+from harness.waiting import wait_until
 from settings import ROOT, Settings
 from sources.connections import Connections, StoppedError, is_public, trusted_authorities
 from tests.support.caches import SECRET, check_cache
 from tests.support.certificates import self_signed
 from tests.support.fetching import LARGE, LORA, OTHER, QUICK, fetch, refusal
-from tests.support.waiting import wait_until
 from weights import WeightsCache
 
 IMPATIENT = replace(QUICK, pauses=())
