@@ -1,4 +1,6 @@
 # ruff: noqa: E402 (what is read when huggingface_hub is imported has to be set before)
+import asyncio
+import inspect
 import os
 import shutil
 import subprocess
@@ -21,6 +23,15 @@ from harness.hosts import Host
 from local_cog.server import CogServer
 from settings import MINIATURE, ROOT, Settings
 from tests.support.caches import DISK, SECRET, check_cache
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is a coroutine function to its end, on an event loop of its own."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}))
+    return True
 
 
 @pytest.fixture(scope="session")
