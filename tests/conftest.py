@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Of the processes that tests start too: the user's cache and login are not for tests.
 for variable in [name for name in os.environ if name.startswith("HF_")]:
@@ -23,6 +24,9 @@ from harness.hosts import Host
 from local_cog.server import CogServer
 from settings import MINIATURE, ROOT, Settings
 from tests.support.caches import DISK, SECRET, check_cache
+
+if TYPE_CHECKING:
+    from tests.support.lora_reader import Reader
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -56,6 +60,14 @@ def node_modules() -> Path:
     if done.returncode:
         pytest.skip(f"npm could not install replicate: {done.stderr[-200:]}")
     return client / "node_modules"
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> "Reader":
+    """Reads LoRAs for small models, and holds them in live copies of these."""
+    from tests.support import lora_reader, models  # here: most tests need neither
+
+    return lora_reader.Reader(tmp_path_factory.mktemp("loras"), models.transformer(), models.text_encoder())
 
 
 @pytest.fixture

@@ -78,15 +78,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], int, str]] = {
     "a-webhook-without-a-host": (("POST", "/predictions", {**A_BODY, "webhook": "http://a..b/"}), 422, "'http://a..b/'"),
     **{f"json-{index}": (("POST", "/predictions", body, JSON), 400, sentence) for index, (body, sentence) in enumerate([
         (b'{"input":{"prompt":"a","strength":NaN}}', "it has NaN, which is no number in JSON."),
-        (b'{"input":{"prompt":"a","strength":1e999}}', "numbers must be below 1.8e308."),
-        (b'{"input":{"prompt":"a","strength":' + b"9" * 400 + b"}}", "it has a number of 400 characters"),
-        (rb'{"input":{"prompt":"\ud800"}}', "it has half of a surrogate pair, U+D800"),
-        (rb'{"input":{"prompt":"a","\ud800":1}}', "it has half of a surrogate pair, U+D800"),
-        (rb'{"input":{"prompt":"a\u0000"}}', "it has the character U+0000"),
-        (b'{"input":{"prompt":"a"},"input":{"prompt":"b"}}', "it has the name 'input' twice in one object."),
-        (b'{"input":' + b"[" * 400 + b"]" * 400 + b"}", "it is nested more than 32 deep."),
         (b'{"input":{"prompt":"a","x":[' + b"[]," * 10_000 + b"1]}}", "it has more than 10000 values"),
-        (b'{"input":{"prompt":"' + b"\\n" * 4_000_001 + b'"}}', "it has more than 4000000 backslashes"),
     ])},
 }  # fmt: skip
 
