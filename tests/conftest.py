@@ -24,6 +24,7 @@ from harness.hosts import Host
 from local_cog.server import CogServer
 from settings import MINIATURE, ROOT, Settings
 from tests.support.caches import DISK, SECRET, check_cache
+from tests.support.processes import finished
 
 if TYPE_CHECKING:
     from tests.support.lora_reader import Reader
@@ -56,7 +57,7 @@ def node_modules() -> Path:
     client = ROOT / "tests" / "cluster" / "replicate_client"
     # Without a network it gives up in seconds, not in minutes.
     install = ["npm", "ci", "--no-audit", "--no-fund", "--fetch-retries=0", "--fetch-timeout=20000"]
-    done = subprocess.run(install, cwd=client, capture_output=True, text=True, check=False)
+    done = finished(install, cwd=client)
     if done.returncode:
         pytest.skip(f"npm could not install replicate: {done.stderr[-200:]}")
     return client / "node_modules"
@@ -106,9 +107,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of a few megabytes."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(disk)], capture_output=True, text=True, check=False
-    )
+    mounted = finished(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(disk)], cwd=None)
     if mounted.returncode:
         pytest.skip(f"no disk can be mounted: {mounted.stderr.strip()}")
     yield disk

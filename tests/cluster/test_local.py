@@ -17,7 +17,7 @@ from cluster.settings import ClusterSettings
 from harness.cluster import Cluster
 from harness.waiting import wait_until
 from local_cog.server import LOOPBACK, free_port
-from settings import ROOT
+from tests.support.processes import finished
 
 
 def test_nothing_listens_beyond_this_machine(cluster: Cluster) -> None:
@@ -79,7 +79,7 @@ def start_of_cluster(*options: str, **variables: str) -> str:
     """What `script/cluster` says when it does not start."""
     command = [sys.executable, "-m", "cluster.local", *options]
     environment = {name: value for name, value in os.environ.items() if name != "API_TOKENS"} | variables
-    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ended = finished(command, env=environment)
     assert ended.returncode == 1
     return ended.stderr
 

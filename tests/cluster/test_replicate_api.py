@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from harness.cluster import Cluster, Hooks, Server
 from local_cog.data_uri import uri
 from tests.cluster.databases import rows
 from tests.cluster.small_cluster import TOKEN
+from tests.support.processes import finished
 
 MODEL = "someone/some-model"
 
@@ -402,9 +402,7 @@ def told_by(program: str, script: str, cluster: Cluster, folder: Path) -> dict[s
     """What a script of Replicate's client sees; its files are in a folder."""
     variables = {"REPLICATE_API_TOKEN": TOKEN, "REPLICATE_BASE_URL": cluster.url, "BASE_URL": f"{cluster.url}/v1"}
     environment = {**os.environ, **variables}
-    done = subprocess.run(
-        [program, CLIENTS / script], env=environment, cwd=folder, capture_output=True, text=True, timeout=60
-    )
+    done = finished([program, CLIENTS / script], env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

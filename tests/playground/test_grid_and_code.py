@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +37,7 @@ from tests.support.page import (
     show,
 )
 from tests.support.pictures import quadrants, written
+from tests.support.processes import finished
 
 NASTY = "a 'red' \"fox\" $HOME `id` $(id) \\n ! % {x} #1 ’ü🦊 <b>\n  JSON\nat night; \\"
 NEEDED = {"cURL": "curl", "JavaScript": "node"}
@@ -191,7 +191,7 @@ def test_each_program_draws_what_the_form_says(
             pytest.skip(f"{NEEDED[language]} is not installed; what stands before {language} was run")
         show(page, language)
         (reader / command[-1]).write_text(block(page, language))
-        done = subprocess.run(command, cwd=reader, env=environment, capture_output=True, text=True, timeout=300)
+        done = finished(command, cwd=reader, env=environment, timeout=300)
         assert done.returncode == 0, f"{language}: {done.stdout}{done.stderr}"
         files = sorted(reader.glob("output.*.webp"))
         assert [read_metadata(file)["seed"] for file in files] == [7, 8]
@@ -225,7 +225,7 @@ def test_programs_for_another_project_run_as_they_stand(page_url: str, open_page
             expect(page.get_by_text("It reads api_key from the variable API_KEY.")).to_be_visible()
             (tmp_path / command[-1]).write_text(block(page, language))
             variables = {**os.environ, "API_KEY": "s3cret"}
-            done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
+            done = finished(command, cwd=tmp_path, env=variables)
             assert done.returncode == 0, f"{language}: {done.stdout}{done.stderr}"
             file = tmp_path / "output.0.png"
             assert file.read_bytes() == base64.b64decode(DOT)

@@ -15,10 +15,11 @@ from huggingface_hub import constants
 
 from harness.hosts import File, Host, hugging_face, in_json, status
 from harness.waiting import wait_until
-from settings import MIB, ROOT, Settings
+from settings import MIB, Settings
 from sources.base_models import on_disk, outline, snapshot
 from tests.support.caches import SECRET
 from tests.support.fetching import LARGE, LORA, OTHER, QUICK, make_lora, start
+from tests.support.processes import finished
 
 PIPELINE = {
     "model_index.json": b"{}",
@@ -322,9 +323,7 @@ def test_what_the_librarys_own_command_has_fetched_is_used_without_a_request(
 
     def offline(model: str) -> str:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "FLUX_DEV": model}
-        ran = subprocess.run(
-            [sys.executable, "-c", USED], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60
-        )
+        ran = finished([sys.executable, "-c", USED], env=environment)
         assert (ran.returncode, ran.stderr) == (0, "")
         return ran.stdout
 
