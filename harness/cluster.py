@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from cluster.local import descendants, environment
+from harness.waiting import wait_until
 from local_cog.server import LOOPBACK, free_port
 from settings import ROOT
 
@@ -97,11 +98,13 @@ class Cluster(Server):
         Raises:
             RuntimeError: it has ended, or the time has.
         """
-        give_up = time.monotonic() + seconds
-        while "Ready: " not in (said := self.log.read_text()):
-            if self.process.poll() is not None or time.monotonic() > give_up:
-                raise RuntimeError(f"The cluster did not start: {said[-3000:]}")
-            time.sleep(0.2)
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: self.process.poll() is not None or self._ready(), seconds, pause=0.2)
+        if not self._ready():
+            raise RuntimeError(f"The cluster did not start: {self.log.read_text()[-3000:]}")
+
+    def _ready(self) -> bool:
+        return "Ready: " in self.log.read_text()
 
     def __exit__(self, *_: object) -> None:
         """Stop it, by force where it does not end."""
@@ -142,12 +145,12 @@ class Cluster(Server):
         Raises:
             TimeoutError: there are fewer.
         """
-        give_up = time.monotonic() + seconds
-        while len(found := self.processes(title, below)) < count:
-            if time.monotonic() > give_up:
-                raise TimeoutError(f"There are {len(found)} processes {title!r} among {self.processes('', below)}.")
-            time.sleep(0.1)
-        return found
+        return wait_until(
+            lambda: len(found := self.processes(title, below)) >= count and found,
+            seconds,
+            pause=0.1,
+            state=lambda: f"{title!r} is too rare among {self.processes('', below)}",
+        )
 
     def kill_one(self, title: str) -> None:
         """Kill the youngest process of a title; wait for one if it is just being replaced."""
@@ -216,8 +219,4 @@ class Hooks:
         Raises:
             TimeoutError: none has come.
         """
-        give_up = time.monotonic() + seconds
-        while not any(awaited(body) for _, body in list(self.received)):
-            if time.monotonic() > give_up:
-                raise TimeoutError(f"This alone was said within {seconds} s: {[body for _, body in self.received]}")
-            time.sleep(0.02)
+        wait_until(lambda: any(awaited(body) for _, body in list(self.received)), seconds, state=lambda: self.received)

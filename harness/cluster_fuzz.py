@@ -36,6 +36,7 @@ import sqlalchemy as sa
 from harness.cluster import ENDS, Cluster, Hooks, Server
 from harness.hostile import DEAF, MARK, MIB, Answer, Kind, Scene, Sent, Stranger
 from harness.hostile_kinds import KINDS
+from harness.waiting import wait_until
 from local_cog.server import LOOPBACK
 from service.data_uri import decode
 from settings import ROOT
@@ -396,9 +397,8 @@ class Honest:
         for thread in threads:
             thread.start()
         try:
-            give_up = time.monotonic() + HONEST_S
-            while not self.known and time.monotonic() < give_up:
-                time.sleep(0.05)
+            with contextlib.suppress(TimeoutError):
+                wait_until(lambda: self.known, HONEST_S)
             yield
         finally:
             self.leaving.set()
@@ -458,10 +458,9 @@ class Honest:
         body = {"version": "v", "input": {"prompt": prompt}, "webhook": self.hooks.url}
         made = self.ask("POST", "/v1/predictions", body, {"Prefer": "wait=30"} if number % 2 else None)
         self.awaited.append(made["id"])
-        path, give_up = f"/v1/predictions/{made['id']}", time.monotonic() + HONEST_S
-        while made["status"] not in ENDS and time.monotonic() < give_up:
-            time.sleep(0.1)
-            made = self.ask("GET", path)
+        if made["status"] not in ENDS:
+            path = f"/v1/predictions/{made['id']}"
+            made = wait_until(lambda: (it := self.ask("GET", path))["status"] in ENDS and it, HONEST_S, pause=0.1)
         assert made["status"] == "succeeded", str(made)[:500]
         assert made["input"] == {"prompt": prompt}, str(made)[:500]
         self.ours([*made["urls"].values(), *made["output"]])
@@ -492,12 +491,13 @@ class Honest:
         for made in self.known:
             left = self.ask("GET", f"/v1/predictions/{made['id']}")
             assert left == made, f"{str(made)[:300]} has become {str(left)[:300]}."
-        give_up = time.monotonic() + HONEST_S
-        while time.monotonic() < give_up:
-            ends = Counter(body["id"] for _, body in list(self.hooks.received) if body["status"] in ENDS)
-            if all(ends[name] for name in self.awaited):
-                break
-            time.sleep(0.2)
+
+        def counted() -> Counter[str]:
+            return Counter(body["id"] for _, body in list(self.hooks.received) if body["status"] in ENDS)
+
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: counted().keys() >= set(self.awaited), HONEST_S, pause=0.2)
+        ends = counted()
         wrong = {name: ends[name] for name in self.awaited if ends[name] != 1}
         assert not wrong, f"Told to have ended, not once: {str(wrong)[:300]}"
         said = json.dumps([body for _, body in list(self.hooks.received)])

@@ -31,6 +31,7 @@ from hypothesis.strategies import SearchStrategy
 from PIL import Image
 
 from harness.soak import make_lora, worker_of, world
+from harness.waiting import wait_until
 from local_cog import schema
 from local_cog.server import LOOPBACK, CogServer, failure
 from service.data_uri import uri
@@ -105,10 +106,7 @@ class Fuzz:
 
     def check(self) -> None:
         """The server is healthy, and its worker the one that it always was."""
-        give_up = time.monotonic() + LONGEST_S
-        while (health := self.server.health())["status"] == "BUSY":
-            assert time.monotonic() < give_up, "The server hangs."
-            time.sleep(0.01)
+        health = wait_until(lambda: (it := self.server.health())["status"] != "BUSY" and it, LONGEST_S)
         assert health["status"] == "READY", health
         assert worker_of(self.server) == self._worker, "The worker has died."
 

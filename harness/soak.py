@@ -6,6 +6,7 @@ has drawn nothing before; memory, tensors, descriptors, threads, temporary files
 last line is JSON; the exit code is 1 if anything is wrong.
 """
 
+import contextlib
 import http.client
 import http.server
 import io
@@ -30,6 +31,7 @@ from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import save
 
+from harness.waiting import wait_until
 from local_cog.server import LOOPBACK, CogServer, failure, files, free_port
 from service.data_uri import uri
 from service.leftovers import SECONDS_KEPT
@@ -369,12 +371,9 @@ class Soak:
 
     def _told(self, case: Case) -> str:
         """What the webhook said of the end."""
-        give_up = time.monotonic() + SECONDS_TO_END
-        while not self.hosts.ended.get(case.name):
-            if time.monotonic() > give_up:
-                return "never"
-            time.sleep(0.01)
-        return self.hosts.ended[case.name][-1]
+        with contextlib.suppress(TimeoutError):
+            return wait_until(lambda: self.hosts.ended.get(case.name), SECONDS_TO_END)[-1]
+        return "never"
 
     def _account(self, case: Case, status: str, answer: dict[str, Any]) -> None:
         self.report.ends[case.way, status] += 1
@@ -393,11 +392,9 @@ class Soak:
 
     def _wait_until_ready(self, name: str) -> None:
         """Until the server takes the next request; each look is a health check, too."""
-        give_up = time.monotonic() + SECONDS_TO_END
-        while (health := self.server.health())["status"] != "READY":
-            if health["status"] != "BUSY" or time.monotonic() > give_up:
-                raise RuntimeError(f"After {name} the server is {health['status']}: {health}.")
-            time.sleep(0.01)
+        health = wait_until(lambda: (it := self.server.health())["status"] != "BUSY" and it, SECONDS_TO_END)
+        if health["status"] != "READY":
+            raise RuntimeError(f"After {name} the server is {health['status']}: {health}.")
 
     def _measure(self) -> None:
         worker = worker_of(self.server)

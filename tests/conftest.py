@@ -1,4 +1,6 @@
 # ruff: noqa: E402 (what is read when huggingface_hub is imported has to be set before)
+import asyncio
+import inspect
 import os
 import shutil
 import subprocess
@@ -7,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Of the processes that tests start too: the user's cache and login are not for tests.
 for variable in [name for name in os.environ if name.startswith("HF_")]:
@@ -21,6 +24,19 @@ from harness.hosts import Host
 from local_cog.server import CogServer
 from settings import MINIATURE, ROOT, Settings
 from tests.support.caches import DISK, SECRET, check_cache
+from tests.support.processes import finished
+
+if TYPE_CHECKING:
+    from tests.support.lora_reader import Reader
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is a coroutine function to its end, on an event loop of its own."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}))
+    return True
 
 
 @pytest.fixture(scope="session")
@@ -41,10 +57,18 @@ def node_modules() -> Path:
     client = ROOT / "tests" / "cluster" / "replicate_client"
     # Without a network it gives up in seconds, not in minutes.
     install = ["npm", "ci", "--no-audit", "--no-fund", "--fetch-retries=0", "--fetch-timeout=20000"]
-    done = subprocess.run(install, cwd=client, capture_output=True, text=True, check=False)
+    done = finished(install, cwd=client)
     if done.returncode:
         pytest.skip(f"npm could not install replicate: {done.stderr[-200:]}")
     return client / "node_modules"
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> "Reader":
+    """Reads LoRAs for small models, and holds them in live copies of these."""
+    from tests.support import lora_reader, models  # here: most tests need neither
+
+    return lora_reader.Reader(tmp_path_factory.mktemp("loras"), models.transformer(), models.text_encoder())
 
 
 @pytest.fixture
@@ -83,9 +107,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of a few megabytes."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(disk)], capture_output=True, text=True, check=False
-    )
+    mounted = finished(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(disk)], cwd=None)
     if mounted.returncode:
         pytest.skip(f"no disk can be mounted: {mounted.stderr.strip()}")
     yield disk

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from settings import ROOT
+from tests.support.processes import finished
 
 # The same run on every machine.
 CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -16,7 +16,7 @@ CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 def report(*paths: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "bench.report", *map(str, paths)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return finished(command)
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("results") / "short.jsonl"
     stages = ("ceilings", "swap", "eager steps", "parts", "profile", "switches", "smoke")
     command = [sys.executable, "-m", "bench.gpu", "--small", "--seconds", "90", "--out", out, "--stages", *stages]
-    finished = subprocess.run(command, cwd=ROOT, env=CPU, capture_output=True, text=True, timeout=120)
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    done = finished(command, env=CPU)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out
 
 
@@ -91,9 +91,9 @@ sys.argv = ["bench", "--small", "--seconds", "3", "--out", {str(out)!r}]
 gpu.main()
 """
     command = [sys.executable, "-c", trial]
-    finished = subprocess.run(command, cwd=ROOT, env=CPU, capture_output=True, text=True, timeout=60)
-    assert finished.returncode == 1
-    assert "in rows" in finished.stderr or "<lambda>" in finished.stderr  # where it was
+    done = finished(command, env=CPU)
+    assert done.returncode == 1
+    assert "in rows" in done.stderr or "<lambda>" in done.stderr  # where it was
     one, two, three, four, five = map(json.loads, out.read_text().splitlines())
     assert (one["value"], four["value"]) == (1, 4)
     assert two["error"] == "ValueError: no such file: model"
@@ -102,7 +102,7 @@ gpu.main()
     assert three["skipped"] == "needs a sledgehammer"
     assert five["name"] == "five"
     assert "the time was up" in five["error"]
-    assert finished.stdout.count("trial: about 1 s") == 1
+    assert done.stdout.count("trial: about 1 s") == 1
 
 
 def test_the_report_has_what_was_measured_and_names_what_was_not(results: Path) -> None:

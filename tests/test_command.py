@@ -20,6 +20,7 @@ from local_cog.server import CogServer, failure, files
 from request import LoraChoice
 from service.data_uri import file_uri
 from settings import ROOT
+from tests.support.processes import finished
 
 DOCUMENT = schema.derive((ROOT / "predict.py").read_text(encoding="utf-8"))
 # A request that Cog lets pass, and the predictor refuses at once.
@@ -445,7 +446,7 @@ def test_several_pictures_have_numbers(name: str, paths: list[str]) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 def test_a_folder_of_somebody_else_s_is_refused() -> None:
     code = "import os; from local_cog.outputs import Place; os.setuid(65534); Place.read('/etc/a/fox.png').check()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = finished([sys.executable, "-c", code])
     assert done.stderr.splitlines()[-1] == (
         "ValueError: No picture can be written to the folder /etc/a: /etc may not be written."
     )

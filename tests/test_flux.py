@@ -1,7 +1,5 @@
 """The semantics of a request, on small real models in float32."""
 
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,15 +12,15 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux import PROMPTS, Flux
 from harness.loras import files
 from pixels.masks import TRACE
 from request import LoraChoice, Request
 from service.measure import Stopwatch
-from settings import ROOT, Settings
+from settings import Settings
 from tests.support.models import POOLED, write_models
+from tests.support.operations import Operations
 
 CPU = torch.device("cpu")
 SMALL = {"megapixels": "0.25", "num_inference_steps": 2, "seed": 11}
@@ -30,21 +28,15 @@ IMAGE_MODES = ("img2img", "inpaint")
 MODES = ("txt2img", *IMAGE_MODES)
 
 
-class Operations(TorchDispatchMode):
-    """Counts what torch runs inside its block, by name.
-
-    Its profiler would too, but keeps a native thread that now and then aborts the process when it ends.
-    """
+class Counted(Operations):
+    """Counts what torch runs inside its block, by name."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
 
-    def __torch_dispatch__(
-        self, operation: OpOverload, types: object, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
+    def before(self, operation: OpOverload) -> None:
         self.counts[operation.name()] += 1
-        return operation(*args, **kwargs or {})
 
 
 def make_flux(folder: Path, **changes: object) -> Flux:
@@ -226,7 +218,7 @@ def test_pictures_of_any_size_keep_it_and_what_their_masks_keep(flux: Flux, tmp_
 
 def test_fp8_products_really_run(flux: Flux, inputs: dict) -> None:
     for mode in MODES:
-        with Operations() as operations:
+        with Counted() as operations:
             generate(flux, **inputs[mode] | {"aspect_ratio": "1:1"}, go_fast=True, num_inference_steps=1)
         # Linear layers of 2 double blocks (12 each) and 3 single blocks (5 each), all of fitting sizes.
         assert operations.counts["aten::_scaled_mm"] == 2 * 12 + 3 * 5
@@ -329,9 +321,3 @@ def test_the_text_encoder_s_sum_has_no_order(flux: Flux, tmp_path: Path, go_fast
     assert torch.equal(
         pooled(("first", 0.3, None), ("other", 0.2, None), ("first", -0.3, None)), pooled(("other", 0.2, 0.2))
     )
-
-
-def test_flux_knows_files_and_imports_nothing_that_fetches_them() -> None:
-    asked = "import sys, flux; print(*(name for name in sys.modules if name.split('.')[0] in ('weights', 'sources')))"
-    done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from settings import ROOT
+from tests.support.processes import finished
 
 WINGS = ("engine", "lora", "pixels", "sources", "service", "local_cog", "cluster", "playground", "tools")
 FURTHER = ("mini", "tests", "bench", "harness")
@@ -35,9 +36,7 @@ def house(tmp_path: Path) -> Path:
 
 
 def check(house: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [Path(sys.prefix) / "bin" / "tach", "check"], cwd=house, capture_output=True, text=True, timeout=60
-    )
+    return finished([Path(sys.prefix) / "bin" / "tach", "check"], cwd=house)
 
 
 @pytest.mark.parametrize(

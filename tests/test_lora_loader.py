@@ -24,11 +24,6 @@ from tests.support.lora_files import RANK, Tensors
 from tests.support.lora_reader import STRENGTH, Reader, assert_is_one_sentence, changed, join, same
 
 
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
-    return Reader(tmp_path_factory.mktemp("loras"), models.transformer(), models.text_encoder())
-
-
 def expected(reader: Reader, made: list[lora_files.Change], scale: float = 1.0) -> Tensors:
     """The weights by the definition of a LoRA, in float64."""
     weights = {name: tensor.double() for name, tensor in reader.base.items()}
@@ -282,21 +277,8 @@ def test_bfl_s_control_lora_is_refused_by_its_own_names_and_shapes(wide: tuple, 
 # Malformed files
 
 DTYPES = [
-    "BOOL",
-    "U8",
-    "I8",
-    "I64",
-    "F64",
-    "F32",
-    "F16",
-    "BF16",
-    "F8_E4M3",
-    "F8_E5M2",
-    "F8_E8M0",
-    "F4",
-    "F6_E2M3",
-    "C64",
-]
+    "BOOL", "U8", "I8", "I64", "F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "C64",
+]  # fmt: skip
 SIZES = [0, 1, 2, 3, 31, 32, 33, 2**31, 2**40, 2**63, 2**64, -1, 1.5, None, "32"]
 NUMBERS = [float("nan"), float("inf"), -float("inf"), 3.4e38, 1e-45]
 

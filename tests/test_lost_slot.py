@@ -1,7 +1,6 @@
 """A Cog server that is busy for ever while its predictor has nothing to do is given up, and no other one is."""
 
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -11,9 +10,10 @@ import pytest
 
 import local_cog.server
 from harness.hosts import File, Host
+from harness.waiting import wait_until
 from local_cog.server import CogServer, Verdict, serve
 from settings import ROOT
-from tests.support.waiting import wait_until
+from tests.support.processes import finished
 
 # A server is given up after two seconds here.
 LOOKS, SECONDS = 10, 0.2
@@ -169,7 +169,7 @@ asyncio.run(main())
 def test_a_worker_whose_slot_is_lost_ends_and_its_server_with_it(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
     command = [sys.executable, "-c", WORKER, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = finished(command)
     assert done.returncode == 1
     assert "The Cog server cannot go on; its worker ends." in done.stderr
     server, scratch = done.stdout.split()

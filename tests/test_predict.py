@@ -1,44 +1,26 @@
 """The whole predictor behind the real Cog server: real requests in, pictures and sentences out."""
 
-import http.server
 import io
 import json
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers import FluxTransformer2DModel
 from PIL import Image
-from safetensors.torch import save
 
 import images
 from harness import soak
-from harness.hosts import Host
+from harness.hosts import File, Host
+from harness.waiting import wait_until
 from local_cog.server import CogServer, failure, files
 from service.data_uri import uri
-from settings import GIB, ROOT
-from tests.support.lora_files import EXACT, changes, is_block
-from tests.support.waiting import wait_until
+from settings import GIB
+from tests.support.lora_files import lora_of_the_miniature
+from tests.support.pictures import encoded, photo
 
 SMALL = {"prompt": "a red fox", "megapixels": "0.25", "num_inference_steps": 2, "seed": 3, "output_format": "png"}
 UNSAFE = {"disable_safety_checker": True}
-# The longest that a cancelled prediction may keep the server busy.
-SECONDS_TO_FREE = 3.0
-
-
-def encoded(image: Image.Image, form: str = "png", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
-
-
-def photo(width: int = 96, height: int = 64) -> Image.Image:
-    ramp = np.linspace(0, 255, width * height * 3).reshape(height, width, 3)
-    return Image.fromarray(ramp.astype(np.uint8))
 
 
 @pytest.fixture(scope="session")
@@ -134,45 +116,18 @@ def test_a_photo_and_a_mask(draw: Callable) -> None:
 @pytest.fixture(scope="session")
 def lora() -> bytes:
     """A LoRA for the model that the server draws with, strong enough to be seen."""
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(
-            FluxTransformer2DModel.load_config(ROOT / "mini/dev/transformer")
-        )
-    return save(EXACT["diffusers"](changes(transformer, only=is_block)))
+    return lora_of_the_miniature(seed=0)
 
 
-@pytest.fixture(scope="session")
-def loopback(lora: bytes) -> Iterator[str]:
-    """An HTTP server that has the LoRA at /lora.safetensors and a photo at /photo.png."""
-    bodies = {"/lora.safetensors": lora, "/photo.png": encoded(photo())}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = bodies.get(self.path.partition("?")[0])
-            self.send_response(200 if body else 404)
-            self.send_header("Content-Length", str(len(body or b"")))
-            self.end_headers()
-            self.wfile.write(body or b"")
-
-        def do_HEAD(self) -> None:
-            self.do_GET()
-
-        def log_message(self, *_: object) -> None: ...
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
+def test_a_photo_by_url_is_the_photo(draw: Callable, host: Host) -> None:
+    host.routes["/photo.png"] = File(encoded(photo()))
+    assert same(draw(image=host.url("/photo.png"))[0], draw(image=uri(encoded(photo()), "image/png"))[0])
 
 
-def test_a_photo_by_url_is_the_photo(draw: Callable, loopback: str) -> None:
-    assert same(draw(image=f"{loopback}/photo.png")[0], draw(image=uri(encoded(photo()), "image/png"))[0])
-
-
-def test_a_lora_by_url_and_by_data_uri(server: CogServer, draw: Callable, loopback: str, lora: bytes) -> None:
+def test_a_lora_by_url_and_by_data_uri(server: CogServer, draw: Callable, host: Host, lora: bytes) -> None:
+    host.routes["/lora.safetensors"] = File(lora)
     (plain,) = draw()
-    by_url = server.predict(SMALL | UNSAFE | {"replicate_weights": f"{loopback}/lora.safetensors?token=secret"})
+    by_url = server.predict(SMALL | UNSAFE | {"replicate_weights": host.url("/lora.safetensors?token=secret")})
     assert failure(by_url) is None
     (drawn,) = (Image.open(io.BytesIO(content)) for _, content in files(by_url))
     assert same(drawn, draw(replicate_weights=uri(lora))[0])
@@ -258,21 +213,6 @@ def test_odd_images_are_drawn(draw: Callable, name: str, size: tuple[int, int]) 
 @pytest.mark.parametrize("prompt", ["", "a red fox " * 1000])
 def test_odd_prompts_are_drawn(draw: Callable, prompt: str) -> None:
     assert draw(prompt=prompt)[0].size == (512, 512)
-
-
-def test_a_cancelled_prediction_frees_the_server_and_leaves_no_trace(
-    server: CogServer, draw: Callable, lora: bytes
-) -> None:
-    (before,) = draw()
-    long = SMALL | {"num_inference_steps": 50, "num_outputs": 4, "megapixels": "1", "replicate_weights": uri(lora)}
-    server.start(long, "to-be-cancelled")
-    wait_until(lambda: server.health()["status"] == "BUSY")
-    time.sleep(1)  # into the denoising
-    assert server.cancel("to-be-cancelled") == 200
-    cancelled = time.monotonic()
-    wait_until(lambda: server.health()["status"] == "READY")
-    assert time.monotonic() - cancelled < SECONDS_TO_FREE
-    assert same(draw()[0], before)
 
 
 def test_loras_that_fit_the_cache_one_by_one_are_used_together(tmp_path: Path) -> None:

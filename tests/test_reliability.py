@@ -16,22 +16,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
-from safetensors.torch import save
 
 import local_cog.server
 from harness.fuzz import fuzzing, run
 from harness.hosts import File, Host
 from harness.soak import Report, Soak, soaking, worker_of
+from harness.waiting import wait_until
 from local_cog.server import CogServer, failure, files, serve
 from service.data_uri import uri
 from service.leftovers import Leftovers, sweep
 from service.measure import PeakMemory
 from settings import ROOT
 from tests.support.faulty import HUNGRY, PLANTED
-from tests.support.lora_files import EXACT, changes, is_block
-from tests.support.waiting import wait_until
-from tests.test_predict import SECONDS_TO_FREE, encoded, photo
+from tests.support.lora_files import lora_of_the_miniature
+from tests.support.pictures import encoded, photo
 
 CPU = torch.device("cpu")
 TINY = {
@@ -47,15 +45,9 @@ TINY = {
 }
 # Pictures that take long enough to be interrupted.
 LONG = TINY | {"num_inference_steps": 50, "num_outputs": 4}
+# The longest that a cancelled prediction may keep the server busy.
+SECONDS_TO_FREE = 3.0
 PHASES = ("input", "loras", "swap", "prompt", "denoise", "decode", "safety", "encode")
-
-
-def make_lora(seed: int, rank: int = 4) -> bytes:
-    """A LoRA for the miniature; each seed's is another."""
-    config = FluxTransformer2DModel.load_config(ROOT / "mini/dev/transformer")
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(config)
-    return save(EXACT["diffusers"](changes(transformer, only=is_block, seed=seed, rank=rank)))
 
 
 def picture(server: CogServer, **inputs: object) -> bytes:
@@ -66,10 +58,7 @@ def picture(server: CogServer, **inputs: object) -> bytes:
 
 def when_idle(server: CogServer, seconds: float = 10) -> tuple[str, str | None]:
     """What the first health check says that finds no prediction running."""
-    give_up = time.monotonic() + seconds
-    while (health := server.health())["status"] == "BUSY":
-        assert time.monotonic() < give_up
-        time.sleep(0.02)
+    health = wait_until(lambda: (it := server.health())["status"] != "BUSY" and it, seconds)
     return health["status"], health.get("user_healthcheck_error")
 
 
@@ -102,7 +91,7 @@ def test_a_phase_without_memory_fails_alone(faulty: CogServer, phase: str) -> No
     large = {"image": uri(encoded(photo(768, 768)), "image/png")} if phase == "input" else {}
     before = picture(faulty, **inputs)
     # A LoRA that no cache has, and a prompt that none has: else there would be nothing to do in some phases.
-    new = {"replicate_weights": uri(make_lora(PHASES.index(phase))), "disable_safety_checker": False}
+    new = {"replicate_weights": uri(lora_of_the_miniature(PHASES.index(phase))), "disable_safety_checker": False}
     answer = faulty.predict(inputs | new | large | {"prompt": f"starve {phase}"})
     assert failure(answer) == (
         f"Out of memory in the phase {phase}; nothing is lost: try a smaller picture, a smaller LoRA or fewer outputs."
@@ -157,7 +146,8 @@ ON_A_SMALL_DISK = """
 import sys
 from pathlib import Path
 from local_cog.server import CogServer, failure, files
-from tests.test_reliability import TINY, encoded, make_lora, photo, uri
+from tests.support.lora_files import lora_of_the_miniature
+from tests.test_reliability import TINY, encoded, photo, uri
 
 disk, reserve = Path(sys.argv[1]), Path(sys.argv[1]) / "reserve"
 with CogServer(environment={"WEIGHTS_CACHE": str(disk / "weights")}, log=disk.parent / "log") as server:
@@ -170,10 +160,10 @@ with CogServer(environment={"WEIGHTS_CACHE": str(disk / "weights")}, log=disk.pa
         except OSError as error:
             print(error.strerror)
     print(failure(server.predict(TINY)))
-    print(failure(server.predict(TINY | {"extra_lora": uri(make_lora(0))})))
+    print(failure(server.predict(TINY | {"extra_lora": uri(lora_of_the_miniature(0))})))
     print(failure(server.predict(TINY | {"image": uri(encoded(photo()), "image/png")})))
     reserve.unlink()
-    print(failure(server.predict(TINY | {"extra_lora": uri(make_lora(0))})))
+    print(failure(server.predict(TINY | {"extra_lora": uri(lora_of_the_miniature(0))})))
     print(files(server.predict(TINY))[0][1] == before)
 """
 
@@ -267,7 +257,7 @@ def hasty_server(tmp_path: Path) -> Iterator[CogServer]:
 def test_a_download_that_takes_too_long_fails_alone_and_a_hanging_device_ends_the_process(
     hasty_server: CogServer, host: Host
 ) -> None:
-    host.routes["/slow.safetensors"] = File(make_lora(1), delay=9, slice=1000)
+    host.routes["/slow.safetensors"] = File(lora_of_the_miniature(1), delay=9, slice=1000)
     address = host.url("/slow.safetensors")
     assert failure(hasty_server.predict(TINY | {"extra_lora": address})) == (
         f"{address} could not be fetched within 4 seconds; try again later, or name another place where it lies."
@@ -284,14 +274,11 @@ def test_twenty_cancellations_in_a_row_leave_no_trace(server: CogServer) -> None
     before, rng = picture(server), random.Random(0)
     for number in range(20):
         # In every phase, each with a LoRA that is new: some are cancelled while it is read, some while it is drawn.
-        inputs = LONG | {"replicate_weights": uri(make_lora(100 + number)), "go_fast": number % 2 == 0}
+        inputs = LONG | {"replicate_weights": uri(lora_of_the_miniature(100 + number)), "go_fast": number % 2 == 0}
         server.start(inputs, f"cancelled-{number}")
         time.sleep(rng.uniform(0.05, 0.5))
         assert server.cancel(f"cancelled-{number}") == 200
-        cancelled = time.monotonic()
-        while server.health()["status"] == "BUSY":
-            time.sleep(0.01)
-        assert time.monotonic() - cancelled < SECONDS_TO_FREE
+        when_idle(server, SECONDS_TO_FREE)
     assert when_idle(server) == ("READY", None)
     assert picture(server) == before
 

@@ -2,7 +2,6 @@
 because a development package, or one of the cluster's, brought it."""
 
 import os
-import subprocess
 import sys
 import venv
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from settings import ROOT
+from tests.support.processes import finished
 
 # A T5 that stays where it computes, and the same one moved for each use.
 T5 = """
@@ -72,9 +72,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(python: Path, *words: str) -> str:
     """What a command of this project prints in that environment."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [python, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = finished([python, *words], env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

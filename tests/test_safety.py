@@ -19,7 +19,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from safety import Finding, SafetyChecker, Verdict
+from safety import SafetyChecker
 
 VISION = {
     "hidden_size": 16,
@@ -275,14 +275,6 @@ def test_a_cancellation_passes_through(tmp_path: Path) -> None:
     safety._classifier.register_forward_pre_hook(cancel)
     with pytest.raises(Cancelled):
         safety.check(pictures(1))
-
-
-def test_a_verdict_needs_both() -> None:
-    yes, no = Finding(1.0, flagged=True), Finding(0.0, flagged=False)
-    assert Verdict(yes, yes).flagged
-    assert not Verdict(yes, no).flagged
-    assert not Verdict(no, yes).flagged
-    assert not Verdict(no, no).flagged
 
 
 @pytest.mark.parametrize("stage", ["checker", "classifier"])

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 import local_cog.server
+from harness.waiting import wait_until
 from local_cog import schema
 from local_cog.inputs import read_inputs
 from local_cog.server import CogServer, check_address, failure, files, url
 from settings import ROOT
-from tests.support.waiting import wait_until
 
 # As much as the scripts need of a predictor: it succeeds, fails, takes long, or does not even start.
 PREDICTOR = """
@@ -331,8 +331,7 @@ def test_a_server_is_stopped_in_the_middle_of_a_prediction(project: Path, tmp_pa
         assert (status, failure(answer)) == (409, "At capacity - all prediction slots busy")
         assert failure(server.predict({"prompt": "a"})) is None  # it waits for the slot
         server.start({"prompt": "native", "steps": 1}, "three")
-        while "1/1" not in server.log.read_text():
-            time.sleep(0.05)
+        wait_until(lambda: "1/1" in server.log.read_text())
     assert processes_in(project) == []
 
 

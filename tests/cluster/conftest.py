@@ -1,6 +1,5 @@
 import asyncio
 import secrets
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 from harness.cluster import Cluster, Server
 from harness.postgres import Postgres, find_programs
+from harness.waiting import wait_until
 from local_cog.server import LOOPBACK, CogServer, free_port
 from tests.cluster.databases import run
 from tests.cluster.small_cluster import PREDICTOR, QUEUE, TOKEN, WORKERS
@@ -36,10 +36,7 @@ def cog_server(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture
 def coglet(cog_server: CogServer) -> Server:
     """One Cog server, as it is, ready for a prediction."""
-    give_up = time.monotonic() + 60
-    while (status := cog_server.health()["status"]) != "READY":
-        assert time.monotonic() < give_up, status
-        time.sleep(0.01)
+    wait_until(lambda: cog_server.health()["status"] == "READY", 60)
     return Server(cog_server.port)
 
 

@@ -1,11 +1,13 @@
 """The processes of a cluster as the kernel shows them, and what a Cog server says of itself."""
 
+import contextlib
 import http.client
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from harness.cluster import Server
+from harness.cluster import Cluster, Server
 
 
 def state(process: int) -> str:
@@ -33,3 +35,11 @@ def status(process: int) -> str | None:
 def works(process: int) -> bool:
     """Whether a Cog server has done its setup."""
     return status(process) in ("READY", "BUSY")
+
+
+def accepted(cluster: Cluster, name: str, body: Mapping[str, object]) -> bool:
+    """Whether a front has accepted a prediction; one that dies or stands still before it answers leaves that open."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        status, _, _ = cluster.request("PUT", f"/predictions/{name}", body, {"Prefer": "respond-async"})
+        return status in (200, 202)  # 200: it has ended meanwhile
+    return False

@@ -12,6 +12,7 @@ import uvloop
 from starlette.types import ASGIApp
 
 from cluster.connections import UVICORN
+from harness.waiting import wait_until
 from local_cog.server import LOOPBACK, listen
 
 
@@ -27,8 +28,7 @@ def served(application: ASGIApp) -> Iterator[int]:
 
         thread = threading.Thread(target=run)
         thread.start()
-        while not server.started:
-            time.sleep(0.01)
+        wait_until(lambda: server.started)
         try:
             yield listening.getsockname()[1]
         finally:

@@ -22,11 +22,11 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from cluster.api_common import Authorised, InputSchema, Streamed, Turns, exception_handlers
+from harness.waiting import wait_until
 from local_cog import schema
 from local_cog.server import LOOPBACK
 from settings import ROOT
 from tests.cluster.served import exchange, served
-from tests.support.waiting import wait_until
 
 GET = b"GET /v1/%s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
@@ -242,12 +242,9 @@ def test_with_tokens_a_token_counts_and_nothing_else() -> None:
             assert ask(port, f"GET {path}", "Host: evil.example")[0] == "200"
 
 
-def test_without_tokens_nothing_is_asked_over_a_network() -> None:
-    async def story() -> None:
-        network = httpx.ASGITransport(Authorised(PlainTextResponse("told"), frozenset()))
-        async with httpx.AsyncClient(transport=network, base_url="http://10.0.0.1") as client:
-            refused = await client.get("/v1/predictions", headers={"Host": "localhost"})
-            assert (refused.status_code, refused.json()["title"]) == (401, "Unauthenticated")
-            assert (await client.get("/health-check")).text == "told"
-
-    asyncio.run(story())
+async def test_without_tokens_nothing_is_asked_over_a_network() -> None:
+    network = httpx.ASGITransport(Authorised(PlainTextResponse("told"), frozenset()))
+    async with httpx.AsyncClient(transport=network, base_url="http://10.0.0.1") as client:
+        refused = await client.get("/v1/predictions", headers={"Host": "localhost"})
+        assert (refused.status_code, refused.json()["title"]) == (401, "Unauthenticated")
+        assert (await client.get("/health-check")).text == "told"

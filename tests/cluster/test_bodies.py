@@ -20,6 +20,7 @@ from starlette.routing import Route
 from cluster import bodies
 from cluster.api_common import exception_handlers
 from cluster.bodies import Bodies, read_form
+from harness.waiting import wait_until
 from local_cog.server import LOOPBACK
 from settings import MIB
 from tests.cluster.served import exchange, received, served
@@ -67,10 +68,7 @@ def reader(served_reader: tuple[Reader, int]) -> Iterator[Reader]:
     reader, _ = served_reader
     yield reader
     reader.waiting = 0
-    give_up = time.monotonic() + 5
-    while reader.bodies.held:  # whatever has happened, its memory is given back
-        assert time.monotonic() < give_up, reader.bodies.held
-        time.sleep(0.01)
+    wait_until(lambda: not reader.bodies.held, 5)  # whatever has happened, its memory is given back
 
 
 @pytest.fixture
@@ -129,8 +127,7 @@ def test_a_body_may_come_slowly(port: int) -> None:
 def test_a_client_that_leaves_is_forgotten(port: int, reader: Reader) -> None:
     with socket.create_connection((LOOPBACK, port)) as connection:
         connection.sendall(sized(LIMIT) + b"a" * MIB)
-        while reader.bodies.held < MIB:
-            time.sleep(0.01)
+        wait_until(lambda: reader.bodies.held >= MIB)
 
 
 @pytest.mark.parametrize("path", ["/predictions", "/v1/files"])

@@ -17,10 +17,10 @@ import replicate
 
 from harness.cluster import Cluster, Server
 from harness.hosts import Host, relay, status
+from harness.waiting import wait_until
 from local_cog.server import LOOPBACK
 from tests.cluster.databases import rows
 from tests.support.browser import browsing, find_browser, look
-from tests.support.waiting import wait_until
 
 BROWSER = find_browser()
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="neither Chromium nor Chrome is installed")

@@ -16,6 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from cluster import connections
+from harness.waiting import wait_until
 from local_cog.server import LOOPBACK
 from tests.cluster.served import exchange, received, served
 
@@ -88,11 +89,8 @@ def test_a_request_that_does_not_come_is_given_up(port: int, pieces: list[bytes]
 def test_a_client_that_receives_nothing_is_given_up(port: int) -> None:
     with socket.create_connection((LOOPBACK, port), timeout=30) as connection:
         connection.sendall(b"GET /?size=%d HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % LARGE)
-        waiting, give_up = connections.Connection.unsent, time.monotonic() + 30
-        for expected in (True, False):
-            while bool(waiting) is not expected:
-                assert time.monotonic() < give_up
-                time.sleep(0.01)
+        wait_until(lambda: connections.Connection.unsent)
+        wait_until(lambda: not connections.Connection.unsent)
         assert len(received(connection)) < LARGE
 
 

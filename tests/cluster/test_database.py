@@ -77,12 +77,11 @@ def test_a_url_is_refused_without_the_password_in_it(url: str, said: str) -> Non
     ],
     ids=range(4),
 )
-def test_what_an_older_version_should_not_have_taken_can_be_read_and_adopted(
+async def test_what_an_older_version_should_not_have_taken_can_be_read_and_adopted(
     tmp_path: Path, stored: str, read: object
 ) -> None:
     url = f"sqlite:///{tmp_path / 'predictions.db'}"
-
-    async def story(known: Predictions) -> None:
+    async with Predictions(url) as known:
         await known.create(made("odd", api="replicate"))
         await known.create(made("good"))
         run(url, f"UPDATE predictions SET request = '{stored}', input = '{stored}' WHERE id = 'odd'")
@@ -90,8 +89,6 @@ def test_what_an_older_version_should_not_have_taken_can_be_read_and_adopted(
         assert listed.shown_input == read
         adopted = await known.adopt("other", [], [], 20)
         assert {each.id: each.secret_input for each in adopted} == {"odd": read, "good": {}}
-
-    opened(url, story)
 
 
 @pytest.mark.parametrize("kind", ["text", "truncated", "overwritten", "nothing but a header"])
@@ -148,11 +145,11 @@ def test_an_unknown_role_is_said_at_once(postgres: Postgres) -> None:
     assert time.monotonic() - started < 30
 
 
-def test_a_lock_of_another_process_is_waited_for(tmp_path: Path) -> None:
+async def test_a_lock_of_another_process_is_waited_for(tmp_path: Path) -> None:
     """Longer than SQLite itself waits for it: the driver's patience is made short here."""
     url = f"sqlite:///{tmp_path / 'predictions.db'}"
+    async with Predictions(url) as known:
 
-    async def story(known: Predictions) -> None:
         def impatient(connection: sqlite3.Connection, *_: object) -> None:
             connection.execute("PRAGMA busy_timeout=0")
 
@@ -165,8 +162,6 @@ def test_a_lock_of_another_process_is_waited_for(tmp_path: Path) -> None:
         other.execute("COMMIT")
         other.close()
         assert (await writing)[1]
-
-    opened(url, story)
 
 
 async def fill_the_disk(known: Predictions) -> None:
@@ -199,7 +194,7 @@ async def drop_a_column(known: Predictions) -> None:
     ],
     ids=["full disk", "no such column", "not the id", "NaN", "half a character"],
 )
-def test_what_does_not_pass_is_said_at_once(
+async def test_what_does_not_pass_is_said_at_once(
     database_url: str,
     harm: Callable[[Predictions], Awaitable[None]] | None,
     fields: dict[str, object],
@@ -207,7 +202,7 @@ def test_what_does_not_pass_is_said_at_once(
     status: int,
     said: str,
 ) -> None:
-    async def story(known: Predictions) -> None:
+    async with Predictions(database_url) as known:
         if harm:
             await harm(known)
         started = time.monotonic()
@@ -218,19 +213,14 @@ def test_what_does_not_pass_is_said_at_once(
         assert (answer.status, answer.headers.get("retry-after")) == (status, "5" if status == 503 else None)
         assert said in text
 
-    opened(database_url, story)
-
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_null_character_is_the_requests_fault(database_url: str) -> None:
+async def test_a_null_character_is_the_requests_fault(database_url: str) -> None:
     if database_url.startswith("sqlite"):
         pytest.skip("SQLite stores it")
-
-    async def story(known: Predictions) -> None:
+    async with Predictions(database_url) as known:
         answer, text = await _answer(known, made("a\0b"))
         assert (answer.status, "cannot store" in text) == (422, True)
-
-    opened(database_url, story)
 
 
 async def _answer(known: Predictions, prediction: Prediction) -> tuple[aiohttp.ClientResponse, str]:

@@ -1,8 +1,6 @@
 """Nothing accepted is lost, and everything ends once: whatever is cancelled, replaced or killed."""
 
 import base64
-import contextlib
-import http.client
 import json
 import os
 import signal
@@ -15,26 +13,29 @@ import pytest
 
 pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 
+from functools import partial
+
 from cluster.local import descendants
 from cluster.run import _lora_key
 from harness.cluster import ENDS, Cluster, Hooks
-from tests.cluster.processes import runs, works
+from harness.waiting import wait_until
+from tests.cluster.processes import accepted, runs, works
 from tests.cluster.small_cluster import QUEUE, WORKERS
-from tests.support.waiting import wait_until
 
 ASYNC = {"Prefer": "respond-async"}
 
 
 def test_what_a_dead_cluster_has_left_is_taken_up(cluster: Cluster) -> None:
-    ends = {}
-    give_up = time.monotonic() + 120
-    while len(ends) < 4:
-        assert time.monotonic() < give_up, ends
-        for name in ("left-waiting", "left-running", "left-unwanted", "poison-0"):
-            state = json.loads(cluster.request("PUT", f"/predictions/{name}", {})[2])
-            if state["status"] in ENDS:
-                ends[name] = (state["status"], state.get("error") or ("output" in state and cog_output(state)))
-    assert ends == {
+    def end(name: str) -> dict[str, Any] | None:
+        state = json.loads(cluster.request("PUT", f"/predictions/{name}", {})[2])
+        return state if state["status"] in ENDS else None
+
+    names = ("left-waiting", "left-running", "left-unwanted", "poison-0")
+    ends = {name: wait_until(partial(end, name), 120) for name in names}
+    assert {
+        name: (state["status"], state.get("error") or ("output" in state and cog_output(state)))
+        for name, state in ends.items()
+    } == {
         "left-waiting": ("succeeded", "waiting 4 dev"),
         "left-running": ("succeeded", "running 4 dev"),
         "left-unwanted": ("canceled", False),
@@ -83,11 +84,8 @@ def test_an_update_finishes_what_is_being_drawn(cluster: Cluster, project: Path)
         told = [answer.result() for answer in answers]
     assert [status for status, _, _ in told] == [200] * 12, told
     assert {json.loads(text)["status"] for _, _, text in told} == {"succeeded"}
-    give_up = time.monotonic() + 120
     for title, old in before.items():
-        while left := set(old).intersection(cluster.processes(title)):
-            assert time.monotonic() < give_up, (title, left)
-            time.sleep(0.1)
+        wait_until(lambda title=title, old=old: not set(old).intersection(cluster.processes(title)), 120, pause=0.1)
     assert cluster.request("POST", "/predictions", {"input": {"prompt": "a"}})[0] == 200
 
 
@@ -97,10 +95,7 @@ def test_a_worker_that_is_killed_takes_its_cog_server_and_its_predictor_along(cl
         cluster.wait_for(title, below=worker)
     own = descendants(worker)
     os.kill(worker, signal.SIGKILL)
-    give_up = time.monotonic() + 60
-    while left := [process for process in own if runs(process)]:
-        assert time.monotonic() < give_up, left
-        time.sleep(0.1)
+    wait_until(lambda: not any(map(runs, own)), 60)
 
 
 def test_a_predictor_that_always_crashes_is_given_up(cluster: Cluster) -> None:
@@ -118,19 +113,11 @@ def test_every_accepted_prediction_ends_once_whatever_is_killed(cluster: Cluster
     names = [f"survivor-{i}" for i in range(60)]
     with Hooks() as hooks, ThreadPoolExecutor(6) as pool:
 
-        def accepted(name: str) -> None:
-            give_up = time.monotonic() + 120
-            while time.monotonic() < give_up:
-                # A front may die before it has answered: then the client does not know, and asks again.
-                with contextlib.suppress(OSError, http.client.HTTPException):
-                    body = {"input": {"prompt": name, "steps": 20}, "webhook": hooks.url}
-                    status, _, _ = cluster.request("PUT", f"/predictions/{name}", body, ASYNC)
-                    if status in (200, 202):  # 200: it has ended meanwhile
-                        return
-                time.sleep(0.2)
-            raise TimeoutError(name)
+        def ask(name: str) -> None:
+            body = {"input": {"prompt": name, "steps": 20}, "webhook": hooks.url}
+            wait_until(lambda: accepted(cluster, name, body), 120, pause=0.2)
 
-        asked = [pool.submit(accepted, name) for name in names]
+        asked = [pool.submit(ask, name) for name in names]
         # Those that crashed before are being replaced, and one that stands still while it starts is given ten minutes.
         wait_until(lambda: sum(map(works, cluster.processes("cog.server.http"))) == WORKERS, 120)
         stopped = cluster.processes("cog.server.http")[0]

@@ -27,90 +27,77 @@ LARGE = b"a" * 8 * MIB
 TOO_LARGE = 5 * LARGE
 
 
-def test_a_file_is_given_in_pieces(tmp_path: Path) -> None:
-    async def story() -> None:
-        files = Files(str(tmp_path))
-        file = await files.write(LARGE + b"b", "a.png", "image/png")
-        size, opened = await files.open(file.id)
-        given = [piece async for piece in read_pieces(opened, size)]
-        assert opened.closed
-        assert (size, b"".join(given)) == (len(LARGE) + 1, LARGE + b"b")
-        assert all(len(piece) == PIECE_BYTES for piece in given[:-1])
-        with pytest.raises(FileNotFoundError):
-            await files.open(file.id[:-1])
-
-    asyncio.run(story())
+async def test_a_file_is_given_in_pieces(tmp_path: Path) -> None:
+    files = Files(str(tmp_path))
+    file = await files.write(LARGE + b"b", "a.png", "image/png")
+    size, opened = await files.open(file.id)
+    given = [piece async for piece in read_pieces(opened, size)]
+    assert opened.closed
+    assert (size, b"".join(given)) == (len(LARGE) + 1, LARGE + b"b")
+    assert all(len(piece) == PIECE_BYTES for piece in given[:-1])
+    with pytest.raises(FileNotFoundError):
+        await files.open(file.id[:-1])
 
 
-def test_an_output_has_its_files_inside_in_pieces(tmp_path: Path) -> None:
+async def test_an_output_has_its_files_inside_in_pieces(tmp_path: Path) -> None:
     """Also where other text looks like a file's path; a file that has gone is null."""
-
-    async def story() -> None:
-        files = Files(str(tmp_path))
-        contents = [b"", b"a", LARGE + b"bc"]
-        known = [await files.write(content, "output.webp", "image/webp") for content in contents]
-        paths = [f"/files/{file.id}/output.webp" for file in known]
-        gone = f"/files/{known[0].id[::-1]}/output.webp"
-        path = paths[0]
-        others = [f'a"{path}', f'{path}"', f"{path}\\", f"{path}/x", f"x{path}", "/files//output.webp", None, 1]
-        output = {"paths": [*paths, gone], "others": others, path: "a name"}
-        inlined = await files.inline_output(output)
-        pieces = [piece async for piece in inlined.pieces()]
-        inside = [f"data:image/webp;base64,{base64.b64encode(content).decode()}" for content in contents]
-        assert json.loads(b"".join(pieces)) == output | {"paths": [*inside, None]}
-        assert sum(map(len, pieces)) == inlined.length
-        assert max(map(len, pieces)) == PIECE_BYTES // 3 * 4
-        alone = await files.inline_output("a täxt")
-        assert [piece async for piece in alone.pieces()] == ['"a täxt"'.encode()]
-        await files.delete([known[1].id])
-        with pytest.raises(FileNotFoundError):  # its length has been told
-            [piece async for piece in inlined.pieces()]
-
-    asyncio.run(story())
+    files = Files(str(tmp_path))
+    contents = [b"", b"a", LARGE + b"bc"]
+    known = [await files.write(content, "output.webp", "image/webp") for content in contents]
+    paths = [f"/files/{file.id}/output.webp" for file in known]
+    gone = f"/files/{known[0].id[::-1]}/output.webp"
+    path = paths[0]
+    others = [f'a"{path}', f'{path}"', f"{path}\\", f"{path}/x", f"x{path}", "/files//output.webp", None, 1]
+    output = {"paths": [*paths, gone], "others": others, path: "a name"}
+    inlined = await files.inline_output(output)
+    pieces = [piece async for piece in inlined.pieces()]
+    inside = [f"data:image/webp;base64,{base64.b64encode(content).decode()}" for content in contents]
+    assert json.loads(b"".join(pieces)) == output | {"paths": [*inside, None]}
+    assert sum(map(len, pieces)) == inlined.length
+    assert max(map(len, pieces)) == PIECE_BYTES // 3 * 4
+    alone = await files.inline_output("a täxt")
+    assert [piece async for piece in alone.pieces()] == ['"a täxt"'.encode()]
+    await files.delete([known[1].id])
+    with pytest.raises(FileNotFoundError):  # its length has been told
+        [piece async for piece in inlined.pieces()]
 
 
-def test_uploads_that_are_too_large_together_are_not_read(tmp_path: Path) -> None:
-    async def story() -> None:
-        files = Files(str(tmp_path / "files"))
-        async with Predictions(f"sqlite:///{tmp_path / 'predictions.db'}") as predictions:
-            file = await files.write(b"abc" * 1000, "a.png", "image/png", {})
-            await predictions.add_file(file)
-            inputs = {"image": f"http://front/v1/files/{file.id}", "mask": f"http://b/files/{file.id}/a.png", "n": 1}
-            inlined = await files.inline_files(inputs, predictions, "", 8100)
-            assert inlined == {**dict.fromkeys(("image", "mask"), uri(b"abc" * 1000, "image/png")), "n": 1}
-            await files.delete([file.id])
-            with pytest.raises(Failure, match=r"image has expired"):
-                await files.inline_files(inputs, predictions, "http://front", 8100)
-            with pytest.raises(Failure, match=r"too large together: 0 MiB of JSON; at most 0\."):
-                await files.inline_files(inputs, predictions, "http://front", 7999)
-
-    asyncio.run(story())
+async def test_uploads_that_are_too_large_together_are_not_read(tmp_path: Path) -> None:
+    files = Files(str(tmp_path / "files"))
+    async with Predictions(f"sqlite:///{tmp_path / 'predictions.db'}") as predictions:
+        file = await files.write(b"abc" * 1000, "a.png", "image/png", {})
+        await predictions.add_file(file)
+        inputs = {"image": f"http://front/v1/files/{file.id}", "mask": f"http://b/files/{file.id}/a.png", "n": 1}
+        inlined = await files.inline_files(inputs, predictions, "", 8100)
+        assert inlined == {**dict.fromkeys(("image", "mask"), uri(b"abc" * 1000, "image/png")), "n": 1}
+        await files.delete([file.id])
+        with pytest.raises(Failure, match=r"image has expired"):
+            await files.inline_files(inputs, predictions, "http://front", 8100)
+        with pytest.raises(Failure, match=r"too large together: 0 MiB of JSON; at most 0\."):
+            await files.inline_files(inputs, predictions, "http://front", 7999)
 
 
-def test_a_file_may_be_a_term_of_a_sum_or_of_json(tmp_path: Path) -> None:
-    async def story() -> None:
-        files = Files(str(tmp_path / "files"))
-        async with Predictions(f"sqlite:///{tmp_path / 'predictions.db'}") as predictions:
-            file = await files.write(b"a LoRA", "a.safetensors", "application/octet-stream", {})
-            await predictions.add_file(file)
-            url, inside = f"http://front/v1/files/{file.id}", uri(b"a LoRA", "application/octet-stream")
-            escaped = json.dumps([{"path": url, "scale": 2}, {"path": "zorp"}]).replace("/", "\\/")
-            inputs = {"prompt": "a cat + a fox", "replicate_weights": f"{url}*0.5 + zorp", "extra_lora": escaped}
+async def test_a_file_may_be_a_term_of_a_sum_or_of_json(tmp_path: Path) -> None:
+    files = Files(str(tmp_path / "files"))
+    async with Predictions(f"sqlite:///{tmp_path / 'predictions.db'}") as predictions:
+        file = await files.write(b"a LoRA", "a.safetensors", "application/octet-stream", {})
+        await predictions.add_file(file)
+        url, inside = f"http://front/v1/files/{file.id}", uri(b"a LoRA", "application/octet-stream")
+        escaped = json.dumps([{"path": url, "scale": 2}, {"path": "zorp"}]).replace("/", "\\/")
+        inputs = {"prompt": "a cat + a fox", "replicate_weights": f"{url}*0.5 + zorp", "extra_lora": escaped}
+        assert names_files(inputs)
+        inlined = await files.inline_files(inputs, predictions, "http://front", 8100)
+        assert (inlined["prompt"], inlined["replicate_weights"]) == ("a cat + a fox", f"{inside}*0.5 + zorp")
+        for pasted in ("{}*0.5", " {}*-1 ", '"{}"*2'):
+            inputs = {"replicate_weights": pasted.format(url)}
             assert names_files(inputs)
-            inlined = await files.inline_files(inputs, predictions, "http://front", 8100)
-            assert (inlined["prompt"], inlined["replicate_weights"]) == ("a cat + a fox", f"{inside}*0.5 + zorp")
-            for pasted in ("{}*0.5", " {}*-1 ", '"{}"*2'):
-                inputs = {"replicate_weights": pasted.format(url)}
-                assert names_files(inputs)
-                sent = await files.inline_files(inputs, predictions, "http://front", 8100)
-                assert [choice.reference.strip('"') for choice in read_choices(sent["replicate_weights"])] == [inside]
-            for pasted in ('"{}"', "<{}>", "\ufeff{}"):
-                inputs = {"image": pasted.format(url)}
-                assert names_files(inputs)
-                assert await files.inline_files(inputs, predictions, "http://front", 8100) == {"image": inside}
-            assert json.loads(inlined["extra_lora"]) == [{"path": inside, "scale": 2}, {"path": "zorp", "scale": 1}]
-
-    asyncio.run(story())
+            sent = await files.inline_files(inputs, predictions, "http://front", 8100)
+            assert [choice.reference.strip('"') for choice in read_choices(sent["replicate_weights"])] == [inside]
+        for pasted in ('"{}"', "<{}>", "\ufeff{}"):
+            inputs = {"image": pasted.format(url)}
+            assert names_files(inputs)
+            assert await files.inline_files(inputs, predictions, "http://front", 8100) == {"image": inside}
+        assert json.loads(inlined["extra_lora"]) == [{"path": inside, "scale": 2}, {"path": "zorp", "scale": 1}]
 
 
 def test_a_text_that_only_begins_like_a_file_stays_what_it_is(tmp_path: Path) -> None:
@@ -121,15 +108,12 @@ def test_a_text_that_only_begins_like_a_file_stays_what_it_is(tmp_path: Path) ->
         assert (output, stored) == ([text], {})
 
 
-def test_a_file_without_room_leaves_nothing(small_disk: Path) -> None:
-    async def story() -> None:
-        files = Files(str(small_disk))
-        with pytest.raises(Failure, match="store of files is full"):
-            await files.write(TOO_LARGE, "a.png", "image/png")
-        assert list(small_disk.rglob("*")) == []
-        assert (await files.write(b"a", "a.png", "image/png")).size == 1
-
-    asyncio.run(story())
+async def test_a_file_without_room_leaves_nothing(small_disk: Path) -> None:
+    files = Files(str(small_disk))
+    with pytest.raises(Failure, match="store of files is full"):
+        await files.write(TOO_LARGE, "a.png", "image/png")
+    assert list(small_disk.rglob("*")) == []
+    assert (await files.write(b"a", "a.png", "image/png")).size == 1
 
 
 @pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,9 @@ pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 from cluster.local import descendants
 from cluster.settings import ClusterSettings
 from harness.cluster import Cluster
+from harness.waiting import wait_until
 from local_cog.server import LOOPBACK, free_port
-from settings import ROOT
+from tests.support.processes import finished
 
 
 def test_nothing_listens_beyond_this_machine(cluster: Cluster) -> None:
@@ -50,11 +50,13 @@ def test_a_cluster_that_is_killed_leaves_no_process(project: Path, tmp_path: Pat
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    give_up = time.monotonic() + 120
-    while "ray::DashboardAgent" not in map(command_line, started := descendants(process.pid)):
+
+    def running() -> list[int]:
         assert process.poll() is None
-        assert time.monotonic() < give_up
-        time.sleep(0.05)
+        started = descendants(process.pid)
+        return started if "ray::DashboardAgent" in map(command_line, started) else []
+
+    started = wait_until(running, 120)
     assert [folder.name[:21] for folder in scratch.iterdir()] == ["flux-sprites-cluster-"]
     process.send_signal(number)
     said = process.communicate(timeout=20)[1].decode()  # nobody has its end of the pipe any more
@@ -77,7 +79,7 @@ def start_of_cluster(*options: str, **variables: str) -> str:
     """What `script/cluster` says when it does not start."""
     command = [sys.executable, "-m", "cluster.local", *options]
     environment = {name: value for name, value in os.environ.items() if name != "API_TOKENS"} | variables
-    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ended = finished(command, env=environment)
     assert ended.returncode == 1
     return ended.stderr
 

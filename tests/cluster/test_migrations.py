@@ -71,7 +71,7 @@ def test_the_newest_revision_is_what_the_code_has(database_url: str, before: str
     assert len(rows(database_url, "SELECT id FROM predictions WHERE adoptions = 0")) == 14 * (before == "older")
 
 
-def test_fronts_of_the_version_before_run_beside_new_ones(database_url: str) -> None:
+async def test_fronts_of_the_version_before_run_beside_new_ones(database_url: str) -> None:
     """A front from before names the columns that it knows, and only these: it starts, adds, reads, adopts and ends."""
     start(database_url)
     row = (
@@ -79,18 +79,14 @@ def test_fronts_of_the_version_before_run_beside_new_ones(database_url: str) -> 
     )
     run(database_url, "INSERT INTO fronts (id, beat) VALUES ('old', 0)")
     run(database_url, f"INSERT INTO predictions ({BEFORE}) VALUES ('by-old', 'old', {row}, NULL, NULL)")
-
-    async def story() -> None:
-        async with Predictions(database_url) as known:
-            await known.beat("new")
-            made = Prediction("by-new", "new", now(), {"prompt": "a"}, {}, "cog")
-            await known.create(made)
-            assert [(p.id, p.adoptions) for p in await known.adopt("new", ["old"], ["by-new"], 20)] == [("by-old", 1)]
-            assert await known.finish(
-                Prediction("by-old", "new", now(), {}, {}, "cog"), [], status="succeeded", completed_at=now()
-            )
-
-    asyncio.run(story())
+    async with Predictions(database_url) as known:
+        await known.beat("new")
+        made = Prediction("by-new", "new", now(), {"prompt": "a"}, {}, "cog")
+        await known.create(made)
+        assert [(p.id, p.adoptions) for p in await known.adopt("new", ["old"], ["by-new"], 20)] == [("by-old", 1)]
+        assert await known.finish(
+            Prediction("by-old", "new", now(), {}, {}, "cog"), [], status="succeeded", completed_at=now()
+        )
     assert rows(database_url, f"SELECT {BEFORE} FROM predictions WHERE id = 'by-new'")[0][1] == "new"
     run(database_url, "UPDATE predictions SET owner = 'old' WHERE id = 'by-new' AND owner = 'new'")
     run(database_url, "UPDATE predictions SET status = 'failed', request = NULL WHERE id = 'by-new' AND owner = 'old'")
@@ -100,20 +96,16 @@ def test_fronts_of_the_version_before_run_beside_new_ones(database_url: str) -> 
     ]
 
 
-def test_tables_that_a_newer_version_has_expanded_are_used_as_they_are(database_url: str) -> None:
+async def test_tables_that_a_newer_version_has_expanded_are_used_as_they_are(database_url: str) -> None:
     start(database_url)
     run(
         database_url,
         "ALTER TABLE predictions ADD COLUMN later INTEGER NOT NULL DEFAULT 7; CREATE TABLE later (id INTEGER);"
         "UPDATE alembic_version SET version_num = '1.12'",
     )
-
-    async def story() -> None:
-        async with Predictions(database_url) as known:
-            assert (await known.create(Prediction("one", "front", now(), {}, {}, "cog")))[1]
-            assert (await known.get("one")).owner == "front"
-
-    asyncio.run(story())
+    async with Predictions(database_url) as known:
+        assert (await known.create(Prediction("one", "front", now(), {}, {}, "cog")))[1]
+        assert (await known.get("one")).owner == "front"
     assert rows(database_url, REVISION) == [("1.12",)]
     assert rows(database_url, "SELECT later FROM predictions") == [(7,)]
 

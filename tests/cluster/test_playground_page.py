@@ -13,10 +13,10 @@ from starlette.testclient import TestClient
 from cluster.api_common import OPEN_PATHS
 from cluster.playground_page import FILES, PlaygroundPage
 from harness.cluster import ENDS, Cluster, Server
+from harness.waiting import wait_until
 from playground.server import HEADERS, page_files
 from tests.cluster.small_cluster import TOKEN
 from tests.support.playground import served
-from tests.support.waiting import wait_until
 
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 

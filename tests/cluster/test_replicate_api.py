@@ -4,8 +4,6 @@ import contextlib
 import json
 import os
 import re
-import sqlite3
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +22,9 @@ from replicate.exceptions import ModelError, ReplicateError
 
 from harness.cluster import Cluster, Hooks, Server
 from service.data_uri import uri
+from tests.cluster.databases import rows
 from tests.cluster.small_cluster import TOKEN
+from tests.support.processes import finished
 
 MODEL = "someone/some-model"
 
@@ -356,9 +356,8 @@ def test_no_token_is_shown_or_kept(cluster: Cluster, client: replicate.Client) -
     assert status == 200
     made = client.models.predictions.create(MODEL, input=inputs)
     made.wait()
-    database = cluster.environment["DATABASE_URL"].removeprefix("sqlite:///")
-    with contextlib.closing(sqlite3.connect(database)) as connection:
-        kept = repr(connection.execute("SELECT * FROM predictions WHERE id IN ('tokens', ?)", [made.id]).fetchall())
+    query = f"SELECT * FROM predictions WHERE id IN ('tokens', '{made.id}')"
+    kept = repr(rows(cluster.environment["DATABASE_URL"], query))
     for shown in (text, kept, repr(made.dict())):
         assert "127.0.0.1" in shown
         assert not re.search("s3cret|user:pass|hf_abc", shown)
@@ -391,9 +390,7 @@ def test_no_form_of_a_reference_is_shown_or_kept_with_its_secret(cluster: Cluste
             shown += [refused, cluster.request("POST", "/predictions", wrong)[2]]
     shown += [cluster.request("GET", f"/v1/predictions/{name}")[2] for name in names]
     shown.append(cluster.request("GET", "/v1/predictions")[2])
-    database = cluster.environment["DATABASE_URL"].removeprefix("sqlite:///")
-    with contextlib.closing(sqlite3.connect(database)) as connection:
-        shown.append(repr(connection.execute("SELECT * FROM predictions WHERE id LIKE 'form-%'").fetchall()))
+    shown.append(repr(rows(cluster.environment["DATABASE_URL"], "SELECT * FROM predictions WHERE id LIKE 'form-%'")))
     assert [text for text in shown if "s3cret" in text] == []
     assert "civitai.com/models/1" in shown[-1]
 
@@ -405,9 +402,7 @@ def told_by(program: str, script: str, cluster: Cluster, folder: Path) -> dict[s
     """What a script of Replicate's client sees; its files are in a folder."""
     variables = {"REPLICATE_API_TOKEN": TOKEN, "REPLICATE_BASE_URL": cluster.url, "BASE_URL": f"{cluster.url}/v1"}
     environment = {**os.environ, **variables}
-    done = subprocess.run(
-        [program, CLIENTS / script], env=environment, cwd=folder, capture_output=True, text=True, timeout=60
-    )
+    done = finished([program, CLIENTS / script], env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -13,7 +13,7 @@ from sqlalchemy import event
 
 from cluster.predictions import Prediction, Predictions, now
 from cluster.streams import SECONDS_BETWEEN_LOOKS, Streams
-from tests.support.waiting import until
+from harness.waiting import until
 
 LISTENERS = 300
 
@@ -30,36 +30,33 @@ class Listener:
             self.heard += text
 
 
-def test_streams_of_one_prediction_share_their_looks_at_it(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with Predictions(f"sqlite:///{tmp_path / 'predictions.db'}") as known:
-            prediction = Prediction("one", "front", now(), {}, {}, "replicate")
-            await known.create(prediction)
-            await known.record(prediction, logs="a\r")
-            statements, began = [], time.monotonic()
-            event.listen(known.engine, "before_cursor_execute", lambda *of: statements.append(of[2]))
-            streams = Streams(known)
-            first, *others = (Listener(streams) for _ in range(1 + LISTENERS))
-            await until(lambda: bool(streams.watches), 60)
-            first.task.cancel()  # while it waits for what the others wait for too
-            await until(lambda: all("data: a" in one.heard for one in others), 60)
-            await known.record(prediction, logs="a\rb")
-            await until(lambda: all("data: b" in one.heard for one in others), 60)
-            end = {"status": "succeeded", "output": ["/files/x/a.webp"], "completed_at": now(), "logs": "a\rb"}
-            await known.finish(prediction, [], **end)
-            await asyncio.gather(*(one.task for one in others))
-            looks = sum(text.startswith("SELECT") for text in statements)
-            assert looks <= (time.monotonic() - began) / SECONDS_BETWEEN_LOOKS + 1
-            assert first.task.cancelled()
-            assert {one.heard for one in others} == {
-                "event: logs\nid: one-1\ndata: a\ndata: \n\n"
-                "event: logs\nid: one-2\ndata: b\n\n"
-                "event: output\nid: one-3\ndata: http://a/files/x/a.webp\n\n"
-                "event: done\nid: one-4\ndata: {}\n\n"
-            }
-            assert not streams.watches
-
-    asyncio.run(story())
+async def test_streams_of_one_prediction_share_their_looks_at_it(tmp_path: Path) -> None:
+    async with Predictions(f"sqlite:///{tmp_path / 'predictions.db'}") as known:
+        prediction = Prediction("one", "front", now(), {}, {}, "replicate")
+        await known.create(prediction)
+        await known.record(prediction, logs="a\r")
+        statements, began = [], time.monotonic()
+        event.listen(known.engine, "before_cursor_execute", lambda *of: statements.append(of[2]))
+        streams = Streams(known)
+        first, *others = (Listener(streams) for _ in range(1 + LISTENERS))
+        await until(lambda: bool(streams.watches), 60)
+        first.task.cancel()  # while it waits for what the others wait for too
+        await until(lambda: all("data: a" in one.heard for one in others), 60)
+        await known.record(prediction, logs="a\rb")
+        await until(lambda: all("data: b" in one.heard for one in others), 60)
+        end = {"status": "succeeded", "output": ["/files/x/a.webp"], "completed_at": now(), "logs": "a\rb"}
+        await known.finish(prediction, [], **end)
+        await asyncio.gather(*(one.task for one in others))
+        looks = sum(text.startswith("SELECT") for text in statements)
+        assert looks <= (time.monotonic() - began) / SECONDS_BETWEEN_LOOKS + 1
+        assert first.task.cancelled()
+        assert {one.heard for one in others} == {
+            "event: logs\nid: one-1\ndata: a\ndata: \n\n"
+            "event: logs\nid: one-2\ndata: b\n\n"
+            "event: output\nid: one-3\ndata: http://a/files/x/a.webp\n\n"
+            "event: done\nid: one-4\ndata: {}\n\n"
+        }
+        assert not streams.watches
 
 
 DONE = ("done", "{}")

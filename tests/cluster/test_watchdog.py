@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 
 from cluster.local import descendants
+from harness.waiting import wait_until
 from settings import ROOT
-from tests.support.waiting import wait_until
 
 SECONDS = 3
 # What the process does once it is watched; it says so before.
@@ -30,7 +30,7 @@ async def main():
 
 asyncio.run(main())
 """
-TURN = "await asyncio.sleep(600)"
+TURN, HANG = "await asyncio.sleep(600)", "time.sleep(600)"
 
 
 def start(then: str, stderr: int = subprocess.DEVNULL, environment: dict[str, str] | None = None) -> subprocess.Popen:
@@ -47,28 +47,20 @@ def end(process: subprocess.Popen) -> None:
     process.communicate()
 
 
-def test_a_process_whose_loop_hangs_is_ended_and_says_so() -> None:
-    process = start("time.sleep(600)", subprocess.PIPE)
-    said = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == -signal.SIGKILL
-    assert re.fullmatch(r"A test stood still for \d+ seconds, and was ended\.\n", said)
-
-
-def test_one_that_is_busy_has_longer_and_is_ended_too() -> None:
-    began = time.monotonic()
-    process = start("while True: pass")
-    assert process.wait(60) == -signal.SIGKILL
-    assert time.monotonic() - began > 2 * SECONDS
-    process.stdout.close()
-
-
-def test_it_is_ended_where_nobody_reads_what_is_said() -> None:
+def test_a_process_whose_loop_hangs_is_ended_whether_or_not_somebody_reads_what_is_said() -> None:
+    """One that is busy has longer, and is ended too."""
     reading, writing = os.pipe()
-    process = start("time.sleep(600)", writing)
+    began = time.monotonic()
+    busy, unheard, heard = start("while True: pass"), start(HANG, writing), start(HANG, subprocess.PIPE)
     os.close(writing)
     os.close(reading)
-    assert process.wait(60) == -signal.SIGKILL
-    process.stdout.close()
+    said = heard.communicate(timeout=60)[1].decode()
+    assert re.fullmatch(r"A test stood still for \d+ seconds, and was ended\.\n", said)
+    assert busy.wait(60) == -signal.SIGKILL
+    assert time.monotonic() - began > 2 * SECONDS
+    assert [unheard.wait(60), heard.returncode] == [-signal.SIGKILL] * 2
+    for process in (busy, unheard):
+        process.stdout.close()
 
 
 def test_a_stopped_process_is_ended_and_one_that_goes_on_is_not() -> None:

@@ -5,12 +5,11 @@ import functools
 import hashlib
 import random
 import resource
-import subprocess
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -23,7 +22,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._ops import OpOverload
 
 from engine import fp8, live
 from engine.live import Live, Term
@@ -31,9 +30,11 @@ from lora import deltas
 from lora.deltas import pack
 from lora_loader import Lora, LoraCache, read_lora
 from request import LoraFile
-from settings import ROOT
 from tests.support import lora_files, models
 from tests.support.lora_files import Tensors
+from tests.support.lora_reader import same
+from tests.support.operations import Operations, OutOfMemoryAt
+from tests.support.processes import finished
 
 SMALL = {"num_layers": 1, "num_single_layers": 1}
 
@@ -66,10 +67,6 @@ class Lives:
 def bits(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, as integers: NaN equals NaN, and 0 is not -0."""
     return {name: tensor.detach().clone().view(torch.uint8) for name, tensor in module.state_dict().items()}
-
-
-def same(a: Tensors, b: Tensors) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
@@ -171,20 +168,17 @@ def test_scale_0_leaves_no_trace(loras: dict[str, Lora]) -> None:
     assert same(bits(lives.plain.module), fresh(("dev", False, ()), loras))
 
 
-class Products(TorchDispatchMode):
+class Products(Operations):
     """Notes what torch may make of float32 products whenever one is taken."""
 
     def __init__(self) -> None:
         super().__init__()
         self.precisions: set[tuple[str, str]] = set()
 
-    def __torch_dispatch__(
-        self, func: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
-        if "mm" in str(func):
+    def before(self, operation: OpOverload) -> None:
+        if "mm" in str(operation):
             matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
             self.precisions.add(tuple(matmul.fp32_precision for matmul in matmuls))
-        return func(*args, **kwargs or {})
 
 
 def test_sums_are_taken_in_float32_whatever_is_allowed(loras: dict[str, Lora]) -> None:
@@ -429,20 +423,6 @@ def interrupted_at(line: int) -> Iterator[None]:
         sys.settrace(before)
 
 
-class OutOfMemoryAt(TorchDispatchMode):
-    """The so-manieth operation finds no memory."""
-
-    def __init__(self, operation: int) -> None:
-        super().__init__()
-        self._left = operation
-
-    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        self._left -= 1
-        if self._left < 0:
-            raise torch.OutOfMemoryError("out of memory")
-        return func(*args, **kwargs or {})
-
-
 NAMES = ["everywhere", "attention", "DoRA", "LoKr", "difference and norm"]
 MIXES = st.tuples(
     st.sampled_from(["dev", "schnell"]),
@@ -553,20 +533,20 @@ def test_an_asynchronous_exception_at_any_moment_is_repaired(loras: dict[str, Lo
 # Uploads: "meta" is a device of its own, to which all host memory has to be brought
 
 
-class UploadsTo(TorchDispatchMode):
-    """The bytes of each copy from host memory to another device."""
+class UploadsTo(Operations):
+    """Notes the bytes of each copy from host memory to another device, and where they went."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
         self.nbytes: list[int] = []
+        self.brought: list[weakref.ref[torch.UntypedStorage]] = []
         self._device = device
 
-    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        result = func(*args, **kwargs or {})
-        sources = [arg for arg in args if isinstance(arg, Tensor) and arg.device.type == "cpu"]
+    def after(self, operation: OpOverload, inputs: Sequence[object], result: object) -> None:
+        sources = [it for it in inputs if isinstance(it, Tensor) and it.device.type == "cpu"]
         if sources and isinstance(result, Tensor) and result.device.type == self._device:
             self.nbytes.append(sources[0].nbytes)
-        return result
+            self.brought.append(weakref.ref(result.untyped_storage()))
 
 
 @pytest.fixture(scope="module")
@@ -618,21 +598,6 @@ def test_a_health_check_brings_the_factors_of_one_tensor_alone(far: Live, on_all
     assert uploads.nbytes == [tensor.nbytes for tensor in term.deltas[name][0].tensors()]
 
 
-class FullAt(TorchDispatchMode):
-    """The so-manieth launch of the fused kernel finds no memory."""
-
-    def __init__(self, launch: int) -> None:
-        super().__init__()
-        self._left = launch
-
-    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        if func is torch.ops.flux_sprites.merge.default:
-            self._left -= 1
-            if self._left < 0:
-                raise torch.OutOfMemoryError("out of memory")
-        return func(*args, **kwargs or {})
-
-
 @pytest.mark.parametrize("in_turn", [False, True])
 def test_of_an_interrupted_swap_what_was_written_is_known_and_nothing_more_stays(
     far: Live, on_all_block_linears: list[Lora], monkeypatch: pytest.MonkeyPatch, in_turn: bool
@@ -645,7 +610,7 @@ def test_of_an_interrupted_swap_what_was_written_is_known_and_nothing_more_stays
     monkeypatch.setattr(live, "BATCH", sum(it.place.values.numel() for it in used._tensors.values()) // 2)
     terms = [Term(str(number), 0.5, lora.transformer) for number, lora in enumerate(on_all_block_linears)]
     touched = {name for name in used.names if name in terms[0].deltas}
-    with pytest.raises(torch.OutOfMemoryError), FullAt(1):
+    with pytest.raises(torch.OutOfMemoryError), OutOfMemoryAt(1, torch.ops.flux_sprites.merge.default):
         used.hold("dev", terms)
     assert used._uploads._taken() <= size
     mixes = {name: used._tensors[name].held for name in touched}
@@ -664,23 +629,11 @@ def test_of_what_was_brought_a_bounded_share_stays(
 ) -> None:
     size = on_all_block_linears[0].nbytes
     monkeypatch.setattr(live, "KEPT", loras * size)
-    brought: list[weakref.ref] = []
-
-    class Remembered(UploadsTo):
-        def __torch_dispatch__(
-            self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
-        ) -> object:
-            before = len(self.nbytes)
-            result = super().__torch_dispatch__(func, types, args, kwargs)
-            if len(self.nbytes) > before:
-                brought.append(weakref.ref(result.untyped_storage()))
-            return result
-
     terms = [Term(str(number), 0.5, lora.transformer) for number, lora in enumerate(on_all_block_linears)]
-    with Remembered("meta"):
+    with UploadsTo("meta") as uploads:
         far.hold("dev", terms)
-    assert len(brought) == 2
-    assert [storage() is not None for storage in brought].count(True) == loras
+    assert len(uploads.brought) == 2
+    assert [storage() is not None for storage in uploads.brought].count(True) == loras
 
 
 def test_a_lora_that_was_read_anew_takes_the_place_of_the_one_before(
@@ -721,9 +674,7 @@ def test_another_process_gives_the_same_bits(loras: dict[str, Lora], tmp_path: P
         torch.set_num_threads(1)
         print(digest({mix!r}, {str(tmp_path)!r}))
     """
-    run = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
-    )
+    run = finished([sys.executable, "-c", script], check=True)
     assert run.stdout.strip() == _digest(bits(lives.fp8.module))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._ops import OpOverload
 
 from engine import fp8, live, merge
 from engine.live import Live, Term
@@ -22,6 +22,7 @@ from lora.deltas import LowRank, pack
 from service.slabs import Uploads
 from tests.support import kernels, models
 from tests.support.kernels import needs_triton
+from tests.support.operations import Operations
 
 # Rows, columns, ranks, dtype of the factors, dtype of base and live weight.
 SIZES = [(64, 256), (33, 80), (20, 44), (96, 513), (1, 16)]
@@ -239,17 +240,16 @@ def test_factors_in_float32_are_multiplied_in_float32(
 # Counted, on tensors without memory
 
 
-class Launches(TorchDispatchMode):
+class Launches(Operations):
     """Operations that compute something on "meta", by name."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        if not func.is_view:
-            self.names.append(func._schema.name)
-        return func(*args, **kwargs or {})
+    def before(self, operation: OpOverload) -> None:
+        if not operation.is_view:
+            self.names.append(operation._schema.name)
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -11,14 +11,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora.adapter import MAX_EXPRESSIONS, Pattern, named_base
 from lora_loader import read_lora
-from tests.support import lora_files, models
+from tests.support import lora_files
 from tests.support.lora_files import RANK, Tensors
 from tests.support.lora_reader import Q_WEIGHT, Q, Reader, assert_is_one_sentence, pair
-
-
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
-    return Reader(tmp_path_factory.mktemp("loras"), models.transformer(), models.text_encoder())
 
 
 def beside(**config: object) -> str:

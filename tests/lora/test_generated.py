@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_loader import Lora
-from tests.support import lora_files, models
+from tests.support import lora_files
 from tests.support.lora_files import KOHYA, PEFT, SPELLINGS, Spelling, Tensors
 from tests.support.lora_reader import Reader, assert_is_one_sentence
 
@@ -38,23 +38,11 @@ WRAPPERS = ("module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_or
 MLX_FACTORS = (".lora_a", ".lora_b")
 # Keys of rank_pattern and alpha_pattern. PEFT takes them for expressions, and the first that fits counts.
 EXPRESSIONS = (
-    "to_q",
-    "attn.to_k",
-    r"transformer_blocks\.\d+\.attn\.to_q",
-    "^proj_out",
-    r".*\.to_(q|k)",
-    "norm1.linear",
-    "blocks.0.attn.to_v",
-    r"[a-z_]+\.1\.ff\.net\.2",
-    r"(?:single_)?transformer_blocks.1.*to_out.0",
-    r"single_transformer_blocks\.(0|2)\..+",
-    "to_q$",
-    "attn",
-    "fits.nothing",
-    r".*_embedder.*|proj_mlp",
-    r"transformer_blocks\.[01]{1,2}\.(?!attn).*",
-    ".*",
-)
+    "to_q", "attn.to_k", r"transformer_blocks\.\d+\.attn\.to_q", "^proj_out", r".*\.to_(q|k)", "norm1.linear",
+    "blocks.0.attn.to_v", r"[a-z_]+\.1\.ff\.net\.2", r"(?:single_)?transformer_blocks.1.*to_out.0",
+    r"single_transformer_blocks\.(0|2)\..+", "to_q$", "attn", "fits.nothing", r".*_embedder.*|proj_mlp",
+    r"transformer_blocks\.[01]{1,2}\.(?!attn).*", ".*",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -387,11 +375,6 @@ def _divisors(size: int) -> st.SearchStrategy[int]:
     return st.sampled_from([divisor for divisor in range(1, size + 1) if size % divisor == 0])
 
 
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
-    return Reader(tmp_path_factory.mktemp("loras"), models.transformer(), models.text_encoder())
-
-
 @pytest.mark.parametrize("trainer", TRAINERS)
 @settings(max_examples=10, **QUICK)
 @given(data=st.data())
@@ -411,98 +394,33 @@ def test_what_a_file_says_is_applied(reader: Reader, trainer: str, data: st.Data
 # Files with a tensor of something else
 
 SUFFIXES = (
-    *PEFT,
-    *KOHYA,
-    ".alpha",
-    ".dora_scale",
-    ".magnitude",
-    ".lora_magnitude_vector.default.weight",
-    ".lora_A.my-style.weight",
-    ".lora_a",
-    ".lora_down",
-    ".diff",
-    ".diff_b",
-    ".lokr_w1",
-    ".lokr_w2_b",
-    ".hada_w1_a",
-    ".up.weight",
-    ".weight",
-    ".bias",
-    ".lora_B.bias",
-)
+    *PEFT, *KOHYA, ".alpha", ".dora_scale", ".magnitude", ".lora_magnitude_vector.default.weight",
+    ".lora_A.my-style.weight", ".lora_a", ".lora_down", ".diff", ".diff_b", ".lokr_w1", ".lokr_w2_b", ".hada_w1_a",
+    ".up.weight", ".weight", ".bias", ".lora_B.bias",
+)  # fmt: skip
 UNKNOWN_SUFFIXES = (
-    "",
-    "_",
-    ".lora_C.weight",
-    ".lora_E",
-    ".lora_X.default.weight",
-    ".lora_embedding_A",
-    ".lora_A.one.two.weight",
-    ".oft_blocks",
-    ".oft_diag",
-    ".oft_R.weight",
-    ".boft_R",
-    ".ia3_l",
-    ".on_input",
-    ".a1.weight",
-    ".bm.weight",
-    ".vera_lambda_b",
-    ".hra_u",
-    ".fourierft_spectrum",
-    ".q_layer.weight",
-    ".lambda_layer",
-    ".weight_scale",
-    ".weight.absmax",
-    ".input_scale",
-    ".scalar",
-    ".scale_weight",
-    ".comfy_quant",
-    ".qweight",
-    ".lora_up.weight.bak",
-    ".dora",
-    ".mask",
-    ".step",
-    ".lora_C.t5_x.weight",
-    ".text_projection.lora_A.weight",
-    ".two\nlines",
-)
+    "", "_", ".lora_C.weight", ".lora_E", ".lora_X.default.weight", ".lora_embedding_A", ".lora_A.one.two.weight",
+    ".oft_blocks", ".oft_diag", ".oft_R.weight", ".boft_R", ".ia3_l", ".on_input", ".a1.weight", ".bm.weight",
+    ".vera_lambda_b", ".hra_u", ".fourierft_spectrum", ".q_layer.weight", ".lambda_layer", ".weight_scale",
+    ".weight.absmax", ".input_scale", ".scalar", ".scale_weight", ".comfy_quant", ".qweight", ".lora_up.weight.bak",
+    ".dora", ".mask", ".step", ".lora_C.t5_x.weight", ".text_projection.lora_A.weight", ".two\nlines",
+)  # fmt: skip
 UNKNOWN_LAYERS = (
-    "double_blocks.2.img_attn.qkv",
-    "single_blocks.3.linear1",
-    "transformer_blocks.57.attn.to_q",
-    "single_transformer_blocks.99999.proj_out",
-    "blocks.2.attn.a_to_qkv",
-    "double_blocks.0.img_attn.query",
-    "transformer_blocks.0.attn.to_z",
-    "transformer_blocks.0.attn.to_q.to_q",
-    "transformer_blocks.0",
-    "transformer_blocks",
-    "attn.to_q",
-    "controlnet_blocks.0",
-    "controlnet_x_embedder",
-    "redux_up",
-    "time_in",
-    "text_model.encoder.layers.7.mlp.fc1",
-    "foo.bar",
-    "iteration",
-)
+    "double_blocks.2.img_attn.qkv", "single_blocks.3.linear1", "transformer_blocks.57.attn.to_q",
+    "single_transformer_blocks.99999.proj_out", "blocks.2.attn.a_to_qkv", "double_blocks.0.img_attn.query",
+    "transformer_blocks.0.attn.to_z", "transformer_blocks.0.attn.to_q.to_q", "transformer_blocks.0",
+    "transformer_blocks", "attn.to_q", "controlnet_blocks.0", "controlnet_x_embedder", "redux_up", "time_in",
+    "text_model.encoder.layers.7.mlp.fc1", "foo.bar", "iteration",
+)  # fmt: skip
 OTHER_MODELS = (
     "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
-    "input_blocks.4.1.transformer_blocks.1.attn1.to_q",
-    "joint_blocks.0.context_block.attn.qkv",
-    "joint_transformer_blocks.0.attn.to_q",
-    "blocks.0.self_attn.q",
-    "transformer_blocks.0.img_mlp.net.0.proj",
-    "double_blocks.0.img_mlp_fc1",
-    "double_stream_blocks.0.block.attn1.to_q",
-    "layers.0.attention.to_q",
-    "model.layers.0.self_attn.q_proj",
-    "distilled_guidance_layer.layers.0.in_layer",
-    "double_stream_modulation_img.linear",
-    "single_transformer_blocks.0.attn.to_qkv_mlp_proj",
-    "decoder.conv_in",
+    "input_blocks.4.1.transformer_blocks.1.attn1.to_q", "joint_blocks.0.context_block.attn.qkv",
+    "joint_transformer_blocks.0.attn.to_q", "blocks.0.self_attn.q", "transformer_blocks.0.img_mlp.net.0.proj",
+    "double_blocks.0.img_mlp_fc1", "double_stream_blocks.0.block.attn1.to_q", "layers.0.attention.to_q",
+    "model.layers.0.self_attn.q_proj", "distilled_guidance_layer.layers.0.in_layer",
+    "double_stream_modulation_img.linear", "single_transformer_blocks.0.attn.to_qkv_mlp_proj", "decoder.conv_in",
     "encoder.down.0.block.0.conv1",
-)
+)  # fmt: skip
 T5 = (
     "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
     "lora_te2_encoder_block_0_layer_0_SelfAttention_q",

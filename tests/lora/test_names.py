@@ -1,18 +1,14 @@
 """Every spelling of a layer is the same layer, and names of other things are ignored or refused."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
 
 from lora.names import assign
-from tests.support import lora_files, models
-from tests.support.lora_files import RANK, Tensors
+from tests.support import lora_files
+from tests.support.lora_files import Tensors
 from tests.support.lora_reader import STRENGTH, Q, Reader, changed, of, pair, same
-
-
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
-    return Reader(tmp_path_factory.mktemp("loras"), models.transformer(), models.text_encoder())
 
 
 @pytest.mark.parametrize("form", lora_files.EXACT)
@@ -25,11 +21,12 @@ def test_every_format_gives_the_same_bits(reader: Reader, form: str) -> None:
     assert not report.ignored
 
 
-@pytest.mark.parametrize("form", lora_files.EXACT_IN_BLOCKS)
-def test_formats_of_blocks_alone_give_the_same_bits(reader: Reader, form: str) -> None:
-    made = lora_files.changes(reader.transformer, only=lora_files.is_block)
-    tensors = lora_files.EXACT_IN_BLOCKS[form](made)
-    assert same(reader.live(tensors), reader.live(lora_files.EXACT["diffusers"](made)))
+@pytest.mark.parametrize(
+    ("form", "layers"), [(lora_files.diffsynth, lora_files.is_block), (lora_files.xlabs, lora_files.is_xlabs)]
+)
+def test_formats_of_some_layers_alone_give_the_same_bits(reader: Reader, form: Callable, layers: Callable) -> None:
+    made = lora_files.changes(reader.transformer, only=layers)
+    assert same(reader.live(form(made)), reader.live(lora_files.EXACT["diffusers"](made)))
 
 
 @pytest.mark.parametrize("form", lora_files.ROUNDED)
@@ -41,25 +38,6 @@ def test_formats_that_multiply_in_another_order_differ_by_roundings_alone(reader
         # Two roundings of the product (at most about 4 here) and one of the sum, in units of float32's 2^-24.
         torch.testing.assert_close(live[name], reference[name], rtol=0, atol=4 * 3 * 2**-24)
     assert reader.read(tensors).report.applied == len(tensors)
-
-
-def test_xlabs_names(reader: Reader) -> None:
-    made = lora_files.changes(reader.transformer, only=lora_files.is_xlabs)
-    assert same(reader.live(lora_files.xlabs(made)), reader.live(lora_files.EXACT["diffusers"](made)))
-
-
-def test_xlabs_qkv_of_a_single_block(reader: Reader) -> None:
-    up, down = torch.randn(96, RANK), torch.randn(RANK, 32)
-    stem = "single_blocks.1.processor.qkv_lora"
-    live = reader.live({f"{stem}.down.weight": down, f"{stem}.up.weight": up})
-    parts = {f"single_transformer_blocks.1.attn.{name}.weight": rows for name, rows in _qkv(up).items()}
-    assert changed(reader, live) == parts.keys()
-    for name, rows in parts.items():
-        torch.testing.assert_close(live[name], reader.base[name] + rows @ down)
-
-
-def _qkv(up: Tensor) -> dict[str, Tensor]:
-    return dict(zip(("to_q", "to_k", "to_v"), up.chunk(3), strict=True))
 
 
 @pytest.mark.parametrize("form", lora_files.CLIP)
@@ -155,13 +133,6 @@ def test_old_attention_processors(reader: Reader) -> None:
         tensors |= {f"{processor}.down.weight": made[f"{stem}.lora_A.weight"]}
         tensors |= {f"{processor}.up.weight": made[f"{stem}.lora_B.weight"]}
     assert same(reader.live(tensors), reader.live(given))
-
-
-def test_peft_s_biases_are_the_layer_s_own(reader: Reader) -> None:
-    """With bias="lora_only", PEFT saves what the biases became, under the layer that its own wraps."""
-    bias = torch.arange(32.0)
-    live = reader.live(pair() | {"base_model.model.transformer_blocks.0.attn.to_q.base_layer.bias": bias})
-    torch.testing.assert_close(live["transformer_blocks.0.attn.to_q.bias"], bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

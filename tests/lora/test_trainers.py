@@ -26,11 +26,6 @@ LAYERS = [name for name, module in models.transformer().named_modules() if isins
 SOME = ["attn.to_q", "attn.add_v_proj", "ff.net.2", "norm1.linear", "proj_mlp", "x_embedder", "norm_out.linear"]
 
 
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
-    return Reader(tmp_path_factory.mktemp("loras"), models.transformer(), models.text_encoder())
-
-
 def assert_same_weights(live: Tensors, theirs: Tensors, reader: Reader) -> None:
     """Ours against a trainer's, which must have changed something; what a trainer does not name is as it was."""
     assert theirs.keys() <= live.keys()

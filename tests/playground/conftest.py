@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from harness.waiting import wait_until
 from local_cog.server import CogServer
 from tests.support.browser import Opener, chromium, needed_browser, opening
 from tests.support.playground import playground
-from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

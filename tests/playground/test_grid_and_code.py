@@ -1,18 +1,13 @@
 """A grid of pictures, and programs that draw what the form says."""
 
 import base64
-import contextlib
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +17,7 @@ pytest.importorskip("playwright", reason="Playwright is not installed; .ci/run i
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
+from harness.hosts import Host, in_json
 from images import read_metadata
 from settings import ROOT
 from tests.support.browser import Opener
@@ -41,6 +37,7 @@ from tests.support.page import (
     show,
 )
 from tests.support.pictures import quadrants, written
+from tests.support.processes import finished
 
 NASTY = "a 'red' \"fox\" $HOME `id` $(id) \\n ! % {x} #1 ’ü🦊 <b>\n  JSON\nat night; \\"
 NEEDED = {"cURL": "curl", "JavaScript": "node"}
@@ -194,7 +191,7 @@ def test_each_program_draws_what_the_form_says(
             pytest.skip(f"{NEEDED[language]} is not installed; what stands before {language} was run")
         show(page, language)
         (reader / command[-1]).write_text(block(page, language))
-        done = subprocess.run(command, cwd=reader, env=environment, capture_output=True, text=True, timeout=300)
+        done = finished(command, cwd=reader, env=environment, timeout=300)
         assert done.returncode == 0, f"{language}: {done.stdout}{done.stderr}"
         files = sorted(reader.glob("output.*.webp"))
         assert [read_metadata(file)["seed"] for file in files] == [7, 8]
@@ -204,38 +201,12 @@ def test_each_program_draws_what_the_form_says(
             file.unlink()
 
 
-@contextlib.contextmanager
-def answering() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A server that answers with one picture, alone as other projects do; gives what it is asked."""
-    asked = []
-
-    class Answer(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            body = json.dumps({"status": "succeeded", "output": f"data:image/png;base64,{DOT}"}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Answer) as server:
-        serving = threading.Thread(target=server.serve_forever, args=[0.02])
-        serving.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", asked
-        finally:
-            server.shutdown()
-            serving.join()
-
-
 def test_programs_for_another_project_run_as_they_stand(page_url: str, open_page: Opener, tmp_path: Path) -> None:
     """With types that this one has none of, a secret that stays out of them, and one picture that is in no list."""
     page = open_page(page_url)
-    with answering() as (address, asked):
-        about = {"server": "cog", "progress": None, "address": address, "tokens": False, "log": False}
+    drawn = in_json({"status": "succeeded", "output": f"data:image/png;base64,{DOT}"})
+    with Host({"/predictions": drawn}) as host:
+        about = {"server": "cog", "progress": None, "address": host.address, "tokens": False, "log": False}
         document = {"components": {"schemas": {"Input": {"properties": STRANGE}}}}
         page.route("**/about.json", lambda route: route.fulfill(json=about))
         page.route("**/openapi.json", lambda route: route.fulfill(json=document))
@@ -254,7 +225,7 @@ def test_programs_for_another_project_run_as_they_stand(page_url: str, open_page
             expect(page.get_by_text("It reads api_key from the variable API_KEY.")).to_be_visible()
             (tmp_path / command[-1]).write_text(block(page, language))
             variables = {**os.environ, "API_KEY": "s3cret"}
-            done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
+            done = finished(command, cwd=tmp_path, env=variables)
             assert done.returncode == 0, f"{language}: {done.stdout}{done.stderr}"
             file = tmp_path / "output.0.png"
             assert file.read_bytes() == base64.b64decode(DOT)
@@ -268,4 +239,4 @@ def test_programs_for_another_project_run_as_they_stand(page_url: str, open_page
         "strict": True,
         "api_key": "s3cret",
     }
-    assert asked == [{"input": inputs}] * 3
+    assert [json.loads(asked.form) for asked in host.seen] == [{"input": inputs}] * 3

@@ -19,12 +19,13 @@ import pytest
 
 import playground.server
 from harness.hosts import Host, status
+from harness.waiting import wait_until
 from local_cog.server import LOOPBACK, CogServer, free_port
 from playground.server import HEADERS, PAGE, page_files
 from playground.target import NoAnswerError, Target
 from settings import ROOT
 from tests.support.playground import own_address, served
-from tests.support.waiting import wait_until
+from tests.support.processes import finished
 
 # As much as the page needs of a predictor: its setup takes a moment or fails, and it draws slowly if asked to.
 PREDICTOR = """
@@ -629,6 +630,6 @@ def test_an_option_that_is_wrong_gets_a_sentence(project: Path) -> None:
         ):
             command = [sys.executable, "-P", "-m", "playground.server", *options]
             environment = {**os.environ, "PYTHONPATH": str(project)}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+            done = finished(command, env=environment, cwd=None)
             assert (done.returncode, done.stdout) == (2, "")
             assert done.stderr.splitlines()[-1] == f"script/playground: error: {sentence}"

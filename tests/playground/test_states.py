@@ -6,7 +6,9 @@ Each is looked at in both widths and both colour schemes; pictures of it go to t
 import contextlib
 import email.utils
 import http.client
+import json
 import os
+import queue
 import re
 import shutil
 import signal
@@ -21,9 +23,10 @@ import pytest
 
 pytest.importorskip("playwright", reason="Playwright is not installed; .ci/run installs it")
 
-from playwright.sync_api import Locator, Page, Route, expect
+from playwright.sync_api import Locator, Page, expect
 
 from harness.soak import worker_of
+from harness.waiting import wait_until
 from local_cog.server import LOOPBACK, CogServer, free_port, url
 from playground.server import Playground
 from playground.target import Target
@@ -32,7 +35,6 @@ from tests.support.browser import Opener
 from tests.support.faulty import PLANTED
 from tests.support.page import FOX, draw, history, press, progress, serious_faults, shared
 from tests.support.playground import address_of, own_address, playground, served
-from tests.support.waiting import wait_until
 
 # A predictor that does what its prompt says: fails, stands still, or waits in the middle until a file is there.
 PREDICTOR = """
@@ -156,6 +158,8 @@ class Gateway(ThreadingHTTPServer):
         super().__init__((LOOPBACK, 0), _Passing)
         self.cog, self.token, self.allowance = cog, token, allowance
         self.room = threading.Semaphore(room)
+        self.keep, self.kept = False, threading.Event()  # whether the next prediction is kept, and one is
+        self.answers: queue.SimpleQueue[tuple[int, object]] = queue.SimpleQueue()  # of those that are kept
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[str]:
@@ -179,6 +183,11 @@ class _Passing(BaseHTTPRequestHandler):
             self.refuse(401, "You did not pass a valid authentication token")
         elif self.command != "PUT":
             self.pass_on(content)
+        elif gateway.keep:
+            gateway.keep = False
+            gateway.kept.set()
+            status, said = gateway.answers.get(timeout=SECONDS)
+            self.answer(status, json.dumps(said).encode(), {"Content-Type": "application/json"})
         elif gateway.allowance == 0:
             # A date has whole seconds: this is in two to three.
             self.refuse(429, "Too many requests", email.utils.formatdate(time.time() + 3, usegmt=True))
@@ -406,39 +415,35 @@ def test_what_the_server_refuses_stands_beside_its_field(
         draw(page)
 
 
-@contextlib.contextmanager
-def held(page: Page) -> Iterator[Route]:
-    """Press Draw; meanwhile what the page asks for waits for its answer here."""
-    asked: list[Route] = []
-    page.route("**/predictions/*", lambda route: asked.append(route))
-    with page.expect_request("**/predictions/*"):
-        press(page, "Draw")
-    give_up = time.monotonic() + SECONDS
-    while not asked:
-        assert time.monotonic() < give_up
-        page.wait_for_timeout(10)
-    yield asked[0]
-    page.unroute("**/predictions/*")
+def draw_and_keep(page: Page, gateway: Gateway) -> None:
+    """Press Draw; the gateway keeps the prediction until it has an answer for it."""
+    gateway.keep = True
+    press(page, "Draw")
+    assert gateway.kept.wait(SECONDS)
 
 
-def test_what_was_refused_late_leaves_what_was_changed_since(page_server: Playground, open_page: Opener) -> None:
-    page = open_page(shared(address_of(page_server), prompt="a red fox", steps=40), expected=REFUSED)
-    prompt, steps = page.get_by_role("textbox", name="Prompt"), page.get_by_role("spinbutton", name="Steps")
-    with held(page) as asked:
+def test_what_was_refused_late_leaves_what_was_changed_since(cog: CogServer, open_page: Opener) -> None:
+    gateway = Gateway(cog)
+    with behind(gateway) as address:
+        page = open_page(shared(address, prompt="a red fox", steps=40), expected=REFUSED)
+        prompt, steps = page.get_by_role("textbox", name="Prompt"), page.get_by_role("spinbutton", name="Steps")
+        draw_and_keep(page, gateway)
         steps.fill("20")
         prompt.focus()
         problems = [{"loc": ["body", "input", name], "msg": "No"} for name in ("prompt", "steps")]
-        asked.fulfill(status=422, json={"detail": problems})
+        gateway.answers.put((422, {"detail": problems}))
         says(page, "Prompt: No. Steps: No.")
-    expect(prompt).to_have_attribute("aria-invalid", "true")
-    expect(prompt).to_be_focused()
-    expect(steps).to_have_attribute("aria-invalid", "false")
+        expect(prompt).to_have_attribute("aria-invalid", "true")
+        expect(prompt).to_be_focused()
+        expect(steps).to_have_attribute("aria-invalid", "false")
 
 
-def test_an_address_in_place_of_a_picture_is_told(page_server: Playground, open_page: Opener) -> None:
-    page = open_page(shared(address_of(page_server), prompt="a red fox"))
-    with held(page) as asked:
-        asked.fulfill(json={"status": "succeeded", "output": ["https://pictures.example/1.webp"], "metrics": {}})
+def test_an_address_in_place_of_a_picture_is_told(cog: CogServer, open_page: Opener) -> None:
+    gateway = Gateway(cog)
+    gateway.answers.put((200, {"status": "succeeded", "output": ["https://pictures.example/1.webp"], "metrics": {}}))
+    with behind(gateway) as address:
+        page = open_page(shared(address, prompt="a red fox"))
+        draw_and_keep(page, gateway)
         says(page, "The server answered with an address instead of a picture, which this page does not fetch.")
 
 
@@ -589,14 +594,14 @@ def test_a_token_that_is_refused_late_is_not_taken_for_the_one_that_is_used_now(
         page.get_by_label("Token", exact=True).fill(gateway.token)
         press(page, "Use token")
         sees_ready(page)
-        with held(page) as asked:
-            gateway.token = TOKEN
-            expect(pill(page)).to_have_text("Token wanted")
-            page.get_by_label("Token", exact=True).fill(TOKEN)
-            press(page, "Use token")
-            expect(pill(page)).to_have_text("Drawing")
-            asked.fulfill(status=401)
-            says(page, "The server does not take this token.")
+        draw_and_keep(page, gateway)
+        gateway.token = TOKEN
+        expect(pill(page)).to_have_text("Token wanted")
+        page.get_by_label("Token", exact=True).fill(TOKEN)
+        press(page, "Use token")
+        expect(pill(page)).to_have_text("Drawing")
+        gateway.answers.put((401, None))
+        says(page, "The server does not take this token.")
         sees_ready(page)
         draw(page)
 

@@ -1,12 +1,11 @@
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from service.machine import choose_device, host_memory
-from settings import ROOT
+from tests.support.processes import finished
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 MIB = 2**20
@@ -102,14 +101,9 @@ except ValueError as error:
 
 def test_a_process_on_a_machine_with_an_old_driver_gets_the_sentence(tmp_path: Path) -> None:
     (tmp_path / "nvidiactl").touch()
-    done = subprocess.run(
+    done = finished(
         [sys.executable, "-c", COMMAND, tmp_path / "nvidiactl"],
         env={name: it for name, it in os.environ.items() if name not in ("FLUX_DEV", "CUDA_VISIBLE_DEVICES")},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("This machine has an NVIDIA GPU that torch, built for CUDA 13.0, cannot use.")

@@ -14,11 +14,12 @@ import pytest
 from huggingface_hub import constants
 
 from harness.hosts import File, Host, hugging_face, in_json, status
-from settings import MIB, MINIATURE, ROOT, Settings
+from harness.waiting import wait_until
+from settings import MIB, MINIATURE, Settings
 from sources.base_models import on_disk, outline, snapshot
 from tests.support.caches import SECRET
 from tests.support.fetching import LARGE, LORA, OTHER, QUICK, make_lora, start
-from tests.support.waiting import wait_until
+from tests.support.processes import finished
 from weights import fetch
 
 PIPELINE = {
@@ -337,9 +338,7 @@ def test_what_the_librarys_own_command_has_fetched_is_used_without_a_request(
 
     def offline(model: str) -> str:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "FLUX_DEV": model}
-        ran = subprocess.run(
-            [sys.executable, "-c", USED], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60
-        )
+        ran = finished([sys.executable, "-c", USED], env=environment)
         assert (ran.returncode, ran.stderr) == (0, "")
         return ran.stdout
 

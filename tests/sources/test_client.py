@@ -19,12 +19,13 @@ import pytest
 import urllib3
 
 from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, status, trickle
-from settings import ROOT, Settings
+from harness.waiting import wait_until
+from settings import Settings
 from sources.connections import Connections, StoppedError, is_public, trusted_authorities
 from tests.support.caches import SECRET, check_cache
 from tests.support.certificates import self_signed
 from tests.support.fetching import LARGE, LORA, OTHER, QUICK, fetch, refusal
-from tests.support.waiting import wait_until
+from tests.support.processes import finished
 from weights import WeightsCache
 
 IMPATIENT = replace(QUICK, pauses=())
@@ -430,14 +431,7 @@ def test_names_and_redirects_that_lead_inside_are_refused_by_the_address_connect
     if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no network of its own can be had")
     (tmp_path / "lora").write_bytes(LORA)
-    done = subprocess.run(
-        [*alone, sys.executable, "-c", PUBLIC_NETWORK, str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = finished([*alone, sys.executable, "-c", PUBLIC_NETWORK, str(tmp_path)])
     assert done.returncode == 0, done.stderr
 
 
@@ -503,15 +497,7 @@ def test_the_certificate_must_be_the_hosts_own(environment: Settings, tmp_path: 
         ),
         ("unknown", {}, [invalid.format("localhost", unknown)] * 2),
     ):
-        done = subprocess.run(
-            [sys.executable, "-c", CERTIFIED, str(tmp_path), trust],
-            cwd=ROOT,
-            env={**os.environ, **authorities},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = finished([sys.executable, "-c", CERTIFIED, str(tmp_path), trust], env={**os.environ, **authorities})
         assert done.returncode == 0, done.stderr
         assert [line[line.index("cannot") :] for line in done.stdout.splitlines()] == sentences
 

@@ -199,18 +199,6 @@ def test_a_config_that_arrives_cut_is_not_kept(places: Settings, host: Host, sto
     assert f"adapter_config.json arrived damaged: it has {len(PEFT)} bytes, but its host states {len(PEFT) + 1}" in said
 
 
-def test_a_record_that_says_nothing_of_a_config_is_not_believed(places: Settings, host: Host, storage: Host) -> None:
-    """Older versions looked for none."""
-    hugging_face(host, storage, "o/r", PEFT_REPO)
-    assert fetch_config(places, ROOT) == PEFT
-    (note,) = (places.cache_dir / "references").iterdir()
-    record = json.loads(note.read_text())
-    note.write_text(json.dumps({name: value for name, value in record.items() if name != "config"}))
-    storage.seen.clear()
-    assert fetch_config(places, ROOT) == PEFT
-    assert len(storage.seen) == 1  # the config; the weights are here
-
-
 def test_a_config_that_is_too_long_is_not_even_asked_for(places: Settings, host: Host, storage: Host) -> None:
     hugging_face(host, storage, "o/r", {"a.safetensors": LORA}, stated={"adapter_config.json": MIB // 4 + 1})
     assert "resolve/main/adapter_config.json has more than 0.25 MB" in refusal(places, ROOT)

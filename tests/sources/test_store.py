@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from harness.hosts import File, Host
+from harness.waiting import wait_until
 from settings import MIB, Settings
 from tests.support.caches import DISK, check_cache
 from tests.support.fetching import LARGE, LORA, OTHER, QUICK, fetch, make_lora, refusal, start
-from tests.support.waiting import wait_until
 from weights import WeightsCache
 
 

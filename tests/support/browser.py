@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.processes import finished
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page
 
@@ -45,9 +47,7 @@ def look(browser: str, url: str, folder: Path) -> tuple[str, list[str]]:
     """A page as the browser has it once it is loaded, and what its console says of it."""
     options = [*OPTIONS, f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--dump-dom"]
     environment = {**os.environ, "HOME": str(folder)}
-    done = subprocess.run(
-        [browser, *options, url], env=environment, capture_output=True, text=True, timeout=120, check=True
-    )
+    done = finished([browser, *options, url], env=environment, check=True, cwd=None)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 

@@ -3,13 +3,12 @@
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from settings import ROOT
+from tests.support.processes import finished
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton, which torch brings along where there is CUDA"
@@ -18,12 +17,9 @@ needs_triton = pytest.mark.skipif(
 
 def interpreted(script: str) -> str:
     """What a script prints in a process where Triton interprets; it has to know so when it is imported."""
-    run = subprocess.run(
+    run = finished(
         [sys.executable, "-c", script],
-        cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
         timeout=240,
     )
     assert run.returncode == 0, run.stderr[-3000:]
@@ -38,5 +34,5 @@ def resources(cubin: bytes, folder: Path) -> dict[str, int]:
     file.write_bytes(cubin)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     command = [tool, "--dump-resource-usage", file]
-    used = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    used = finished(command, check=True, cwd=None).stdout
     return {name: int(re.search(rf"{name}:(\d+)", used)[1]) for name in ("REG", "STACK", "LOCAL")}

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxTransformer2DModel
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
+
+from settings import ROOT
 
 RANK = 4
 ALPHA = 2.0  # a power of two below the rank: folding it into a factor costs no rounding
@@ -395,10 +397,9 @@ def full(made: list[Change], name: Callable[[str], str] = kohya_name) -> Tensors
     return {f"{name(change.bfl)}.diff": _folded(change.up) @ change.down for change in made}
 
 
-# The same, for layers of blocks only.
-EXACT_IN_BLOCKS: dict[str, Callable[[list[Change]], Tensors]] = {
-    "DiffSynth": lambda made: _bfl(made, diffsynth_name, ".lora_A.default.weight", ".lora_B.default.weight", None),
-}
+def diffsynth(made: list[Change]) -> Tensors:
+    """Only of layers in blocks."""
+    return _bfl(made, diffsynth_name, ".lora_A.default.weight", ".lora_B.default.weight", None)
 
 
 # Formats that multiply or round in another order: a rounding or two of float32 may differ.
@@ -465,3 +466,11 @@ CLIP: dict[str, Callable[[dict[str, tuple[Tensor, Tensor]]], Tensors]] = {
 def write(file: Path, tensors: Tensors, header: dict[str, str] | None = None) -> Path:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata=header)
     return file
+
+
+def lora_of_the_miniature(seed: int, rank: int = RANK) -> bytes:
+    """A file for all blocks of the miniature; each seed's is another."""
+    config = FluxTransformer2DModel.load_config(ROOT / "mini" / "dev" / "transformer")
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(config)
+    return save(EXACT["diffusers"](changes(transformer, only=is_block, seed=seed, rank=rank)))

@@ -1,5 +1,6 @@
 """Small pictures for tests, as pixels and as files."""
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -26,6 +27,18 @@ def quadrants(width: int = 64, height: int = 32) -> Image.Image:
     picture.paste(GREEN, (width // 2, 0, width, height // 2))
     picture.paste(BLUE, (0, height // 2, width // 2, height))
     return picture
+
+
+def photo(width: int = 96, height: int = 64) -> Image.Image:
+    """From black to white, each pixel another one."""
+    ramp = np.linspace(0, 255, width * height * 3).reshape(height, width, 3)
+    return Image.fromarray(ramp.astype(np.uint8))
+
+
+def encoded(picture: Image.Image, form: str = "png", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
+    return buffer.getvalue()
 
 
 def close(picture: Image.Image, expected: Image.Image, tolerance: int) -> bool:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from harness.waiting import wait_until
 from local_cog.server import LOOPBACK, free_port, url
 from playground import server as pages
 from playground.server import Playground
 from playground.target import Target
 from settings import ROOT
-from tests.support.waiting import wait_until
 
 
 @contextmanager

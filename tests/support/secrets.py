@@ -12,38 +12,18 @@ BLANKS = ("", "", "", " ", "\n", "\t", "\r\n", "\xa0", "\x0b", "\u2028", "\x85",
 QUOTES = ("{}", "{}", "{}", '"{}"', "'{}'", "“{}”", "‘{}’", "`{}`", "<{}>", '"<{}>"', "' “{}”\ufeff'", '"{}', "{}>")
 SCHEMES = ("http://", "https://", "HTTPS://", "hTTp:/\\", "https:////", "http:/", "http:", "//", "\\\\", "s3://")
 HOSTS = (
-    "h",
-    "host/x",
-    "host.com/x.png",
-    "127.0.0.1:9/a",
-    "[::1]:80/a",
-    "huggingface.co/a/b",
-    "civitai.com/models/1",
+    "h", "host/x", "host.com/x.png", "127.0.0.1:9/a", "[::1]:80/a", "huggingface.co/a/b", "civitai.com/models/1",
     "replicate.com/o/n",
-)
+)  # fmt: skip
 ADDRESSES = (
-    "http://h",
-    "https://host.com/x.png",
-    "HTTP:/\\host/x",
-    "http://127.0.0.1:9/x",
-    "//host/a",
-    "https:////host.com/a//b",
-    "www.h.com/x.png",
-    "civitai.com",
-    "civitai.com/models/1",
-    "WWW.civitai.red/models/1",
-    "https://civitai.com/api/download/models/2",
-    "huggingface.co/a/b/resolve/main/x@2.safetensors",
-    "https://hf.co/a/b",
-    "replicate.com/owner/name",
-    "https://huggingface.co/a/b/resolve/main/x.safetensors",
-    "huggingface.co/a/b/tree/main/x",
-    "huggingface.co/a/b/resolve/main",
-    "https://host.com/my lora.safetensors",
-    "https://replicate.com/p/abc",
-    "https://civitai.com/pt-BR/models/1",
+    "http://h", "https://host.com/x.png", "HTTP:/\\host/x", "http://127.0.0.1:9/x", "//host/a",
+    "https:////host.com/a//b", "www.h.com/x.png", "civitai.com", "civitai.com/models/1", "WWW.civitai.red/models/1",
+    "https://civitai.com/api/download/models/2", "huggingface.co/a/b/resolve/main/x@2.safetensors",
+    "https://hf.co/a/b", "replicate.com/owner/name", "https://huggingface.co/a/b/resolve/main/x.safetensors",
+    "huggingface.co/a/b/tree/main/x", "huggingface.co/a/b/resolve/main", "https://host.com/my lora.safetensors",
+    "https://replicate.com/p/abc", "https://civitai.com/pt-BR/models/1",
     'https://huggingface.co/a/b/resolve/main/my "best" lora.safetensors',
-)
+)  # fmt: skip
 MODELS = (
     "local:styles/ink",
     "owner/name",

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from request import LoraFile
 from service.measure import PeakMemory
 from settings import ROOT, Models, Settings
 from tests.support.models import write_models
+from tests.support.processes import finished
 from tools.check import Comparison, Reference, Row, draw_references, main, make_lora, requests
 
 CPU = torch.device("cpu")
@@ -221,7 +221,7 @@ def test_a_lora_that_peft_cannot_read_is_said_to_have_no_reference(known: Known,
 
 
 def test_the_script_passes_with_the_miniature() -> None:
-    done = subprocess.run([ROOT / "script" / "check"], capture_output=True, text=True, timeout=240, check=False)
+    done = finished([ROOT / "script" / "check"], timeout=240, cwd=None)
     assert done.returncode == 0, done.stdout + done.stderr
     *rows, last = done.stdout.rpartition("\n\n")[2].splitlines()
     assert last == f"0 of {len(rows)} rows are wrong or unknown."

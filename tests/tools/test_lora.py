@@ -19,6 +19,7 @@ from harness.hosts import File, Host
 from settings import MINIATURE, ROOT, Settings
 from tests.support import lora_files, models
 from tests.support.caches import SECRET
+from tests.support.processes import finished
 from tools.lora import Checked, check
 
 LORAS = ROOT / "mini" / "loras"
@@ -32,14 +33,10 @@ def run(tmp_path: Path) -> Run:
 
     def start(*arguments: object, here: Path = tmp_path, **environment: str) -> subprocess.CompletedProcess[str]:
         own = {"WEIGHTS_CACHE": str(tmp_path / "cache"), "WEIGHTS_ALLOW_PRIVATE_HOSTS": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
+        done = finished(
             [ROOT / "script" / "run", "tools.lora", *map(str, arguments)],
             env={"PATH": os.environ["PATH"], **own, **environment},
             cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
         )
         assert SECRET not in done.stdout + done.stderr
         assert "Traceback" not in done.stderr

@@ -13,6 +13,7 @@ from harness.hosts import File, Host, hugging_face
 from settings import MINIATURE, ROOT
 from tests.support.caches import SECRET
 from tests.support.fetching import LARGE, LORA
+from tests.support.processes import finished
 
 FILES = {"model_index.json": b"{}", "transformer/config.json": b"{}", "vae/diffusion_pytorch_model.safetensors": LORA}
 
@@ -21,14 +22,10 @@ def run(host: Host, home: Path, **variables: str) -> subprocess.CompletedProcess
     """The command as script/models starts it, without script/setup."""
     environment = os.environ | {"HF_ENDPOINT": host.address, "HF_HOME": str(home), "FLUX_SCHNELL": MINIATURE.schnell}
     models = {"FLUX_DEV": "o/dev", "SAFETY_CHECKER": "o/checker", "NSFW_CLASSIFIER": MINIATURE.nsfw_classifier}
-    return subprocess.run(
+    return finished(
         [sys.executable, "-P", "-m", "tools.models"],
         env=environment | models | variables | {"PYTHONPATH": str(ROOT)},
         cwd=home.parent,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
     )
 
 

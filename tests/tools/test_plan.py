@@ -1,7 +1,6 @@
 """script/plan: what it prints is the plan, and no weights are asked for."""
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from engine.placement import Place, Precisions, Sizes, plan
 from harness.hosts import Host, hugging_face
 from settings import MINIATURE, ROOT, Models, Settings
 from tests.support.fetching import QUICK
+from tests.support.processes import finished
 from tools.plan import main, sold_as, table
 from weights import outlines
 
@@ -98,14 +98,10 @@ def test_the_models_of_the_environment_are_planned_for(hub: Host, command: Calla
 
 
 def test_the_official_models_are_planned_without_a_network(flux: Sizes, tmp_path: Path) -> None:
-    done = subprocess.run(
+    done = finished(
         [ROOT / "script" / "plan", "--gpu", "24", "--host", "64"],
         env={"PATH": "/usr/bin:/bin", "HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
     memory, *placement = done.stdout.splitlines()
