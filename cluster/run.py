@@ -91,7 +91,7 @@ class Run:
     patience: asyncio.Timeout | None = None
     # Closing it gives back the place of `Means.large_ahead`, if this has one.
     ahead: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    # How many attempts hung, and how many failed otherwise; those whose worker died are `Prediction.deaths`.
+    # How many attempts hung, and how many failed otherwise; a worker that died while drawing is in `Prediction.deaths`.
     hangs: int = 0
     failures: int = 0
     # The stored files of its output, by the hashes of their data URIs.
@@ -139,10 +139,10 @@ class Run:
         prediction = self.prediction
         while not prediction.finished:
             try:
-                _check_runnable(prediction)
                 if prediction.cancel_requested:
                     _end_cancelled(prediction)
                 else:
+                    _check_runnable(prediction)
                     await self._ask_worker()
             except (BackPressureError, DeploymentUnavailableError):  # no worker now; there may be one later
                 await asyncio.sleep(1)
@@ -208,14 +208,14 @@ class Run:
 
     def _may_try_again(self, failure: Failure) -> bool:
         """Whether another attempt is to be made after this failure, which is counted."""
-        if failure.again is Again.WORKER_ENDED:
+        if failure.again is Again.WORKER_ENDED and self.begun:
             self.prediction.deaths += 1
             return self.prediction.deaths < ATTEMPTS
         if failure.again is Again.HUNG:
             self.hangs += 1
             return self.hangs < ATTEMPTS_THAT_HANG
         self.failures += 1
-        helps = failure.again is Again.CUT_OFF or (failure.again is Again.UNDRAWN and not self.begun)
+        helps = failure.again is Again.CUT_OFF or (failure.again is not Again.NEVER and not self.begun)
         return helps and self.failures < ATTEMPTS
 
     async def _record(self, **changes: object) -> None:
@@ -252,9 +252,9 @@ class Run:
         # The worker's last state has both the output and the end; clients hear of the output first.
         if news == "output" or (prediction.logs and not ended):
             await webhooks.notify(prediction, news)
-        prediction.status, prediction.metrics = state["status"], metrics
         if error := state.get("error"):
             prediction.error = await self._redact(error)
+        prediction.status, prediction.metrics = state["status"], metrics
         if not ended and time.monotonic() - self.recorded > RECORD_SECONDS:
             self.recorded = math.inf
             spawn(self._record(**_values(prediction)))
