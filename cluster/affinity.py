@@ -30,5 +30,4 @@ class AffinityRouter(FIFOMixin, MultiplexMixin, RequestRouter):
             return [holders]
         random.shuffle(others)
         others.sort(key=lambda replica: len(replica.multiplexed_model_ids))
-        groups = [holders, *([replica] for replica in others)]
-        return groups if holders else groups[1:]
+        return [group for group in (holders, *([replica] for replica in others)) if group]

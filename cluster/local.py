@@ -169,7 +169,7 @@ def _reap(child: int) -> int | None:
 
 def _start(options: argparse.Namespace, settings: ClusterSettings) -> None:
     """Start the nodes and the application on them."""
-    _open_stores(settings)
+    asyncio.run(_open_stores(settings))
     import torch  # here, since it takes seconds
 
     gpus = torch.cuda.device_count()
@@ -204,7 +204,7 @@ def _start(options: argparse.Namespace, settings: ClusterSettings) -> None:
     print(f"Ready: {url(options.host, options.port)} (/docs says what is there, Ctrl-C stops it)", flush=True)
 
 
-def _open_stores(settings: ClusterSettings) -> None:
+async def _open_stores(settings: ClusterSettings) -> None:
     """Open the database, with its migrations, and the store of files; SystemExit where that fails.
 
     In the fronts, Serve would repeat it for ever.
@@ -213,12 +213,9 @@ def _open_stores(settings: ClusterSettings) -> None:
     from cluster.files import Files
     from cluster.predictions import Predictions
 
-    async def opened() -> None:
+    try:
         async with Predictions(settings.database_url):
             pass
-
-    try:
-        asyncio.run(opened())
     except Unusable as error:
         sys.exit(str(error))
     try:

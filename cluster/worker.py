@@ -117,11 +117,7 @@ class CogWorker:
         return web.Response()
 
     async def health(self, seconds: float = SECONDS_FOR_HEALTH) -> dict[str, Any]:
-        """Cog's answer to `GET /health-check`.
-
-        Raises:
-            aiohttp.ClientError: nobody answers; TimeoutError if Cog hangs for so many seconds.
-        """
+        """Cog's answer to `GET /health-check`; a ClientError where nobody answers, a TimeoutError where Cog hangs."""
         async with self.client.get("/health-check", timeout=aiohttp.ClientTimeout(total=seconds)) as answered:
             return await answered.json()
 
@@ -163,11 +159,7 @@ class CogWorker:
                 self.settling = asyncio.create_task(self._settle(None if ended else url))
 
     async def _hand_over(self, url: str, body: dict[str, Any]) -> None:
-        """Have Cog begin a prediction.
-
-        Raises:
-            Failure: it does not. Any Cog would refuse what Cog calls the request's fault; else another may take it.
-        """
+        """Have Cog begin a prediction; a Failure where it does not."""
         for _ in range(ATTEMPTS):
             try:
                 async with self.client.put(url, json=body, headers={"Prefer": "respond-async"}) as answered:
@@ -182,6 +174,7 @@ class CogWorker:
                 break
             await self._settle()  # its slot is not free yet
         reason = without_paths(redact_log(text[:300], secrets_of(body["input"])))
+        # What one Cog calls the request's fault, any Cog would refuse.
         again = Again.NEVER if 400 <= status < 500 and status != 409 else Again.UNDRAWN
         raise Failure(f"Cog refused the prediction with {status}: {reason}", again)
 
@@ -248,10 +241,7 @@ class CogWorker:
 
         It ends at once if a prediction runs: its front learns of the end and counts it. It ends after SECONDS_TO_TELL
         if none runs, or if one hangs or hung until its predictor ended itself: so callers get the reason, which they
-        could not see from the end of a process.
-
-        Raises:
-            Failure: a prediction hangs.
+        could not see from the end of a process. A prediction that hangs gets a Failure.
         """
         if not defunct:
             return
@@ -274,8 +264,7 @@ class CogWorker:
     async def check_health(self) -> None:
         """Called by Serve, every few seconds; this process ends where the Cog server cannot go on.
 
-        Raises:
-            aiohttp.ClientError: the connection broke; Serve replaces the worker if that happens again and again.
+        A broken connection is raised: Serve replaces the worker if that happens again and again.
         """
         if self.ending:
             return
