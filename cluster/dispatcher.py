@@ -134,5 +134,5 @@ class Dispatcher:
             if run.stuck:
                 self.stuck.add(prediction.id)
 
-        run.task.add_done_callback(leave)  # not at the task's end: it may be cancelled before it has begun
+        run.task.add_done_callback(leave)  # a task that is cancelled before it begins runs no code
         return run

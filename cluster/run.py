@@ -208,7 +208,7 @@ class Run:
 
     def _may_try_again(self, failure: Failure) -> bool:
         """Whether another attempt is to be made after this failure, which is counted."""
-        if failure.again is Again.WORKER_ENDED and self.begun:
+        if failure.again is Again.WORKER_ENDED and self.begun:  # else it has not died of the prediction
             self.prediction.deaths += 1
             return self.prediction.deaths < ATTEMPTS
         if failure.again is Again.HUNG:
@@ -241,17 +241,17 @@ class Run:
             prediction.started_at = now()
             prediction.status = "processing"
             await webhooks.notify(prediction, "start")
-        news, metrics = "logs", state.get("metrics", {})
+        event, metrics = "logs", state.get("metrics", {})
         if "output" in state:
             output = await self.means.files.store_output(state["output"], self.files)
             if output != prediction.output:
-                prediction.output, news = output, "output"
+                prediction.output, event = output, "output"
         prediction.logs = await self._redact(state.get("logs", ""))
         prediction.metrics = {name: value for name, value in metrics.items() if name != "predict_time"}
         ended = state["status"] not in UNFINISHED
-        # The worker's last state has both the output and the end; clients hear of the output first.
-        if news == "output" or (prediction.logs and not ended):
-            await webhooks.notify(prediction, news)
+        # The worker's last state has both the output and the end; clients hear of the output first, without its time.
+        if event == "output" or (prediction.logs and not ended):
+            await webhooks.notify(prediction, event)
         if error := state.get("error"):
             prediction.error = await self._redact(error)
         prediction.status, prediction.metrics = state["status"], metrics

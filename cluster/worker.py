@@ -80,14 +80,14 @@ class CogWorker:
         environment = {"PREDICTION_SECONDS": f"{self.settings.prediction_seconds:g}"}
         if Path(AUTHORITIES["SSL_CERT_FILE"]).exists() and not AUTHORITIES.keys() & os.environ.keys():
             environment |= AUTHORITIES
-        environment |= dict.fromkeys(withheld(os.environ))
+        environment |= dict.fromkeys(withheld(os.environ))  # with None, Cog's server gets no such variable
         self.server = CogServer(Path(project), environment=environment).__enter__()
         self.verdict = Verdict(self.server)
         try:
             await asyncio.to_thread(self.server.wait_until_ready)
             await self._listen()
         except BaseException:
-            self.stop()
+            self.server.__exit__(None, None, None)
             raise
 
     @property
@@ -136,7 +136,8 @@ class CogWorker:
         async with self.one_at_a_time:
             await asyncio.wait([self.settling])
             if loras:
-                (self.lora_hits if next(await self._hold(loras)) else self.lora_loads).inc()
+                times_before = next(await self._hold(loras))
+                (self.lora_hits if times_before else self.lora_loads).inc()
             if self.ending:
                 raise BackPressureError(1, 0)  # the front tries again, and does not count this attempt
             self.run, self.events = secrets.token_urlsafe(), asyncio.Queue()
@@ -258,7 +259,7 @@ class CogWorker:
 
     @serve.multiplexed(max_num_models_per_replica=LORAS_HELD)
     async def _hold(self, loras: str) -> Iterator[int]:
-        """Have Serve note that this worker holds these LoRAs; a counter, at 0 where it did not hold them before."""
+        """Have Serve note that this worker holds these LoRAs; while it does, Serve returns this same counter."""
         return itertools.count()
 
     async def check_health(self) -> None:
@@ -279,11 +280,7 @@ class CogWorker:
         with contextlib.suppress(Failure):  # `predict` raises it by itself
             self._end_if(bool(reason), hung=hung)
 
-    def stop(self) -> None:
-        """End the Cog server."""
-        self.server.__exit__(None, None, None)
-
     def __del__(self) -> None:
-        """Called by Serve when the worker is to go."""
+        """Called by Serve when the worker is to go: end the Cog server."""
         if hasattr(self, "server"):
-            self.stop()
+            self.server.__exit__(None, None, None)
