@@ -96,7 +96,7 @@ class CogWorker:
         return ClusterSettings.from_environment()
 
     async def _listen(self) -> None:
-        """Listen for Cog's webhooks."""
+        """Open a client for Cog and a server for its webhooks, and let Cog settle."""
         self.client = aiohttp.ClientSession(f"http://{LOOPBACK}:{self.server.port}", timeout=TIMEOUT)
         self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.run = ""  # the path of the present prediction's webhooks
