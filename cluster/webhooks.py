@@ -172,7 +172,8 @@ class Webhooks:
             if isinstance(error.os_error, PrivateAddressError):
                 logger.warning("The webhooks of prediction %.130r are given up: %s", prediction.id, PRIVATE)
                 prediction.webhook = None  # the next webhooks would fail too
-            return not prediction.webhook
+                return True
+            return False
         except (aiohttp.ClientError, TimeoutError):
             return False
         except Exception as error:
