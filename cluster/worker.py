@@ -124,13 +124,10 @@ class CogWorker:
     async def predict(
         self, prediction_id: str, inputs: dict[str, Any], loras: str
     ) -> AsyncIterator[list[dict[str, Any]]]:
-        """Run a prediction of validated inputs; closing the iterator cancels it. `loras` names its LoRAs, if any.
+        """Run a prediction of validated inputs: Cog's states since the last yield, the very last with an end's status.
 
-        Yields:
-            Cog's states of the prediction since the last yield; the very last one has an end's status.
-
-        Raises:
-            Failure: Cog refuses it, or does not report its end; this worker goes on, or ends if Cog cannot.
+        Closing the iterator cancels it. `loras` names its LoRAs, if any. A Failure is raised where Cog refuses it or
+        does not report its end; this worker goes on, or ends if Cog cannot.
         """
         # Serve sends the next call before a cancelled one has cleaned up.
         async with self.one_at_a_time:
