@@ -18,11 +18,7 @@ class AffinityRouter(FIFOMixin, MultiplexMixin, RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Called by Serve until a worker takes the request.
-
-        Returns:
-            Groups of workers, the best first; Serve takes the first worker that is free.
-        """
+        """Groups of workers, the best first; Serve calls this until a worker takes the request."""
         loras = pending_request.metadata.multiplexed_model_id if pending_request else ""
         holders = [replica for replica in candidate_replicas if loras in replica.multiplexed_model_ids]
         others = [replica for replica in candidate_replicas if replica not in holders]
@@ -30,5 +26,4 @@ class AffinityRouter(FIFOMixin, MultiplexMixin, RequestRouter):
             return [holders]
         random.shuffle(others)
         others.sort(key=lambda replica: len(replica.multiplexed_model_ids))
-        groups = [holders, *([replica] for replica in others)]
-        return groups if holders else groups[1:]
+        return [group for group in (holders, *([replica] for replica in others)) if group]

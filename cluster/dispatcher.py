@@ -51,10 +51,9 @@ class Dispatcher:
         return self.unfinished >= self.limit
 
     async def accept(self, prediction: Prediction) -> tuple[Prediction, bool]:
-        """Take a prediction: once this returns, it will end. QueueFull where too many wait.
+        """The prediction that the database has under this one's id, and whether it is this very one.
 
-        Returns:
-            The prediction that the database has under its id, and whether it is this very one.
+        Once this returns, the prediction will end. QueueFull where too many wait.
         """
         if self.full:
             raise QueueFull(f"The queue is full: {self.limit} predictions wait. Try again later.")
@@ -134,5 +133,5 @@ class Dispatcher:
             if run.stuck:
                 self.stuck.add(prediction.id)
 
-        run.task.add_done_callback(leave)  # not at the task's end: it may be cancelled before it has begun
+        run.task.add_done_callback(leave)  # a task that is cancelled before it begins runs no code
         return run

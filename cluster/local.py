@@ -38,8 +38,6 @@ RAY = {
     # A short pause before busy workers are asked again: GPUs would be idle during a longer one.
     "RAY_SERVE_ROUTER_RETRY_MAX_BACKOFF_S": "0.05",
 }
-# coglet reads all certificates of authorities at each prediction: 0.8 ms from one file, 5 ms from Debian's folder.
-CERTIFICATES = {"SSL_CERT_FILE": "/etc/ssl/certs/ca-certificates.crt", "SSL_CERT_DIR": os.devnull}
 # Options of the system call prctl.
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 # A process that waits for a device or a network disk ends later, or never.
@@ -50,10 +48,8 @@ OBJECT_STORE_BYTES = 100 * MIB
 
 def environment() -> dict[str, str]:
     """The variables of a process that starts Ray here, or joins it."""
-    usual = Path(CERTIFICATES["SSL_CERT_FILE"]).exists() and not CERTIFICATES.keys() & os.environ.keys()
     return {
         **RAY,
-        **(CERTIFICATES if usual else {}),
         **past_proxies(os.environ),
         # Ray's ports require a token.
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
@@ -173,7 +169,7 @@ def _reap(child: int) -> int | None:
 
 def _start(options: argparse.Namespace, settings: ClusterSettings) -> None:
     """Start the nodes and the application on them."""
-    _open_stores(settings)
+    asyncio.run(_open_stores(settings))
     import torch  # here, since it takes seconds
 
     gpus = torch.cuda.device_count()
@@ -208,7 +204,7 @@ def _start(options: argparse.Namespace, settings: ClusterSettings) -> None:
     print(f"Ready: {url(options.host, options.port)} (/docs says what is there, Ctrl-C stops it)", flush=True)
 
 
-def _open_stores(settings: ClusterSettings) -> None:
+async def _open_stores(settings: ClusterSettings) -> None:
     """Open the database, with its migrations, and the store of files; SystemExit where that fails.
 
     In the fronts, Serve would repeat it for ever.
@@ -217,12 +213,9 @@ def _open_stores(settings: ClusterSettings) -> None:
     from cluster.files import Files
     from cluster.predictions import Predictions
 
-    async def opened() -> None:
+    try:
         async with Predictions(settings.database_url):
             pass
-
-    try:
-        asyncio.run(opened())
     except Unusable as error:
         sys.exit(str(error))
     try:

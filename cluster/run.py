@@ -46,7 +46,7 @@ RECORD_SECONDS = 0.5
 # How long a worker may take to stop a cancelled prediction, as it may hang; then its end is written without the worker.
 SECONDS_TO_CANCEL = 5
 # Ray keeps larger inputs in its store (about), which is small; and how many of these may wait for workers there.
-LARGE_BYTES, LARGE_AHEAD = 100_000, 4
+LARGE_BYTES, LARGE_WAITING = 100_000, 4
 # Cog takes no larger body; files have a third more bytes in it than by themselves.
 COG_BYTES = 100 * MIB
 # Redacting a longer log takes milliseconds.
@@ -70,7 +70,7 @@ class Means:
     # "router" leads a request to a worker that has its LoRAs.
     affinity: str
     # Places for large inputs that wait in Ray's store for a worker.
-    large_ahead: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(LARGE_AHEAD))
+    large_waiting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(LARGE_WAITING))
 
 
 @dataclass(eq=False)
@@ -89,9 +89,9 @@ class Run:
     begun: bool = False
     # Bounds that attempt, once the prediction is cancelled.
     patience: asyncio.Timeout | None = None
-    # Closing it gives back the place of `Means.large_ahead`, if this has one.
-    ahead: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    # How many attempts hung, and how many failed otherwise; those whose worker died are `Prediction.deaths`.
+    # Closing it gives back the place of `Means.large_waiting`, if this has one.
+    place: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    # How many attempts hung, and how many failed otherwise; a worker that died while drawing is in `Prediction.deaths`.
     hangs: int = 0
     failures: int = 0
     # The stored files of its output, by the hashes of their data URIs.
@@ -129,7 +129,7 @@ class Run:
                     logger.warning("The last webhook of prediction %.130r is given up.", prediction.id)
                 else:
                     await self.means.webhooks.deliver(prediction)
-                await self._lasting(lambda: self.means.predictions.delivered(prediction))
+                await self._ask_database(lambda: self.means.predictions.delivered(prediction))
         except Exception as error:
             self.stuck = True
             logger.error("Prediction %.130r cannot be ended by this front: %s", prediction.id, places(error))
@@ -139,10 +139,10 @@ class Run:
         prediction = self.prediction
         while not prediction.finished:
             try:
-                _check_runnable(prediction)
                 if prediction.cancel_requested:
                     _end_cancelled(prediction)
                 else:
+                    _check_runnable(prediction)
                     await self._ask_worker()
             except (BackPressureError, DeploymentUnavailableError):  # no worker now; there may be one later
                 await asyncio.sleep(1)
@@ -165,8 +165,8 @@ class Run:
                 if means.affinity == "router" and loras:
                     workers = workers.options(multiplexed_model_id=loras)
                 if self.held > LARGE_BYTES or names_files(prediction.secret_input):
-                    await means.large_ahead.acquire()
-                    self.ahead.callback(means.large_ahead.release)
+                    await means.large_waiting.acquire()
+                    self.place.callback(means.large_waiting.release)
                 self.response = workers.predict.remote(prediction.id, await self._inputs(), loras)
                 async for states in self.response:
                     for state in states:
@@ -176,7 +176,7 @@ class Run:
             raise RuntimeError("The worker has told no end.")
         finally:
             self.patience = None
-            self.ahead.close()
+            self.place.close()
             if not prediction.finished:
                 self._tell_worker_to_stop()
 
@@ -184,7 +184,7 @@ class Run:
         """The inputs as a worker gets them, with the cluster's files inside."""
         prediction, means = self.prediction, self.means
         asked = (prediction.secret_input, means.predictions, prediction.base_url, COG_BYTES)
-        inputs = await self._lasting(lambda: means.files.inline_files(*asked))
+        inputs = await self._ask_database(lambda: means.files.inline_files(*asked))
         if _size(inputs) > LARGE_BYTES:
             # Passed as they are, Ray would put them into its store in this thread, and wait there for room.
             return await asyncio.get_running_loop().run_in_executor(_putting, ray.put, inputs)
@@ -208,14 +208,14 @@ class Run:
 
     def _may_try_again(self, failure: Failure) -> bool:
         """Whether another attempt is to be made after this failure, which is counted."""
-        if failure.again is Again.WORKER_ENDED:
+        if failure.again is Again.WORKER_ENDED and self.begun:  # else it has not died of the prediction
             self.prediction.deaths += 1
             return self.prediction.deaths < ATTEMPTS
         if failure.again is Again.HUNG:
             self.hangs += 1
             return self.hangs < ATTEMPTS_THAT_HANG
         self.failures += 1
-        helps = failure.again is Again.CUT_OFF or (failure.again is Again.UNDRAWN and not self.begun)
+        helps = failure.again is Again.CUT_OFF or (failure.again is not Again.NEVER and not self.begun)
         return helps and self.failures < ATTEMPTS
 
     async def _record(self, **changes: object) -> None:
@@ -236,25 +236,25 @@ class Run:
         prediction, webhooks = self.prediction, self.means.webhooks
         await self.written.wait()
         self.begun = True
-        self.ahead.close()
+        self.place.close()
         if prediction.started_at is None:
             prediction.started_at = now()
             prediction.status = "processing"
             await webhooks.notify(prediction, "start")
-        news, metrics = "logs", state.get("metrics", {})
+        event, metrics = "logs", state.get("metrics", {})
         if "output" in state:
             output = await self.means.files.store_output(state["output"], self.files)
             if output != prediction.output:
-                prediction.output, news = output, "output"
+                prediction.output, event = output, "output"
         prediction.logs = await self._redact(state.get("logs", ""))
         prediction.metrics = {name: value for name, value in metrics.items() if name != "predict_time"}
         ended = state["status"] not in UNFINISHED
-        # The worker's last state has both the output and the end; clients hear of the output first.
-        if news == "output" or (prediction.logs and not ended):
-            await webhooks.notify(prediction, news)
-        prediction.status, prediction.metrics = state["status"], metrics
+        # The worker's last state has both the output and the end; clients hear of the output first, without its time.
+        if event == "output" or (prediction.logs and not ended):
+            await webhooks.notify(prediction, event)
         if error := state.get("error"):
             prediction.error = await self._redact(error)
+        prediction.status, prediction.metrics = state["status"], metrics
         if not ended and time.monotonic() - self.recorded > RECORD_SECONDS:
             self.recorded = math.inf
             spawn(self._record(**_values(prediction)))
@@ -288,24 +288,20 @@ class Run:
 
     async def _write_end(self) -> bool:
         prediction, files = self.prediction, self.files.values()
-        return await self._lasting(lambda: self.means.predictions.finish(prediction, files, **_values(prediction)))
+        return await self._ask_database(lambda: self.means.predictions.finish(prediction, files, **_values(prediction)))
 
-    async def _lasting(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """The result of a database query, which is repeated while the database is away, full or read-only.
-
-        Raises:
-            DBAPIError: another attempt would raise the same.
-        """
-        told = False
+    async def _ask_database(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """The result of a database query, which is repeated while the database is away, full or read-only."""
+        warned = False
         while True:
             try:
                 return await ask()
             except DBAPIError as error:
                 if not (may_pass(error) or may_be_repaired(error)):
                     raise
-                if not told:
+                if not warned:
                     logger.warning("Prediction %.130r waits for the database: %s", self.prediction.id, places(error))
-                told = True
+                warned = True
                 await asyncio.sleep(1)
 
 

@@ -79,11 +79,7 @@ class ClusterSettings:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "ClusterSettings":
-        """Read the variables; an empty one counts as unset.
-
-        Raises:
-            ValueError: a sentence that names the variable, its value and what would be right.
-        """
+        """Read the variables; an empty one counts as unset. A ValueError's sentence names a wrong one and its value."""
 
         def given(name: str) -> str:
             return environ.get(name, "").strip()

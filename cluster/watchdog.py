@@ -5,7 +5,6 @@ has ended. This module knows processes, and nothing of what they do.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import subprocess
@@ -43,12 +42,14 @@ async def watch_event_loop(name: str, seconds: int) -> None:
     options = {"env": path, "stdin": subprocess.PIPE, "bufsize": 0, "start_new_session": True}
     while True:
         try:
-            with subprocess.Popen(command, **options) as watching, contextlib.ExitStack() as stack:
-                stack.callback(watching.kill)
-                os.set_blocking(watching.stdin.fileno(), False)
-                while True:
-                    watching.stdin.write(b"\n")  # writes nothing if the pipe is full, since that process is stopped
-                    await asyncio.sleep(0.5)
+            with subprocess.Popen(command, **options) as watching:
+                try:
+                    os.set_blocking(watching.stdin.fileno(), False)
+                    while True:
+                        watching.stdin.write(b"\n")  # nothing is written if that process is stopped and the pipe full
+                        await asyncio.sleep(0.5)
+                finally:
+                    watching.kill()
         except OSError as error:  # it was killed, or cannot be started now
             logger.error("What watches this %s is started again: %s", name, places(error))
         await asyncio.sleep(1)

@@ -172,24 +172,19 @@ class Webhooks:
             if isinstance(error.os_error, PrivateAddressError):
                 logger.warning("The webhooks of prediction %.130r are given up: %s", prediction.id, PRIVATE)
                 prediction.webhook = None  # the next webhooks would fail too
-            return not prediction.webhook
+                return True
+            return False
+        except (aiohttp.ClientError, TimeoutError):
+            return False
         except Exception as error:
-            if not isinstance(error, aiohttp.ClientError | TimeoutError):
-                logger.warning(
-                    "A webhook of prediction %.130r was not sent: %s", prediction.id, redact_text(places(error))
-                )
+            logger.warning("A webhook of prediction %.130r was not sent: %s", prediction.id, redact_text(places(error)))
             return False
 
 
 def check_url(text: object, *, allow_private: bool) -> None:
     """Refuse a client's webhook if requests to it would fail whatever the network's state.
 
-    Args:
-        text: the client's `webhook`.
-        allow_private: whether the host may be a private address; `open_client` checks the addresses of names.
-
-    Raises:
-        ValueError: a sentence without user, password and query.
+    The ValueError's sentence has no user, password and query. `open_client` checks the addresses of hosts' names.
     """
     if not isinstance(text, str):
         raise ValueError("webhook must be a string.")

@@ -6,15 +6,14 @@ pytest.importorskip("ray", reason="the cluster needs cluster/requirements.txt")
 
 import yaml
 
-from cluster.local import CERTIFICATES, RAY
+from cluster.local import RAY
 from cluster.settings import ClusterSettings
 from settings import ROOT
 
 
 def test_the_image_has_the_settings_of_the_local_cluster() -> None:
     dockerfile = (ROOT / "cluster" / "deploy" / "Dockerfile").read_text()
-    wanted = RAY | CERTIFICATES
-    assert {name: dockerfile.partition(f"{name}=")[2].split()[0] for name in wanted} == wanted
+    assert {name: dockerfile.partition(f"{name}=")[2].split()[0] for name in RAY} == RAY
 
 
 def test_the_manifests_hold_the_same_configuration() -> None:

@@ -247,6 +247,7 @@ async def test_poison_that_a_dead_front_has_left_ends_and_keeps_nothing_from_bei
         "bug": {},
         "refused": {},
         "deadly": {"adoptions": MAX_ADOPTIONS},
+        "deadly-and-unwanted": {"adoptions": MAX_ADOPTIONS, "cancel_requested": True},
     }
     workers = Workers(
         {
@@ -276,6 +277,7 @@ async def test_poison_that_a_dead_front_has_left_ends_and_keeps_nothing_from_bei
         "bug": {("failed", "The cluster failed with KeyError; its log says where.")},
         "refused": {("failed", "Cog refused the prediction with 422: no.")},
         "deadly": {("failed", "The prediction was given up: 6 fronts ended while they had it.")},
+        "deadly-and-unwanted": {("canceled", None)},
     }
     assert max(map(workers.attempts, workers.asked)) == 1
     assert "s3cret" not in caplog.text
@@ -320,6 +322,8 @@ async def test_each_failure_has_its_sentence_and_is_tried_again_only_where_that_
         ends = [await dispatcher.ended(prediction) for prediction in accepted]
     found = {end.id[:-2]: (workers.attempts(end.id), end.error, end.status) for end in ends}
     assert found == {case: (attempts, said, "failed") for case, (_, attempts, said) in cases.items()}
+    # Only a worker that has begun may have died of the prediction.
+    assert {end.id[:-2]: end.deaths for end in ends if end.deaths} == {"died-drawing": 3, "crashed": 3, "node": 3}
 
 
 async def test_where_there_is_no_worker_a_prediction_waits(tmp_path: Path) -> None:
