@@ -40,8 +40,6 @@ logger = logging.getLogger("ray.serve")
 CANCEL_SECONDS = 0.05
 # Not "output": the webhook "completed" has the output too, and pictures would be sent twice.
 EVENTS = ["start", "logs", "completed"]
-# coglet reads all certificates of authorities at each prediction: 0.8 ms from one file, 5 ms from Debian's folder.
-AUTHORITIES = {"SSL_CERT_FILE": "/etc/ssl/certs/ca-certificates.crt", "SSL_CERT_DIR": os.devnull}
 # For each request to Cog but health checks: a body of 100 MiB takes seconds.
 TIMEOUT = aiohttp.ClientTimeout(total=60)
 # How long Cog may need until it can take the next prediction: a cancelled predictor first ends its present step.
@@ -78,8 +76,6 @@ class CogWorker:
         listen_on_this_node_only()
         spawn(watch_event_loop("worker", SECONDS_STILL))
         environment = {"PREDICTION_SECONDS": f"{self.settings.prediction_seconds:g}"}
-        if Path(AUTHORITIES["SSL_CERT_FILE"]).exists() and not AUTHORITIES.keys() & os.environ.keys():
-            environment |= AUTHORITIES
         environment |= dict.fromkeys(withheld(os.environ))  # with None, Cog's server gets no such variable
         self.server = CogServer(Path(project), environment=environment).__enter__()
         self.verdict = Verdict(self.server)
