@@ -7,7 +7,7 @@
 import { about, health, loras, openapi, setToken, setupLog, token, unauthorised } from "./api.js";
 import { healthFailure, setupFailure, textOf } from "./cog.js";
 import { readSchema } from "./schema.js";
-import { changed, note, now, state } from "./store.js";
+import { change, changed, note, now, state } from "./store.js";
 
 const CALM_MS = 3000; // between checks while the server is ready, or does not answer
 const ALERT_MS = 1000; // while that may change soon; also how often a countdown ticks
@@ -162,6 +162,5 @@ const startLog = async () => (state.about.log ? setupLog().catch(() => "") : "")
 function show({ kind, sentence = "", log = "", since, until = null }) {
     const before = state.connection;
     since ??= before.kind === kind ? before.since : now();
-    state.connection = { kind, sentence, log, since, until };
-    changed();
+    change(state, { connection: { kind, sentence, log, since, until } });
 }

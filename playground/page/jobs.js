@@ -7,7 +7,7 @@ import { cancel, draw, pause } from "./api.js";
 import { drawingFailure, textOf } from "./cog.js";
 import { checkNow, refuseToken } from "./connection.js";
 import { fieldNamed, withoutSecrets } from "./schema.js";
-import { changed, now, state } from "./store.js";
+import { change, changed, now, state } from "./store.js";
 import { encode, fromDataUri, shortened } from "./wire.js";
 
 const AT_ONCE_AT_A_FRONT = 4;
@@ -94,8 +94,7 @@ function advance() {
 }
 
 function begin(job) {
-    Object.assign(job, { status: "drawing", error: null, until: null, at: null, of: null, startedAt: now() });
-    changed();
+    change(job, { status: "drawing", error: null, until: null, at: null, of: null, startedAt: now() });
 }
 
 function end(job, status, error = null) {
@@ -141,8 +140,7 @@ async function drawWhenPossible(job, input, signal) {
             const wait = error.kind === "busy" ? BUSY_MS[Math.min(refusals, BUSY_MS.length - 1)] : seconds * 1000;
             if (wait >= TICK_MS) {
                 const until = error.kind === "later" ? now() + wait : null; // no countdown of a single second
-                Object.assign(job, { status: "waiting", error: error.message, until });
-                changed();
+                change(job, { status: "waiting", error: error.message, until });
             }
             await pause(wait, signal);
         } finally {
@@ -155,9 +153,7 @@ async function drawWhenPossible(job, input, signal) {
 function follow(job, { status, logs }) {
     if (!isAsked(job)) return;
     if (status === "starting" && state.about.server === "front") {
-        Object.assign(job, { status: "waiting", error: "Every worker is busy." });
-        changed();
-        return;
+        return change(job, { status: "waiting", error: "Every worker is busy." });
     }
     if (job.status === "waiting") begin(job);
     job.log = textOf(logs) || job.log;

@@ -5,7 +5,7 @@ import { numberInput } from "./controls.js";
 import { edit, isWrong, problemView, sizeProblem, typed, valueOf } from "./field.js";
 import { isLoraFile, isPrivate, LARGEST_STRENGTH, loraProblem, LORAS, MOST_LORAS, readLora, SUFFIXES } from "./lora.js";
 import { meaningOf } from "./schema.js";
-import { changed, state } from "./store.js";
+import { change, changed, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 import { repeat } from "./vendor/repeat.js";
 
@@ -95,10 +95,7 @@ function loraView(lora, index) {
     const problem = loraProblem(lora);
     const id = `lora-${index}`;
     const label = `Strength of ${lora.path}`;
-    const set = (scale) => {
-        lora.scale = scale ?? STRENGTH.default;
-        changed();
-    };
+    const set = (scale) => change(lora, { scale: scale ?? STRENGTH.default });
     const isMeantBy = (text) => Object.is(meaningOf(STRENGTH, text) ?? STRENGTH.default, lora.scale);
     return html`
         <li class="loras-item">
