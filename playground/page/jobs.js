@@ -127,25 +127,26 @@ async function run(job) {
 /** Ask until the server has drawn; while the job waits, its `error` says why. */
 async function drawWhenPossible(job, input, signal) {
     for (let refusals = 0; ; refusals++) {
-        let begun;
+        let begun, refusal;
+        // If the slot is taken, the answer comes within milliseconds, and the job goes on waiting.
+        if (job.status === "waiting") begun = setTimeout(() => isAsked(job) && begin(job), ACCEPTED_MS);
+        job.until = null;
         try {
-            // If the slot is taken, the answer comes within milliseconds, and the job goes on waiting.
-            if (job.status === "waiting") begun = setTimeout(() => isAsked(job) && begin(job), ACCEPTED_MS);
-            job.until = null;
             return await draw(job.id, input, state.about, { signal, onProgress: (told) => follow(job, told) });
         } catch (error) {
             if (signal.aborted || !["busy", "later"].includes(error.kind)) throw error;
-            clearTimeout(begun);
-            const seconds = Math.max(1, error.seconds ?? SECONDS_TO_ASK_AGAIN);
-            const wait = error.kind === "busy" ? BUSY_MS[Math.min(refusals, BUSY_MS.length - 1)] : seconds * 1000;
-            if (wait >= TICK_MS) {
-                const until = error.kind === "later" ? now() + wait : null; // no countdown of a single second
-                change(job, { status: "waiting", error: error.message, until });
-            }
-            await pause(wait, signal);
+            refusal = error;
         } finally {
             clearTimeout(begun);
         }
+        const isBusy = refusal.kind === "busy";
+        const seconds = Math.max(1, refusal.seconds ?? SECONDS_TO_ASK_AGAIN);
+        const wait = isBusy ? BUSY_MS[Math.min(refusals, BUSY_MS.length - 1)] : seconds * 1000;
+        if (wait >= TICK_MS) {
+            const until = isBusy ? null : now() + wait; // no countdown of a single second
+            change(job, { status: "waiting", error: refusal.message, until });
+        }
+        await pause(wait, signal);
     }
 }
 

@@ -11,16 +11,16 @@ const LINES = 400; // of a log
 
 // For each state of the server: a word, and, where nothing can be drawn, a title.
 const STATES = {
-    connecting: ["Connecting", "Connecting to the server"],
-    offline: ["Offline", "This computer is offline"],
-    gone: ["No answer", "The server does not answer"],
-    starting: ["Starting", "The server is starting"],
-    ready: ["Ready"],
-    drawing: ["Drawing"],
-    busy: ["Busy"],
-    "setup-failed": ["Setup failed", "The server could not be set up"],
-    unhealthy: ["Unhealthy", "The server cannot draw now"],
-    unauthorised: ["Token wanted", "A token is wanted"],
+    connecting: { word: "Connecting", title: "Connecting to the server" },
+    offline: { word: "Offline", title: "This computer is offline" },
+    gone: { word: "No answer", title: "The server does not answer" },
+    starting: { word: "Starting", title: "The server is starting" },
+    ready: { word: "Ready" },
+    drawing: { word: "Drawing" },
+    busy: { word: "Busy" },
+    "setup-failed": { word: "Setup failed", title: "The server could not be set up" },
+    unhealthy: { word: "Unhealthy", title: "The server cannot draw now" },
+    unauthorised: { word: "Token wanted", title: "A token is wanted" },
 };
 
 /** The state of the server in a word, for the header. Screen readers are told only why nothing can be drawn. */
@@ -29,15 +29,15 @@ export function connectionView() {
     const draws = canDraw() && state.jobs.some((job) => job.status === "drawing");
     const shown = draws ? "drawing" : kind;
     return html`
-        <span class="status-pill" role="status" aria-live="off" data-kind=${shown}>${STATES[shown][0]}</span>
-        <span class="visually-hidden" aria-live="polite">${STATES[kind][1] ?? "The server can draw"}</span>
+        <span class="status-pill" role="status" aria-live="off" data-kind=${shown}>${STATES[shown].word}</span>
+        <span class="visually-hidden" aria-live="polite">${STATES[kind].title ?? "The server can draw"}</span>
         ${token() && kind !== "unauthorised" ? forgetButton() : nothing}
     `;
 }
 
 /** Why nothing can be drawn now, and what a person can do; `nothing` when all is well. */
 export function statePanel() {
-    const [, title] = STATES[state.connection.kind];
+    const { title } = STATES[state.connection.kind];
     if (!title) return nothing;
     return html`
         <section class="panel stack" aria-label=${title}>
