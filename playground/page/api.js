@@ -53,7 +53,7 @@ export function setToken(text) {
     }
 }
 
-// Questions to the server; each answers with a promise.
+// Requests, each of which returns a promise.
 export const about = () => ask("about.json"); // the server behind this page
 export const health = () => ask("../health-check"); // Cog's: `status`, `setup`, `user_healthcheck_error`
 export const openapi = () => ask("../openapi.json"); // the document

@@ -8,7 +8,7 @@ import { html, nothing } from "./vendor/lit-html.js";
 
 const view = {
     wiping: false, // the two are compared one over the other
-    divider: 50, // up to where the one is seen, in percent
+    divider: 50, // the first is seen up to here, in percent
 };
 
 /** The button that begins a comparison: at once where there are two pictures, else one is chosen first. */

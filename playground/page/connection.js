@@ -130,7 +130,7 @@ async function judge({ status, setup, user_healthcheck_error: fault }) {
     return { kind: busyLooks > 1 ? "busy" : "ready" };
 }
 
-/** Read the schema and the library; false where the document is none of a Cog server. */
+/** Read the schema and the library; false if the document is not a Cog server's. */
 async function learn() {
     const asked = token();
     const [said, names] = await Promise.all([openapi(), libraryNames()]);

@@ -31,7 +31,7 @@ function present(job) {
 /** Show the server's problems at their inputs, where the form still has the values that were refused. */
 function refuse({ recipe, problems, error }) {
     const form = snapshot();
-    const still = Object.entries(problems).filter(([name]) => isSame(valueOf(form, name), valueOf(recipe, name)));
+    const still = Object.entries(problems).filter(([name]) => isSame(partOf(form, name), partOf(recipe, name)));
     announce(error);
     if (still.length === 0) return;
     state.problems = { ...state.problems, ...Object.fromEntries(still) };
@@ -40,7 +40,7 @@ function refuse({ recipe, problems, error }) {
     if (activeElement === document.body || activeElement.matches("[type=submit][form=form]")) afterRender(focusProblem);
 }
 
-/** The value of an input in a recipe, to be compared. */
-function valueOf({ inputs, loras }, name) {
+/** The value of an input in a recipe; of the list of LoRAs, their paths and scales. */
+function partOf({ inputs, loras }, name) {
     return name === LORAS ? loras.map(({ path, scale }) => [path, scale]) : inputs[name];
 }

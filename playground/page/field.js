@@ -102,8 +102,8 @@ export function restore({ inputs, loras }) {
 // Typed text
 
 /**
- * For the value of a control that is typed into: typed text stays as long as it means the value, as "1." means 1; else
- * the control gets the first argument, the value's own text. The second one says whether a text means the value.
+ * A binding for the value of a control that is typed into. It sets the text, its first argument, unless the control has
+ * one already that means the same, as "1." means 1; the second argument tests this.
  */
 export const typed = directive(
     class extends Directive {

@@ -5,7 +5,7 @@ import { controlView } from "./controls.js";
 import { aboutView, problemView, valueOf } from "./field.js";
 import { fileView } from "./file_field.js";
 import { LORAS } from "./lora.js";
-import { addTyped, clearTyped, lorasAreRight, lorasView, wordsView } from "./loras.js";
+import { addTyped, lorasAreRight, lorasView, wordsView } from "./loras.js";
 import { differs, fieldNamed, idleSentence, isShown, problemsOf } from "./schema.js";
 import { announce, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
@@ -49,8 +49,7 @@ export function focusProblem() {
 
 /** Give every input its default. */
 export function reset() {
-    clearTyped();
-    Object.assign(state, { inputs: {}, loras: [], problems: {}, seedLocked: false });
+    Object.assign(state, { inputs: {}, loras: [], typedLora: "", problems: {}, seedLocked: false });
     announce("All inputs are as they were at first.");
 }
 

@@ -23,7 +23,6 @@ const MOST_RECENT = 12;
 
 const { dragover, dragleave, drop } = dropTarget("loras-over", takeDropped);
 
-let written = ""; // in the field for one more
 const triggerWords = new Map(readRecent()); // by path, also of LoRAs that are not kept beyond this visit
 let recent = [...triggerWords.keys()]; // paths of the LoRAs that are kept, the newest first
 
@@ -77,14 +76,10 @@ export function addLora(source) {
 
 /** Add what was typed into the field and not added yet; false where it is refused. */
 export function addTyped() {
-    if (written.trim() === "") return true;
-    if (!addLora(written)) return false;
-    written = "";
+    if (state.typedLora.trim() === "") return true;
+    if (!addLora(state.typedLora)) return false;
+    state.typedLora = "";
     return true;
-}
-
-export function clearTyped() {
-    written = "";
 }
 
 export const lorasAreRight = () => state.loras.every((lora) => loraProblem(lora) === null);
@@ -132,6 +127,7 @@ function remove(lora) {
 // One more
 
 function addView() {
+    const { typedLora } = state;
     const names = namesToAdd();
     const press = () => {
         addTyped();
@@ -142,20 +138,19 @@ function addView() {
         <div class="loras-add">
             ${nameView()}
             <datalist id="loras-names">${names.map((name) => html`<option value=${name}></option>`)}</datalist>
-            ${written.trim() === "" ? fileButton("File…", FILES) : addButton}
+            ${typedLora.trim() === "" ? fileButton("File…", FILES) : addButton}
         </div>
-        ${written === "" && names.length > 0 ? chipsView(names.slice(0, CHIPS)) : nothing}
+        ${typedLora === "" && names.length > 0 ? chipsView(names.slice(0, CHIPS)) : nothing}
     `;
 }
 
 function nameView() {
     const type = ({ target }) => {
-        written = target.value;
         delete state.problems[LORAS];
-        changed();
+        change(state, { typedLora: target.value });
     };
     const onEnter = (event) => {
-        if (event.key !== "Enter" || event.ctrlKey || event.metaKey || written.trim() === "") return;
+        if (event.key !== "Enter" || event.ctrlKey || event.metaKey || state.typedLora.trim() === "") return;
         event.preventDefault();
         addTyped();
     };
@@ -170,7 +165,7 @@ function nameView() {
             spellcheck="false"
             aria-invalid=${isWrong(LORAS)}
             aria-describedby=${isWrong(LORAS) ? `problem-${LORAS}` : nothing}
-            .value=${typed(written, (text) => text === written)}
+            .value=${typed(state.typedLora, (text) => text === state.typedLora)}
             @input=${type}
             @keydown=${onEnter}
         />

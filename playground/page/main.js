@@ -102,7 +102,7 @@ async function share() {
     const { fields } = state.schema;
     const fragment = toFragment(recipe, fields);
     if (fragment.length > LONGEST_FRAGMENT) return note("These inputs are too long for an address.");
-    history.replaceState(null, "", fragment); // the form keeps its files, as no hashchange is told
+    history.replaceState(null, "", fragment); // fires no hashchange, so the form keeps its files
     const left = unshared(recipe, fields);
     const without = left.length > 0 ? `; not in it: ${left.join(", ")}.` : ".";
     const where = (await copyText(location.href)) ? "is copied" : "is in the browser's bar";
@@ -112,8 +112,9 @@ async function share() {
 let shared = location.hash; // of the address, until the schema is there to read it
 
 function takeShared() {
-    const recipe = shared && state.schema ? fromFragment(shared, state.schema.fields) : null;
-    if (state.schema) shared = "";
+    if (!shared || !state.schema) return;
+    const recipe = fromFragment(shared, state.schema.fields);
+    shared = "";
     if (recipe) restore(recipe);
 }
 

@@ -1,9 +1,9 @@
 /**
  * A dialog in which a mask is painted over an image: white is drawn anew, black is kept.
  *
- * A mask is one byte for each pixel. A stroke sets it to the larger of itself and the brush's (the smaller, where it
- * erases), so a soft brush that passes twice gets no harder. Bytes rather than a canvas: undo restores them to the bit,
- * in every browser.
+ * A mask is one byte for each pixel. A stroke raises it to the brush's strength there, or lowers it where it erases, so
+ * a soft brush that passes twice gets no harder. Bytes rather than a canvas: undo restores them to the bit, in every
+ * browser.
  */
 
 import { COMMAND, radioView, slider } from "./browser.js";

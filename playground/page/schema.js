@@ -215,7 +215,7 @@ function labelOf(name) {
     return words.charAt(0).toUpperCase() + words.slice(1);
 }
 
-/** Whole numbers go by one, or by the multiple that they are rounded to; others by a share of their range. */
+/** Between two values of a slider: of whole numbers 1, or the multiple that they are rounded to; else a power of 10. */
 function stepOf({ type, minimum, maximum, description }) {
     if (type === "integer") return Number(/multiple of (\d+)/.exec(description)?.[1] ?? 1);
     if (minimum === null || maximum === null) return 0.1;

@@ -67,10 +67,7 @@ function adviceView({ kind, sentence, log, since, until }) {
 export function progressView() {
     if (!state.schema && state.jobs.length === 0) return nothing;
     const job = current();
-    const last = state.jobs.findLast(({ kind }) => kind === "draw");
-    return html`
-        <section class="status-progress" aria-label="Progress">${job ? running(job) : ended(last)}</section>
-    `;
+    return html`<section class="status-progress" aria-label="Progress">${job ? running(job) : lastEnd()}</section>`;
 }
 
 /** The log of the drawing that runs, or of the last one. */
@@ -176,7 +173,9 @@ function waiting({ error, until }) {
 /** How many jobs have any of these states. */
 const counted = (...statuses) => state.jobs.filter(({ status }) => statuses.includes(status)).length;
 
-function ended(job) {
+/** How the last drawing ended. */
+function lastEnd() {
+    const job = state.jobs.findLast(({ kind }) => kind === "draw");
     if (job === undefined) return nothing;
     if (job.status === "failed") return html`<p class="problem">${job.error}</p>`;
     return html`<p class="quiet">${job.status === "canceled" ? (job.error ?? "Cancelled.") : outcome(job)}</p>`;

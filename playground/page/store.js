@@ -17,6 +17,7 @@ export const state = {
     library: [], // names of LoRAs
     inputs: {}, // what the form says where it differs from the defaults
     loras: [],
+    typedLora: "", // in the field that adds a LoRA
     problems: {}, // by input, the sentence on what is wrong with it
     seedLocked: false,
     jobs: [], // the newest last

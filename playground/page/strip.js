@@ -97,9 +97,7 @@ async function removeFocused(place) {
     if (next) focusThumb(next);
 }
 
-function focusThumb({ id }) {
-    focusOn(`.gallery-thumb[data-id="${CSS.escape(id)}"]`);
-}
+const focusThumb = ({ id }) => focusOn(`.gallery-thumb[data-id="${CSS.escape(id)}"]`);
 
 const clearButton = html`
     <button class="button quiet gallery-clear" @click=${() => askToClear(true)}>Clear history</button>
@@ -124,12 +122,9 @@ function askToClear(isAsked) {
 
 /** Escape ends the question or the choice of a picture, and then goes no further. */
 function onEscape(event) {
-    if (event.key === "Escape" && confirming) {
-        event.stopPropagation();
-        askToClear(false);
-    } else {
-        leavePicking(event);
-    }
+    if (event.key !== "Escape" || !confirming) return leavePicking(event);
+    event.stopPropagation();
+    askToClear(false);
 }
 
 /** Delete the pictures that are here now, and all known LoRAs; pictures that are drawn meanwhile stay. */
