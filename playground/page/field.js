@@ -65,9 +65,8 @@ export function keepSeed(picture) {
     else announce(seed === undefined ? "The next seed stays." : `The next pictures get the seed ${seed}.`);
 }
 
-/** The field of an input that not every server has; where it is missing, that is told. */
+/** The field of an input that not every server has; where it is missing, a note says so. */
 function soughtField(name, what) {
-    if (state.schema === null) return note("The server has not told its inputs yet.");
     return fieldNamed(state.schema.fields, name) ?? note(`This server has no input for ${what}.`);
 }
 

@@ -145,8 +145,8 @@ function takeDropped(carried) {
 export async function receive(files) {
     const file = files.find(isPicture);
     if (file === undefined) return note(`${files[0].name} is not a picture.`);
-    const made = state.schema && (await readMetadata(file));
-    if (!made) return setImage(file);
+    const made = await readMetadata(file);
+    if (made === null) return setImage(file);
     const { recipe, notes } = recipeOf(made, state.schema.fields);
     restore(recipe);
     notes.forEach(note);

@@ -110,7 +110,6 @@ async function run(job) {
     const { signal } = job.abort;
     begin(job);
     try {
-        if (state.schema === null) throw new Error("The server has not told its inputs yet.");
         const input = await encode(job.recipe, state.schema.fields);
         signal.throwIfAborted();
         const answer = await drawWhenPossible(job, input, signal);

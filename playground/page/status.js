@@ -65,7 +65,6 @@ function adviceView({ kind, sentence, log, since, until }) {
 
 /** The drawing that runs or waits, or else how the last one ended. Its height stays the same. */
 export function progressView() {
-    if (!state.schema && state.jobs.length === 0) return nothing;
     const job = current();
     return html`<section class="status-progress" aria-label="Progress">${job ? running(job) : lastEnd()}</section>`;
 }
@@ -149,7 +148,7 @@ function drawing({ at, of, startedAt }) {
     const waits = counted("waiting", "queued");
     const others = waits === 1 ? "1 waits here" : `${waits} wait here`;
     const facts = waits > 0 ? `${elapsed(startedAt)} · ${others}` : elapsed(startedAt);
-    const silent = state.about?.progress === null ? "This server does not tell its steps." : "";
+    const silent = state.about.progress === null ? "This server does not tell its steps." : "";
     return html`
         <span class="status-digits">${of === null ? "Drawing" : `Step ${at} of ${of}`}</span>
         <span class="quiet status-digits">${facts}</span>

@@ -13,7 +13,7 @@ export const now = () => performance.timeOrigin + performance.now();
 export const state = {
     about: null, // about.json: {server, progress, address, tokens, log}
     connection: { kind: "connecting", sentence: "", log: "", since: now(), until: null },
-    schema: null, // {fields, groups}, of schema.js
+    schema: null, // {fields, groups}, of schema.js; once it is read, the page has its form and its tabs
     library: [], // names of LoRAs
     inputs: {}, // what the form says where it differs from the defaults
     loras: [],
