@@ -106,10 +106,6 @@ export function restore({ inputs, loras }) {
  */
 export const typed = directive(
     class extends Directive {
-        render(text) {
-            return text;
-        }
-
         update({ element }, [text, isMeantBy]) {
             const stays = this.isFilled && isMeantBy(element.value);
             this.isFilled = true;

@@ -37,14 +37,13 @@ export function checkForm() {
     return isRight;
 }
 
-/** Focus the first field that is marked as wrong; false where there is none. */
+/** Focus the first field that is marked as wrong, if there is one. */
 export function focusProblem() {
     const control = document.querySelector('#form [aria-invalid="true"]');
-    if (control === null) return false;
+    if (control === null) return;
     const around = control.closest("details");
     if (around) around.open = true;
     (control.querySelector("input") ?? control).focus(); // of a group of radio buttons, the first
-    return true;
 }
 
 /** Give every input its default. */

@@ -144,11 +144,8 @@ function isRecord(record) {
 
 /** Whether a Blob's bytes are still there: a browser that has lost them says so only when they are read. */
 async function hasBytes(blob) {
-    try {
-        return (await blob.slice(0, 1).arrayBuffer()).byteLength === 1;
-    } catch {
-        return false;
-    }
+    const first = await blob.slice(0, 1).arrayBuffer().catch(() => null);
+    return first?.byteLength === 1;
 }
 
 /** The recipe with each value, and each file of a LoRA, passed through `replace`. */
