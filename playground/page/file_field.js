@@ -1,6 +1,6 @@
 /** The control of a field for a file: chosen, dropped, pasted, painted, or an address. */
 
-import { dropTarget, fileButton, labelledButton, isPicture, sizeText, urlOf } from "./browser.js";
+import { dropTarget, fileButton, isPicture, labelledButton, sizeText, urlOf } from "./browser.js";
 import { describedBy, edit, focusField, headView, isWrong, leave } from "./field.js";
 import { restoreDefault, sizeProblem, typedText, valueOf } from "./field.js";
 import { isLoraFile } from "./lora.js";
