@@ -30,23 +30,20 @@ class Refused extends Error {
     }
 }
 
-/** The refusal of a token, or of none. */
 export function unauthorised(token) {
     return new Refused("unauthorised", `The server ${token ? "does not take this" : "wants a"} token.`, { token });
 }
 
-let held = null; // the token of this visit, once it is set
-
-/** @returns {string} the token of requests, which is kept until the browser's tab is closed; "" is none. */
-export function token() {
-    try {
-        return held ?? sessionStorage.getItem(TOKEN) ?? "";
-    } catch {
-        return ""; // a browser that keeps nothing throws
-    }
+let held = ""; // the token of requests; "" is none
+try {
+    held = sessionStorage.getItem(TOKEN) ?? "";
+} catch {
+    // A browser that keeps nothing throws.
 }
 
-/** Send this token from now on; "" forgets it. */
+export const token = () => held;
+
+/** Send this token from now on, and keep it until the browser's tab is closed; "" forgets it. */
 export function setToken(text) {
     held = text;
     try {
@@ -56,7 +53,7 @@ export function setToken(text) {
     }
 }
 
-// Questions to the server; each answers with a promise.
+// Requests, each of which returns a promise.
 export const about = () => ask("about.json"); // the server behind this page
 export const health = () => ask("../health-check"); // Cog's: `status`, `setup`, `user_healthcheck_error`
 export const openapi = () => ask("../openapi.json"); // the document
@@ -89,19 +86,15 @@ export async function draw(id, input, about, { signal, onProgress }) {
 export const cancel = (id) => ask(`${predictions(id)}/cancel`, { method: "POST", keepalive: true });
 
 /** Wait; an aborted wait throws the signal's reason. */
-export function pause(milliseconds, signal) {
-    return new Promise((resolve, reject) => {
-        const stop = () => {
-            clearTimeout(timer);
-            reject(signal.reason);
-        };
-        const timer = setTimeout(() => {
-            signal.removeEventListener("abort", stop);
-            resolve();
-        }, milliseconds);
-        if (signal.aborted) stop();
-        else signal.addEventListener("abort", stop, { once: true });
-    });
+export async function pause(milliseconds, signal) {
+    signal.throwIfAborted();
+    const { promise, resolve } = Promise.withResolvers();
+    const timer = setTimeout(resolve, milliseconds);
+    signal.addEventListener("abort", resolve);
+    await promise;
+    clearTimeout(timer);
+    signal.removeEventListener("abort", resolve);
+    signal.throwIfAborted();
 }
 
 const predictions = (id) => `../predictions/${id}`;

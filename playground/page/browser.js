@@ -88,8 +88,8 @@ export function tabsView({ label, id, tabs, chosen, choose }) {
 }
 
 /**
- * A button, also within a form, whose `label` says more than its content. It may be pressed, or show the element of the
- * id `opens` while it is open.
+ * A button whose `label` says more than its content. `pressed` makes it a toggle; `isOpen` tells whether the element
+ * with the id `opens`, which it opens, is there.
  */
 export function labelledButton(content, label, act, options = {}) {
     const { kind = "icon-button", title = nothing, pressed = nothing, opens = nothing, isOpen = nothing } = options;

@@ -4,7 +4,7 @@ import { copyText, download, tabsView, urlOf } from "./browser.js";
 import { snapshot } from "./field.js";
 import { own, problemsOf, withoutSecrets } from "./schema.js";
 import { snippets } from "./snippets.js";
-import { announce, changed, state } from "./store.js";
+import { announce, change, changed, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 import { encode, shortened } from "./wire.js";
 
@@ -15,7 +15,7 @@ const LANGUAGES = {
     predict: { title: "script/predict", hint: "In this repository, with a server of its own that it starts for this." },
 };
 
-let language = "curl"; // the tab of `codeView`
+const view = { language: "curl" }; // the tab of `codeView`
 let copied = null; // the text that was copied last
 let request = null; // what `requestText` has encoded: {asked, fields, text}
 let encoding = false;
@@ -39,15 +39,13 @@ export function jsonView() {
 export function codeView() {
     const address = state.about?.address ?? new URL("..", location).href;
     const made = snippets(snapshot(), { ...state.about, address }, state.schema);
-    const choose = (name) => {
-        language = name;
-        changed();
-    };
+    const { language } = view;
+    const choose = (name) => change(view, { language: name });
     return html`
         <div class="stack">
             ${tabsView({ label: "Language", id: "code", tabs: LANGUAGES, chosen: language, choose })}
             <div class="stack" role="tabpanel" id="code-panel" aria-labelledby="code-tab-${language}">
-                ${wrongView() ?? (made[language] === null ? html`<p>${made.unsaid}</p>` : programView(made))}
+                ${wrongView() ?? (made[language] === null ? html`<p>${made.reason}</p>` : programView(made))}
             </div>
         </div>
     `;
@@ -73,10 +71,9 @@ function programView({ files, variables, ...made }) {
     `;
     const whatOf = (name) => (name === "FLUX_TOKEN" ? "your token" : name.toLowerCase());
     const reads = variables.map((name) => html`It reads ${whatOf(name)} from the variable <code>${name}</code>. `);
-    const { title, hint } = LANGUAGES[language];
-    return html`
-        ${files.length > 0 ? filesView : nothing} ${blockView(title, made[language], html`${hint} ${reads}`)}
-    `;
+    const { title, hint } = LANGUAGES[view.language];
+    const program = blockView(title, made[view.language], html`${hint} ${reads}`);
+    return html`${files.length > 0 ? filesView : nothing} ${program}`;
 }
 
 /** The request as JSON; encoding takes a moment, after which the page is rendered anew. */

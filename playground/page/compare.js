@@ -3,13 +3,12 @@
 import { focusOn, radioView, slider } from "./browser.js";
 import { fieldOf, imageView, inputOf, loraText, nameOf, sizeStyle } from "./pictures.js";
 import { jsonText } from "./schema.js";
-import { changed, selectedPicture, state } from "./store.js";
+import { change, selectedPicture, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 
 const view = {
-    picking: false, // the next picture that is chosen is compared with the selected one
     wiping: false, // the two are compared one over the other
-    divider: 50, // up to where the one is seen, in percent
+    divider: 50, // the first is seen up to here, in percent
 };
 
 /** The button that begins a comparison: at once where there are two pictures, else one is chosen first. */
@@ -17,14 +16,13 @@ export function compareButton() {
     const begin = () => {
         const picture = selectedPicture();
         const others = state.pictures.filter((other) => other !== picture);
-        state.selected = picture.id;
         if (others.length === 1) state.compare = others[0].id;
-        set({ picking: others.length > 1 && !view.picking });
+        change(state, { selected: picture.id, picking: others.length > 1 && !state.picking });
     };
     return html`
         <button
             class="button gallery-compare"
-            aria-pressed=${view.picking}
+            aria-pressed=${state.picking}
             ?disabled=${state.pictures.length < 2}
             @click=${begin}
         >
@@ -33,30 +31,16 @@ export function compareButton() {
     `;
 }
 
-/** @returns {Picture|undefined} the one beside the selected picture. */
-export const comparedPicture = () => state.pictures.find(({ id }) => id === state.compare);
-
-/** Whether the next picture that is chosen is to be compared. */
-export const isPicking = () => view.picking;
-
-export const stopPicking = () => set({ picking: false });
-
-function set(changes) {
-    Object.assign(view, changes);
-    changed();
-}
-
 /** Escape ends the choice, and then goes no further: elsewhere on the page it cancels. */
 export function leavePicking(event) {
-    if (event.key !== "Escape" || !view.picking) return;
+    if (event.key !== "Escape" || !state.picking) return;
     event.stopPropagation();
-    stopPicking();
+    change(state, { picking: false });
 }
 
 /** Show one picture again, instead of two. */
 export function closeCompare() {
-    state.compare = null;
-    stopPicking();
+    Object.assign(state, { compare: null, picking: false });
     focusOn(".gallery-compare");
 }
 
@@ -66,8 +50,8 @@ export function compareView(first, second) {
         <div class="row gallery-bar">
             <fieldset class="segmented">
                 <legend class="visually-hidden">How they are compared</legend>
-                ${radioView("gallery-mode", "Side by side", !view.wiping, () => set({ wiping: false }))}
-                ${radioView("gallery-mode", "Wipe", view.wiping, () => set({ wiping: true }))}
+                ${radioView("gallery-mode", "Side by side", !view.wiping, () => change(view, { wiping: false }))}
+                ${radioView("gallery-mode", "Wipe", view.wiping, () => change(view, { wiping: true }))}
             </fieldset>
             <button class="button quiet" aria-label="Close comparison" @click=${closeCompare}>Close</button>
         </div>
@@ -89,7 +73,7 @@ function pairView(first, second) {
 
 function wipeView(first, second) {
     const label = "How much of A is shown, in percent";
-    const move = (divider) => set({ divider });
+    const move = (divider) => change(view, { divider });
     const divider = slider({ minimum: 0, maximum: 100, step: 0.5 }, { label, value: view.divider, set: move });
     return html`
         <div class="gallery-wipe" .style="${sizeStyle(first)}; --gallery-divider: ${view.divider}%">

@@ -7,7 +7,7 @@
 import { about, health, loras, openapi, setToken, setupLog, token, unauthorised } from "./api.js";
 import { healthFailure, setupFailure, textOf } from "./cog.js";
 import { readSchema } from "./schema.js";
-import { changed, note, now, state } from "./store.js";
+import { change, changed, note, now, state } from "./store.js";
 
 const CALM_MS = 3000; // between checks while the server is ready, or does not answer
 const ALERT_MS = 1000; // while that may change soon; also how often a countdown ticks
@@ -130,7 +130,7 @@ async function judge({ status, setup, user_healthcheck_error: fault }) {
     return { kind: busyLooks > 1 ? "busy" : "ready" };
 }
 
-/** Read the schema and the library; false where the document is none of a Cog server. */
+/** Read the schema and the library; false if the document is not a Cog server's. */
 async function learn() {
     const asked = token();
     const [said, names] = await Promise.all([openapi(), libraryNames()]);
@@ -162,6 +162,5 @@ const startLog = async () => (state.about.log ? setupLog().catch(() => "") : "")
 function show({ kind, sentence = "", log = "", since, until = null }) {
     const before = state.connection;
     since ??= before.kind === kind ? before.since : now();
-    state.connection = { kind, sentence, log, since, until };
-    changed();
+    change(state, { connection: { kind, sentence, log, since, until } });
 }

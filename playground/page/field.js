@@ -65,9 +65,8 @@ export function keepSeed(picture) {
     else announce(seed === undefined ? "The next seed stays." : `The next pictures get the seed ${seed}.`);
 }
 
-/** The field of an input that not every server has; where it is missing, that is told. */
+/** The field of an input that not every server has; where it is missing, a note says so. */
 function soughtField(name, what) {
-    if (state.schema === null) return note("The server has not told its inputs yet.");
     return fieldNamed(state.schema.fields, name) ?? note(`This server has no input for ${what}.`);
 }
 
@@ -102,15 +101,11 @@ export function restore({ inputs, loras }) {
 // Typed text
 
 /**
- * For the value of a control that is typed into: typed text stays as long as it means the value, as "1." means 1; else
- * the control gets the first argument, the value's own text. The second one says whether a text means the value.
+ * A binding for the value of a control that is typed into. It sets the text, its first argument, unless the control has
+ * one already that means the same, as "1." means 1; the second argument tests this.
  */
 export const typed = directive(
     class extends Directive {
-        render(text) {
-            return text;
-        }
-
         update({ element }, [text, isMeantBy]) {
             const stays = this.isFilled && isMeantBy(element.value);
             this.isFilled = true;

@@ -1,13 +1,13 @@
 /** The control of a field for a file: chosen, dropped, pasted, painted, or an address. */
 
-import { dropTarget, fileButton, labelledButton, isPicture, sizeText, urlOf } from "./browser.js";
+import { dropTarget, fileButton, isPicture, labelledButton, sizeText, urlOf } from "./browser.js";
 import { describedBy, edit, focusField, headView, isWrong, leave } from "./field.js";
 import { restoreDefault, sizeProblem, typedText, valueOf } from "./field.js";
 import { isLoraFile } from "./lora.js";
 import { addLora } from "./loras.js";
 import { paintMask } from "./mask.js";
 import { fieldNamed, isShown, meaningOf } from "./schema.js";
-import { changed, state } from "./store.js";
+import { change, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 
 const PICTURES = /image|mask|photo|picture/; // in names of inputs: for these, the browser offers pictures first
@@ -110,8 +110,8 @@ async function paint(field, image) {
         if (painted && state.inputs.image === image) edit(field, painted);
         focusField(field);
     } catch {
-        state.problems.mask = "The image cannot be opened here, so no mask can be painted on it; upload one.";
-        changed();
+        const mask = "The image cannot be opened here, so no mask can be painted on it; upload one.";
+        change(state.problems, { mask });
     } finally {
         painting = false;
     }
@@ -126,7 +126,6 @@ function takeDropped(field, transfer) {
 function take(field, file) {
     if (!file) return;
     const problem = sizeProblem(file, valueOf(field));
-    if (problem === null) return edit(field, file);
-    state.problems[field.name] = problem;
-    changed();
+    if (problem === null) edit(field, file);
+    else change(state.problems, { [field.name]: problem });
 }

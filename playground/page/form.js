@@ -5,7 +5,7 @@ import { controlView } from "./controls.js";
 import { aboutView, problemView, valueOf } from "./field.js";
 import { fileView } from "./file_field.js";
 import { LORAS } from "./lora.js";
-import { addTyped, clearTyped, lorasAreRight, lorasView, wordsView } from "./loras.js";
+import { addTyped, lorasAreRight, lorasView, wordsView } from "./loras.js";
 import { differs, fieldNamed, idleSentence, isShown, problemsOf } from "./schema.js";
 import { announce, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
@@ -37,20 +37,18 @@ export function checkForm() {
     return isRight;
 }
 
-/** Focus the first field that is marked as wrong; false where there is none. */
+/** Focus the first field that is marked as wrong, if there is one. */
 export function focusProblem() {
     const control = document.querySelector('#form [aria-invalid="true"]');
-    if (control === null) return false;
+    if (control === null) return;
     const around = control.closest("details");
     if (around) around.open = true;
     (control.querySelector("input") ?? control).focus(); // of a group of radio buttons, the first
-    return true;
 }
 
 /** Give every input its default. */
 export function reset() {
-    clearTyped();
-    Object.assign(state, { inputs: {}, loras: [], problems: {}, seedLocked: false });
+    Object.assign(state, { inputs: {}, loras: [], typedLora: "", problems: {}, seedLocked: false });
     announce("All inputs are as they were at first.");
 }
 

@@ -1,13 +1,13 @@
 /** The stage: the selected picture as large as there is room, its actions, and pictures from elsewhere. */
 
 import { copyText, dropTarget, isPicture, sizeText, urlOf } from "./browser.js";
-import { compareButton, comparedPicture, compareView, isPicking, leavePicking } from "./compare.js";
+import { compareButton, compareView, leavePicking } from "./compare.js";
 import { draw } from "./draw.js";
 import { keepSeed, restore, setImage, snapshot } from "./field.js";
 import { hasEnded } from "./jobs.js";
 import { readMetadata, recipeOf } from "./metadata.js";
 import { fieldOf, imageView, inputOf, loraText, promptOf, sizeOf, sizeStyle } from "./pictures.js";
-import { announce, note, selectedPicture, state } from "./store.js";
+import { announce, comparedPicture, note, selectedPicture, state } from "./store.js";
 import { removePicture } from "./strip.js";
 import { html, nothing } from "./vendor/lit-html.js";
 
@@ -32,11 +32,11 @@ export function stageView() {
 
 function pictureView(picture) {
     const { blob, name, recipe, seed } = picture;
-    const file = new File([blob], name, { type: blob.type });
     const drawAgain = () => {
         restore(recipe);
         draw(snapshot()); // with the secrets of the form
     };
+    const useAsImage = () => setImage(new File([blob], name, { type: blob.type }));
     const useInputs = () => {
         restore(recipe);
         announce("The form has the inputs of this picture.");
@@ -57,11 +57,11 @@ function pictureView(picture) {
             <a class="button" href=${urlOf(blob)} download=${name}>Download</a>
             <button class="button" @click=${drawAgain}>Same again</button>
             <button class="button" @click=${useInputs}>Use its inputs</button>
-            <button class="button" @click=${() => setImage(file)}>Use as image</button>
+            <button class="button" @click=${useAsImage}>Use as image</button>
             ${keepSeedButton(picture)} ${compareButton()}
             <button class="button quiet" @click=${() => removePicture(picture)}>Delete</button>
         </div>
-        ${isPicking() ? html`<p class="notice">Choose the picture to compare it with in the history.</p>` : nothing}
+        ${state.picking ? html`<p class="notice">Choose the picture to compare it with in the history.</p>` : nothing}
     `;
 }
 
@@ -145,8 +145,8 @@ function takeDropped(carried) {
 export async function receive(files) {
     const file = files.find(isPicture);
     if (file === undefined) return note(`${files[0].name} is not a picture.`);
-    const made = state.schema && (await readMetadata(file));
-    if (!made) return setImage(file);
+    const made = await readMetadata(file);
+    if (made === null) return setImage(file);
     const { recipe, notes } = recipeOf(made, state.schema.fields);
     restore(recipe);
     notes.forEach(note);

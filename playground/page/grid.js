@@ -1,7 +1,6 @@
 /** A grid: one picture for each pair of values of two inputs, all else being equal. */
 
 import { download, focusOn, urlOf } from "./browser.js";
-import { stopPicking } from "./compare.js";
 import { canDraw } from "./connection.js";
 import { snapshot } from "./field.js";
 import { gridPicture } from "./grid_picture.js";
@@ -11,7 +10,7 @@ import { cancelJobs, enqueue, hasEnded } from "./jobs.js";
 import { LORAS, loraProblem } from "./lora.js";
 import { addTyped, rememberLoras } from "./loras.js";
 import { fieldNamed, own, problemsOf } from "./schema.js";
-import { announce, changed, note, selectedPicture, state } from "./store.js";
+import { announce, change, note, selectedPicture, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 
 const MOST_CELLS = 400;
@@ -91,11 +90,6 @@ function gridProblem(sides) {
 
 // Actions
 
-function set(values) {
-    Object.assign(grid, { asking: false, ...values });
-    changed();
-}
-
 function submit(event) {
     event.preventDefault();
     if (!addTyped()) return;
@@ -142,8 +136,7 @@ function openCell(picture) {
         state.pictures = [picture, ...state.pictures];
         keep([picture]);
     }
-    Object.assign(state, { selected: picture.id, compare: null, tab: "picture" });
-    stopPicking();
+    change(state, { selected: picture.id, compare: null, picking: false, tab: "picture" });
 }
 
 async function exportPng({ x, y, title, rows }) {
@@ -165,7 +158,9 @@ function sideView(side, legend, sides) {
     const { axis, text, problem } = sides[side];
     const other = sides[side === "x" ? "y" : "x"].axis;
     const choices = sides.all.filter((choice) => areApart(choice, other));
-    const choose = ({ target }) => set({ chosen: { x: sides.x.axis.id, y: sides.y.axis.id, [side]: target.value } });
+    const choose = ({ target }) => {
+        change(grid, { asking: false, chosen: { x: sides.x.axis.id, y: sides.y.axis.id, [side]: target.value } });
+    };
     const optionView = ({ id, label }) => html`<option value=${id} .selected=${id === axis.id}>${label}</option>`;
     return html`
         <fieldset class="stack grid-side">
@@ -186,7 +181,7 @@ function sideView(side, legend, sides) {
 }
 
 function valuesView(side, { id, field }, text, problem) {
-    const type = ({ target }) => set({ texts: { ...grid.texts, [id]: target.value } });
+    const type = ({ target }) => change(grid, { asking: false, texts: { ...grid.texts, [id]: target.value } });
     return isWords(field)
         ? html`
               <textarea

@@ -123,7 +123,7 @@ function itemValues(item, field) {
     return first === undefined ? [readNumber(item)] : rangeValues(first, Number(last), step);
 }
 
-/** From the first number towards the last, in the decimals that were typed; where there are too many, one too many. */
+/** The numbers from the first to the last, in the decimals that were typed; of too many, the caller needs one more. */
 function rangeValues(first, last, step) {
     const start = Number(first);
     const width = Math.abs(Number(step));

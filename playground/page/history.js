@@ -16,7 +16,7 @@ const FILES = "files";
 const keys = new WeakMap(); // of files that have been given one
 
 let database = null; // a promise, from the first use on
-let told = false; // that nothing is kept
+let isNoted = false; // that nothing is kept
 
 /** @returns {Promise<Picture[]>} those kept, the newest first, without those that cannot be read. */
 export function load() {
@@ -31,7 +31,7 @@ export function load() {
 /** Keep pictures; of more than `MOST`, delete the oldest, on the page too. */
 export function keep(pictures) {
     state.pictures.splice(MOST);
-    return change(async (records, files) => {
+    return write(async (records, files) => {
         for (const picture of pictures) {
             const named = new Map();
             const recipe = withFiles(picture.recipe, (value) => {
@@ -40,26 +40,26 @@ export function keep(pictures) {
                 return { key: keyOf(value) };
             });
             for (const [key, file] of named) {
-                if ((await done(files.getKey(key))) === undefined) await done(files.put(file, key));
+                if ((await resultOf(files.getKey(key))) === undefined) await resultOf(files.put(file, key));
             }
-            await done(records.put({ ...picture, recipe, files: [...named.keys()] }));
+            await resultOf(records.put({ ...picture, recipe, files: [...named.keys()] }));
         }
-        const oldest = (await done(records.index("at").getAllKeys())).slice(0, -MOST);
+        const oldest = (await resultOf(records.index("at").getAllKeys())).slice(0, -MOST);
         await remove(oldest, records, files);
     });
 }
 
-export const forget = (id) => change((...stores) => remove([id], ...stores));
-export const clear = () => change((...stores) => Promise.all(stores.map((store) => done(store.clear()))));
-const change = (work) => attempt(undefined, () => transact("readwrite", work));
+export const forget = (id) => write((...stores) => remove([id], ...stores));
+export const clear = () => write((...stores) => Promise.all(stores.map((store) => resultOf(store.clear()))));
+const write = (work) => attempt(undefined, () => transact("readwrite", work));
 
 /** The result of `work`; if the browser refuses, `instead`, and a note says so once. */
 async function attempt(instead, work) {
     try {
         return await work();
     } catch {
-        if (!told) note("This browser keeps no pictures here now: they are gone when the page is closed.");
-        told = true;
+        if (!isNoted) note("This browser keeps no pictures here now: they are gone when the page is closed.");
+        isNoted = true;
         return instead;
     }
 }
@@ -88,7 +88,7 @@ async function open() {
         pictures.createIndex("files", "files", { multiEntry: true });
         request.result.createObjectStore(FILES);
     };
-    const opened = await done(request);
+    const opened = await resultOf(request);
     // Close it when a newer page in another tab upgrades it, or when it is deleted; the next use opens it again.
     opened.onversionchange = opened.onclose = () => {
         opened.close();
@@ -98,7 +98,7 @@ async function open() {
 }
 
 /** The result of a request to IndexedDB. One that fails does not undo the rest of its transaction. */
-function done(request) {
+function resultOf(request) {
     return new Promise((resolve, reject) => {
         request.onsuccess = () => resolve(request.result);
         request.onerror = (event) => {
@@ -110,16 +110,16 @@ function done(request) {
 
 /** The entries of a store by key, null for those that cannot be read. One by one: one such would fail `getAll`. */
 async function readable(store) {
-    const read = async (key) => [key, await done(store.get(key)).catch(() => null)];
-    return new Map(await Promise.all((await done(store.getAllKeys())).map(read)));
+    const read = async (key) => [key, await resultOf(store.get(key)).catch(() => null)];
+    return new Map(await Promise.all((await resultOf(store.getAllKeys())).map(read)));
 }
 
 /** Delete records, and the files that no other record names. */
 async function remove(ids, records, files) {
     if (ids.length === 0) return;
-    await Promise.all(ids.map((id) => done(records.delete(id))));
-    for (const key of await done(files.getAllKeys())) {
-        if ((await done(records.index("files").count(key))) === 0) await done(files.delete(key));
+    await Promise.all(ids.map((id) => resultOf(records.delete(id))));
+    for (const key of await resultOf(files.getAllKeys())) {
+        if ((await resultOf(records.index("files").count(key))) === 0) await resultOf(files.delete(key));
     }
 }
 
@@ -144,11 +144,8 @@ function isRecord(record) {
 
 /** Whether a Blob's bytes are still there: a browser that has lost them says so only when they are read. */
 async function hasBytes(blob) {
-    try {
-        return (await blob.slice(0, 1).arrayBuffer()).byteLength === 1;
-    } catch {
-        return false;
-    }
+    const first = await blob.slice(0, 1).arrayBuffer().catch(() => null);
+    return first?.byteLength === 1;
 }
 
 /** The recipe with each value, and each file of a LoRA, passed through `replace`. */

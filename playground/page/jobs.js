@@ -7,7 +7,7 @@ import { cancel, draw, pause } from "./api.js";
 import { drawingFailure, textOf } from "./cog.js";
 import { checkNow, refuseToken } from "./connection.js";
 import { fieldNamed, withoutSecrets } from "./schema.js";
-import { changed, now, state } from "./store.js";
+import { change, changed, now, state } from "./store.js";
 import { encode, fromDataUri, shortened } from "./wire.js";
 
 const AT_ONCE_AT_A_FRONT = 4;
@@ -94,8 +94,7 @@ function advance() {
 }
 
 function begin(job) {
-    Object.assign(job, { status: "drawing", error: null, until: null, at: null, of: null, startedAt: now() });
-    changed();
+    change(job, { status: "drawing", error: null, until: null, at: null, of: null, startedAt: now() });
 }
 
 function end(job, status, error = null) {
@@ -111,7 +110,6 @@ async function run(job) {
     const { signal } = job.abort;
     begin(job);
     try {
-        if (state.schema === null) throw new Error("The server has not told its inputs yet.");
         const input = await encode(job.recipe, state.schema.fields);
         signal.throwIfAborted();
         const answer = await drawWhenPossible(job, input, signal);
@@ -128,26 +126,26 @@ async function run(job) {
 /** Ask until the server has drawn; while the job waits, its `error` says why. */
 async function drawWhenPossible(job, input, signal) {
     for (let refusals = 0; ; refusals++) {
-        let begun;
+        let begun, refusal;
+        // If the slot is taken, the answer comes within milliseconds, and the job goes on waiting.
+        if (job.status === "waiting") begun = setTimeout(() => isAsked(job) && begin(job), ACCEPTED_MS);
+        job.until = null;
         try {
-            // If the slot is taken, the answer comes within milliseconds, and the job goes on waiting.
-            if (job.status === "waiting") begun = setTimeout(() => isAsked(job) && begin(job), ACCEPTED_MS);
-            job.until = null;
             return await draw(job.id, input, state.about, { signal, onProgress: (told) => follow(job, told) });
         } catch (error) {
             if (signal.aborted || !["busy", "later"].includes(error.kind)) throw error;
-            clearTimeout(begun);
-            const seconds = Math.max(1, error.seconds ?? SECONDS_TO_ASK_AGAIN);
-            const wait = error.kind === "busy" ? BUSY_MS[Math.min(refusals, BUSY_MS.length - 1)] : seconds * 1000;
-            if (wait >= TICK_MS) {
-                const until = error.kind === "later" ? now() + wait : null; // no countdown of a single second
-                Object.assign(job, { status: "waiting", error: error.message, until });
-                changed();
-            }
-            await pause(wait, signal);
+            refusal = error;
         } finally {
             clearTimeout(begun);
         }
+        const isBusy = refusal.kind === "busy";
+        const seconds = Math.max(1, refusal.seconds ?? SECONDS_TO_ASK_AGAIN);
+        const wait = isBusy ? BUSY_MS[Math.min(refusals, BUSY_MS.length - 1)] : seconds * 1000;
+        if (wait >= TICK_MS) {
+            const until = isBusy ? null : now() + wait; // no countdown of a single second
+            change(job, { status: "waiting", error: refusal.message, until });
+        }
+        await pause(wait, signal);
     }
 }
 
@@ -155,9 +153,7 @@ async function drawWhenPossible(job, input, signal) {
 function follow(job, { status, logs }) {
     if (!isAsked(job)) return;
     if (status === "starting" && state.about.server === "front") {
-        Object.assign(job, { status: "waiting", error: "Every worker is busy." });
-        changed();
-        return;
+        return change(job, { status: "waiting", error: "Every worker is busy." });
     }
     if (job.status === "waiting") begin(job);
     job.log = textOf(logs) || job.log;

@@ -13,9 +13,9 @@ export const LARGEST_STRENGTH = 10; // in either direction
 
 const LONGEST_REFERENCE = 8192; // characters
 const LONGEST_SHOWN = 80; // characters of a reference within a sentence
-// Private are a data URI, and an address with a login, a query or a fragment, encoded ones included.
-// Each is two patterns, for its beginning within a word and for what follows: a single pattern would be tried from
-// every beginning to the word's end, and a stranger's long word would take an hour.
+// A data URI is private, and so is an address with a login, a query or a fragment, also if these are encoded.
+// Two patterns each, for the beginning within a word and for the rest: a single one would be tried from every beginning
+// to the word's end, and a stranger's long word would take an hour.
 const PRIVATE = [
     [/\bdata:/i, /,/],
     [/https?:|\/\/|\.[a-z]{2,}(:\d+)?\//i, /[?#@]|%(25)*(3f|23|40)/i],

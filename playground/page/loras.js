@@ -5,7 +5,7 @@ import { numberInput } from "./controls.js";
 import { edit, isWrong, problemView, sizeProblem, typed, valueOf } from "./field.js";
 import { isLoraFile, isPrivate, LARGEST_STRENGTH, loraProblem, LORAS, MOST_LORAS, readLora, SUFFIXES } from "./lora.js";
 import { meaningOf } from "./schema.js";
-import { changed, state } from "./store.js";
+import { change, changed, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 import { repeat } from "./vendor/repeat.js";
 
@@ -23,9 +23,8 @@ const MOST_RECENT = 12;
 
 const { dragover, dragleave, drop } = dropTarget("loras-over", takeDropped);
 
-let written = ""; // in the field for one more
-let recent = readRecent();
-const learned = new Map(); // trigger words by path, also of LoRAs that are not kept beyond this visit
+const triggerWords = new Map(readRecent()); // by path, also of LoRAs that are not kept beyond this visit
+let recent = [...triggerWords.keys()]; // paths of the LoRAs that are kept, the newest first
 
 /** The chosen LoRAs, the field that adds one, and the problem of the input that carries them. */
 export function lorasView() {
@@ -43,15 +42,15 @@ export function lorasView() {
 /** The known trigger words of the chosen LoRAs, to put into the prompt or take out of it. */
 export function wordsView(field) {
     const prompt = String(valueOf(field) ?? field.default ?? "");
-    const words = [...new Set(state.loras.flatMap(({ path }) => triggerWords(path)))];
-    if (words.length === 0) return nothing;
+    const known = [...new Set(state.loras.flatMap(({ path }) => triggerWords.get(path) ?? []))];
+    if (known.length === 0) return nothing;
     const wordView = (word) => {
         const pressed = prompt.includes(word);
         const toggle = () => edit(field, pressed ? withoutWord(prompt, word) : withWord(prompt, word));
         return labelledButton(word, `${word} in the prompt`, toggle, { kind: "chip", pressed });
     };
     return html`
-        <div class="row form-words" role="group" aria-label="Trigger words">${words.map(wordView)}</div>
+        <div class="row form-words" role="group" aria-label="Trigger words">${known.map(wordView)}</div>
     `;
 }
 
@@ -77,14 +76,10 @@ export function addLora(source) {
 
 /** Add what was typed into the field and not added yet; false where it is refused. */
 export function addTyped() {
-    if (written.trim() === "") return true;
-    if (!addLora(written)) return false;
-    written = "";
+    if (state.typedLora.trim() === "") return true;
+    if (!addLora(state.typedLora)) return false;
+    state.typedLora = "";
     return true;
-}
-
-export function clearTyped() {
-    written = "";
 }
 
 export const lorasAreRight = () => state.loras.every((lora) => loraProblem(lora) === null);
@@ -95,10 +90,7 @@ function loraView(lora, index) {
     const problem = loraProblem(lora);
     const id = `lora-${index}`;
     const label = `Strength of ${lora.path}`;
-    const set = (scale) => {
-        lora.scale = scale ?? STRENGTH.default;
-        changed();
-    };
+    const set = (scale) => change(lora, { scale: scale ?? STRENGTH.default });
     const isMeantBy = (text) => Object.is(meaningOf(STRENGTH, text) ?? STRENGTH.default, lora.scale);
     return html`
         <li class="loras-item">
@@ -135,6 +127,7 @@ function remove(lora) {
 // One more
 
 function addView() {
+    const { typedLora } = state;
     const names = namesToAdd();
     const press = () => {
         addTyped();
@@ -145,20 +138,19 @@ function addView() {
         <div class="loras-add">
             ${nameView()}
             <datalist id="loras-names">${names.map((name) => html`<option value=${name}></option>`)}</datalist>
-            ${written.trim() === "" ? fileButton("File…", FILES) : addButton}
+            ${typedLora.trim() === "" ? fileButton("File…", FILES) : addButton}
         </div>
-        ${written === "" && names.length > 0 ? chipsView(names.slice(0, CHIPS)) : nothing}
+        ${typedLora === "" && names.length > 0 ? chipsView(names.slice(0, CHIPS)) : nothing}
     `;
 }
 
 function nameView() {
     const type = ({ target }) => {
-        written = target.value;
         delete state.problems[LORAS];
-        changed();
+        change(state, { typedLora: target.value });
     };
     const onEnter = (event) => {
-        if (event.key !== "Enter" || event.ctrlKey || event.metaKey || written.trim() === "") return;
+        if (event.key !== "Enter" || event.ctrlKey || event.metaKey || state.typedLora.trim() === "") return;
         event.preventDefault();
         addTyped();
     };
@@ -173,7 +165,7 @@ function nameView() {
             spellcheck="false"
             aria-invalid=${isWrong(LORAS)}
             aria-describedby=${isWrong(LORAS) ? `problem-${LORAS}` : nothing}
-            .value=${typed(written, (text) => text === written)}
+            .value=${typed(state.typedLora, (text) => text === state.typedLora)}
             @input=${type}
             @keydown=${onEnter}
         />
@@ -191,7 +183,7 @@ function chipsView(names) {
 /** The server's library and the LoRAs of earlier drawings, without those chosen, which can be typed again. */
 function namesToAdd() {
     const chosen = new Set(state.loras.map(({ path }) => path));
-    return [...new Set([...state.library, ...recent.map(({ path }) => path)])].filter((name) => !chosen.has(name));
+    return [...new Set([...state.library, ...recent])].filter((name) => !chosen.has(name));
 }
 
 function takeDropped(transfer) {
@@ -246,21 +238,20 @@ function checked(lora) {
 export function rememberLoras({ recipe, answer }) {
     // The answer lists them in the same order, but may spell their names otherwise.
     const told = answer?.metrics?.loras ?? [];
-    recipe.loras.forEach(({ path }, index) => learned.set(path, wordsOf(told[index])));
+    recipe.loras.forEach(({ path }, index) => triggerWords.set(path, wordsOf(told[index])));
     const paths = recipe.loras.filter(({ path, file }) => !file && !isPrivate(path)).map(({ path }) => path);
-    const newest = [...new Set([...paths, ...recent.map(({ path }) => path)])].slice(0, MOST_RECENT);
-    setRecent(newest.map((path) => ({ path, words: triggerWords(path) })));
+    setRecent([...new Set([...paths, ...recent])].slice(0, MOST_RECENT));
 }
 
 export function forgetLoras() {
-    learned.clear();
+    triggerWords.clear();
     setRecent([]);
 }
 
-function setRecent(known) {
-    recent = known;
+function setRecent(paths) {
+    recent = paths;
     try {
-        localStorage.setItem(KEY, JSON.stringify(recent));
+        localStorage.setItem(KEY, JSON.stringify(recent.map((path) => ({ path, words: triggerWords.get(path) }))));
     } catch {
         // A private window keeps nothing: they are known until it is closed.
     }
@@ -269,12 +260,9 @@ function setRecent(known) {
 
 /** The trigger words that an answer tells of a LoRA; another server may say anything there. */
 function wordsOf(told) {
-    const words = Array.isArray(told?.trigger_words) ? told.trigger_words : [];
-    return words.filter((word) => typeof word === "string" && word !== "");
+    const said = Array.isArray(told?.trigger_words) ? told.trigger_words : [];
+    return said.filter((word) => typeof word === "string" && word !== "");
 }
-
-/** The trigger words of a LoRA, as the last answer with it said. */
-const triggerWords = (path) => learned.get(path) ?? recent.find((known) => known.path === path)?.words ?? [];
 
 const withWord = (prompt, word) => [prompt.trim(), word].filter(Boolean).join(", ");
 
@@ -287,7 +275,8 @@ function withoutWord(prompt, word) {
 function readRecent() {
     try {
         const kept = JSON.parse(localStorage.getItem(KEY)) ?? [];
-        return kept.filter(({ path, words }) => typeof path === "string" && Array.isArray(words));
+        const known = kept.filter(({ path, words }) => typeof path === "string" && Array.isArray(words));
+        return known.map(({ path, words }) => [path, words]);
     } catch {
         return []; // nothing may be kept here, or it is not ours
     }

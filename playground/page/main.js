@@ -2,7 +2,7 @@
 
 import { COMMAND, copyText, isPicture, tabsView } from "./browser.js";
 import { codeView, jsonView } from "./code.js";
-import { closeCompare, comparedPicture } from "./compare.js";
+import { closeCompare } from "./compare.js";
 import { watch } from "./connection.js";
 import { draw } from "./draw.js";
 import { restore, snapshot } from "./field.js";
@@ -14,7 +14,7 @@ import { load } from "./history.js";
 import { cancelAll, cancelJobs, current } from "./jobs.js";
 import { fromFragment, toFragment, unshared } from "./share.js";
 import { connectionView, logView, progressView, statePanel } from "./status.js";
-import { changed, note, onChange, state } from "./store.js";
+import { change, changed, comparedPicture, note, onChange, state } from "./store.js";
 import { stripView } from "./strip.js";
 import { html, nothing, render } from "./vendor/lit-html.js";
 import { repeat } from "./vendor/repeat.js";
@@ -69,10 +69,7 @@ function formSide() {
 }
 
 function tabs() {
-    const choose = (tab) => {
-        state.tab = tab;
-        changed();
-    };
+    const choose = (tab) => change(state, { tab });
     return html`
         <div class="page-bar">
             ${tabsView({ label: "What is shown", id: "page", tabs: TABS, chosen: state.tab, choose })}
@@ -83,10 +80,7 @@ function tabs() {
 }
 
 function noteView(sentence) {
-    const dismiss = () => {
-        state.notes = state.notes.filter((other) => other !== sentence);
-        changed();
-    };
+    const dismiss = () => change(state, { notes: state.notes.filter((other) => other !== sentence) });
     return html`
         <div class="notice">
             <p>${sentence}</p>
@@ -108,7 +102,7 @@ async function share() {
     const { fields } = state.schema;
     const fragment = toFragment(recipe, fields);
     if (fragment.length > LONGEST_FRAGMENT) return note("These inputs are too long for an address.");
-    history.replaceState(null, "", fragment); // the form keeps its files, as no hashchange is told
+    history.replaceState(null, "", fragment); // fires no hashchange, so the form keeps its files
     const left = unshared(recipe, fields);
     const without = left.length > 0 ? `; not in it: ${left.join(", ")}.` : ".";
     const where = (await copyText(location.href)) ? "is copied" : "is in the browser's bar";
@@ -118,8 +112,9 @@ async function share() {
 let shared = location.hash; // of the address, until the schema is there to read it
 
 function takeShared() {
-    const recipe = shared && state.schema ? fromFragment(shared, state.schema.fields) : null;
-    if (state.schema) shared = "";
+    if (!shared || !state.schema) return;
+    const recipe = fromFragment(shared, state.schema.fields);
+    shared = "";
     if (recipe) restore(recipe);
 }
 
@@ -175,8 +170,5 @@ for (const kind of ["dragover", "drop"]) {
 }
 document.getElementById("page").replaceChildren();
 changed();
-load().then((pictures) => {
-    state.pictures = [...state.pictures, ...pictures];
-    changed();
-});
+load().then((pictures) => change(state, { pictures: [...state.pictures, ...pictures] }));
 watch();

@@ -1,9 +1,9 @@
 /**
  * A dialog in which a mask is painted over an image: white is drawn anew, black is kept.
  *
- * A mask is one byte for each pixel. A stroke sets it to the larger of itself and the brush's (the smaller, where it
- * erases), so a soft brush that passes twice gets no harder. Bytes rather than a canvas: undo restores them to the bit,
- * in every browser.
+ * A mask is one byte for each pixel. A stroke raises it to the brush's strength there, or lowers it where it erases, so
+ * a soft brush that passes twice gets no harder. Bytes rather than a canvas: undo restores them to the bit, in every
+ * browser.
  */
 
 import { COMMAND, radioView, slider } from "./browser.js";
@@ -159,15 +159,6 @@ function cut({ width, bytes }, area) {
     return { area, bytes: copy };
 }
 
-/** Lay a piece down, and return what was there before. */
-function exchange(raster, { area, bytes }) {
-    const before = cut(raster, area);
-    rowsOf(area, raster.width).forEach((start, row) => {
-        raster.bytes.set(bytes.subarray(row * area.width, (row + 1) * area.width), start);
-    });
-    return before;
-}
-
 // Actions
 
 function begin(easel, pointer, point) {
@@ -209,9 +200,13 @@ function remember({ raster, done, undone }, area, before) {
 /** Undo (from `done` to `undone`), or do again (the other way round). */
 function step(easel, from, to) {
     if (easel.stroke || from.length === 0) return;
-    const piece = exchange(easel.raster, from.pop());
-    to.push(piece);
-    tint(easel, piece.area);
+    const { raster } = easel;
+    const { area, bytes } = from.pop();
+    to.push(cut(raster, area));
+    rowsOf(area, raster.width).forEach((start, row) => {
+        raster.bytes.set(bytes.subarray(row * area.width, (row + 1) * area.width), start);
+    });
+    tint(easel, area);
     update(easel);
 }
 

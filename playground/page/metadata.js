@@ -17,7 +17,7 @@ const DRAWN_BY = [
     ...["aspect_ratio", "megapixels", "width", "height"],
 ];
 
-/** @returns {Promise<Object<string, *>|null>} the inputs in a picture; null where any other file has none. */
+/** @returns {Promise<Object<string, *>|null>} the inputs that a picture was drawn from; null for any other file. */
 export async function readMetadata(blob) {
     try {
         if (blob.size > LARGEST_FILE) return null;

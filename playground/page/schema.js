@@ -136,8 +136,8 @@ export function readJson(text, otherwise) {
 /** What is wrong with a value of a field that is shown, as one sentence; null when nothing is. */
 export function problemOf(field, value) {
     if (!isGiven(value)) return field.required ? `${field.label} must be given.` : null;
-    const wanted = wantedInPlaceOf(value, field);
-    return wanted === null ? null : `${field.label} must be ${wanted}.`;
+    const [isRight, wanted] = checked(field, value);
+    return isRight ? null : `${field.label} must be ${wanted}.`;
 }
 
 /** @returns {Object<string, string>} by the name of each wrong input of a recipe, the sentence on it. */
@@ -150,19 +150,18 @@ export function problemsOf(inputs, fields) {
 /** Whether a field takes a value from elsewhere, such as a shared address: never a file or its address. */
 export const accepts = (field, value) => field.format !== "uri" && isGiven(value) && problemOf(field, value) === null;
 
-/** The description of the values that a field takes, if this one is not among them; else null. */
-function wantedInPlaceOf(value, field) {
+/** Whether a field takes a value, and a description of the values that it takes. */
+function checked(field, value) {
     const { type, format, enum: choices } = field;
-    const unless = (isRight, wanted) => (isRight ? null : wanted);
-    if (choices) return unless(choices.includes(value), `one of ${choices.join(", ")}`);
-    if (isNumeric(type)) return unless(isNumberOf(field, value), numbersOf(field, value));
-    if (type === "boolean") return unless(typeof value === "boolean", "true or false");
-    if (type === "array") return unless(Array.isArray(value), 'a list in JSON, such as ["one", "two"]');
+    if (choices) return [choices.includes(value), `one of ${choices.join(", ")}`];
+    if (isNumeric(type)) return [isNumberOf(field, value), numbersOf(field, value)];
+    if (type === "boolean") return [typeof value === "boolean", "true or false"];
+    if (type === "array") return [Array.isArray(value), 'a list in JSON, such as ["one", "two"]'];
     const isObject = typeof value === "object" && !Array.isArray(value);
-    if (type === "object") return unless(isObject, 'an object in JSON, such as {"name": "value"}');
-    if (format !== "uri") return unless(typeof value === "string", "a text");
+    if (type === "object") return [isObject, 'an object in JSON, such as {"name": "value"}'];
+    if (format !== "uri") return [typeof value === "string", "a text"];
     const isFile = value instanceof Blob || (typeof value === "string" && ADDRESS.test(value.trim()));
-    return unless(isFile, "a file, or an address that begins with https:// or http://");
+    return [isFile, "a file, or an address that begins with https:// or http://"];
 }
 
 function isNumberOf({ type, minimum, maximum }, value) {
@@ -216,7 +215,7 @@ function labelOf(name) {
     return words.charAt(0).toUpperCase() + words.slice(1);
 }
 
-/** Whole numbers go by one, or by the multiple that they are rounded to; others by a share of their range. */
+/** Between two values of a slider: of whole numbers 1, or the multiple that they are rounded to; else a power of 10. */
 function stepOf({ type, minimum, maximum, description }) {
     if (type === "integer") return Number(/multiple of (\d+)/.exec(description)?.[1] ?? 1);
     if (minimum === null || maximum === null) return 0.1;

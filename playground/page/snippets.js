@@ -12,22 +12,22 @@ const LARGEST_ARGUMENT = 2 ** 17 - 1; // bytes, on Linux
 
 /** Programs that write the pictures of one prediction to files, `output.0.webp` and so on. */
 export function snippets(recipe, about, { fields, ours }) {
-    const asked = whatIsAsked(recipe, about, fields);
-    const options = predictOptions(asked, fields);
-    const unsaid = ours ? whyUnsaid(options) : "script/predict draws with the project that it is part of alone.";
+    const parts = partsOf(recipe, about, fields);
+    const options = predictOptions(parts, fields);
+    const reason = ours ? whyNoCommand(options) : "script/predict draws with the project that it is part of alone.";
     return {
-        curl: curl(asked), // for bash
-        python: python(asked), // 3.11
-        javascript: javascript(asked), // for Node 20
-        predict: unsaid ? null : predict(options),
-        unsaid, // the sentence on why there is no command for script/predict, or null
-        files: [...asked.names], // those that lie beside the program, and their names
-        variables: [...(about.tokens ? ["FLUX_TOKEN"] : []), ...asked.secrets.values()],
+        curl: curl(parts), // for bash
+        python: python(parts), // 3.11
+        javascript: javascript(parts), // for Node 20
+        predict: reason ? null : predict(options),
+        reason, // the sentence on why there is no command for script/predict, or null
+        files: [...parts.names], // those that lie beside the program, and their names
+        variables: [...(about.tokens ? ["FLUX_TOKEN"] : []), ...parts.secrets.values()],
     };
 }
 
 /** The parts of every program. */
-function whatIsAsked(recipe, { address, tokens }, fields) {
+function partsOf(recipe, { address, tokens }, fields) {
     const inputs = sent(recipe.inputs, fields);
     const secrets = inputs.map(([name]) => name).filter((name) => isSecret(name, fields));
     const loras = fieldNamed(fields, LORAS) ? recipe.loras : [];
@@ -246,7 +246,7 @@ function sumOf(loras) {
 }
 
 /** Why there is no command for `script/predict`; null where there is one. */
-function whyUnsaid(options) {
+function whyNoCommand(options) {
     if (options === null) {
         return (
             "script/predict takes a LoRA's file as replicate_weights or extra_lora alone, at that input's strength; " +

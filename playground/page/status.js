@@ -11,16 +11,16 @@ const LINES = 400; // of a log
 
 // For each state of the server: a word, and, where nothing can be drawn, a title.
 const STATES = {
-    connecting: ["Connecting", "Connecting to the server"],
-    offline: ["Offline", "This computer is offline"],
-    gone: ["No answer", "The server does not answer"],
-    starting: ["Starting", "The server is starting"],
-    ready: ["Ready"],
-    drawing: ["Drawing"],
-    busy: ["Busy"],
-    "setup-failed": ["Setup failed", "The server could not be set up"],
-    unhealthy: ["Unhealthy", "The server cannot draw now"],
-    unauthorised: ["Token wanted", "A token is wanted"],
+    connecting: { word: "Connecting", title: "Connecting to the server" },
+    offline: { word: "Offline", title: "This computer is offline" },
+    gone: { word: "No answer", title: "The server does not answer" },
+    starting: { word: "Starting", title: "The server is starting" },
+    ready: { word: "Ready" },
+    drawing: { word: "Drawing" },
+    busy: { word: "Busy" },
+    "setup-failed": { word: "Setup failed", title: "The server could not be set up" },
+    unhealthy: { word: "Unhealthy", title: "The server cannot draw now" },
+    unauthorised: { word: "Token wanted", title: "A token is wanted" },
 };
 
 /** The state of the server in a word, for the header. Screen readers are told only why nothing can be drawn. */
@@ -29,15 +29,15 @@ export function connectionView() {
     const draws = canDraw() && state.jobs.some((job) => job.status === "drawing");
     const shown = draws ? "drawing" : kind;
     return html`
-        <span class="status-pill" role="status" aria-live="off" data-kind=${shown}>${STATES[shown][0]}</span>
-        <span class="visually-hidden" aria-live="polite">${STATES[kind][1] ?? "The server can draw"}</span>
+        <span class="status-pill" role="status" aria-live="off" data-kind=${shown}>${STATES[shown].word}</span>
+        <span class="visually-hidden" aria-live="polite">${STATES[kind].title ?? "The server can draw"}</span>
         ${token() && kind !== "unauthorised" ? forgetButton() : nothing}
     `;
 }
 
 /** Why nothing can be drawn now, and what a person can do; `nothing` when all is well. */
 export function statePanel() {
-    const [, title] = STATES[state.connection.kind];
+    const { title } = STATES[state.connection.kind];
     if (!title) return nothing;
     return html`
         <section class="panel stack" aria-label=${title}>
@@ -65,12 +65,8 @@ function adviceView({ kind, sentence, log, since, until }) {
 
 /** The drawing that runs or waits, or else how the last one ended. Its height stays the same. */
 export function progressView() {
-    if (!state.schema && state.jobs.length === 0) return nothing;
     const job = current();
-    const last = state.jobs.findLast(({ kind }) => kind === "draw");
-    return html`
-        <section class="status-progress" aria-label="Progress">${job ? running(job) : ended(last)}</section>
-    `;
+    return html`<section class="status-progress" aria-label="Progress">${job ? running(job) : lastEnd()}</section>`;
 }
 
 /** The log of the drawing that runs, or of the last one. */
@@ -152,7 +148,7 @@ function drawing({ at, of, startedAt }) {
     const waits = counted("waiting", "queued");
     const others = waits === 1 ? "1 waits here" : `${waits} wait here`;
     const facts = waits > 0 ? `${elapsed(startedAt)} · ${others}` : elapsed(startedAt);
-    const silent = state.about?.progress === null ? "This server does not tell its steps." : "";
+    const silent = state.about.progress === null ? "This server does not tell its steps." : "";
     return html`
         <span class="status-digits">${of === null ? "Drawing" : `Step ${at} of ${of}`}</span>
         <span class="quiet status-digits">${facts}</span>
@@ -176,7 +172,9 @@ function waiting({ error, until }) {
 /** How many jobs have any of these states. */
 const counted = (...statuses) => state.jobs.filter(({ status }) => statuses.includes(status)).length;
 
-function ended(job) {
+/** How the last drawing ended. */
+function lastEnd() {
+    const job = state.jobs.findLast(({ kind }) => kind === "draw");
     if (job === undefined) return nothing;
     if (job.status === "failed") return html`<p class="problem">${job.error}</p>`;
     return html`<p class="quiet">${job.status === "canceled" ? (job.error ?? "Cancelled.") : outcome(job)}</p>`;

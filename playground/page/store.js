@@ -1,5 +1,5 @@
 /**
- * The state of the page, in one object. Code that changes it calls `changed`, which renders the page anew.
+ * The state of the page, in one object. Code that changes it calls `change` or `changed`, which render the page anew.
  * This module knows neither HTTP nor the document.
  */
 
@@ -13,16 +13,18 @@ export const now = () => performance.timeOrigin + performance.now();
 export const state = {
     about: null, // about.json: {server, progress, address, tokens, log}
     connection: { kind: "connecting", sentence: "", log: "", since: now(), until: null },
-    schema: null, // {fields, groups}, of schema.js
+    schema: null, // {fields, groups}, of schema.js; once it is read, the page has its form and its tabs
     library: [], // names of LoRAs
     inputs: {}, // what the form says where it differs from the defaults
     loras: [],
+    typedLora: "", // in the field that adds a LoRA
     problems: {}, // by input, the sentence on what is wrong with it
     seedLocked: false,
     jobs: [], // the newest last
     pictures: [], // the newest first
     selected: null, // the id of a picture
     compare: null, // the id of the picture beside it
+    picking: false, // whether the next picture that is chosen is compared with the selected one
     tab: "picture",
     notes: [], // sentences that stay until they are dismissed
     said: "", // what a screen reader is told
@@ -34,6 +36,12 @@ let scheduled = false;
 /** Call `render` after changes. */
 export function onChange(render) {
     listener = render;
+}
+
+/** Set properties of the state or of a part of it, such as a job, and have the page rendered anew. */
+export function change(target, values) {
+    Object.assign(target, values);
+    changed();
 }
 
 /** Have the page rendered anew, once for all changes of one turn. */
@@ -49,8 +57,7 @@ export function changed() {
 /** Have a screen reader say a sentence. */
 export function announce(sentence) {
     // A screen reader says only what changes, so the same sentence again gets a blank.
-    state.said = state.said === sentence ? `${sentence}\u00a0` : sentence;
-    changed();
+    change(state, { said: state.said === sentence ? `${sentence}\u00a0` : sentence });
 }
 
 /** Show a sentence until it is dismissed. */
@@ -63,3 +70,6 @@ export function note(sentence) {
 export function selectedPicture() {
     return state.pictures.find(({ id }) => id === state.selected) ?? state.pictures[0] ?? null;
 }
+
+/** @returns {Picture|undefined} the one beside the selected picture. */
+export const comparedPicture = () => state.pictures.find(({ id }) => id === state.compare);

@@ -1,11 +1,11 @@
 /** All pictures in a strip, from which one is chosen or deleted. */
 
 import { focusOn, urlOf } from "./browser.js";
-import { isPicking, leavePicking, stopPicking } from "./compare.js";
+import { leavePicking } from "./compare.js";
 import { clear, forget, MOST } from "./history.js";
 import { forgetLoras } from "./loras.js";
 import { nameOf, promptOf } from "./pictures.js";
-import { announce, selectedPicture, state } from "./store.js";
+import { announce, change, selectedPicture, state } from "./store.js";
 import { html, nothing } from "./vendor/lit-html.js";
 import { repeat } from "./vendor/repeat.js";
 
@@ -48,7 +48,7 @@ function takeAway(gone) {
     state.pictures = state.pictures.filter((picture) => !gone.includes(picture));
     const others = state.pictures.filter((picture) => picture !== selectedPicture());
     if (!others.some(({ id }) => id === state.compare)) state.compare = null;
-    if (others.length === 0) stopPicking();
+    if (others.length === 0) state.picking = false;
 }
 
 function thumbView(picture) {
@@ -69,11 +69,10 @@ function thumbView(picture) {
 
 /** Show a picture, or compare it where that was asked for. */
 function choose(picture) {
-    if (isPicking()) state.compare = picture.id;
+    if (state.picking) state.compare = picture.id;
     else state.selected = picture.id;
     if (state.compare === state.selected) state.compare = null;
-    state.tab = "picture";
-    stopPicking();
+    change(state, { picking: false, tab: "picture" });
 }
 
 /** Arrows, Home and End go along the strip, and show what they come to; Delete deletes. */
@@ -87,7 +86,7 @@ function onStripKey(event) {
     } else if (next !== undefined) {
         event.preventDefault();
         const picture = state.pictures[Math.max(0, Math.min(next, last))];
-        if (!isPicking()) choose(picture);
+        if (!state.picking) choose(picture);
         focusThumb(picture);
     }
 }
@@ -98,9 +97,7 @@ async function removeFocused(place) {
     if (next) focusThumb(next);
 }
 
-function focusThumb({ id }) {
-    focusOn(`.gallery-thumb[data-id="${CSS.escape(id)}"]`);
-}
+const focusThumb = ({ id }) => focusOn(`.gallery-thumb[data-id="${CSS.escape(id)}"]`);
 
 const clearButton = html`
     <button class="button quiet gallery-clear" @click=${() => askToClear(true)}>Clear history</button>
@@ -125,12 +122,9 @@ function askToClear(isAsked) {
 
 /** Escape ends the question or the choice of a picture, and then goes no further. */
 function onEscape(event) {
-    if (event.key === "Escape" && confirming) {
-        event.stopPropagation();
-        askToClear(false);
-    } else {
-        leavePicking(event);
-    }
+    if (event.key !== "Escape" || !confirming) return leavePicking(event);
+    event.stopPropagation();
+    askToClear(false);
 }
 
 /** Delete the pictures that are here now, and all known LoRAs; pictures that are drawn meanwhile stay. */

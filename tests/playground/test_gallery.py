@@ -20,6 +20,12 @@ from tests.support.page import (
     shared,
 )
 
+# A browser that is told to store nothing throws at the mere sight of its storages.
+STORES_NOTHING = """
+    for (const name of ["localStorage", "sessionStorage", "indexedDB"])
+        Object.defineProperty(window, name, { get() { throw new DOMException("denied", "SecurityError"); } });
+"""
+
 
 def form_of(page: Page) -> dict[str, str]:
     return {
@@ -156,6 +162,20 @@ def test_the_history_is_there_after_a_reload_until_it_is_cleared(page_url: str, 
     page.reload()
     expect(page.get_by_role("heading", name="Say what you would like to see")).to_be_visible()
     expect(history(page)).to_have_count(0)
+
+
+def test_a_browser_that_stores_nothing_draws_and_says_so(page_url: str, open_page: Opener) -> None:
+    page = open_page("about:blank")
+    page.add_init_script(STORES_NOTHING)
+    page.goto(shared(page_url, **FOX, replicate_weights="zorp*0.5"))
+    draw(page)
+    expect(page.get_by_text("This browser keeps no pictures here now").first).to_be_visible()
+    press(page, "Remove zorp")
+    press(page, "Add zorp")
+    draw(page)
+    expect(history(page)).to_have_count(2)
+    press(page, "Delete")
+    expect(history(page)).to_have_count(1)
 
 
 def test_a_shared_address_has_the_inputs_and_no_file(page_url: str, open_page: Opener) -> None:
