@@ -7,6 +7,7 @@ stored nor sent. This module knows JSON; it does not know what a text is for.
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 # A prediction's body has some thirty values, the header of a LoRA file with every layer 10,000.
@@ -49,7 +50,7 @@ def read(content: bytes, max_values: int = MAX_VALUES, *, zeros: bool = False) -
         raise ValueError(_TOO_DEEP) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"it is no JSON: {error}.") from None
-    _check(value, zeros)
+    _check([value], zeros)
     return value
 
 
@@ -81,29 +82,32 @@ def _no_constant(name: str) -> None:
 def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
     named = dict(members)
     if len(named) < len(members):
-        (twice, _), *_ = Counter(name for name, _ in members).most_common(1)
+        twice = next(name for name, count in Counter(name for name, _ in members).items() if count > 1)
         raise ValueError(f"it has the name {twice[:80]!a} twice in one object.")
     return named
 
 
-def _check(value: Any, zeros: bool, depth: int = 0) -> None:  # noqa: ANN401 (JSON)
+def _check(values: Sequence[Any], zeros: bool, depth: int = 0) -> None:
     """Refuse values that are nested too deep, and strings that not every database and encoding can hold."""
-    if depth > MAX_DEPTH:
+    if values and depth > MAX_DEPTH:
         raise ValueError(_TOO_DEEP)
-    match value:
-        case str():
-            if "\0" in value and not zeros:
-                raise ValueError("it has the character U+0000 in a string, which databases cannot keep.")
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                half = f"half of a surrogate pair, U+{ord(value[error.start]):04X}"
-                raise ValueError(f"it has {half}, in a string, which is no character.") from None
-        case list():
-            for item in value:
-                _check(item, zeros, depth + 1)
-        case dict():
-            _check([*value, *value.values()], zeros, depth)
+    for value in values:
+        if isinstance(value, str):
+            _check_text(value, zeros)
+        elif isinstance(value, dict):
+            _check([*value, *value.values()], zeros, depth + 1)
+        elif isinstance(value, list):
+            _check(value, zeros, depth + 1)
+
+
+def _check_text(text: str, zeros: bool) -> None:
+    if "\0" in text and not zeros:
+        raise ValueError("it has the character U+0000 in a string, which databases cannot keep.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"half of a surrogate pair, U+{ord(text[error.start]):04X}"
+        raise ValueError(f"it has {half}, in a string, which is no character.") from None
 
 
 def compact(value: Any, *, sort: bool = True) -> str:  # noqa: ANN401 (JSON)
