@@ -118,6 +118,7 @@ def exception_handlers() -> Mapping[Any, Callable[[Request, Any], Response]]:
         if _is_replicates(request):
             title = {404: "Not found", 405: "Method not allowed"}.get(error.status_code, "Bad request")
             return problem(error.status_code, title, "The requested resource could not be found.").response()
+        # Nothing but a header, as coglet answers.
         allow = ",".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
         return Response(status_code=error.status_code, headers={"allow": allow} if allow else None)
 
@@ -241,13 +242,14 @@ class InputSchema:
         # A message quotes the value, which takes seconds for a long one. A string may be wrong for its length alone.
         errors = list(self.validator.iter_errors(_cut(value))) or [*self.validator.iter_errors(value)]
         secrets = secrets_of(value)
-        problems: list[dict[str, Any]] = []
+        problems = []
         for error in errors:
             if isinstance(error.kind, ValidationErrorKind.Required):
-                problems.append(_problem(error.kind.property, "Field required", "value_error.missing"))
-                continue
-            place = "/".join(map(str, error.instance_path)) or "__root__"
-            problems.append(_problem(place, redact_log(error.message[: 2 * SHOWN_CHARACTERS], secrets), "value_error"))
+                field, message, kind = error.kind.property, "Field required", "value_error.missing"
+            else:
+                field, kind = "/".join(map(str, error.instance_path)) or "__root__", "value_error"
+                message = redact_log(error.message[: 2 * SHOWN_CHARACTERS], secrets)[:SHOWN_CHARACTERS]
+            problems.append({"loc": ["body", "input", field], "msg": message, "type": kind})
         return problems
 
 
@@ -261,10 +263,6 @@ def _cut(value: Any, characters: int = 10 * SHOWN_CHARACTERS) -> Any:  # noqa: A
         case dict():
             return {key[:characters]: _cut(item, characters // 10) for key, item in value.items()}
     return value
-
-
-def _problem(field: str, message: str, kind: str) -> dict[str, Any]:
-    return {"loc": ["body", "input", field], "msg": message[:SHOWN_CHARACTERS], "type": kind}
 
 
 def read_json(content: bytes) -> Any:  # noqa: ANN401 (JSON)

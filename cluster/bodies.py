@@ -61,16 +61,14 @@ class Bodies:
     async def read(self, request: Request, parse: Callable[[bytes], T]) -> AsyncIterator[T]:
         """A body as `parse`, called in a thread, returns it; within the context the body counts as held.
 
-        Raises:
-            Unread: it is too large, or comes too slowly; QueueFull where there is no room for it; ClientDisconnect; and
-                what `parse` raises.
+        Unread is raised where it is too large or comes too slowly, QueueFull where there is no room for it.
         """
         content = BytesIO()
         try:
             await self._receive(request, content)
             async with self.one_at_a_time if content.tell() > SMALL_BYTES else nullcontext():
                 parsed = await asyncio.get_running_loop().run_in_executor(self.threads, parse, content.getvalue())
-            content.truncate(0)  # frees the memory; the position stays
+            content.truncate(0)  # frees the memory; the position, which is the body's size, stays
             yield parsed
         finally:
             self.held -= content.tell()
@@ -112,11 +110,7 @@ class Part:
 
 
 def read_form(content: bytes, content_type: str) -> dict[str, Part]:
-    """The parts of a multipart form by name.
-
-    Raises:
-        ValueError: a sentence.
-    """
+    """The parts of a multipart form by name; a ValueError is a sentence."""
     kind, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
@@ -139,7 +133,7 @@ def read_form(content: bytes, content_type: str) -> dict[str, Part]:
     callbacks = {"on_header_field": header_name, "on_header_value": header_value, "on_part_data": body}
     try:
         parser = MultipartParser(boundary, {"on_part_begin": lambda: parts.append(Part({})), **callbacks})
-        parser.write(content)  # in one piece, so that each callback gets a whole name, value or content
+        parser.write(content)  # in one piece, so that header_name and header_value get whole ones
     except FormParserError as error:
         raise ValueError(f"{NO_FORM}and is none: {error}.") from None
     if parser.state is not MultipartState.END:

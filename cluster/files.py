@@ -115,28 +115,27 @@ class Files:
     async def inline_output(self, output: Any, base: str | None = None) -> "Inlined":  # noqa: ANN401 (JSON)
         """A stored output with its files inside, as data URIs.
 
-        Args:
-            base: the front's address. With it, a file that has expired or cannot be read is shown by its URL; without,
-                an expired one by null, and one that cannot be read raises a Failure.
+        With the front's address as `base`, a file that has expired or cannot be read is shown by its URL; without, an
+        expired one by null, and one that cannot be read raises a Failure.
         """
 
         def plan() -> tuple[list[bytes | str], int]:
             before, *rest = _OUTPUT.split(compact(output))
             parts, length = [before.encode()], 0
             for file_id, name, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+                url = f"{base}/files/{file_id}/{name}" if base else None
                 try:
                     size, file = self._open(file_id)  # now: while it is sent, a failure would cut the answer off
                     file.close()
-                except (FileNotFoundError, Failure) as error:
-                    if isinstance(error, Failure):
-                        if base is None:
-                            raise
-                        logger.warning("A file cannot be read, and is shown by its URL: %s", places(error))
-                    url = f"{base}/files/{file_id}/{name}" if base else None
-                    parts.append(f"{compact(url)}{after}".encode())
-                else:
                     length += _characters(size)
                     parts += [f'"{head(media_type_of(name))}'.encode(), file_id, f'"{after}'.encode()]
+                except FileNotFoundError:
+                    parts.append(f"{compact(url)}{after}".encode())
+                except Failure as error:
+                    if url is None:
+                        raise
+                    logger.warning("A file cannot be read, and is shown by its URL: %s", places(error))
+                    parts.append(f"{compact(url)}{after}".encode())
             return parts, length + sum(len(part) for part in parts if isinstance(part, bytes))
 
         return Inlined(self, *await asyncio.to_thread(plan))
@@ -146,12 +145,9 @@ class Files:
     ) -> dict[str, Any]:
         """Inputs with data URIs for the URLs of the cluster's files: workers may not fetch from private addresses.
 
-        Args:
-            base_url: the front's address as the client wrote it: a file that is not there any more has expired.
-            limit: how many characters all strings may have together.
-
-        Raises:
-            Failure: a file has expired or cannot be read, or there are too many characters.
+        A Failure is raised where a file has expired, which is known of URLs that begin with `base_url`, the front's
+        address as the client wrote it; where one cannot be read; and where all strings have more than `limit`
+        characters together.
         """
         texts = _texts(inputs)
         known: dict[str, tuple[str, File]] = {}  # by their URLs, with the first input that names them

@@ -224,9 +224,7 @@ class Predictions:
     def page(self, session: Session, cursor: str | None = None, size: int = 100) -> Page:
         """A page of the predictions of Replicate's clients, without their secret inputs.
 
-        Args:
-            cursor: `next` or `previous` of a neighbour, else a ValueError is raised; None for the newest page.
-            size: how many predictions.
+        The cursor is `next` or `previous` of a neighbour, else a ValueError is raised; None leads to the newest page.
         """
         backwards, place = _parse_cursor(cursor) if cursor else (False, None)
         query = sa.select(Prediction).where(Prediction.api == "replicate")
@@ -292,13 +290,8 @@ class Predictions:
         """Take over unfinished predictions that no front runs, with their secret inputs.
 
         Those with the fewest adoptions come first, then the oldest, and the new owner's own last: so one that cannot be
-        run does not block the others.
-
-        Args:
-            front: the new owner.
-            dead: fronts to delete first.
-            running: the new owner's that have a task; its others have lost theirs.
-            limit: how many at once, so that several fronts share them.
+        run does not block the others. The fronts in `dead` are deleted before. Of the new owner's own, those that are
+        not in `running` have lost their tasks.
         """
         if dead:
             session.execute(sa.delete(Heartbeat).where(Heartbeat.id.in_(dead)))

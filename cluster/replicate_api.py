@@ -120,31 +120,27 @@ class ReplicateApi:
     def _prediction(self, request: Request, content: bytes, base: str) -> Prediction:
         body = _read(content)
         if "owner" in request.path_params:
-            model, number = "{owner}/{name}".format(**request.path_params), None
+            model, version_id = "{owner}/{name}".format(**request.path_params), None
         else:
-            model, number = _resolve(body.get("version"))
+            model, version_id = _resolve(body.get("version"))
         inputs, notice = self.schema.read(body.get("input", {}))
         if problems := self.schema.problems(inputs):
             fields = [{"type": p["type"], "field": f"input.{p['loc'][-1]}", "description": p["msg"]} for p in problems]
             detail = "".join(f"- {item['field']}: {item['description']}\n" for item in fields)
             raise problem(422, "Input validation failed", detail, invalid_fields=fields)
-        names = {"model": model, "version": number or self.version_id, "base_url": base}
+        names = {"model": model, "version": version_id or self.version_id, "base_url": base}
         hook = _webhook(body, self.private_webhooks)
         return new_prediction(self.dispatcher.front, inputs, "replicate", notice=notice, **names, **hook)
 
     async def _show(self, request: Request, prediction: Prediction, status: int = 200) -> Response:
         """One prediction, with its files inside where its client needs that or the operator wants it."""
-        base = self.addresses.base(request)
-        if prediction.status == "succeeded" and self._inlines(request, base):
+        base, inside = self.addresses.base(request), self.outputs == "data"
+        # With PUBLIC_URL set, the operator wants URLs, even if they begin with http:.
+        if self.outputs is None and self.addresses.public_url is None and base.startswith("http:"):
+            inside = CLIENT.search(request.headers.get("user-agent", ""))
+        if inside and prediction.status == "succeeded":
             return answer_inlined(await self.forms.inlined(prediction, base), status)
         return JSONResponse(self.forms.replicate(prediction, base), status)
-
-    def _inlines(self, request: Request, base: str) -> bool:
-        if self.outputs is not None:
-            return self.outputs == "data"
-        # With PUBLIC_URL set, the operator wants URLs, even if they begin with http:.
-        unread = self.addresses.public_url is None and base.startswith("http:")
-        return unread and CLIENT.search(request.headers.get("user-agent", "")) is not None
 
     async def _known(self, request: Request) -> Prediction:
         prediction = await self.predictions.get(request.path_params["prediction_id"])
@@ -204,9 +200,9 @@ class ReplicateApi:
     async def _version(self, request: Request) -> Response:
         return JSONResponse(self._describe(request.path_params["version"]))
 
-    def _describe(self, number: str) -> dict[str, Any]:
-        about = {"id": number, "created_at": self.started_at, "cog_version": version("cog")}
-        return {**about, "openapi_schema": self.schema.document}
+    def _describe(self, version_id: str) -> dict[str, Any]:
+        about = {"created_at": self.started_at, "cog_version": version("cog"), "openapi_schema": self.schema.document}
+        return {"id": version_id, **about}
 
     @cached_property
     def version_id(self) -> str:
@@ -262,8 +258,8 @@ class ReplicateApi:
         except FileNotFoundError:
             raise problem(404, "Not found", "There is no such file; files are kept for an hour.") from None
         # A file must not act as a page of this host.
-        safe = {"x-content-type-options": "nosniff", "content-security-policy": "sandbox"}
-        headers = {"content-length": str(size), **safe}
+        headers = {"x-content-type-options": "nosniff", "content-security-policy": "sandbox"}
+        headers["content-length"] = str(size)
         return Streamed(read_pieces(file, size), media_type=media_type_of(request.path_params["name"]), headers=headers)
 
 
