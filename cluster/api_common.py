@@ -73,10 +73,9 @@ class Refused(Exception):  # noqa: N818 (an answer, not an accident)
         return answer(self.body, self.status, self.headers)
 
 
-def answer(body: object, status: int = 200, headers: Mapping[str, str] | None = None, *, sort: bool = True) -> Response:
+def answer(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """JSON as coglet writes it."""
-    text = strict_json.compact(body, sort=sort)
-    return Response(text, status, {"content-type": "application/json", **(headers or {})})
+    return Response(strict_json.compact(body), status, {"content-type": "application/json", **(headers or {})})
 
 
 class Streamed(StreamingResponse):

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from cluster.api_common import InputSchema, Refused, answer, answer_inlined, new_prediction, read_json
@@ -74,7 +74,7 @@ class CogApi:
         return answer(DISCOVERY, headers={"vary": "accept"})
 
     async def _health(self, _: Request) -> Response:
-        return answer(await self.health(), sort=False)
+        return JSONResponse(await self.health())
 
     async def _schema(self, _: Request) -> Response:
         return answer(self.schema.document)
@@ -93,8 +93,8 @@ class CogApi:
         elif not prediction.finished:
             return await self._show(prediction, 202, input=prediction.shown_input)
         # coglet leaves its logs out where there is no output.
-        changes = {} if prediction.status == "succeeded" else {"logs": prediction.notice or ""}
-        return await self._show(prediction, 200, **changes)
+        logs = prediction.whole_log if prediction.status == "succeeded" else prediction.notice or ""
+        return await self._show(prediction, 200, logs=logs)
 
     async def _accept(self, request: Request) -> tuple[Prediction, bool]:
         """The prediction that a request asks for, and whether it is a new one; its body is freed on return."""
@@ -115,7 +115,7 @@ class CogApi:
             return await self.dispatcher.accept(asked)
 
     def _prediction(self, body: dict[str, Any]) -> Prediction | Refused:
-        """The prediction of a body, or the answer that says what is wrong with its input."""
+        """The prediction of a body, or the answer to a wrong input."""
         inputs, notice = self.schema.read({} if body.get("input") is None else body["input"])
         if problems := self.schema.problems(inputs):
             return Refused(422, {"detail": problems})
@@ -172,7 +172,6 @@ def _read(content: bytes, kind: str | None, path_id: str | None, private_webhook
 
 
 def _events(events: object) -> list[str]:
-    """A client's choice of events, in our order."""
     if not isinstance(events, list):
         raise Refused(422, f"{UNREADABLE}webhook_events_filter: invalid type: {_kind(events)}, expected a sequence")
     for index, event in enumerate(events):

@@ -240,9 +240,8 @@ def empty_log(engine: sa.Engine) -> None:
 def _blame_data(context: sa.ExceptionContext) -> Exception | None:
     """A StatementError for data that the driver cannot send, such as half a character: some raise Python's errors."""
     error = context.original_exception
-    if isinstance(error, ValueError | OverflowError | RecursionError):
-        return StatementError("The data cannot be sent.", None, None, error)
-    return None
+    lasting = isinstance(error, ValueError | OverflowError | RecursionError)
+    return StatementError("The data cannot be sent.", None, None, error) if lasting else None
 
 
 def _alembic(connection: sa.Connection) -> Config:

@@ -155,7 +155,6 @@ carries inputs as JSON; the answer says how the prediction ended, and has its ou
 
 
 def _input(name: str, field: dict[str, Any], required: bool) -> str:
-    """An input's type, bounds, default, description and choices as HTML."""
     kind = "file: a URL, or a data URI" if field.get("format") == "uri" else field["type"]
     default = json.dumps(field["default"], ensure_ascii=False) if field.get("default") is not None else None
     bounds = " to ".join(json.dumps(field[bound]) for bound in ("minimum", "maximum") if bound in field)
@@ -175,7 +174,6 @@ def _input(name: str, field: dict[str, Any], required: bool) -> str:
 
 
 def _example(field: dict[str, Any]) -> object:
-    """A valid value of an input."""
     if "enum" in field:
         return field["enum"][0]
     if field.get("format") == "uri":
@@ -185,7 +183,6 @@ def _example(field: dict[str, Any]) -> object:
 
 
 def _curl(url: str, body: str, *headers: str, tokens: bool) -> str:
-    """A command that asks for a prediction."""
     lines = [f"curl {url}", *(f"-H '{header}'" for header in ("Content-Type: application/json", *headers))]
     lines += ['-H "Authorization: Bearer $TOKEN"'] if tokens else []
     return escape(" \\\n  ".join([*lines, f"-d {shlex.quote(body)}"]), quote=False)

@@ -31,7 +31,8 @@ logger = logging.getLogger("ray.serve")
 
 # The URL of a file, uploaded or drawn, at any address.
 _STORED = re.compile(
-    r"(https?://.{1,1000})/(?:v1/files/([\w-]{1,128})|files/([\w-]{1,128})/[\w.-]{1,128})(?:[?#].*)?",
+    r"(?P<base>https?://.{1,1000})/(?:v1/files/(?P<upload>[\w-]{1,128})|files/(?P<output>[\w-]{1,128})/[\w.-]{1,128})"
+    r"(?:[?#].*)?",
     re.ASCII | re.IGNORECASE,
 )
 # The path of an output as a whole string in compact JSON: no backslash before it, and no colon after it, which would
@@ -153,9 +154,9 @@ class Files:
         known: dict[str, tuple[str, File]] = {}  # by their URLs, with the first input that names them
         for name, text in texts:
             if text not in known and (named := _stored(text)):
-                if file := await predictions.file(named[2] or named[3]):
+                if file := await predictions.file(named["upload"] or named["output"]):
                     known[text] = name, file
-                elif named[1] == base_url:
+                elif named["base"] == base_url:
                     raise _expired(name)
         size = sum(_characters(known[text][1].size) if text in known else len(text) for _, text in texts)
         if size > limit:
@@ -170,7 +171,6 @@ class Files:
         return {name: inside(value) if isinstance(value, str) else value for name, value in inputs.items()}
 
     async def _uri(self, file: File, name: str) -> str:
-        """A file as a data URI; a Failure that names the input where it cannot be read."""
         try:
             return await asyncio.to_thread(uri, await self.read(file.id), file.content_type)
         except FileNotFoundError:
@@ -230,7 +230,7 @@ def names_files(inputs: dict[str, Any]) -> bool:
 
 
 def _texts(inputs: dict[str, Any]) -> list[tuple[str, str]]:
-    """The texts that may be URLs of files, with the input's name: the terms of a sum, or else the whole text."""
+    """The texts that may be URLs of files, each after its input's name: the terms of a sum, or else the whole text."""
     texts = {name: value for name, value in inputs.items() if isinstance(value, str)}
     return [(name, text) for name, value in texts.items() for text in references(value) or [value]]
 

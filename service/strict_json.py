@@ -21,16 +21,13 @@ MAX_NUMBER_CHARACTERS = 100
 def read(content: bytes, max_values: int = MAX_VALUES, *, zeros: bool = False) -> Any:  # noqa: ANN401 (JSON)
     """The value of one JSON text, in UTF-8.
 
-    Whole numbers beyond 64 bits with a sign become floats: databases and validators know none larger.
+    Whole numbers beyond 64 bits with a sign become floats: databases and validators know none larger. A ValueError is a
+    sentence that begins with "it". Takes time in proportion to the text's length, and holds the GIL.
 
     Args:
-        content: the text; reading it takes time in proportion to its length, and holds the GIL.
         max_values: how many values it may have. Commas and opening brackets are counted before parsing, those in
             strings too.
         zeros: whether strings may have the character U+0000.
-
-    Raises:
-        ValueError: a sentence that begins with "it".
     """
     if 1 + sum(map(content.count, (b",", b"[", b"{"))) > max_values:
         raise ValueError(f"it has more than {max_values} values, commas and brackets in strings counted.")
