@@ -46,12 +46,9 @@ class Unread(Exception):  # noqa: N818 (an answer, not an accident)
 class Bodies:
     """Reads the bodies of one front."""
 
-    # The largest body, in bytes.
-    limit: int
-    # The bytes of memory of the inputs of unfinished predictions.
-    waiting: Callable[[], int]
-    # The bytes of bodies that are being read.
-    held: int = field(default=0, init=False)
+    limit: int  # the largest body, in bytes
+    waiting: Callable[[], int]  # the bytes of memory of the inputs of unfinished predictions
+    held: int = field(default=0, init=False)  # the bytes of bodies that are being read
     # For large bodies: parsing one holds the GIL for tenths of a second, two at once for twice as long.
     one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
     # Not asyncio's, which may all wait for slow files.

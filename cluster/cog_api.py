@@ -52,10 +52,8 @@ class CogApi:
     forms: Forms
     schema: InputSchema
     bodies: Bodies
-    # Whether webhooks may go to private and loopback addresses.
-    private_webhooks: bool
-    # What `GET /health-check` says.
-    health: Callable[[], Awaitable[dict[str, Any]]]
+    private_webhooks: bool  # whether webhooks may go to private and loopback addresses
+    health: Callable[[], Awaitable[dict[str, Any]]]  # the answer to `GET /health-check`
 
     def routes(self) -> list[BaseRoute]:
         """Which endpoint answers where."""
@@ -91,10 +89,10 @@ class CogApi:
         if created:
             prediction = await self._ended_or_left(prediction, request)
         elif not prediction.finished:
-            return await self._show(prediction, 202, input=prediction.shown_input)
+            return answer_inlined(await self.forms.cog(prediction, input=prediction.shown_input), 202)
         # coglet leaves its logs out where there is no output.
         logs = prediction.whole_log if prediction.status == "succeeded" else prediction.notice or ""
-        return await self._show(prediction, 200, logs=logs)
+        return answer_inlined(await self.forms.cog(prediction, logs=logs), 200)
 
     async def _accept(self, request: Request) -> tuple[Prediction, bool]:
         """The prediction that a request asks for, and whether it is a new one; its body is freed on return."""
@@ -135,9 +133,6 @@ class CogApi:
             return await self.dispatcher.ended(prediction)
         finally:
             watching.cancel()
-
-    async def _show(self, prediction: Prediction, status: int, **changes: object) -> Response:
-        return answer_inlined(await self.forms.cog(prediction, **changes), status)
 
 
 def _read(content: bytes, kind: str | None, path_id: str | None, private_webhooks: bool) -> dict[str, Any]:

@@ -27,11 +27,8 @@ from service.strict_json import storable
 # How many transactions a front runs at once in PostgreSQL, each with its own thread and connection.
 CONNECTIONS = 16
 DRIVERS = {
-    "sqlite": "sqlite",
-    "sqlite+pysqlite": "sqlite",
-    "postgresql": "postgresql+psycopg",
-    "postgresql+psycopg": "postgresql+psycopg",
-    "postgres": "postgresql+psycopg",
+    **dict.fromkeys(("sqlite", "sqlite+pysqlite"), "sqlite"),
+    **dict.fromkeys(("postgresql", "postgresql+psycopg", "postgres"), "postgresql+psycopg"),
 }
 FORMS = "it must be sqlite:///<path of a file> or postgresql://<user>:<password>@<host>:<port>/<name>"
 # PostgreSQL's advisory lock for migrations: any number that is the same for all fronts.

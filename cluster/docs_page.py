@@ -24,12 +24,12 @@ from settings import VERSION
 
 STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 _HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-# The empty icon keeps browsers from asking for one.
-POLICY = f"default-src 'none'; style-src 'sha256-{_HASH}'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
+# The page's icon is an empty data URI, which keeps browsers from asking for one.
+_POLICY = f"default-src 'none'; style-src 'sha256-{_HASH}'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
 # No cache: one that ignores Host would show one reader another's address, to which tokens are then sent.
 HEADERS = {
     "cache-control": "no-store",
-    "content-security-policy": POLICY,
+    "content-security-policy": _POLICY,
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
@@ -83,10 +83,8 @@ ANSWERS = {
 class DocsPage:
     """The page of one front."""
 
-    # The OpenAPI document as Cog's tool writes it.
-    document: dict[str, Any]
-    # Whether requests must have a token.
-    tokens: bool
+    document: dict[str, Any]  # OpenAPI, as Cog's tool writes it
+    tokens: bool  # whether requests must have one
     addresses: Addresses
 
     def routes(self) -> list[BaseRoute]:

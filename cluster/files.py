@@ -99,7 +99,7 @@ class Files:
         `stored` holds the prediction's files by the hash of their data URI; new ones are added.
         """
 
-        async def path(text: Any) -> Any:  # noqa: ANN401 (JSON)
+        async def store(text: Any) -> Any:  # noqa: ANN401 (JSON)
             if not (isinstance(text, str) and re.match("data:[^,]*;base64,", text)):
                 return text
             key = await asyncio.to_thread(lambda: hashlib.sha256(text.encode()).hexdigest())
@@ -111,7 +111,7 @@ class Files:
                 stored[key] = await self.write(content, f"output{suffix(kind)}", kind)
             return f"/files/{stored[key].id}/{stored[key].name}"
 
-        return [await path(item) for item in output] if isinstance(output, list) else await path(output)
+        return [await store(item) for item in output] if isinstance(output, list) else await store(output)
 
     async def inline_output(self, output: Any, base: str | None = None) -> "Inlined":  # noqa: ANN401 (JSON)
         """A stored output with its files inside, as data URIs.
@@ -189,10 +189,8 @@ class Inlined:
     """JSON with files inside, which are read while it is sent: it may have tens of megabytes."""
 
     files: Files
-    # Bytes, and ids of files whose contents come there in base64.
-    parts: Sequence[bytes | str]
-    # In bytes.
-    length: int
+    parts: Sequence[bytes | str]  # bytes, and ids of files whose contents come there in base64
+    length: int  # in bytes
 
     @classmethod
     def of(cls, files: Files, *parts: bytes) -> "Inlined":

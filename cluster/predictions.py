@@ -53,18 +53,15 @@ class Prediction(Base):
     __tablename__ = "predictions"
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    # The front that runs it; null when a front that shuts down has released it.
-    owner: Mapped[str | None] = mapped_column()
+    owner: Mapped[str | None] = mapped_column()  # the front that runs it; null: any front may take it
     created_at: Mapped[str] = mapped_column(index=True)
     # The whole input, for the worker; erased at the end, since URLs in it may hold tokens. It may have 100 MB of files,
     # so only `adopt` reads it.
     secret_input: Mapped[dict[str, Any] | None] = mapped_column(
         "request", sa.JSON(none_as_null=True), deferred=True, repr=False, compare=False
     )
-    # The input without its secrets.
-    shown_input: Mapped[dict[str, Any]] = mapped_column("input", sa.JSON)
-    # "cog" or "replicate": the form of its webhooks.
-    api: Mapped[str] = mapped_column()
+    shown_input: Mapped[dict[str, Any]] = mapped_column("input", sa.JSON)  # without its secrets
+    api: Mapped[str] = mapped_column()  # "cog" or "replicate": the form of its webhooks
     # As Replicate's clients named them.
     model: Mapped[str] = mapped_column(default="")
     version: Mapped[str] = mapped_column(default="")
@@ -73,23 +70,17 @@ class Prediction(Base):
     # It may hold a token: erased when the prediction has ended and no webhook is due.
     webhook: Mapped[str | None] = mapped_column(sa.Text, default=None, repr=False)
     webhook_events: Mapped[list[str]] = mapped_column(sa.JSON, default_factory=list)
-    # The last webhook is still to be delivered.
-    webhook_due: Mapped[bool] = mapped_column(default=False, index=True)
+    webhook_due: Mapped[bool] = mapped_column(default=False, index=True)  # the last one is still to be delivered
     cancel_requested: Mapped[bool] = mapped_column(default=False)
-    # The client's deadline.
-    cancel_at: Mapped[str | None] = mapped_column(default=None)
-    # How many workers died while running it.
-    deaths: Mapped[int] = mapped_column(default=0)
-    # How many fronts died while owning it.
-    adoptions: Mapped[int] = mapped_column(default=0, server_default="0")
+    cancel_at: Mapped[str | None] = mapped_column(default=None)  # the client's deadline
+    deaths: Mapped[int] = mapped_column(default=0)  # how many workers died while running it
+    adoptions: Mapped[int] = mapped_column(default=0, server_default="0")  # how many fronts died while owning it
     status: Mapped[str] = mapped_column(default="starting", index=True)
     # Files stand in it as paths of the front, such as /files/<id>/output.webp.
     output: Mapped[Any] = mapped_column(sa.JSON(none_as_null=True), nullable=True, default=None)
     error: Mapped[str | None] = mapped_column(sa.Text, default=None)
-    # The front's own line at the top of the log.
-    notice: Mapped[str | None] = mapped_column(sa.Text, default=None)
-    # From the current worker.
-    logs: Mapped[str] = mapped_column(sa.Text, default="")
+    notice: Mapped[str | None] = mapped_column(sa.Text, default=None)  # the front's line at the top of the log
+    logs: Mapped[str] = mapped_column(sa.Text, default="")  # the current worker's
     metrics: Mapped[dict[str, Any]] = mapped_column(sa.JSON, default_factory=dict)
     started_at: Mapped[str | None] = mapped_column(default=None)
     completed_at: Mapped[str | None] = mapped_column(default=None, index=True)
@@ -249,8 +240,8 @@ class Predictions:
     def finish(self, session: Session, prediction: Prediction, files: Collection[File], **changes: object) -> bool:
         """End a prediction of ours, and erase its secret input; False where another front has ended it or owns it.
 
-        Its webhook is erased as well, unless the changes say that it is due. The files of its output are stored
-        already; `status` and `completed_at` are among the changes.
+        Its webhook is erased too, unless the changes say that it is due. The files of its output are stored already;
+        `status` and `completed_at` are among the changes.
         """
         erased = {"request": None} if changes.get("webhook_due") else {"request": None, "webhook": None}
         if not _change_ours(session, prediction, erased | changes):

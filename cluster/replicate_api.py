@@ -71,13 +71,10 @@ class ReplicateApi:
     streams: Streams
     schema: InputSchema
     bodies: Bodies
-    # Whether webhooks may go to private and loopback addresses.
-    private_webhooks: bool
+    private_webhooks: bool  # whether webhooks may go to private and loopback addresses
     addresses: Addresses
-    # The key that signs webhooks.
-    secret: str
-    # How a single prediction shows its outputs; None: as its client can read them.
-    outputs: Literal["url", "data"] | None
+    secret: str  # the key that signs webhooks
+    outputs: Literal["url", "data"] | None  # how a single prediction shows its outputs; None: as its client can read
     started_at: str = field(default_factory=now)
     # A page may have megabytes, and SQLite runs one query at a time.
     lists: Turns = field(default_factory=lambda: Turns(2, 50))

@@ -16,6 +16,7 @@ MAX_VALUES = 100_000
 MAX_ESCAPES = 4_000_000
 MAX_DEPTH = 32
 MAX_NUMBER_CHARACTERS = 100
+_TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep."
 
 
 def read(content: bytes, max_values: int = MAX_VALUES, *, zeros: bool = False) -> Any:  # noqa: ANN401 (JSON)
@@ -51,22 +52,19 @@ def read(content: bytes, max_values: int = MAX_VALUES, *, zeros: bool = False) -
     return value
 
 
-_TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep."
-
-
 def _whole(text: str) -> int | float:
-    number = int(_short(text))
+    number = int(_bounded(text))
     return number if -(2**63) <= number < 2**63 else float(number)
 
 
 def _real(text: str) -> float:
-    number = float(_short(text))
+    number = float(_bounded(text))
     if math.isinf(number):
         raise ValueError(f"it has the number {text}; numbers must be below 1.8e308.")
     return number
 
 
-def _short(text: str) -> str:
+def _bounded(text: str) -> str:
     if len(text) > MAX_NUMBER_CHARACTERS:
         raise ValueError(f"it has a number of {len(text)} characters; it must have at most {MAX_NUMBER_CHARACTERS}.")
     return text
