@@ -176,10 +176,10 @@ class Authorised:
         if not self.tokens:
             detail = "This cluster has no tokens; API_TOKENS must be set to open it."
             return problem(401, "Unauthenticated", detail).response()
-        kind, _, token = request.headers.get("authorization", "").partition(" ")
-        # Starlette decodes headers as Latin-1.
-        known = any(hmac.compare_digest(token.encode("latin-1"), os.fsencode(known)) for known in self.tokens)
-        if known and kind.lower() in ("bearer", "token"):
+        kind, _, text = request.headers.get("authorization", "").partition(" ")
+        given = text.encode("latin-1")  # as Starlette has decoded it
+        is_known = any(hmac.compare_digest(given, os.fsencode(token)) for token in self.tokens)
+        if is_known and kind.lower() in ("bearer", "token"):
             return None
         return problem(401, "Unauthenticated", "You did not pass a valid authentication token").response()
 
@@ -218,7 +218,7 @@ class Turns:
 
 
 class InputSchema:
-    """The `Input` of Cog's OpenAPI document, by which inputs are validated through coglet's own library."""
+    """Validation of inputs by the `Input` of Cog's OpenAPI document, with coglet's own library."""
 
     def __init__(self, document: dict[str, Any]) -> None:
         self.document = document

@@ -237,8 +237,9 @@ def empty_log(engine: sa.Engine) -> None:
 def _blame_data(context: sa.ExceptionContext) -> Exception | None:
     """A StatementError for data that the driver cannot send, such as half a character: some raise Python's errors."""
     error = context.original_exception
-    lasting = isinstance(error, ValueError | OverflowError | RecursionError)
-    return StatementError("The data cannot be sent.", None, None, error) if lasting else None
+    if not isinstance(error, ValueError | OverflowError | RecursionError):
+        return None
+    return StatementError("The data cannot be sent.", None, None, error)
 
 
 def _alembic(connection: sa.Connection) -> Config:

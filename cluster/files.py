@@ -125,18 +125,19 @@ class Files:
             parts, length = [before.encode()], 0
             for file_id, name, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
                 url = f"{base}/files/{file_id}/{name}" if base else None
+                without_file = f"{compact(url)}{after}".encode()
                 try:
                     size, file = self._open(file_id)  # now: while it is sent, a failure would cut the answer off
                     file.close()
                     length += _characters(size)
                     parts += [f'"{head(media_type_of(name))}'.encode(), file_id, f'"{after}'.encode()]
                 except FileNotFoundError:
-                    parts.append(f"{compact(url)}{after}".encode())
+                    parts.append(without_file)
                 except Failure as error:
-                    if url is None:
+                    if base is None:
                         raise
                     logger.warning("A file cannot be read, and is shown by its URL: %s", places(error))
-                    parts.append(f"{compact(url)}{after}".encode())
+                    parts.append(without_file)
             return parts, length + sum(len(part) for part in parts if isinstance(part, bytes))
 
         return Inlined(self, *await asyncio.to_thread(plan))

@@ -227,9 +227,12 @@ class Predictions:
         more, found = len(found) > size, found[:size]
         if backwards:
             found.reverse()
+        if not found:
+            return Page([], None, None)
         newer, older = (more, True) if backwards else (bool(cursor), more)
-        following = f"n~{found[-1].created_at}~{found[-1].id}" if found and older else None
-        return Page(found, following, f"p~{found[0].created_at}~{found[0].id}" if found and newer else None)
+        first, last = found[0], found[-1]
+        following = f"n~{last.created_at}~{last.id}" if older else None
+        return Page(found, following, f"p~{first.created_at}~{first.id}" if newer else None)
 
     @_transaction
     def record(self, session: Session, prediction: Prediction, **changes: object) -> bool:
@@ -243,6 +246,7 @@ class Predictions:
         Its webhook is erased too, unless the changes say that it is due. The files of its output are stored already;
         `status` and `completed_at` are among the changes.
         """
+        # "request" is the column of the secret input.
         erased = {"request": None} if changes.get("webhook_due") else {"request": None, "webhook": None}
         if not _change_ours(session, prediction, erased | changes):
             # The connection may have broken after an earlier attempt was committed.

@@ -58,7 +58,7 @@ def _show(text: str) -> str:
         return "".join(map(_show_term, [text] if _is_address(text) else _terms(text)))
     if re.match(r"\s*data:", text, re.IGNORECASE) and is_reference(text):
         return redact(text)
-    # Cut after a blank: half of a URL or of a token would not look like one. A login may end in the part left out.
+    # Cut after a blank: half of a URL or of a token would not look like one. The @ hides half a login of an address.
     cut = text[: max(text.rfind(blank, 0, SHOWN_CHARACTERS) for blank in " \t\r\n") + 1]
     shown = redact(f"{cut}@") if _is_address(cut) else "".join(map(_show_term, _terms(cut)))
     return f"{shown}… ({len(text)} characters)"
@@ -118,7 +118,16 @@ def secrets_of(inputs: Any) -> Collection[str]:  # noqa: ANN401 (JSON)
             found |= {*parts, *islice(chain.from_iterable(map(_secrets_within, parts)), _PARTS)}
     found |= set(chain.from_iterable(map(_as_sent, found)))
     found |= set(chain.from_iterable(map(_as_told, found)))
-    return sorted(filter(_is_long_enough, found), key=len, reverse=True)
+    return sorted(filter(_is_no_word, found), key=len, reverse=True)
+
+
+def _strings(value: Any) -> Iterator[str]:  # noqa: ANN401 (JSON)
+    if isinstance(value, str):
+        yield value
+        yield from _strings(_json_of(value))
+    elif isinstance(value, dict | list):
+        for item in chain(value, value.values()) if isinstance(value, dict) else value:
+            yield from _strings(item)
 
 
 def _addresses_in(text: str) -> Iterator[str]:
@@ -149,8 +158,7 @@ def _as_told(secret: str) -> tuple[str, ...]:
     return *(text[1:-1] for text in packed), printable(secret)
 
 
-def _is_long_enough(secret: str) -> bool:
-    """Whether a secret is unlikely to be a part of a word."""
+def _is_no_word(secret: str) -> bool:
     return len(secret) >= _FEWEST_CHARACTERS or (len(secret) > 1 and _DELIMITER.search(secret) is not None)
 
 
@@ -162,12 +170,3 @@ def redact_log(text: str, secrets: Collection[str]) -> str:
     for secret in secrets:
         text = text.replace(secret, "")
     return redact_text(text)
-
-
-def _strings(value: Any) -> Iterator[str]:  # noqa: ANN401 (JSON)
-    if isinstance(value, str):
-        yield value
-        yield from _strings(_json_of(value))
-    elif isinstance(value, dict | list):
-        for item in chain(value, value.values()) if isinstance(value, dict) else value:
-            yield from _strings(item)
