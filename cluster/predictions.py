@@ -200,8 +200,7 @@ class Predictions:
     @_transaction
     def create(self, session: Session, prediction: Prediction) -> tuple[Prediction, bool]:
         """The prediction that has this id, and whether it is the one given: it is written if the id is new."""
-        new = insert(Prediction.__table__).on_conflict_do_nothing(index_elements=["id"]).returning(_column.id)
-        while not session.scalar(new, _row(prediction)):
+        while not session.connection().scalar(_CREATE, _row(prediction)):
             if known := session.get(Prediction, prediction.id):  # else it was deleted just now
                 return known, (known.owner, known.created_at) == (prediction.owner, prediction.created_at)
         return prediction, True
@@ -366,8 +365,9 @@ class Predictions:
 
 # Of the predictions of a day, the few that a front still has work with; found by indexes.
 _NOT_DONE = sa.or_(Prediction.status.in_(UNFINISHED), Prediction.webhook_due)
-# Built once, since that takes longer than running it; its parameters name the columns to be changed.
+# Built once, since that takes longer than running them; parameters name the columns to be changed.
 _column = Prediction.__table__.c
+_CREATE = insert(Prediction.__table__).on_conflict_do_nothing(index_elements=["id"]).returning(_column.id)
 _CHANGE_OURS = sa.update(Prediction.__table__).where(
     _column.id == sa.bindparam("ours"), _column.owner == sa.bindparam("us"), _column.status.in_(UNFINISHED)
 )
