@@ -58,7 +58,8 @@ class Bodies:
     async def read(self, request: Request, parse: Callable[[bytes], T]) -> AsyncIterator[T]:
         """A body as `parse`, called in a thread, returns it; within the context the body counts as held.
 
-        Unread is raised where it is too large or comes too slowly, QueueFull where there is no room for it.
+        Unread is raised where it is too large or comes too slowly, QueueFull where there is no room for it, and
+        whatever `parse` raises.
         """
         content = BytesIO()
         try:

@@ -147,9 +147,8 @@ class Files:
     ) -> dict[str, Any]:
         """Inputs with data URIs for the URLs of the cluster's files: workers may not fetch from private addresses.
 
-        A Failure is raised where a file has expired, which is known of URLs that begin with `base_url`, the front's
-        address as the client wrote it; where one cannot be read; and where all strings have more than `limit`
-        characters together.
+        `base_url` is the front's address as the client wrote it: a file that is missing there has expired. A Failure
+        says that a file has expired or cannot be read, or that all strings have more than `limit` characters together.
         """
         texts = _texts(inputs)
         known: dict[str, tuple[str, File]] = {}  # by their URLs, with the first input that names them

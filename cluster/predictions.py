@@ -284,8 +284,8 @@ class Predictions:
         """Take over unfinished predictions that no front runs, with their secret inputs.
 
         Those with the fewest adoptions come first, then the oldest, and the new owner's own last: so one that cannot be
-        run does not block the others. The fronts in `dead` are deleted before. Of the new owner's own, those that are
-        not in `running` have lost their tasks.
+        run does not block the others. The fronts in `dead` are deleted before. What the new owner, `front`, owns
+        already and is not in `running` has lost its task.
         """
         if dead:
             session.execute(sa.delete(Heartbeat).where(Heartbeat.id.in_(dead)))

@@ -112,12 +112,12 @@ def _holds_secret(name: str, value: Any) -> bool:  # noqa: ANN401 (JSON)
 def secrets_of(inputs: Any) -> Collection[str]:  # noqa: ANN401 (JSON)
     """The logins and queries of addresses in the inputs, longest first: an error may quote them without the address."""
     found = set()
-    for text in islice(_strings(inputs), _ADDRESSES):
-        for reference in _addresses_in(text) if len(text) <= _ADDRESS_CHARACTERS else ():
-            parts = [part.strip() for part in islice(hidden(reference), _PARTS)]
-            found |= {*parts, *islice(chain.from_iterable(map(_secrets_within, parts)), _PARTS)}
-    found |= set(chain.from_iterable(map(_as_sent, found)))
-    found |= set(chain.from_iterable(map(_as_told, found)))
+    texts = [text for text in islice(_strings(inputs), _ADDRESSES) if len(text) <= _ADDRESS_CHARACTERS]
+    for reference in chain.from_iterable(map(_addresses_in, texts)):
+        parts = [part.strip() for part in islice(hidden(reference), _PARTS)]
+        found |= {*parts, *islice(chain.from_iterable(map(_secrets_within, parts)), _PARTS)}
+    found |= {sent for secret in found for sent in _as_sent(secret)}
+    found |= {told for secret in found for told in _as_told(secret)}
     return sorted(filter(_is_no_word, found), key=len, reverse=True)
 
 
@@ -132,8 +132,8 @@ def _strings(value: Any) -> Iterator[str]:  # noqa: ANN401 (JSON)
 
 def _addresses_in(text: str) -> Iterator[str]:
     """The text itself if it is an address, and the addresses in it if it looks like a sum or JSON."""
-    named = map(unwrapped, (text, *(references(text) or _terms(text))))
-    return islice(filter(_is_address, named), 1 + MOST_LORAS)
+    texts = map(unwrapped, (text, *(references(text) or _terms(text))))
+    return islice(filter(_is_address, texts), 1 + MOST_LORAS)
 
 
 def _secrets_within(part: str) -> Iterator[str]:
