@@ -26,10 +26,8 @@ def is_host(text: str) -> bool:
 class Addresses:
     """How the address of a front is found."""
 
-    # Used for every client if it is set; without a slash at its end.
-    public_url: str | None
-    # Proxies whose X-Forwarded-Host and X-Forwarded-Proto count.
-    trusted_proxies: tuple[Network, ...]
+    public_url: str | None  # used for every client if it is set; without a slash at its end
+    trusted_proxies: tuple[Network, ...]  # whose X-Forwarded-Host and X-Forwarded-Proto count
 
     def base(self, request: "Request") -> str:
         """The address at which a request's client reaches this front, such as https://example.com; BadHost without one.

@@ -73,10 +73,9 @@ class Refused(Exception):  # noqa: N818 (an answer, not an accident)
         return answer(self.body, self.status, self.headers)
 
 
-def answer(body: object, status: int = 200, headers: Mapping[str, str] | None = None, *, sort: bool = True) -> Response:
+def answer(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """JSON as coglet writes it."""
-    text = strict_json.compact(body, sort=sort)
-    return Response(text, status, {"content-type": "application/json", **(headers or {})})
+    return Response(strict_json.compact(body), status, {"content-type": "application/json", **(headers or {})})
 
 
 class Streamed(StreamingResponse):
@@ -118,6 +117,7 @@ def exception_handlers() -> Mapping[Any, Callable[[Request, Any], Response]]:
         if _is_replicates(request):
             title = {404: "Not found", 405: "Method not allowed"}.get(error.status_code, "Bad request")
             return problem(error.status_code, title, "The requested resource could not be found.").response()
+        # Nothing but a header, as coglet answers.
         allow = ",".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
         return Response(status_code=error.status_code, headers={"allow": allow} if allow else None)
 
@@ -176,10 +176,10 @@ class Authorised:
         if not self.tokens:
             detail = "This cluster has no tokens; API_TOKENS must be set to open it."
             return problem(401, "Unauthenticated", detail).response()
-        kind, _, token = request.headers.get("authorization", "").partition(" ")
-        # Starlette decodes headers as Latin-1.
-        known = any(hmac.compare_digest(token.encode("latin-1"), os.fsencode(known)) for known in self.tokens)
-        if known and kind.lower() in ("bearer", "token"):
+        kind, _, text = request.headers.get("authorization", "").partition(" ")
+        given = text.encode("latin-1")  # as Starlette has decoded it
+        is_known = any(hmac.compare_digest(given, os.fsencode(token)) for token in self.tokens)
+        if is_known and kind.lower() in ("bearer", "token"):
             return None
         return problem(401, "Unauthenticated", "You did not pass a valid authentication token").response()
 
@@ -218,7 +218,7 @@ class Turns:
 
 
 class InputSchema:
-    """The `Input` of Cog's OpenAPI document, by which inputs are validated through coglet's own library."""
+    """Validation of inputs by the `Input` of Cog's OpenAPI document, with coglet's own library."""
 
     def __init__(self, document: dict[str, Any]) -> None:
         self.document = document
@@ -241,13 +241,14 @@ class InputSchema:
         # A message quotes the value, which takes seconds for a long one. A string may be wrong for its length alone.
         errors = list(self.validator.iter_errors(_cut(value))) or [*self.validator.iter_errors(value)]
         secrets = secrets_of(value)
-        problems: list[dict[str, Any]] = []
+        problems = []
         for error in errors:
             if isinstance(error.kind, ValidationErrorKind.Required):
-                problems.append(_problem(error.kind.property, "Field required", "value_error.missing"))
-                continue
-            place = "/".join(map(str, error.instance_path)) or "__root__"
-            problems.append(_problem(place, redact_log(error.message[: 2 * SHOWN_CHARACTERS], secrets), "value_error"))
+                field, message, kind = error.kind.property, "Field required", "value_error.missing"
+            else:
+                field, kind = "/".join(map(str, error.instance_path)) or "__root__", "value_error"
+                message = redact_log(error.message[: 2 * SHOWN_CHARACTERS], secrets)[:SHOWN_CHARACTERS]
+            problems.append({"loc": ["body", "input", field], "msg": message, "type": kind})
         return problems
 
 
@@ -261,10 +262,6 @@ def _cut(value: Any, characters: int = 10 * SHOWN_CHARACTERS) -> Any:  # noqa: A
         case dict():
             return {key[:characters]: _cut(item, characters // 10) for key, item in value.items()}
     return value
-
-
-def _problem(field: str, message: str, kind: str) -> dict[str, Any]:
-    return {"loc": ["body", "input", field], "msg": message[:SHOWN_CHARACTERS], "type": kind}
 
 
 def read_json(content: bytes) -> Any:  # noqa: ANN401 (JSON)

@@ -46,12 +46,9 @@ class Unread(Exception):  # noqa: N818 (an answer, not an accident)
 class Bodies:
     """Reads the bodies of one front."""
 
-    # The largest body, in bytes.
-    limit: int
-    # The bytes of memory of the inputs of unfinished predictions.
-    waiting: Callable[[], int]
-    # The bytes of bodies that are being read.
-    held: int = field(default=0, init=False)
+    limit: int  # the largest body, in bytes
+    waiting: Callable[[], int]  # the bytes of memory of the inputs of unfinished predictions
+    held: int = field(default=0, init=False)  # the bytes of bodies that are being read
     # For large bodies: parsing one holds the GIL for tenths of a second, two at once for twice as long.
     one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
     # Not asyncio's, which may all wait for slow files.
@@ -61,16 +58,15 @@ class Bodies:
     async def read(self, request: Request, parse: Callable[[bytes], T]) -> AsyncIterator[T]:
         """A body as `parse`, called in a thread, returns it; within the context the body counts as held.
 
-        Raises:
-            Unread: it is too large, or comes too slowly; QueueFull where there is no room for it; ClientDisconnect; and
-                what `parse` raises.
+        Unread is raised where it is too large or comes too slowly, QueueFull where there is no room for it, and
+        whatever `parse` raises.
         """
         content = BytesIO()
         try:
             await self._receive(request, content)
             async with self.one_at_a_time if content.tell() > SMALL_BYTES else nullcontext():
                 parsed = await asyncio.get_running_loop().run_in_executor(self.threads, parse, content.getvalue())
-            content.truncate(0)  # frees the memory; the position stays
+            content.truncate(0)  # frees the memory; the position, which is the body's size, stays
             yield parsed
         finally:
             self.held -= content.tell()
@@ -112,11 +108,7 @@ class Part:
 
 
 def read_form(content: bytes, content_type: str) -> dict[str, Part]:
-    """The parts of a multipart form by name.
-
-    Raises:
-        ValueError: a sentence.
-    """
+    """The parts of a multipart form by name; a ValueError is a sentence."""
     kind, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
@@ -139,7 +131,7 @@ def read_form(content: bytes, content_type: str) -> dict[str, Part]:
     callbacks = {"on_header_field": header_name, "on_header_value": header_value, "on_part_data": body}
     try:
         parser = MultipartParser(boundary, {"on_part_begin": lambda: parts.append(Part({})), **callbacks})
-        parser.write(content)  # in one piece, so that each callback gets a whole name, value or content
+        parser.write(content)  # in one piece, so that header_name and header_value get whole ones
     except FormParserError as error:
         raise ValueError(f"{NO_FORM}and is none: {error}.") from None
     if parser.state is not MultipartState.END:

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from cluster.api_common import InputSchema, Refused, answer, answer_inlined, new_prediction, read_json
@@ -52,10 +52,8 @@ class CogApi:
     forms: Forms
     schema: InputSchema
     bodies: Bodies
-    # Whether webhooks may go to private and loopback addresses.
-    private_webhooks: bool
-    # What `GET /health-check` says.
-    health: Callable[[], Awaitable[dict[str, Any]]]
+    private_webhooks: bool  # whether webhooks may go to private and loopback addresses
+    health: Callable[[], Awaitable[dict[str, Any]]]  # the answer to `GET /health-check`
 
     def routes(self) -> list[BaseRoute]:
         """Which endpoint answers where."""
@@ -74,7 +72,7 @@ class CogApi:
         return answer(DISCOVERY, headers={"vary": "accept"})
 
     async def _health(self, _: Request) -> Response:
-        return answer(await self.health(), sort=False)
+        return JSONResponse(await self.health())
 
     async def _schema(self, _: Request) -> Response:
         return answer(self.schema.document)
@@ -91,10 +89,10 @@ class CogApi:
         if created:
             prediction = await self._ended_or_left(prediction, request)
         elif not prediction.finished:
-            return await self._show(prediction, 202, input=prediction.shown_input)
+            return answer_inlined(await self.forms.cog(prediction, input=prediction.shown_input), 202)
         # coglet leaves its logs out where there is no output.
-        changes = {} if prediction.status == "succeeded" else {"logs": prediction.notice or ""}
-        return await self._show(prediction, 200, **changes)
+        logs = prediction.whole_log if prediction.status == "succeeded" else prediction.notice or ""
+        return answer_inlined(await self.forms.cog(prediction, logs=logs), 200)
 
     async def _accept(self, request: Request) -> tuple[Prediction, bool]:
         """The prediction that a request asks for, and whether it is a new one; its body is freed on return."""
@@ -115,7 +113,7 @@ class CogApi:
             return await self.dispatcher.accept(asked)
 
     def _prediction(self, body: dict[str, Any]) -> Prediction | Refused:
-        """The prediction of a body, or the answer that says what is wrong with its input."""
+        """The prediction of a body, or the answer to a wrong input."""
         inputs, notice = self.schema.read({} if body.get("input") is None else body["input"])
         if problems := self.schema.problems(inputs):
             return Refused(422, {"detail": problems})
@@ -135,9 +133,6 @@ class CogApi:
             return await self.dispatcher.ended(prediction)
         finally:
             watching.cancel()
-
-    async def _show(self, prediction: Prediction, status: int, **changes: object) -> Response:
-        return answer_inlined(await self.forms.cog(prediction, **changes), status)
 
 
 def _read(content: bytes, kind: str | None, path_id: str | None, private_webhooks: bool) -> dict[str, Any]:
@@ -172,7 +167,6 @@ def _read(content: bytes, kind: str | None, path_id: str | None, private_webhook
 
 
 def _events(events: object) -> list[str]:
-    """A client's choice of events, in our order."""
     if not isinstance(events, list):
         raise Refused(422, f"{UNREADABLE}webhook_events_filter: invalid type: {_kind(events)}, expected a sequence")
     for index, event in enumerate(events):

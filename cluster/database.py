@@ -27,11 +27,8 @@ from service.strict_json import storable
 # How many transactions a front runs at once in PostgreSQL, each with its own thread and connection.
 CONNECTIONS = 16
 DRIVERS = {
-    "sqlite": "sqlite",
-    "sqlite+pysqlite": "sqlite",
-    "postgresql": "postgresql+psycopg",
-    "postgresql+psycopg": "postgresql+psycopg",
-    "postgres": "postgresql+psycopg",
+    **dict.fromkeys(("sqlite", "sqlite+pysqlite"), "sqlite"),
+    **dict.fromkeys(("postgresql", "postgresql+psycopg", "postgres"), "postgresql+psycopg"),
 }
 FORMS = "it must be sqlite:///<path of a file> or postgresql://<user>:<password>@<host>:<port>/<name>"
 # PostgreSQL's advisory lock for migrations: any number that is the same for all fronts.
@@ -40,7 +37,7 @@ MIGRATION_LOCK = 0x666C7578
 BEFORE_REVISIONS = "1.0"
 # How many characters of a string become JSON at a time.
 PIECE_CHARACTERS = 1_000_000
-# Errors by SQLite's primary result code or PostgreSQL's SQLSTATE: those that last, as clients read them,
+# Errors by SQLite's primary result code, a number, or PostgreSQL's SQLSTATE, a text. Those that last, for clients:
 LASTING = {
     **dict.fromkeys((sqlite3.SQLITE_FULL, "53100"), "database's disk is full"),
     sqlite3.SQLITE_NOTADB: "database's file is no SQLite database",
@@ -49,10 +46,10 @@ LASTING = {
     sqlite3.SQLITE_READONLY: "database's file cannot be written",
     sqlite3.SQLITE_IOERR: "database's file cannot be read or written",
 }
-# those that an operator can end: a full disk, a read-only database;
+# Those that an operator can end: a full disk, a read-only database.
 REPAIRABLE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR}
 REPAIRABLE |= {"53100", "25006"}
-# and temporary ones: conflicts of two transactions, too many connections, a lock that is taken, a server that restarts.
+# Those that pass: conflicts of two transactions, too many connections, a lock that is taken, a server that restarts.
 PASSING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
 PASSING |= {"40001", "40P01", "53300", "55P03", "57P01", "57P02", "57P03"}
 # A refused connection has no code, only text. Most reasons are temporary, but not these.
@@ -64,11 +61,7 @@ class Unusable(Exception):  # noqa: N818 (a state, not an accident)
 
 
 def open_engine(url: str) -> sa.Engine:
-    """An engine for a URL of SQLAlchemy's; SQLite's file is created, readable by this user alone.
-
-    Raises:
-        Unusable: the URL cannot be read or names another kind of database, or the file cannot be made.
-    """
+    """An engine for a URL of SQLAlchemy's, Unusable for a wrong one; SQLite's file is made, for this user alone."""
     address = _parse(url)
     sqlite = address.drivername == "sqlite"
     if sqlite:
@@ -91,10 +84,8 @@ def open_engine(url: str) -> sa.Engine:
 def migrate(connection: sa.Connection) -> None:
     """Bring the tables to our newest revision, all within this connection's transaction.
 
-    A newer expansion than ours (1.1 after 1.0) is left as it is: older versions can work with it.
-
-    Raises:
-        Unusable: other tables with our names, or a revision that we cannot work with.
+    A newer expansion than ours (1.1 after 1.0) is left as it is: older versions can work with it. Unusable is raised
+    for other tables with our names, and for a revision that we cannot work with.
     """
     sqlite = connection.dialect.name == "sqlite"
     if sqlite:
@@ -145,23 +136,22 @@ def unusable(error: DBAPIError) -> Unusable:
 
 
 def _to_json(value: Any) -> str:  # noqa: ANN401 (JSON)
-    """JSON for the tables.
-
-    A string of an input may have hundreds of megabytes: encoding it at once, or copying it more than once, would hold
-    the GIL for seconds.
-    """
     return "".join(_json_pieces(value))
 
 
 def _json_pieces(value: Any) -> Iterator[str]:  # noqa: ANN401 (JSON)
+    """JSON for the tables, piece by piece.
+
+    A string of an input may have hundreds of megabytes: encoding it at once, or copying it more than once, would hold
+    the GIL for seconds.
+    """
     match value:
         case dict():
-            before = "{"
-            for key, item in value.items():
-                yield f"{before}{json.dumps(key, ensure_ascii=False)}: "
+            yield "{"
+            for number, (key, item) in enumerate(value.items()):
+                yield f"{', ' if number else ''}{json.dumps(key, ensure_ascii=False)}: "
                 yield from _json_pieces(item)
-                before = ", "
-            yield "}" if value else "{}"
+            yield "}"
         case str():
             yield '"'
             for start in range(0, len(value), PIECE_CHARACTERS):
@@ -247,9 +237,9 @@ def empty_log(engine: sa.Engine) -> None:
 def _blame_data(context: sa.ExceptionContext) -> Exception | None:
     """A StatementError for data that the driver cannot send, such as half a character: some raise Python's errors."""
     error = context.original_exception
-    if isinstance(error, ValueError | OverflowError | RecursionError):
-        return StatementError("The data cannot be sent.", None, None, error)
-    return None
+    if not isinstance(error, ValueError | OverflowError | RecursionError):
+        return None
+    return StatementError("The data cannot be sent.", None, None, error)
 
 
 def _alembic(connection: sa.Connection) -> Config:

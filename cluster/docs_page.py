@@ -24,12 +24,12 @@ from settings import VERSION
 
 STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 _HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-# The empty icon keeps browsers from asking for one.
-POLICY = f"default-src 'none'; style-src 'sha256-{_HASH}'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
+# The page's icon is an empty data URI, which keeps browsers from asking for one.
+_POLICY = f"default-src 'none'; style-src 'sha256-{_HASH}'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
 # No cache: one that ignores Host would show one reader another's address, to which tokens are then sent.
 HEADERS = {
     "cache-control": "no-store",
-    "content-security-policy": POLICY,
+    "content-security-policy": _POLICY,
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
@@ -83,10 +83,8 @@ ANSWERS = {
 class DocsPage:
     """The page of one front."""
 
-    # The OpenAPI document as Cog's tool writes it.
-    document: dict[str, Any]
-    # Whether requests must have a token.
-    tokens: bool
+    document: dict[str, Any]  # OpenAPI, as Cog's tool writes it
+    tokens: bool  # whether requests must have one
     addresses: Addresses
 
     def routes(self) -> list[BaseRoute]:
@@ -155,7 +153,6 @@ carries inputs as JSON; the answer says how the prediction ended, and has its ou
 
 
 def _input(name: str, field: dict[str, Any], required: bool) -> str:
-    """An input's type, bounds, default, description and choices as HTML."""
     kind = "file: a URL, or a data URI" if field.get("format") == "uri" else field["type"]
     default = json.dumps(field["default"], ensure_ascii=False) if field.get("default") is not None else None
     bounds = " to ".join(json.dumps(field[bound]) for bound in ("minimum", "maximum") if bound in field)
@@ -175,7 +172,6 @@ def _input(name: str, field: dict[str, Any], required: bool) -> str:
 
 
 def _example(field: dict[str, Any]) -> object:
-    """A valid value of an input."""
     if "enum" in field:
         return field["enum"][0]
     if field.get("format") == "uri":
@@ -185,7 +181,6 @@ def _example(field: dict[str, Any]) -> object:
 
 
 def _curl(url: str, body: str, *headers: str, tokens: bool) -> str:
-    """A command that asks for a prediction."""
     lines = [f"curl {url}", *(f"-H '{header}'" for header in ("Content-Type: application/json", *headers))]
     lines += ['-H "Authorization: Bearer $TOKEN"'] if tokens else []
     return escape(" \\\n  ".join([*lines, f"-d {shlex.quote(body)}"]), quote=False)

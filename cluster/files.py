@@ -31,7 +31,8 @@ logger = logging.getLogger("ray.serve")
 
 # The URL of a file, uploaded or drawn, at any address.
 _STORED = re.compile(
-    r"(https?://.{1,1000})/(?:v1/files/([\w-]{1,128})|files/([\w-]{1,128})/[\w.-]{1,128})(?:[?#].*)?",
+    r"(?P<base>https?://.{1,1000})/(?:v1/files/(?P<upload>[\w-]{1,128})|files/(?P<output>[\w-]{1,128})/[\w.-]{1,128})"
+    r"(?:[?#].*)?",
     re.ASCII | re.IGNORECASE,
 )
 # The path of an output as a whole string in compact JSON: no backslash before it, and no colon after it, which would
@@ -98,7 +99,7 @@ class Files:
         `stored` holds the prediction's files by the hash of their data URI; new ones are added.
         """
 
-        async def path(text: Any) -> Any:  # noqa: ANN401 (JSON)
+        async def store(text: Any) -> Any:  # noqa: ANN401 (JSON)
             if not (isinstance(text, str) and re.match("data:[^,]*;base64,", text)):
                 return text
             key = await asyncio.to_thread(lambda: hashlib.sha256(text.encode()).hexdigest())
@@ -110,33 +111,33 @@ class Files:
                 stored[key] = await self.write(content, f"output{suffix(kind)}", kind)
             return f"/files/{stored[key].id}/{stored[key].name}"
 
-        return [await path(item) for item in output] if isinstance(output, list) else await path(output)
+        return [await store(item) for item in output] if isinstance(output, list) else await store(output)
 
     async def inline_output(self, output: Any, base: str | None = None) -> "Inlined":  # noqa: ANN401 (JSON)
         """A stored output with its files inside, as data URIs.
 
-        Args:
-            base: the front's address. With it, a file that has expired or cannot be read is shown by its URL; without,
-                an expired one by null, and one that cannot be read raises a Failure.
+        With the front's address as `base`, a file that has expired or cannot be read is shown by its URL; without, an
+        expired one by null, and one that cannot be read raises a Failure.
         """
 
         def plan() -> tuple[list[bytes | str], int]:
             before, *rest = _OUTPUT.split(compact(output))
             parts, length = [before.encode()], 0
             for file_id, name, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+                url = f"{base}/files/{file_id}/{name}" if base else None
+                without_file = f"{compact(url)}{after}".encode()
                 try:
                     size, file = self._open(file_id)  # now: while it is sent, a failure would cut the answer off
                     file.close()
-                except (FileNotFoundError, Failure) as error:
-                    if isinstance(error, Failure):
-                        if base is None:
-                            raise
-                        logger.warning("A file cannot be read, and is shown by its URL: %s", places(error))
-                    url = f"{base}/files/{file_id}/{name}" if base else None
-                    parts.append(f"{compact(url)}{after}".encode())
-                else:
                     length += _characters(size)
                     parts += [f'"{head(media_type_of(name))}'.encode(), file_id, f'"{after}'.encode()]
+                except FileNotFoundError:
+                    parts.append(without_file)
+                except Failure as error:
+                    if base is None:
+                        raise
+                    logger.warning("A file cannot be read, and is shown by its URL: %s", places(error))
+                    parts.append(without_file)
             return parts, length + sum(len(part) for part in parts if isinstance(part, bytes))
 
         return Inlined(self, *await asyncio.to_thread(plan))
@@ -146,20 +147,16 @@ class Files:
     ) -> dict[str, Any]:
         """Inputs with data URIs for the URLs of the cluster's files: workers may not fetch from private addresses.
 
-        Args:
-            base_url: the front's address as the client wrote it: a file that is not there any more has expired.
-            limit: how many characters all strings may have together.
-
-        Raises:
-            Failure: a file has expired or cannot be read, or there are too many characters.
+        `base_url` is the front's address as the client wrote it: a file that is missing there has expired. A Failure
+        says that a file has expired or cannot be read, or that all strings have more than `limit` characters together.
         """
         texts = _texts(inputs)
         known: dict[str, tuple[str, File]] = {}  # by their URLs, with the first input that names them
         for name, text in texts:
             if text not in known and (named := _stored(text)):
-                if file := await predictions.file(named[2] or named[3]):
+                if file := await predictions.file(named["upload"] or named["output"]):
                     known[text] = name, file
-                elif named[1] == base_url:
+                elif named["base"] == base_url:
                     raise _expired(name)
         size = sum(_characters(known[text][1].size) if text in known else len(text) for _, text in texts)
         if size > limit:
@@ -174,7 +171,6 @@ class Files:
         return {name: inside(value) if isinstance(value, str) else value for name, value in inputs.items()}
 
     async def _uri(self, file: File, name: str) -> str:
-        """A file as a data URI; a Failure that names the input where it cannot be read."""
         try:
             return await asyncio.to_thread(uri, await self.read(file.id), file.content_type)
         except FileNotFoundError:
@@ -193,10 +189,8 @@ class Inlined:
     """JSON with files inside, which are read while it is sent: it may have tens of megabytes."""
 
     files: Files
-    # Bytes, and ids of files whose contents come there in base64.
-    parts: Sequence[bytes | str]
-    # In bytes.
-    length: int
+    parts: Sequence[bytes | str]  # bytes, and ids of files whose contents come there in base64
+    length: int  # in bytes
 
     @classmethod
     def of(cls, files: Files, *parts: bytes) -> "Inlined":
@@ -234,7 +228,7 @@ def names_files(inputs: dict[str, Any]) -> bool:
 
 
 def _texts(inputs: dict[str, Any]) -> list[tuple[str, str]]:
-    """The texts that may be URLs of files, with the input's name: the terms of a sum, or else the whole text."""
+    """The texts that may be URLs of files, each after its input's name: the terms of a sum, or else the whole text."""
     texts = {name: value for name, value in inputs.items() if isinstance(value, str)}
     return [(name, text) for name, value in texts.items() for text in references(value) or [value]]
 

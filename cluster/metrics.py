@@ -46,7 +46,6 @@ class Metrics:
 
 
 def _group(prediction: Prediction, name: str) -> dict[str, Any]:
-    """The predictor's metrics under one name, if they are a group."""
     group = prediction.metrics.get(name)
     return group if isinstance(group, dict) else {}
 

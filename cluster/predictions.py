@@ -53,18 +53,15 @@ class Prediction(Base):
     __tablename__ = "predictions"
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    # The front that runs it; null when a front that shuts down has released it.
-    owner: Mapped[str | None] = mapped_column()
+    owner: Mapped[str | None] = mapped_column()  # the front that runs it; null: any front may take it
     created_at: Mapped[str] = mapped_column(index=True)
     # The whole input, for the worker; erased at the end, since URLs in it may hold tokens. It may have 100 MB of files,
     # so only `adopt` reads it.
     secret_input: Mapped[dict[str, Any] | None] = mapped_column(
         "request", sa.JSON(none_as_null=True), deferred=True, repr=False, compare=False
     )
-    # The input without its secrets.
-    shown_input: Mapped[dict[str, Any]] = mapped_column("input", sa.JSON)
-    # "cog" or "replicate": the form of its webhooks.
-    api: Mapped[str] = mapped_column()
+    shown_input: Mapped[dict[str, Any]] = mapped_column("input", sa.JSON)  # without its secrets
+    api: Mapped[str] = mapped_column()  # "cog" or "replicate": the form of its webhooks
     # As Replicate's clients named them.
     model: Mapped[str] = mapped_column(default="")
     version: Mapped[str] = mapped_column(default="")
@@ -73,23 +70,17 @@ class Prediction(Base):
     # It may hold a token: erased when the prediction has ended and no webhook is due.
     webhook: Mapped[str | None] = mapped_column(sa.Text, default=None, repr=False)
     webhook_events: Mapped[list[str]] = mapped_column(sa.JSON, default_factory=list)
-    # The last webhook is still to be delivered.
-    webhook_due: Mapped[bool] = mapped_column(default=False, index=True)
+    webhook_due: Mapped[bool] = mapped_column(default=False, index=True)  # the last one is still to be delivered
     cancel_requested: Mapped[bool] = mapped_column(default=False)
-    # The client's deadline.
-    cancel_at: Mapped[str | None] = mapped_column(default=None)
-    # How many workers died while running it.
-    deaths: Mapped[int] = mapped_column(default=0)
-    # How many fronts died while owning it.
-    adoptions: Mapped[int] = mapped_column(default=0, server_default="0")
+    cancel_at: Mapped[str | None] = mapped_column(default=None)  # the client's deadline
+    deaths: Mapped[int] = mapped_column(default=0)  # how many workers died while running it
+    adoptions: Mapped[int] = mapped_column(default=0, server_default="0")  # how many fronts died while owning it
     status: Mapped[str] = mapped_column(default="starting", index=True)
     # Files stand in it as paths of the front, such as /files/<id>/output.webp.
     output: Mapped[Any] = mapped_column(sa.JSON(none_as_null=True), nullable=True, default=None)
     error: Mapped[str | None] = mapped_column(sa.Text, default=None)
-    # The front's own line at the top of the log.
-    notice: Mapped[str | None] = mapped_column(sa.Text, default=None)
-    # From the current worker.
-    logs: Mapped[str] = mapped_column(sa.Text, default="")
+    notice: Mapped[str | None] = mapped_column(sa.Text, default=None)  # the front's line at the top of the log
+    logs: Mapped[str] = mapped_column(sa.Text, default="")  # the current worker's
     metrics: Mapped[dict[str, Any]] = mapped_column(sa.JSON, default_factory=dict)
     started_at: Mapped[str | None] = mapped_column(default=None)
     completed_at: Mapped[str | None] = mapped_column(default=None, index=True)
@@ -209,8 +200,7 @@ class Predictions:
     @_transaction
     def create(self, session: Session, prediction: Prediction) -> tuple[Prediction, bool]:
         """The prediction that has this id, and whether it is the one given: it is written if the id is new."""
-        new = insert(Prediction.__table__).on_conflict_do_nothing(index_elements=["id"]).returning(_column.id)
-        while not session.scalar(new, _row(prediction)):
+        while not session.connection().scalar(_CREATE, _row(prediction)):
             if known := session.get(Prediction, prediction.id):  # else it was deleted just now
                 return known, (known.owner, known.created_at) == (prediction.owner, prediction.created_at)
         return prediction, True
@@ -224,9 +214,7 @@ class Predictions:
     def page(self, session: Session, cursor: str | None = None, size: int = 100) -> Page:
         """A page of the predictions of Replicate's clients, without their secret inputs.
 
-        Args:
-            cursor: `next` or `previous` of a neighbour, else a ValueError is raised; None for the newest page.
-            size: how many predictions.
+        The cursor is `next` or `previous` of a neighbour, else a ValueError is raised; None leads to the newest page.
         """
         backwards, place = _parse_cursor(cursor) if cursor else (False, None)
         query = sa.select(Prediction).where(Prediction.api == "replicate")
@@ -238,9 +226,12 @@ class Predictions:
         more, found = len(found) > size, found[:size]
         if backwards:
             found.reverse()
+        if not found:
+            return Page([], None, None)
         newer, older = (more, True) if backwards else (bool(cursor), more)
-        following = f"n~{found[-1].created_at}~{found[-1].id}" if found and older else None
-        return Page(found, following, f"p~{found[0].created_at}~{found[0].id}" if found and newer else None)
+        first, last = found[0], found[-1]
+        following = f"n~{last.created_at}~{last.id}" if older else None
+        return Page(found, following, f"p~{first.created_at}~{first.id}" if newer else None)
 
     @_transaction
     def record(self, session: Session, prediction: Prediction, **changes: object) -> bool:
@@ -251,9 +242,10 @@ class Predictions:
     def finish(self, session: Session, prediction: Prediction, files: Collection[File], **changes: object) -> bool:
         """End a prediction of ours, and erase its secret input; False where another front has ended it or owns it.
 
-        Its webhook is erased as well, unless the changes say that it is due. The files of its output are stored
-        already; `status` and `completed_at` are among the changes.
+        Its webhook is erased too, unless the changes say that it is due. The files of its output are stored already;
+        `status` and `completed_at` are among the changes.
         """
+        # "request" is the column of the secret input.
         erased = {"request": None} if changes.get("webhook_due") else {"request": None, "webhook": None}
         if not _change_ours(session, prediction, erased | changes):
             # The connection may have broken after an earlier attempt was committed.
@@ -292,13 +284,8 @@ class Predictions:
         """Take over unfinished predictions that no front runs, with their secret inputs.
 
         Those with the fewest adoptions come first, then the oldest, and the new owner's own last: so one that cannot be
-        run does not block the others.
-
-        Args:
-            front: the new owner.
-            dead: fronts to delete first.
-            running: the new owner's that have a task; its others have lost theirs.
-            limit: how many at once, so that several fronts share them.
+        run does not block the others. The fronts in `dead` are deleted before. What the new owner, `front`, owns
+        already and is not in `running` has lost its task.
         """
         if dead:
             session.execute(sa.delete(Heartbeat).where(Heartbeat.id.in_(dead)))
@@ -378,8 +365,9 @@ class Predictions:
 
 # Of the predictions of a day, the few that a front still has work with; found by indexes.
 _NOT_DONE = sa.or_(Prediction.status.in_(UNFINISHED), Prediction.webhook_due)
-# Built once, since that takes longer than running it; its parameters name the columns to be changed.
+# Built once, since that takes longer than running them; parameters name the columns to be changed.
 _column = Prediction.__table__.c
+_CREATE = insert(Prediction.__table__).on_conflict_do_nothing(index_elements=["id"]).returning(_column.id)
 _CHANGE_OURS = sa.update(Prediction.__table__).where(
     _column.id == sa.bindparam("ours"), _column.owner == sa.bindparam("us"), _column.status.in_(UNFINISHED)
 )

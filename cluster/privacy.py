@@ -58,7 +58,7 @@ def _show(text: str) -> str:
         return "".join(map(_show_term, [text] if _is_address(text) else _terms(text)))
     if re.match(r"\s*data:", text, re.IGNORECASE) and is_reference(text):
         return redact(text)
-    # Cut after a blank: half of a URL or of a token would not look like one. A login may end in the part left out.
+    # Cut after a blank: half of a URL or of a token would not look like one. The @ hides half a login of an address.
     cut = text[: max(text.rfind(blank, 0, SHOWN_CHARACTERS) for blank in " \t\r\n") + 1]
     shown = redact(f"{cut}@") if _is_address(cut) else "".join(map(_show_term, _terms(cut)))
     return f"{shown}… ({len(text)} characters)"
@@ -112,19 +112,28 @@ def _holds_secret(name: str, value: Any) -> bool:  # noqa: ANN401 (JSON)
 def secrets_of(inputs: Any) -> Collection[str]:  # noqa: ANN401 (JSON)
     """The logins and queries of addresses in the inputs, longest first: an error may quote them without the address."""
     found = set()
-    for text in islice(_strings(inputs), _ADDRESSES):
-        for reference in _addresses_in(text) if len(text) <= _ADDRESS_CHARACTERS else ():
-            parts = [part.strip() for part in islice(hidden(reference), _PARTS)]
-            found |= {*parts, *islice(chain.from_iterable(map(_secrets_within, parts)), _PARTS)}
-    found |= set(chain.from_iterable(map(_as_sent, found)))
-    found |= set(chain.from_iterable(map(_as_told, found)))
-    return sorted(filter(_is_long_enough, found), key=len, reverse=True)
+    texts = [text for text in islice(_strings(inputs), _ADDRESSES) if len(text) <= _ADDRESS_CHARACTERS]
+    for reference in chain.from_iterable(map(_addresses_in, texts)):
+        parts = [part.strip() for part in islice(hidden(reference), _PARTS)]
+        found |= {*parts, *islice(chain.from_iterable(map(_secrets_within, parts)), _PARTS)}
+    found |= {sent for secret in found for sent in _as_sent(secret)}
+    found |= {told for secret in found for told in _as_told(secret)}
+    return sorted(filter(_is_no_word, found), key=len, reverse=True)
+
+
+def _strings(value: Any) -> Iterator[str]:  # noqa: ANN401 (JSON)
+    if isinstance(value, str):
+        yield value
+        yield from _strings(_json_of(value))
+    elif isinstance(value, dict | list):
+        for item in chain(value, value.values()) if isinstance(value, dict) else value:
+            yield from _strings(item)
 
 
 def _addresses_in(text: str) -> Iterator[str]:
     """The text itself if it is an address, and the addresses in it if it looks like a sum or JSON."""
-    named = map(unwrapped, (text, *(references(text) or _terms(text))))
-    return islice(filter(_is_address, named), 1 + MOST_LORAS)
+    texts = map(unwrapped, (text, *(references(text) or _terms(text))))
+    return islice(filter(_is_address, texts), 1 + MOST_LORAS)
 
 
 def _secrets_within(part: str) -> Iterator[str]:
@@ -149,8 +158,7 @@ def _as_told(secret: str) -> tuple[str, ...]:
     return *(text[1:-1] for text in packed), printable(secret)
 
 
-def _is_long_enough(secret: str) -> bool:
-    """Whether a secret is unlikely to be a part of a word."""
+def _is_no_word(secret: str) -> bool:
     return len(secret) >= _FEWEST_CHARACTERS or (len(secret) > 1 and _DELIMITER.search(secret) is not None)
 
 
@@ -162,12 +170,3 @@ def redact_log(text: str, secrets: Collection[str]) -> str:
     for secret in secrets:
         text = text.replace(secret, "")
     return redact_text(text)
-
-
-def _strings(value: Any) -> Iterator[str]:  # noqa: ANN401 (JSON)
-    if isinstance(value, str):
-        yield value
-        yield from _strings(_json_of(value))
-    elif isinstance(value, dict | list):
-        for item in chain(value, value.values()) if isinstance(value, dict) else value:
-            yield from _strings(item)

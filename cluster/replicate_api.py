@@ -51,12 +51,13 @@ ACCOUNT = {"type": "organization", "username": OWNER, "name": OWNER, "github_url
 CLIENT = re.compile(r"(?:^|\s)replicate-(?:python|javascript)/(?!0\.)", re.ASCII)
 # As at Replicate.
 MAX_WAIT_SECONDS = 60
-VERSION = re.compile(rf"(?P<model>{PATH_NAME}/{PATH_NAME})(?::(?P<of>{PATH_NAME}))?|(?P<id>{PATH_NAME})")
+VERSION_FORM = re.compile(rf"(?P<model>{PATH_NAME}/{PATH_NAME})(?::(?P<of>{PATH_NAME}))?|(?P<id>{PATH_NAME})")
 # Cancel-After, as at Replicate: a bare number means seconds.
 DURATION = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s?)?", re.ASCII)
 SHORTEST = timedelta(seconds=5)
 MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]{1,64}/[\w!#$&^.+-]{1,64}", re.ASCII)
 METADATA_BYTES = 64 * 1024
+NO_FILE = "There is no such file; files are kept for an hour."
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,10 @@ class ReplicateApi:
     streams: Streams
     schema: InputSchema
     bodies: Bodies
-    # Whether webhooks may go to private and loopback addresses.
-    private_webhooks: bool
+    private_webhooks: bool  # whether webhooks may go to private and loopback addresses
     addresses: Addresses
-    # The key that signs webhooks.
-    secret: str
-    # How a single prediction shows its outputs; None: as its client can read them.
-    outputs: Literal["url", "data"] | None
+    secret: str  # the key that signs webhooks
+    outputs: Literal["url", "data"] | None  # how a single prediction shows its outputs; None: as its client can read
     started_at: str = field(default_factory=now)
     # A page may have megabytes, and SQLite runs one query at a time.
     lists: Turns = field(default_factory=lambda: Turns(2, 50))
@@ -118,33 +116,29 @@ class ReplicateApi:
         return await self._show(request, prediction, 201)
 
     def _prediction(self, request: Request, content: bytes, base: str) -> Prediction:
-        body = _read(content)
+        body = _read_body(content)
         if "owner" in request.path_params:
-            model, number = "{owner}/{name}".format(**request.path_params), None
+            model, version_id = "{owner}/{name}".format(**request.path_params), None
         else:
-            model, number = _resolve(body.get("version"))
+            model, version_id = _resolve(body.get("version"))
         inputs, notice = self.schema.read(body.get("input", {}))
         if problems := self.schema.problems(inputs):
             fields = [{"type": p["type"], "field": f"input.{p['loc'][-1]}", "description": p["msg"]} for p in problems]
             detail = "".join(f"- {item['field']}: {item['description']}\n" for item in fields)
             raise problem(422, "Input validation failed", detail, invalid_fields=fields)
-        names = {"model": model, "version": number or self.version_id, "base_url": base}
+        names = {"model": model, "version": version_id or self.version_id, "base_url": base}
         hook = _webhook(body, self.private_webhooks)
         return new_prediction(self.dispatcher.front, inputs, "replicate", notice=notice, **names, **hook)
 
     async def _show(self, request: Request, prediction: Prediction, status: int = 200) -> Response:
         """One prediction, with its files inside where its client needs that or the operator wants it."""
-        base = self.addresses.base(request)
-        if prediction.status == "succeeded" and self._inlines(request, base):
+        base, inside = self.addresses.base(request), self.outputs == "data"
+        # With PUBLIC_URL set, the operator wants URLs, even if they begin with http:.
+        if self.outputs is None and self.addresses.public_url is None and base.startswith("http:"):
+            inside = bool(CLIENT.search(request.headers.get("user-agent", "")))
+        if inside and prediction.status == "succeeded":
             return answer_inlined(await self.forms.inlined(prediction, base), status)
         return JSONResponse(self.forms.replicate(prediction, base), status)
-
-    def _inlines(self, request: Request, base: str) -> bool:
-        if self.outputs is not None:
-            return self.outputs == "data"
-        # With PUBLIC_URL set, the operator wants URLs, even if they begin with http:.
-        unread = self.addresses.public_url is None and base.startswith("http:")
-        return unread and CLIENT.search(request.headers.get("user-agent", "")) is not None
 
     async def _known(self, request: Request) -> Prediction:
         prediction = await self.predictions.get(request.path_params["prediction_id"])
@@ -204,9 +198,9 @@ class ReplicateApi:
     async def _version(self, request: Request) -> Response:
         return JSONResponse(self._describe(request.path_params["version"]))
 
-    def _describe(self, number: str) -> dict[str, Any]:
-        about = {"id": number, "created_at": self.started_at, "cog_version": version("cog")}
-        return {**about, "openapi_schema": self.schema.document}
+    def _describe(self, version_id: str) -> dict[str, Any]:
+        about = {"created_at": self.started_at, "cog_version": version("cog"), "openapi_schema": self.schema.document}
+        return {"id": version_id, **about}
 
     @cached_property
     def version_id(self) -> str:
@@ -239,19 +233,19 @@ class ReplicateApi:
         except BaseException:
             await self.files.delete([file.id])  # a file that the database does not know would never expire
             raise
-        return JSONResponse(_file(file, base), 201)
+        return JSONResponse(_show_file(file, base), 201)
 
     async def _uploads(self, request: Request) -> Response:
         base = self.addresses.base(request)
-        results = [_file(file, base) for file in await self.predictions.uploads()]
+        results = [_show_file(file, base) for file in await self.predictions.uploads()]
         return JSONResponse({"previous": None, "next": None, "results": results})
 
     async def _uploaded(self, request: Request) -> Response:
         file = await self.predictions.file(request.path_params["file_id"])
         if file is None or file.about is None:
-            raise problem(404, "Not found", "There is no such file; files are kept for an hour.")
+            raise problem(404, "Not found", NO_FILE)
         if request.method != "DELETE":
-            return JSONResponse(_file(file, self.addresses.base(request)))
+            return JSONResponse(_show_file(file, self.addresses.base(request)))
         await self.predictions.delete_file(file.id)
         await self.files.delete([file.id])
         return Response(status_code=204)
@@ -260,14 +254,14 @@ class ReplicateApi:
         try:
             size, file = await self.files.open(request.path_params["file_id"])
         except FileNotFoundError:
-            raise problem(404, "Not found", "There is no such file; files are kept for an hour.") from None
+            raise problem(404, "Not found", NO_FILE) from None
         # A file must not act as a page of this host.
-        safe = {"x-content-type-options": "nosniff", "content-security-policy": "sandbox"}
-        headers = {"content-length": str(size), **safe}
+        headers = {"x-content-type-options": "nosniff", "content-security-policy": "sandbox"}
+        headers["content-length"] = str(size)
         return Streamed(read_pieces(file, size), media_type=media_type_of(request.path_params["name"]), headers=headers)
 
 
-def _read(content: bytes) -> dict[str, Any]:
+def _read_body(content: bytes) -> dict[str, Any]:
     try:
         body = read_json(content or b"{}")
     except ValueError as error:
@@ -278,7 +272,7 @@ def _read(content: bytes) -> dict[str, Any]:
 
 
 def _read_upload(content: bytes, kind: str) -> tuple[bytes, str, str, dict[str, Any]]:
-    """The content, name, media type and description of an uploaded file."""
+    """The content, name, media type and description of an uploaded file, for `Files.write`."""
     try:
         form = read_form(content, kind)
     except ValueError as error:
@@ -314,14 +308,13 @@ def _resolve(asked: object) -> tuple[str, str | None]:
     if not isinstance(asked, str) or not asked:
         fields = [{"type": "required", "field": "version", "description": "version is required"}]
         raise problem(422, "Input validation failed", "- version is required\n", invalid_fields=fields)
-    if not (found := VERSION.fullmatch(asked)):
+    if not (found := VERSION_FORM.fullmatch(asked)):
         forms = "a version's id, owner/name or owner/name:id, each part of 1 to 128 letters, digits and _ . ~ -"
         raise problem(422, "Bad version", f"version is {asked[:80]!r}; it must be {forms}.")
     return found["model"] or f"{OWNER}/{NAME}", found["of"] or found["id"]
 
 
 def _webhook(body: dict[str, Any], private: bool) -> dict[str, Any]:
-    """The URL and the events of a client's webhook."""
     webhook, events = body.get("webhook"), body.get("webhook_events_filter") or list(EVENTS)
     if webhook is None and body.get("webhook_completed"):
         webhook, events = body["webhook_completed"], ["completed"]
@@ -355,7 +348,7 @@ def _lifetime(durations: list[str]) -> timedelta | None:
     return lifetime
 
 
-def _file(file: File, base: str) -> dict[str, Any]:
+def _show_file(file: File, base: str) -> dict[str, Any]:
     names = ("id", "name", "content_type", "size", "created_at", "expires_at")
     return {
         **{name: getattr(file, name) for name in names},

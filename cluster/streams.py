@@ -30,20 +30,17 @@ class _Watch:
 
     def __init__(self, predictions: Predictions, prediction_id: str) -> None:
         self.known: Prediction | None = None
-        self.logs, self.outputs = "", []
-        self.over = False
-        # Set, and replaced by a new one, at each change.
-        self.news = asyncio.Event()
-        self.listeners = 0
+        self.logs, self.outputs, self.over, self.listeners = "", [], False, 0
+        self.news = asyncio.Event()  # set, and replaced by a new one, at each change
         self.task = spawn(self._look(predictions, prediction_id))
 
     async def _look(self, predictions: Predictions, prediction_id: str) -> None:
         try:
             while known := await predictions.get(prediction_id):
                 if known != self.known:
-                    output = known.output
+                    output = [] if known.output is None else known.output
+                    self.outputs = output if isinstance(output, list) else [output]
                     self.known, self.logs, self.over = known, lines(known.whole_log), known.finished
-                    self.outputs = output if isinstance(output, list) else [] if output is None else [output]
                     self.news.set()
                     self.news = asyncio.Event()
                 if known.finished:

@@ -19,9 +19,8 @@ _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 def find_fault(headers: Iterable[tuple[str, str]], *, form: bool = False) -> tuple[int, str] | None:
     """Why a request may be a foreign page's: a status of HTTP and a sentence that begins with the header; None if not.
 
-    Args:
-        headers: names and values as they came, repeated ones too; only browsers send `Origin`.
-        form: whether the body is a form instead of JSON: foreign pages can send it, and only `Origin` shows them.
+    The headers are as they came, repeated ones too; only browsers send `Origin`. With `form`, the body may be a form
+    instead of JSON, which foreign pages can send too: only `Origin` shows them.
     """
     given: dict[str, list[str]] = {}
     for name, value in headers:

@@ -7,6 +7,7 @@ stored nor sent. This module knows JSON; it does not know what a text is for.
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 # A prediction's body has some thirty values, the header of a LoRA file with every layer 10,000.
@@ -15,21 +16,19 @@ MAX_VALUES = 100_000
 MAX_ESCAPES = 4_000_000
 MAX_DEPTH = 32
 MAX_NUMBER_CHARACTERS = 100
+_TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep."
 
 
 def read(content: bytes, max_values: int = MAX_VALUES, *, zeros: bool = False) -> Any:  # noqa: ANN401 (JSON)
     """The value of one JSON text, in UTF-8.
 
-    Whole numbers beyond 64 bits with a sign become floats: databases and validators know none larger.
+    Whole numbers beyond 64 bits with a sign become floats: databases and validators know none larger. A ValueError is a
+    sentence that begins with "it". Takes time in proportion to the text's length, and holds the GIL.
 
     Args:
-        content: the text; reading it takes time in proportion to its length, and holds the GIL.
         max_values: how many values it may have. Commas and opening brackets are counted before parsing, those in
             strings too.
         zeros: whether strings may have the character U+0000.
-
-    Raises:
-        ValueError: a sentence that begins with "it".
     """
     if 1 + sum(map(content.count, (b",", b"[", b"{"))) > max_values:
         raise ValueError(f"it has more than {max_values} values, commas and brackets in strings counted.")
@@ -49,26 +48,23 @@ def read(content: bytes, max_values: int = MAX_VALUES, *, zeros: bool = False) -
         raise ValueError(_TOO_DEEP) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"it is no JSON: {error}.") from None
-    _check(value, zeros)
+    _check([value], zeros)
     return value
 
 
-_TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep."
-
-
 def _whole(text: str) -> int | float:
-    number = int(_short(text))
+    number = int(_bounded(text))
     return number if -(2**63) <= number < 2**63 else float(number)
 
 
 def _real(text: str) -> float:
-    number = float(_short(text))
+    number = float(_bounded(text))
     if math.isinf(number):
         raise ValueError(f"it has the number {text}; numbers must be below 1.8e308.")
     return number
 
 
-def _short(text: str) -> str:
+def _bounded(text: str) -> str:
     if len(text) > MAX_NUMBER_CHARACTERS:
         raise ValueError(f"it has a number of {len(text)} characters; it must have at most {MAX_NUMBER_CHARACTERS}.")
     return text
@@ -81,29 +77,32 @@ def _no_constant(name: str) -> None:
 def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
     named = dict(members)
     if len(named) < len(members):
-        (twice, _), *_ = Counter(name for name, _ in members).most_common(1)
+        twice = next(name for name, count in Counter(name for name, _ in members).items() if count > 1)
         raise ValueError(f"it has the name {twice[:80]!a} twice in one object.")
     return named
 
 
-def _check(value: Any, zeros: bool, depth: int = 0) -> None:  # noqa: ANN401 (JSON)
+def _check(values: Sequence[Any], zeros: bool, depth: int = 0) -> None:
     """Refuse values that are nested too deep, and strings that not every database and encoding can hold."""
-    if depth > MAX_DEPTH:
+    if values and depth > MAX_DEPTH:
         raise ValueError(_TOO_DEEP)
-    match value:
-        case str():
-            if "\0" in value and not zeros:
-                raise ValueError("it has the character U+0000 in a string, which databases cannot keep.")
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                half = f"half of a surrogate pair, U+{ord(value[error.start]):04X}"
-                raise ValueError(f"it has {half}, in a string, which is no character.") from None
-        case list():
-            for item in value:
-                _check(item, zeros, depth + 1)
-        case dict():
-            _check([*value, *value.values()], zeros, depth)
+    for value in values:
+        if isinstance(value, str):
+            _check_text(value, zeros)
+        elif isinstance(value, dict):
+            _check([*value, *value.values()], zeros, depth + 1)
+        elif isinstance(value, list):
+            _check(value, zeros, depth + 1)
+
+
+def _check_text(text: str, zeros: bool) -> None:
+    if "\0" in text and not zeros:
+        raise ValueError("it has the character U+0000 in a string, which databases cannot keep.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"half of a surrogate pair, U+{ord(text[error.start]):04X}"
+        raise ValueError(f"it has {half}, in a string, which is no character.") from None
 
 
 def compact(value: Any, *, sort: bool = True) -> str:  # noqa: ANN401 (JSON)

@@ -102,7 +102,7 @@ async def test_a_file_may_be_a_term_of_a_sum_or_of_json(tmp_path: Path) -> None:
 
 def test_a_text_that_only_begins_like_a_file_stays_what_it_is(tmp_path: Path) -> None:
     files = Files(str(tmp_path))
-    for text in ("data:;base64,!!!!", "data:;base64,a", "data:", "data:x"):
+    for text in ("data:;base64,!!!!", "data:;base64,a", "data:", "data:x", "data: a title, and more"):
         stored: dict[str, File] = {}
         output = asyncio.run(files.store_output([text], stored))
         assert (output, stored) == ([text], {})

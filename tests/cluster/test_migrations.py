@@ -73,7 +73,7 @@ def test_the_newest_revision_is_what_the_code_has(database_url: str, before: str
 
 async def test_fronts_of_the_version_before_run_beside_new_ones(database_url: str) -> None:
     """A front from before names the columns that it knows, and only these: it starts, adds, reads, adopts and ends."""
-    start(database_url)
+    await asyncio.to_thread(start, database_url)
     row = (
         f"'{now()}', '{{}}', '{{}}', 'cog', '', '', '', NULL, '[]', false, false, 0, 'starting', NULL, NULL, '', '{{}}'"
     )
@@ -97,7 +97,7 @@ async def test_fronts_of_the_version_before_run_beside_new_ones(database_url: st
 
 
 async def test_tables_that_a_newer_version_has_expanded_are_used_as_they_are(database_url: str) -> None:
-    start(database_url)
+    await asyncio.to_thread(start, database_url)
     run(
         database_url,
         "ALTER TABLE predictions ADD COLUMN later INTEGER NOT NULL DEFAULT 7; CREATE TABLE later (id INTEGER);"

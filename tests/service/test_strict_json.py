@@ -7,7 +7,7 @@ from service import strict_json
 
 GOOD = [
     b"null", b" [1, -2.5e3, true, {}] ", b'{"a": {"b": [""]}}', '"ü\\u00fc\\ud83d\\ude00"'.encode(),
-    b"9223372036854775807", b"-9223372036854775808", b'{"a":1,"b":{"a":1}}',
+    b"9223372036854775807", b"-9223372036854775808", b'{"a":1,"b":{"a":1}}', b"[" * 33 + b"]" * 33,
 ]  # fmt: skip
 BAD = {
     b"": "it is no JSON: Expecting value: line 1 column 1 (char 0).",
