@@ -39,7 +39,7 @@ class Patience:
 
     def within(self, seconds: float) -> "Patience":
         """The same with at most that many seconds for each silence."""
-        seconds = max(seconds, 0.1)  # to a socket, 0 means something else
+        seconds = max(seconds, 0.1)  # 0 would make a socket non-blocking
         return replace(self, connect=min(self.connect, seconds), stall=min(self.stall, seconds))
 
 
@@ -99,7 +99,7 @@ class Client(Connections):
         raise AssertionError
 
     def pause(self, seconds: float) -> None:
-        """Wait a little longer, at random: clients that were refused together should not return together."""
+        """Wait, for up to a quarter more at random: else clients that were refused together return together."""
         if self.stopped.wait(seconds * random.uniform(1, 1.25)):
             raise StoppedError
 
@@ -150,7 +150,30 @@ class Client(Connections):
     def broken(self, source: Source, url: str, error: Exception) -> ValueError:
         """A sentence about a connection that failed; raises `StoppedError` if it failed because of `stop`."""
         self.check()
-        return _broken(source, url, error, self._way(url))
+        host, way = host_of(url), self._way(url)
+        if isinstance(error, urllib3.exceptions.ProtocolError) and isinstance(error.args[-1], Exception):
+            error = error.args[-1]
+        if isinstance(error, urllib3.exceptions.ProxyError):
+            # The proxy is named without its address, which is the operator's business.
+            if answered := re.match(r"Tunnel connection failed: (\d{3})\b", str(error.original_error)):
+                return _refused_by_proxy(source, host, int(answered[1]))
+            return UnavailableError(f"{source.name} cannot be fetched: the server's proxy cannot be reached.")
+        if isinstance(error, PrivateAddressError):
+            return ValueError(
+                f"{source.name} cannot be fetched: {host} is an address of the server's own network; it must be a "
+                "public one, unless whoever runs the server sets WEIGHTS_ALLOW_PRIVATE_HOSTS=1."
+            )
+        if isinstance(error, urllib3.exceptions.LocationValueError | UnicodeError):
+            return ValueError(f"{source.name} is no address that can be connected to.")
+        if fault := untrusted(error):
+            return ValueError(f"{source.name} cannot be fetched: the certificate of {host} is not valid: {fault}")
+        if isinstance(error, socket.gaierror):
+            reason = f"there is no host {host}, or it cannot be looked up"
+        elif isinstance(error, urllib3.exceptions.TimeoutError | TimeoutError):
+            reason = f"{host} does not answer{way}"
+        else:
+            reason = f"the connection to {host}{way} failed or broke off"
+        return UnavailableError(f"{source.name} cannot be fetched: {reason}.")
 
     def _way(self, url: str) -> str:
         return "" if self.proxy(url) is None else " through the server's proxy"
@@ -186,13 +209,12 @@ def no_answer(name: str, url: str) -> UnavailableError:
 
 
 def _origin(url: str) -> tuple[str, str]:
-    """The scheme, and the host with its port as they are written."""
     parts = urlsplit(url)
     return parts.scheme, parts.netloc.lower()
 
 
 def _follow(source: Source, url: str, location: str) -> str:
-    """Where a redirect leads."""
+    """The address that a redirect leads to."""
     with contextlib.suppress(UnicodeError):
         # Headers are decoded as Latin-1, but mostly UTF-8.
         location = location.encode("latin-1").decode()
@@ -207,32 +229,6 @@ def _follow(source: Source, url: str, location: str) -> str:
     return url
 
 
-def _broken(source: Source, url: str, error: Exception, way: str) -> ValueError:
-    """A sentence about a connection that failed; `way` says where it led through."""
-    host = host_of(url)
-    if isinstance(error, urllib3.exceptions.ProtocolError) and isinstance(error.args[-1], Exception):
-        error = error.args[-1]
-    if isinstance(error, urllib3.exceptions.ProxyError):
-        # The proxy is named without its address, which is the operator's business.
-        if answered := re.match(r"Tunnel connection failed: (\d{3})\b", str(error.original_error)):
-            return _refused_by_proxy(source, host, int(answered[1]))
-        return UnavailableError(f"{source.name} cannot be fetched: the server's proxy cannot be reached.")
-    if isinstance(error, PrivateAddressError):
-        return ValueError(
-            f"{source.name} cannot be fetched: {host} is an address of the server's own network; it must be a public "
-            "one, unless whoever runs the server sets WEIGHTS_ALLOW_PRIVATE_HOSTS=1."
-        )
-    if isinstance(error, urllib3.exceptions.LocationValueError | UnicodeError):
-        return ValueError(f"{source.name} is no address that can be connected to.")
-    if fault := untrusted(error):
-        return ValueError(f"{source.name} cannot be fetched: the certificate of {host} is not valid: {fault}")
-    if isinstance(error, socket.gaierror):
-        return UnavailableError(f"{source.name} cannot be fetched: there is no host {host}, or it cannot be looked up.")
-    if isinstance(error, urllib3.exceptions.TimeoutError | TimeoutError):
-        return UnavailableError(f"{source.name} cannot be fetched: {host} does not answer{way}.")
-    return UnavailableError(f"{source.name} cannot be fetched: the connection to {host}{way} failed or broke off.")
-
-
 def _refused_by_proxy(source: Source, host: str, status: int) -> ValueError:
     sentence = f"{source.name} cannot be fetched: the server's proxy answered {_said(status)} for {host}"
     if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
@@ -243,12 +239,10 @@ def _refused_by_proxy(source: Source, host: str, status: int) -> ValueError:
 
 
 def _said(status: int) -> str:
-    """A status as people read it: 404 Not Found."""
-    return f"{status} {http.client.responses.get(status, '')}".rstrip()
+    return f"{status} {http.client.responses.get(status, '')}".rstrip()  # 404 Not Found
 
 
 def _refusal(source: Source, url: str, response: urllib3.BaseHTTPResponse, way: str) -> ValueError:
-    """A sentence about a status that is an error."""
     status, host = response.status, host_of(url)
     if way and status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
         return _refused_by_proxy(source, host, status)

@@ -1,7 +1,7 @@
 """Connections of one piece of work: to checked addresses, or through the operator's proxy; ended from another thread.
 
-A host can lead its name to any address and answer as slowly as it likes: both are bounded here, around urllib3. The
-only variable that is read is SSL_CERT_FILE, and netrc is not.
+A host chooses the addresses of its name and the speed of its answers: here, around urllib3, addresses are checked and
+times are bounded. Of the environment only SSL_CERT_FILE is read, and no netrc.
 """
 
 import base64
@@ -119,20 +119,18 @@ class _Bounded(io.RawIOBase):
         self.begin()
 
     def begin(self) -> None:
-        """Start the timeout anew: the socket's seconds for one byte, for all reads from now on."""
+        """Give all reads from now on, together, the seconds that the socket would give each."""
         self._until = time.monotonic() + self._seconds
 
     def readable(self) -> bool:
-        """It is."""
         return True
 
     def readinto(self, buffer: bytearray | memoryview) -> int | None:
         """The next bytes; TimeoutError where none come in time."""
-        self._sock.settimeout(max(self._until - time.monotonic(), 0.001))  # to a socket, 0 means something else
+        self._sock.settimeout(max(self._until - time.monotonic(), 0.001))  # 0 would make the socket non-blocking
         return self._received.readinto(buffer)
 
     def close(self) -> None:
-        """Close the reader, not the socket."""
         self._received.close()
         super().close()
 
@@ -203,10 +201,10 @@ def trusted_authorities() -> ssl.SSLContext:
         ValueError: a sentence, where SSL_CERT_FILE has none; OpenSSL would ignore that, and refuse hosts later.
     """
     context = ssl.create_default_context()
-    system = ssl.get_default_verify_paths().openssl_cafile  # which OpenSSL leaves out where SSL_CERT_FILE is set
     context.load_verify_locations(certifi.where())
     with contextlib.suppress(OSError):  # there may be none
-        context.load_verify_locations(system)
+        # OpenSSL itself ignores the system's authorities where SSL_CERT_FILE is set.
+        context.load_verify_locations(ssl.get_default_verify_paths().openssl_cafile)
     if named := os.environ.get("SSL_CERT_FILE"):
         try:
             context.load_verify_locations(named)
@@ -263,19 +261,17 @@ class Connections:
         return manager
 
     def ask(self, url: str, headers: Mapping[str, str], form: bytes | None = None) -> urllib3.BaseHTTPResponse:
-        """The answer of a URL, to a POST if there is a form; redirects are not followed.
+        """The answer to a GET, or to a POST if there is a form; redirects are not followed.
 
         Raises:
             urllib3.exceptions.HTTPError, OSError, UnicodeError: there is no answer, perhaps because it was stopped.
             StoppedError: it was stopped.
         """
         self.check()
-        method, typed = "GET", {}
         if form is not None:
-            method, typed = "POST", {"Content-Type": "application/x-www-form-urlencoded"}
-        return self._managers[self.proxy(url)].request(
-            method, url, headers={**headers, **typed}, body=form, redirect=False, retries=False, preload_content=False
-        )
+            headers = {**headers, "Content-Type": "application/x-www-form-urlencoded"}
+        options = {"headers": headers, "body": form, "redirect": False, "retries": False, "preload_content": False}
+        return self._managers[self.proxy(url)].request("GET" if form is None else "POST", url, **options)
 
     def proxy(self, url: str) -> str | None:
         """The proxy for a URL, if any: it then looks up the host, and decides what may be reached."""
@@ -334,6 +330,5 @@ class Connections:
 
     def remember(self, sock: socket.socket) -> None:
         """Let `disconnect` shut a socket down."""
-        # TLS within TLS is no socket, but has one.
-        self._sockets.add(getattr(sock, "socket", sock))
+        self._sockets.add(getattr(sock, "socket", sock))  # urllib3's TLS within TLS is no socket, but has one
         self.check()
