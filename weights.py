@@ -111,15 +111,12 @@ class WeightsCache:
         trusted_authorities()  # tells the operator about a bad SSL_CERT_FILE now, not with the first request
 
     def choices(self, text: str, scale: float, *, own: bool = False) -> list[LoraChoice]:
-        """The LoRAs that an input names; the existence of those in LORAS_DIR is checked.
+        """The LoRAs that an input names, those of LORAS_DIR after a look that they are there; nothing is fetched.
 
         Args:
             text: see `sources.choices`.
             scale: of the input.
             own: whether the input is the operator's, which may be a path.
-
-        Raises:
-            ValueError: a sentence, before anything is fetched.
         """
         choices = read_own_choices(text, scale) if own else read_choices(text, scale)
         for choice in choices:
@@ -131,12 +128,12 @@ class WeightsCache:
         return choices
 
     def open(self, reference: str, until: float = math.inf, model: str = "dev") -> AbstractContextManager[LoraFile]:
-        """The file that a reference means now; it is not evicted inside.
+        """The file that a reference means now; it is not evicted within the context.
 
         Args:
             reference: see `sources.references`.
             until: when it must be there, by `time.monotonic`.
-            model: what it is drawn with, dev or schnell.
+            model: the model that draws, dev or schnell.
 
         Raises:
             ValueError: a sentence that names the source, what it answered and what to do.
@@ -167,8 +164,7 @@ class WeightsCache:
         self, choice: LoraChoice, until: float = math.inf, model: str = "dev"
     ) -> AbstractContextManager[LoraFile]:
         """The same for a choice of an input, whose reference may be a path only if it is the operator's own."""
-        opened = self.open_local if choice.trusted else self.open
-        return opened(choice.reference, until, model)
+        return (self.open_local if choice.trusted else self.open)(choice.reference, until, model)
 
     @contextmanager
     def _opened(self, work: "Callable[[_Lookup], Held]", name: str, until: float) -> Iterator[LoraFile]:
@@ -201,7 +197,6 @@ class _Record:
         key: str | None = None,
         answer: Stream | None = None,
     ) -> None:
-        """Replace all but the time."""
         self.sha256, self.trigger_words, self.config, self.key = sha256, list(trigger_words), config, key
         self.validators, self.place = (answer.validators, answer.place) if answer else ({}, None)
 
@@ -219,8 +214,6 @@ class _Record:
 
 
 class _Lookup:
-    """Looks up one reference and fetches its file, with a client that can be stopped."""
-
     def __init__(self, settings: Settings, client: Client) -> None:
         self._settings, self._client = settings, client
         self._store = Store(settings.cache_dir, settings.cache_bytes, settings.lora_max_bytes)
@@ -266,7 +259,6 @@ class _Lookup:
         return file
 
     def _fetch_config(self, source: Source | None, hasty: bool) -> str:
-        """The config that lies beside a file at its host."""
         if source is None:
             return ""
         configs.admit(source.size or 0, source.name)
@@ -279,11 +271,12 @@ class _Lookup:
 
     def _download(self, source: Source, record: _Record, cached: BinaryIO | None, config: str) -> BinaryIO:
         """The file as its host sends it; the cached one, where the host answers that nothing has changed."""
-        # A source with a key is here because the key has changed, be it only for another config.
+        # A source with a key comes here only if the key has changed, perhaps because of the config alone.
         conditional = cached is not None and source.key is None
         conditions = record.conditions() if conditional else {}
         stream = self._client.persist(lambda: self._client.open(source, conditions), hasty=cached is not None)
         if stream.status == HTTPStatus.NOT_MODIFIED and record.place != stream.place:
+            stream.close()
             stream = self._client.persist(lambda: self._client.open(source))
         with stream:
             if conditional and record.describes(stream):
@@ -295,7 +288,6 @@ class _Lookup:
         return file
 
     def _receive(self, stream: Stream) -> tuple[BinaryIO, Contents]:
-        """Download a file into the store, and check it as it comes."""
         source = stream.source
         contents = Contents(source.name, stream.size, source.web_page)
         with self._store.incoming(source.name) as (file, reserve):
@@ -364,11 +356,7 @@ class _Lookup:
 
 
 def _open_regular(path: Path, name: str) -> BinaryIO:
-    """A file of the operator's: no pipe, which would wait for a writer, and no device, which has no end.
-
-    Raises:
-        ValueError: a sentence, also where it is gone since it was found.
-    """
+    """A file of the operator's: no pipe, which would wait for a writer, and no device, which has no end."""
     try:
         file = open(path, "rb", opener=lambda place, flags: os.open(place, flags | os.O_NONBLOCK))  # noqa: SIM115
     except OSError as error:
