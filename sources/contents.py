@@ -50,7 +50,7 @@ class Contents:
 
     Args:
         name: of the file, as it may be shown.
-        size: in bytes, where it is known beforehand.
+        size: in bytes, where the host states it.
         web_page: the reason why a host may send a web page instead; `WEB_PAGE` if not given.
         kinds: the kinds that are accepted.
         shown: whether a sentence may quote its first bytes.
@@ -144,7 +144,6 @@ def trigger_words_in(file: BinaryIO) -> tuple[str, ...]:
 
 
 def _sniff(head: bytes) -> str | None:
-    """A file's kind by its first bytes."""
     if head[8:9] == b"{" and head[5:8] == bytes(3):
         return "safetensors"
     if head[257:262] == b"ustar":
