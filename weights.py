@@ -67,6 +67,8 @@ __all__ = [
 PARTS = {"schnell": ("transformer", "scheduler")}
 # The folders of a model that must have a config.json; the checker and the classifier have one folder.
 CONFIGURED = {"dev": ("transformer", "text_encoder", "text_encoder_2", "vae"), "schnell": ("transformer",)}
+# The headers that tell a file's version, and those that ask for the file only if it has another one.
+VALIDATORS = {"ETag": "If-None-Match", "Last-Modified": "If-Modified-Since"}
 # A LoRA, and its file, which is not evicted as long as it is open.
 Held = tuple[BinaryIO, LoraFile]
 
@@ -198,12 +200,9 @@ class _Record:
         answer: Stream | None = None,
     ) -> None:
         self.sha256, self.trigger_words, self.config, self.key = sha256, list(trigger_words), config, key
-        self.validators, self.place = (answer.validators, answer.place) if answer else ({}, None)
-
-    def conditions(self) -> dict[str, str]:
-        """The headers that ask for the file only if it has changed."""
-        names = {"ETag": "If-None-Match", "Last-Modified": "If-Modified-Since"}
-        return {names[name]: value for name, value in self.validators.items()}
+        sent = answer.headers if answer else {}
+        self.validators = {name: sent[name] for name in VALIDATORS if name in sent}
+        self.place = answer.place if answer else None
 
     def describes(self, stream: Stream) -> bool:
         """Whether an answer says that nothing has changed: some hosts send the whole file, with the same ETag."""
@@ -273,7 +272,7 @@ class _Lookup:
         """The file as its host sends it; the cached one, where the host answers that nothing has changed."""
         # A source with a key comes here only if the key has changed, perhaps because of the config alone.
         conditional = cached is not None and source.key is None
-        conditions = record.conditions() if conditional else {}
+        conditions = {VALIDATORS[name]: sent for name, sent in record.validators.items()} if conditional else {}
         stream = self._client.persist(lambda: self._client.open(source, conditions), hasty=cached is not None)
         if stream.status == HTTPStatus.NOT_MODIFIED and record.place != stream.place:
             stream.close()

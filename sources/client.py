@@ -208,6 +208,13 @@ def no_answer(name: str, url: str) -> UnavailableError:
     return UnavailableError(f"{name} cannot be looked up: {host_of(url)} sent something else than an answer.")
 
 
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """The seconds that a host asks to wait, as a number or a date; None where it does not, or not in that form."""
+    with contextlib.suppress(KeyError, urllib3.exceptions.InvalidHeader, ValueError):  # ValueError: too many digits
+        return urllib3.Retry().parse_retry_after(headers["Retry-After"])
+    return None
+
+
 def _origin(url: str) -> tuple[str, str]:
     parts = urlsplit(url)
     return parts.scheme, parts.netloc.lower()
@@ -250,10 +257,7 @@ def _refusal(source: Source, url: str, response: urllib3.BaseHTTPResponse, way: 
         return source.explain(status, response.headers)
     sentence = f"{source.name} cannot be fetched: {host} answered {_said(status)}{way}"
     if status in (408, 425, 429) or status >= 500:
-        pause = None
-        with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError):  # no number, or one of too many digits
-            pause = urllib3.Retry().get_retry_after(response)
-        return UnavailableError(f"{sentence}; try again later.", pause)
+        return UnavailableError(f"{sentence}; try again later.", retry_after(response.headers))
     if host == "replicate.delivery" and status in (403, 404):
         advice = "the files of a prediction are deleted after an hour: name the model as owner/name instead"
     elif status in source.advice:
@@ -273,7 +277,7 @@ class Stream(contextlib.AbstractContextManager):
         place: the URL without its query: a signature is secret, and differs from one redirect to the next.
         status: 200, 206 or 304.
         position: of the next byte, within the file.
-        end: the position behind the last byte, where the host states it.
+        end: the position behind the answer's last byte, where the host states it.
         size: of the whole file, where the host states it.
     """
 
@@ -303,11 +307,6 @@ class Stream(contextlib.AbstractContextManager):
     def is_part(self) -> bool:
         """Whether it is less than the whole file, by its header."""
         return self.status == HTTPStatus.PARTIAL_CONTENT and (self.position, self.end) != (0, self.size)
-
-    @property
-    def validators(self) -> dict[str, str]:
-        """The ETag and Last-Modified headers, if the host sent them."""
-        return {name: self.headers[name] for name in ("ETag", "Last-Modified") if name in self.headers}
 
     def read(self, limit: int = CHUNK) -> bytes:
         """The next bytes, as soon as there are some; none at the end.

@@ -52,7 +52,7 @@ REACHABLE = {
     )
     for block in blocks.split()
 }
-MAPPED, NAT64, SIX_TO_FOUR = map(ipaddress.ip_network, ("::ffff:0:0/96", "64:ff9b::/96", "2002::/16"))
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # The four bytes before the IPv4 address at the end of an ISATAP address, under any prefix.
 ISATAP = (0x0000_5EFE, 0x0200_5EFE)
 
@@ -76,11 +76,11 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 
 def _embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
     """The IPv4 address that a gateway, or this machine, would turn an IPv6 one into."""
-    if address in SIX_TO_FOUR:
-        return ipaddress.IPv4Address(int(address) >> 80 & 0xFFFF_FFFF)
-    if address in MAPPED or address in NAT64 or (address.version == 6 and int(address) >> 32 & 0xFFFF_FFFF in ISATAP):
-        return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
-    return None
+    if address.version == 4:
+        return None
+    at_end = address in NAT64 or int(address) >> 32 & 0xFFFF_FFFF in ISATAP
+    last = ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF) if at_end else None
+    return address.sixtofour or address.ipv4_mapped or last
 
 
 def split_login(url: str) -> tuple[str, str | None]:

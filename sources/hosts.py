@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from settings import Settings, names_host
 from sources import configs
-from sources.client import Source, UnavailableError, no_answer
+from sources.client import Source, UnavailableError, no_answer, retry_after
 from sources.references import COMMIT, Civitai, HuggingFace, Replicate, Url
 from sources.shown import brief, hide_tokens, host_of, noted, redact
 
@@ -167,11 +167,8 @@ def explain_hugging_face(
         return ValueError(f"{name} cannot be fetched: {host} answered {status}; {_needs_token(account)}.")
     if status != 429 and status < 500:
         return ValueError(f"{name} cannot be fetched: {host} answered {status}.")
-    pause = headers.get("Retry-After", "")
-    return UnavailableError(
-        f"{name} cannot be looked up: {host} answered {status}; try again later.",
-        float(pause) if pause.isdecimal() else None,
-    )
+    sentence = f"{name} cannot be looked up: {host} answered {status}; try again later."
+    return UnavailableError(sentence, retry_after(headers))
 
 
 def _weights_in(repo: _Repo, folder: str) -> list[str]:

@@ -55,7 +55,7 @@ class _Named:
 
     @property
     def name(self) -> str:
-        """The address without secrets; if it has none, parsing the name gives the same reference."""
+        """The address without secrets: if it has none, this parses to the same. Forms without address override it."""
         return redact(self.address)
 
 

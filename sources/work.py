@@ -1,7 +1,6 @@
 """Work that waits for hosts and disks, in a thread that ends when its caller is interrupted.
 
-The caller's thread notices a cancellation when it checks a flag; a blocking call would delay that for as long as the
-host likes.
+A cancellation is a flag, which the caller's thread checks: a blocking call would delay that as long as the host likes.
 """
 
 import contextvars
