@@ -63,7 +63,7 @@ __all__ = [
     "read_choices",
 ]
 
-# What is read of a repo, where that is not all: schnell is drawn with dev's text encoders, tokenizers and VAE.
+# The folders of a repo that are read, if not all: schnell is drawn with dev's text encoders, tokenizers and VAE.
 PARTS = {"schnell": ("transformer", "scheduler")}
 # The folders of a model that must have a config.json; the checker and the classifier have one folder.
 CONFIGURED = {"dev": ("transformer", "text_encoder", "text_encoder_2", "vae"), "schnell": ("transformer",)}
@@ -81,7 +81,7 @@ def outlines(
 
 
 def fetch(settings: Settings, patience: Patience = PATIENCE) -> Models:
-    """All base models, as folders on this machine: of repos what is missing is downloaded.
+    """All base models, as folders on this machine; missing files of repos are downloaded.
 
     Raises:
         ValueError: a sentence about why one cannot be had, and what to accept and to set where it is gated.
@@ -252,7 +252,7 @@ class _Lookup:
             record.remember(source.sha256, source.trigger_words or trigger_words_in(file), config, source.key)
             return file
         file = self._download(source, record, cached, config)
-        # A file that the reference's own token gave access to is for those who have it; all may learn its hash.
+        # A file that was fetched with the reference's own token is only for holders of the token: hashes are public.
         if wanted.token is None:
             self._store.grant(source.sha256)
         return file

@@ -1,4 +1,4 @@
-"""Archives with a LoRA in them: tar, zip and gzip, none of whose statements about themselves are trusted.
+"""Archives with a LoRA in them: tar, zip and gzip, whose own statements of sizes and names are not trusted.
 
 One member is written, into a file that the caller has opened; no member's name becomes a path. Tars are parsed here
 because tarfile keeps every header, copies each into the next, and searches them with patterns of quadratic time.

@@ -209,7 +209,7 @@ class _Model:
         return _Files(commit, self.home / "snapshots" / commit, {path: sizes[path] for path in needed}, listed)
 
     def _download(self, files: _Files, paths: list[str]) -> None:
-        """Have the library download these files, if any and if the disk has room for them."""
+        """Let the library download these files, if any; `ValueError` if the disk has no room for them."""
         if not paths:
             return
         name, host = self.reference.name, host_of(self.settings.hf_endpoint)
@@ -249,7 +249,7 @@ class _Model:
             raise UnavailableError(f"{name} cannot be fetched: the connection to {host} failed or broke off.")
 
     def _sweep(self) -> None:
-        """Delete the halves of files that killed processes have left; the library locks what it is writing."""
+        """Delete the unfinished files of killed processes; the library locks those that it is writing."""
         for file in self.home.glob("blobs/*.incomplete"):
             lock = self.home.parent / ".locks" / self.home.name / f"{file.name.rsplit('.', 2)[0]}.lock"
             with suppress(OSError), WeakFileLock(lock, timeout=0.1):
@@ -351,7 +351,7 @@ def _promised(folder: Path) -> set[str]:
 
 def _outline_folder(folder: Path) -> Outline:
     sizes = {path: size for path, size in _sizes(folder).items() if path.count("/") == 1}
-    # `_needed` knows a pipeline by its model_index.json, without which drawing works.
+    # Drawing does not need model_index.json, but `_needed` recognizes a pipeline by it.
     needed = [path for path in _needed({*sizes, "model_index.json"}) if path in sizes]
     return _outlined({path: sizes[path] for path in needed}, lambda path: (folder / path).read_bytes())
 

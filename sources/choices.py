@@ -149,7 +149,7 @@ def _is_one(text: str, parts: list[str]) -> bool:
     if any(SCHEME.match(unwrapped(part)) for part in parts[1:]):
         return False
     try:
-        # Of addresses of Replicate and CivitAI, a part is ignored: what was meant as a sum would be lost.
+        # The parsers of Replicate and CivitAI ignore the end of an address: a LoRA in it would be ignored too.
         return not isinstance(parse(split_factor(text)[0]), Replicate | Civitai)
     except ValueError:
         return False

@@ -24,7 +24,7 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util import connection
 
-# Of one download: enough where a host slows each connection down, too few to be taken for an attack.
+# For one download: enough where a host slows each connection down, too few to be taken for an attack.
 CONNECTIONS = 12
 # Azure's metadata host, which gives secrets to its machines, has an address that looks public.
 METADATA = {ipaddress.ip_address("168.63.129.16")}
@@ -136,7 +136,7 @@ class _Bounded(io.RawIOBase):
 
 
 class _Response(http.client.HTTPResponse):
-    """An answer whose whole header must come within the socket's timeout, and each piece of its body too.
+    """An answer with the socket's timeout for the whole header, and for each piece of the body.
 
     Otherwise a host could hold us for ever by sending a byte now and then: in the header, or in the lines between the
     chunks of a body. A proxy's answer to CONNECT is read through this too.
@@ -164,7 +164,7 @@ class _Checked:
 
     def _new_conn(self) -> socket.socket:
         with contextlib.ExitStack() as on_failure:
-            # With a proxy, this host is the proxy: the operator's, which may have a private address.
+            # `self.host` is the proxy where there is one: it is the operator's, and may have a private address.
             sock = self._owner.connect(self.host, self.port, self.socket_options, trusted=self.proxy is not None)
             on_failure.enter_context(sock)
             # TLS detaches the socket before the handshake, and has its own only afterwards: until then, `disconnect`
@@ -274,7 +274,7 @@ class Connections:
         return self._managers[self.proxy(url)].request("GET" if form is None else "POST", url, **options)
 
     def proxy(self, url: str) -> str | None:
-        """The proxy for a URL, if any: it then looks up the host, and decides what may be reached."""
+        """The proxy for a URL, if any: it then looks up the host, and decides which hosts may be reached."""
         parts = urlsplit(url)
         proxy = self._proxies.get(parts.scheme) or self._proxies.get("all")
         return None if proxy is None or _passed(parts, self._proxies.get("no", "")) else proxy
@@ -301,11 +301,7 @@ class Connections:
     def connect(
         self, host: str, port: int, options: Sequence[tuple[int, int, int]] | None, *, trusted: bool
     ) -> socket.socket:
-        """A connection to a host, all of whose addresses must be public unless it is trusted.
-
-        Raises:
-            OSError: it cannot be found or reached, or one of its addresses is not public.
-        """
+        """A connection to a host; `OSError` if none can be made, or if an untrusted host has a private address."""
         found = [entry[4][0] for entry in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)]
         for address in found:
             if not (trusted or self._allow_private or is_public(ipaddress.ip_address(address))):

@@ -28,7 +28,7 @@ NUMBER = "[0-9]{1,18}"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 # Characters that some systems forbid in the names of files, or that mean something else in an address.
 NO_NAME = re.compile(r'[\\:*?"<>|#;%@]')
-# The characters that a header may have; a token with others was not copied as it is.
+# The characters that a header may have: a token with any other was copied wrongly.
 TOKEN = re.compile(r"[!-~]+")
 # Pages of replicate.com, at the place of a model's owner.
 NO_OWNERS = re.compile(

@@ -164,7 +164,7 @@ def hide_tokens(text: str) -> str:
 
 
 def looks_random(text: str) -> bool:
-    """Whether a text is long enough for a secret and has what words lack: a digit, or a capital letter within."""
+    """Whether a text is long enough for a secret and unlike a word: with a digit, or a capital letter within."""
     return len(text) >= 6 and _RANDOM.search(text) is not None
 
 

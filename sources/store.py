@@ -39,13 +39,9 @@ def disk_errors_told() -> Iterator[None]:
 class Store:
     """Files named by the SHA-256 of their content, complete on the disk before they get that name.
 
-    The folders: `loras` holds the files, `incoming` those being written, `references` the notes, and `open` an empty
-    file for each content that may be given to anybody who knows its hash.
-
-    Args:
-        folder: holds these four.
-        budget: bytes that the files together may take.
-        largest: bytes that one of them may take.
+    In `folder`, `loras` holds the files, `incoming` those being written, `references` the notes, and `open` an empty
+    file for each content that may be given to anybody who knows its hash. All files together may take `budget` bytes,
+    one file `largest`.
     """
 
     def __init__(self, folder: Path, budget: int, largest: int) -> None:
@@ -135,7 +131,7 @@ class Store:
                 return
 
     def admit(self, size: int, name: str) -> None:
-        """Raise `UnfitError`, a sentence with `name`, about what is larger than a file may be."""
+        """Raise `UnfitError`, a sentence with `name`, if a file may not be that large."""
         if size > self._largest:
             raise UnfitError(
                 f"{name} has {gigabytes(size)} or more; a LoRA may have {gigabytes(self._largest)} (LORA_MAX_GB)."
