@@ -57,9 +57,8 @@ class Source:
     sha256: str | None = None
     size: int | None = None
     trigger_words: tuple[str, ...] = ()
-    # The ends of sentences about a status, and about a web page instead of the file.
-    advice: Mapping[int, str] = field(default_factory=dict)
-    web_page: str | None = None
+    advice: Mapping[int, str] = field(default_factory=dict)  # the ends of sentences about statuses
+    web_page: str | None = None  # the end of a sentence about a web page instead of the file
     config: "Source | None" = None  # beside it, see `configs`
     form: bytes | None = field(default=None, repr=False)  # sent by POST, to the source's host alone
     # The error for a status and headers, for a host that refuses in its own way.
@@ -88,15 +87,16 @@ class Client(Connections):
 
     def persist(self, attempt: Callable[[], T], hasty: bool = False) -> T:
         """The result of `attempt`, repeated while the host is unavailable, after pauses; `hasty`: tried only once."""
-        for pause in (*(() if hasty else self.patience.pauses), None):
+        pauses = iter(() if hasty else self.patience.pauses)
+        while True:
             try:
                 return attempt()
             except UnavailableError as error:
                 self.check()
+                pause = next(pauses, None)
                 if pause is None or (error.pause or 0) > self.patience.longest_pause:
                     raise
                 self.pause(error.pause or pause)
-        raise AssertionError
 
     def pause(self, seconds: float) -> None:
         """Wait, for up to a quarter more at random: else clients that were refused together return together."""
@@ -221,7 +221,6 @@ def _origin(url: str) -> tuple[str, str]:
 
 
 def _follow(source: Source, url: str, location: str) -> str:
-    """The address that a redirect leads to."""
     with contextlib.suppress(UnicodeError):
         # Headers are decoded as Latin-1, but mostly UTF-8.
         location = location.encode("latin-1").decode()

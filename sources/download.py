@@ -20,8 +20,7 @@ tqdm.set_lock(threading.RLock())
 SMALLEST_PIECE, LARGEST_PIECE = 8 * MIB, 64 * MIB
 # The range that is compared with the first answer, to see whether the host honours ranges.
 PROBE = slice(1024, 2048)
-# Bytes that are compared where a broken connection is resumed.
-OVERLAP = 1024
+OVERLAP = 1024  # bytes that are compared where a broken connection is resumed
 
 
 @dataclass

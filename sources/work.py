@@ -24,7 +24,7 @@ def run_stoppable(
     """The result, or error, of work with a client of its own, which an interruption of the caller stops.
 
     Raises:
-        ValueError: a sentence about `name`, what is fetched: it was not there `until` that `time.monotonic`.
+        ValueError: a sentence with `name`, of the thing that is fetched, once `time.monotonic` has passed `until`.
     """
     seconds = until - time.monotonic()
     client = Client(settings, patience)
