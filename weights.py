@@ -63,10 +63,12 @@ __all__ = [
     "read_choices",
 ]
 
-# What is read of a repo, where that is not all: schnell is drawn with dev's text encoders, tokenizers and VAE.
+# The folders of a repo that are read, if not all: schnell is drawn with dev's text encoders, tokenizers and VAE.
 PARTS = {"schnell": ("transformer", "scheduler")}
 # The folders of a model that must have a config.json; the checker and the classifier have one folder.
 CONFIGURED = {"dev": ("transformer", "text_encoder", "text_encoder_2", "vae"), "schnell": ("transformer",)}
+# The headers that tell a file's version, and those that ask for the file only if it has another one.
+VALIDATORS = {"ETag": "If-None-Match", "Last-Modified": "If-Modified-Since"}
 # A LoRA, and its file, which is not evicted as long as it is open.
 Held = tuple[BinaryIO, LoraFile]
 
@@ -79,7 +81,7 @@ def outlines(
 
 
 def fetch(settings: Settings, patience: Patience = PATIENCE) -> Models:
-    """All base models, as folders on this machine: of repos what is missing is downloaded.
+    """All base models, as folders on this machine; missing files of repos are downloaded.
 
     Raises:
         ValueError: a sentence about why one cannot be had, and what to accept and to set where it is gated.
@@ -111,15 +113,12 @@ class WeightsCache:
         trusted_authorities()  # tells the operator about a bad SSL_CERT_FILE now, not with the first request
 
     def choices(self, text: str, scale: float, *, own: bool = False) -> list[LoraChoice]:
-        """The LoRAs that an input names; the existence of those in LORAS_DIR is checked.
+        """The LoRAs that an input names, those of LORAS_DIR after a look that they are there; nothing is fetched.
 
         Args:
             text: see `sources.choices`.
             scale: of the input.
             own: whether the input is the operator's, which may be a path.
-
-        Raises:
-            ValueError: a sentence, before anything is fetched.
         """
         choices = read_own_choices(text, scale) if own else read_choices(text, scale)
         for choice in choices:
@@ -131,12 +130,12 @@ class WeightsCache:
         return choices
 
     def open(self, reference: str, until: float = math.inf, model: str = "dev") -> AbstractContextManager[LoraFile]:
-        """The file that a reference means now; it is not evicted inside.
+        """The file that a reference means now; it is not evicted within the context.
 
         Args:
             reference: see `sources.references`.
             until: when it must be there, by `time.monotonic`.
-            model: what it is drawn with, dev or schnell.
+            model: the model that draws, dev or schnell.
 
         Raises:
             ValueError: a sentence that names the source, what it answered and what to do.
@@ -167,8 +166,7 @@ class WeightsCache:
         self, choice: LoraChoice, until: float = math.inf, model: str = "dev"
     ) -> AbstractContextManager[LoraFile]:
         """The same for a choice of an input, whose reference may be a path only if it is the operator's own."""
-        opened = self.open_local if choice.trusted else self.open
-        return opened(choice.reference, until, model)
+        return (self.open_local if choice.trusted else self.open)(choice.reference, until, model)
 
     @contextmanager
     def _opened(self, work: "Callable[[_Lookup], Held]", name: str, until: float) -> Iterator[LoraFile]:
@@ -201,14 +199,10 @@ class _Record:
         key: str | None = None,
         answer: Stream | None = None,
     ) -> None:
-        """Replace all but the time."""
         self.sha256, self.trigger_words, self.config, self.key = sha256, list(trigger_words), config, key
-        self.validators, self.place = (answer.validators, answer.place) if answer else ({}, None)
-
-    def conditions(self) -> dict[str, str]:
-        """The headers that ask for the file only if it has changed."""
-        names = {"ETag": "If-None-Match", "Last-Modified": "If-Modified-Since"}
-        return {names[name]: value for name, value in self.validators.items()}
+        sent = answer.headers if answer else {}
+        self.validators = {name: sent[name] for name in VALIDATORS if name in sent}
+        self.place = answer.place if answer else None
 
     def describes(self, stream: Stream) -> bool:
         """Whether an answer says that nothing has changed: some hosts send the whole file, with the same ETag."""
@@ -219,8 +213,6 @@ class _Record:
 
 
 class _Lookup:
-    """Looks up one reference and fetches its file, with a client that can be stopped."""
-
     def __init__(self, settings: Settings, client: Client) -> None:
         self._settings, self._client = settings, client
         self._store = Store(settings.cache_dir, settings.cache_bytes, settings.lora_max_bytes)
@@ -260,13 +252,12 @@ class _Lookup:
             record.remember(source.sha256, source.trigger_words or trigger_words_in(file), config, source.key)
             return file
         file = self._download(source, record, cached, config)
-        # A file that the reference's own token gave access to is for those who have it; all may learn its hash.
+        # A file that was fetched with the reference's own token is only for holders of the token: hashes are public.
         if wanted.token is None:
             self._store.grant(source.sha256)
         return file
 
     def _fetch_config(self, source: Source | None, hasty: bool) -> str:
-        """The config that lies beside a file at its host."""
         if source is None:
             return ""
         configs.admit(source.size or 0, source.name)
@@ -279,11 +270,12 @@ class _Lookup:
 
     def _download(self, source: Source, record: _Record, cached: BinaryIO | None, config: str) -> BinaryIO:
         """The file as its host sends it; the cached one, where the host answers that nothing has changed."""
-        # A source with a key is here because the key has changed, be it only for another config.
+        # A source with a key comes here only if the key has changed, perhaps because of the config alone.
         conditional = cached is not None and source.key is None
-        conditions = record.conditions() if conditional else {}
+        conditions = {VALIDATORS[name]: sent for name, sent in record.validators.items()} if conditional else {}
         stream = self._client.persist(lambda: self._client.open(source, conditions), hasty=cached is not None)
         if stream.status == HTTPStatus.NOT_MODIFIED and record.place != stream.place:
+            stream.close()
             stream = self._client.persist(lambda: self._client.open(source))
         with stream:
             if conditional and record.describes(stream):
@@ -295,7 +287,6 @@ class _Lookup:
         return file
 
     def _receive(self, stream: Stream) -> tuple[BinaryIO, Contents]:
-        """Download a file into the store, and check it as it comes."""
         source = stream.source
         contents = Contents(source.name, stream.size, source.web_page)
         with self._store.incoming(source.name) as (file, reserve):
@@ -364,11 +355,7 @@ class _Lookup:
 
 
 def _open_regular(path: Path, name: str) -> BinaryIO:
-    """A file of the operator's: no pipe, which would wait for a writer, and no device, which has no end.
-
-    Raises:
-        ValueError: a sentence, also where it is gone since it was found.
-    """
+    """A file of the operator's: no pipe, which would wait for a writer, and no device, which has no end."""
     try:
         file = open(path, "rb", opener=lambda place, flags: os.open(place, flags | os.O_NONBLOCK))  # noqa: SIM115
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Archives with a LoRA in them: tar, zip and gzip, none of whose statements about themselves are trusted.
+"""Archives with a LoRA in them: tar, zip and gzip, whose own statements of sizes and names are not trusted.
 
 One member is written, into a file that the caller has opened; no member's name becomes a path. Tars are parsed here
 because tarfile keeps every header, copies each into the next, and searches them with patterns of quadratic time.
@@ -38,7 +38,7 @@ MAX_EXTENDED_BYTES = 64 * 1024
 
 
 class _Cautious(io.BufferedReader):
-    """A file of which one read takes at most MAX_READ bytes, and which raises once the caller has given up."""
+    """A file that refuses reads of more than MAX_READ bytes, and raises once the caller has given up."""
 
     def __init__(self, raw: io.RawIOBase, check: Check) -> None:
         super().__init__(raw)
@@ -54,10 +54,10 @@ class _Cautious(io.BufferedReader):
 
 
 def unpack(file: BinaryIO, packed: Contents, target: BinaryIO, reserve: Reserve, check: Check) -> Contents:
-    """Write the LoRA of an archive, or what gzip had packed, into `target`, and return its contents.
+    """The contents of an archive's LoRA, or of the file in a gzip, which is written into `target`.
 
     Raises:
-        ValueError: the archive is damaged, a bomb, or has no LoRA or several.
+        UnfitError: the archive is damaged, unpacks to too much, or has no LoRA or several.
     """
     limit = max(MAX_RATIO * packed.size, ALWAYS_ALLOWED)
 
@@ -99,7 +99,6 @@ class _Part:
         self._archive, self._position, self._end = archive, position, position + size
 
     def read(self, size: int) -> bytes:
-        """The next bytes; none at the end."""
         self._archive.seek(self._position)
         data = self._archive.read(min(size, self._end - self._position))
         self._position += len(data)
@@ -107,7 +106,7 @@ class _Part:
 
 
 def _read_tar(archive: BinaryIO) -> tuple[dict[str, _Part], Callable[[_Part], AbstractContextManager[_Part]]]:
-    """The regular files in a tar by their names, and how one is opened."""
+    """The regular files in a tar by their names, and a function that opens one."""
     end = archive.seek(0, os.SEEK_END)
     position, extended, headers, members, regular = archive.seek(0), {}, 0, 0, {}
     while (block := archive.read(tarfile.BLOCKSIZE)).strip(b"\0"):
@@ -125,8 +124,10 @@ def _read_tar(archive: BinaryIO) -> tuple[dict[str, _Part], Callable[[_Part], Ab
             if not 0 <= size <= MAX_EXTENDED_BYTES:
                 raise tarfile.TarError("an entry of it is too long")
             text = archive.read(size)
-            named = header.type == tarfile.GNUTYPE_LONGNAME
-            extended = extended | {"path": _text(text.partition(b"\0")[0])} if named else _records(text)
+            if header.type == tarfile.GNUTYPE_LONGNAME:
+                extended["path"] = _text(text.partition(b"\0")[0])
+            else:
+                extended = _records(text)
         elif header.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
             path, size = extended.get("path", header.name), int(extended.get("size", size))
             if len(path) > MAX_NAME:
@@ -143,7 +144,7 @@ def _read_tar(archive: BinaryIO) -> tuple[dict[str, _Part], Callable[[_Part], Ab
         if position > end:
             raise tarfile.TarError("unexpected end of data")
         archive.seek(position)
-    return regular, contextlib.nullcontext
+    return regular, contextlib.nullcontext  # nothing is to be closed
 
 
 def _records(text: bytes) -> dict[str, str]:
@@ -164,7 +165,7 @@ def _text(name: bytes) -> str:
 
 
 def _read_zip(archive: BinaryIO) -> tuple[dict[str, zipfile.ZipInfo], Callable[[zipfile.ZipInfo], BinaryIO]]:
-    """The regular files in a zip by their names, and how one is opened."""
+    """The regular files in a zip by their names, and a function that opens one."""
     zipped = zipfile.ZipFile(archive)
     if len(zipped.infolist()) > MAX_MEMBERS:
         raise zipfile.BadZipFile(f"more than {MAX_MEMBERS} members")
@@ -206,7 +207,7 @@ def choose(names: Iterable[str], container: str) -> str:
     """The LoRA among the files of an archive or a folder: the one called lora.safetensors, else the only one.
 
     Raises:
-        ValueError: there is none, or several.
+        UnfitError: there is none, or several.
     """
     found = [
         name

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from uuid import uuid4
 
 import httpx2
@@ -51,8 +51,7 @@ warnings.filterwarnings("ignore", "Not enough free disk space")
 VARIANT = re.compile(r"\.(?:fp16|bf16|fp32|non_ema|ema)[.-]")
 PICKLED = re.compile(r"(?:diffusion_)?pytorch_model(?:-\d+-of-\d+)?\.bin(?:\.index\.json)?")
 SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(\..*)")
-# How often a bar is drawn at most: in a log that is no terminal, each time is a line.
-DRAWN = 200
+DRAWN = 200  # how often a bar is drawn at most: in a log that is no terminal, each time is a line
 DISK = "the disk of Hugging Face's cache"
 
 
@@ -62,8 +61,8 @@ def snapshot(
     """A model in diffusers or transformers layout, as a folder.
 
     Args:
-        model: a folder, or a Hugging Face repo `owner/repo[@revision]`, of which what is missing is downloaded.
-        settings: token, mirror.
+        model: a folder, or a Hugging Face repo `owner/repo[@revision]`, whose missing files are downloaded.
+        settings: the predictor's.
         patience: how long the host may take to say what the repo has.
         parts: the folders that are needed of a repo in diffusers layout; all unless given.
 
@@ -79,10 +78,7 @@ def snapshot(
 def outline(
     model: str, settings: Settings, patience: Patience = PATIENCE, parts: tuple[str, ...] | None = None
 ) -> Outline:
-    """The outline of a model in diffusers layout; of a repo, all but the weights is downloaded for it.
-
-    Args and Raises: see `snapshot`.
-    """
+    """The outline of a model, see `snapshot`, in diffusers layout; a repo's files but weights are downloaded for it."""
     repo = _find(model)
     if isinstance(repo, Path):
         return _outline_folder(repo)
@@ -90,10 +86,7 @@ def outline(
 
 
 def on_disk(model: str, settings: Settings, parts: tuple[str, ...] | None = None) -> Path | None:
-    """A model that is on this machine, as a folder, or None; no host is asked.
-
-    Args and Raises: see `snapshot`.
-    """
+    """A model, see `snapshot`, that is on this machine, as a folder, or None; no host is asked."""
     repo = _find(model)
     if isinstance(repo, Path):
         return repo
@@ -140,7 +133,6 @@ class _Model:
 
     @property
     def home(self) -> Path:
-        """The repo's folder of the cache."""
         name = repo_folder_name(repo_id=self.reference.repo, repo_type="model")
         return Path(constants.HF_HUB_CACHE).expanduser() / name
 
@@ -173,7 +165,8 @@ class _Model:
         except ValueError as error:
             if kept is None:
                 raise
-            if weights and not constants.is_offline_mode():  # an outline is followed by a snapshot, which prints it
+            # After an outline comes a snapshot, which prints it.
+            if weights and not constants.is_offline_mode():
                 print(f"{error} The files on the disk are used.")
             return kept
 
@@ -216,7 +209,7 @@ class _Model:
         return _Files(commit, self.home / "snapshots" / commit, {path: sizes[path] for path in needed}, listed)
 
     def _download(self, files: _Files, paths: list[str]) -> None:
-        """Have the library download these files, if any and if the disk has room for them."""
+        """Let the library download these files, if any; `ValueError` if the disk has no room for them."""
         if not paths:
             return
         name, host = self.reference.name, host_of(self.settings.hf_endpoint)
@@ -239,7 +232,11 @@ class _Model:
             raise ValueError(f"{name} needs {gigabytes(missing)}, but {DISK} has {gigabytes(free)} left.")
         if any(map(_is_weights, sizes)):
             print(f"{name}: {gigabytes(missing)} to download; {DISK} has {gigabytes(free)} left.", flush=True)
-        with _bar(name, missing) as bar, self._errors_told():
+        # By bytes and not by seconds: however slow the download, a log has at most DRAWN lines of the bar. The name is
+        # in front: clients take a bar without one for the progress of drawing.
+        drawn = {"miniters": missing // DRAWN + 1, "mininterval": 1, "maxinterval": math.inf, "delay": 1}
+        options = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "leave": False}
+        with tqdm(desc=name, total=missing, **options, **drawn) as bar, self._errors_told():
 
             def count(size: int) -> None:
                 self.client.check()  # ends the library's thread once the download is given up
@@ -252,7 +249,7 @@ class _Model:
             raise UnavailableError(f"{name} cannot be fetched: the connection to {host} failed or broke off.")
 
     def _sweep(self) -> None:
-        """Delete the halves of files that killed processes have left; the library locks what it is writing."""
+        """Delete the unfinished files of killed processes; the library locks those that it is writing."""
         for file in self.home.glob("blobs/*.incomplete"):
             lock = self.home.parent / ".locks" / self.home.name / f"{file.name.rsplit('.', 2)[0]}.lock"
             with suppress(OSError), WeakFileLock(lock, timeout=0.1):
@@ -312,17 +309,10 @@ class _Model:
                 return UnavailableError(f"{name} cannot be fetched: {host} sent something else than an answer.")
 
 
-def _bar(name: str, total: int) -> tqdm:
-    """A bar for bytes, with a name in front: clients take one without for the progress of drawing."""
-    # By bytes and not by seconds: however slow the download, a log has at most DRAWN lines of it.
-    drawn = {"miniters": total // DRAWN + 1, "mininterval": 1, "maxinterval": math.inf, "delay": 1, "leave": False}
-    return tqdm(desc=name, total=total, unit="B", unit_scale=True, unit_divisor=1024, **drawn)
-
-
 def _counter(count: Callable[[int], object]) -> type[tqdm]:
-    """A class for the library's bars: none is drawn, and that of bytes on the disk calls `count`.
+    """A class for the library's bars, none of which is drawn: the one of bytes on the disk calls `count`.
 
-    The others count files and bytes from the network. HF_HUB_DISABLE_PROGRESS_BARS has no effect on it.
+    The others are of files and of bytes from the network. HF_HUB_DISABLE_PROGRESS_BARS has no effect.
     """
 
     class Counter(tqdm):
@@ -338,7 +328,6 @@ def _counter(count: Callable[[int], object]) -> type[tqdm]:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes by path, of a folder's files and those of its folders."""
     files = [file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.is_file()]
     return {str(file.relative_to(folder)): file.stat().st_size for file in files}
 
@@ -362,7 +351,7 @@ def _promised(folder: Path) -> set[str]:
 
 def _outline_folder(folder: Path) -> Outline:
     sizes = {path: size for path, size in _sizes(folder).items() if path.count("/") == 1}
-    # `_needed` knows a pipeline by its model_index.json, without which drawing works.
+    # Drawing does not need model_index.json, but `_needed` recognizes a pipeline by it.
     needed = [path for path in _needed({*sizes, "model_index.json"}) if path in sizes]
     return _outlined({path: sizes[path] for path in needed}, lambda path: (folder / path).read_bytes())
 
@@ -388,21 +377,18 @@ def _is_weights(path: str) -> bool:
 
 def _needed(paths: Collection[str]) -> list[str]:
     """The paths that diffusers and transformers read: no other libraries' weights, no copies in half precision."""
-    is_pipeline = "model_index.json" in paths
-
-    def belongs(path: str) -> bool:
-        depth, name = path.count("/"), PurePosixPath(path).name
-        # A pipeline has a folder for each part; weights beside them are the whole of it again, in one file.
-        if depth != (1 if is_pipeline and path != "model_index.json" else 0) or VARIANT.search(name):
-            return False
-        if path.startswith((".", "/")):
-            return False
-        return name.endswith((".json", ".txt", ".model", ".jinja", ".safetensors")) or bool(PICKLED.fullmatch(name))
-
-    chosen = [path for path in paths if belongs(path)]
-    safe = {str(PurePosixPath(path).parent) for path in chosen if path.endswith(".safetensors")}
+    # A pipeline has a folder for each part; weights beside them are the whole of it again, in one file.
+    depth = 1 if "model_index.json" in paths else 0
+    files = {}
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        in_place = path.count("/") == depth or path == "model_index.json"
+        if in_place and not path.startswith((".", "/")) and not VARIANT.search(name):
+            files[path] = folder, name
+    safe = {folder for folder, name in files.values() if name.endswith(".safetensors")}
+    suffixes = (".json", ".txt", ".model", ".jinja", ".safetensors")
     return [
         path
-        for path in chosen
-        if not (PICKLED.fullmatch(PurePosixPath(path).name) and str(PurePosixPath(path).parent) in safe)
+        for path, (folder, name) in files.items()
+        if (folder not in safe if PICKLED.fullmatch(name) else name.endswith(suffixes))
     ]

@@ -24,16 +24,16 @@ from sources.shown import QUOTES, quoted, redact_text
 
 PLUS = re.compile(r"\s\+\s")
 DECIMAL = re.compile(r"[+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})")
-# Behind a plus, the beginning of another reference: no address has this behind one.
+# After a plus, this begins another reference: within one address it cannot follow a plus.
 SCHEME = re.compile("https?://|data:", re.IGNORECASE)
-# Longer texts have a file in them, which takes long to decode.
+# A longer text holds a file, in a data: URI, which takes long to decode.
 LONGEST_SUM = MOST_LORAS * MAX_CHARACTERS
 # More deforms every picture, and is mostly a slip of the pen.
 LARGEST_STRENGTH = 10
 NAMES = ("path", "scale", "clip", "blocks")
 # `metrics.loras` has these too: a LoRA that is copied from there is accepted.
 REPORTED = {"name", "trigger_words", "format", "kinds", "ranks", "applied", "tensors", "ignored", "config", "left_out"}
-# In no single reference, but in what people write for a sum: zorp*0,8, zorp, bold, zorp 0.8, <lora:zorp:0.8>.
+# Signs that no single reference has, of a sum in wrong spelling: zorp*0,8, zorp, bold, zorp 0.8, <lora:zorp:0.8>.
 OTHER_SUM = re.compile(r"[*+,;×\s]|[:=@]\d*\.\d+\W*$")
 SIGNS = (
     "a factor must be a decimal such as *0.8, with at most 20 digits before and after its point, and a + between two "
@@ -66,7 +66,7 @@ def read_own_choices(text: str, scale: float = 1) -> list[LoraChoice]:
 
 
 def identities(text: str) -> set[str]:
-    """The identities of an input's LoRAs, without their factors; secret. Of a wrong or long text, the text itself."""
+    """The identities of an input's LoRAs, whatever their factors; of a wrong or long text, the text itself. Secret."""
     with suppress(ValueError):
         if len(text) <= LONGEST_SUM:
             return {identity(parse(choice.reference)) for choice in read_choices(text)}
@@ -82,7 +82,7 @@ def references(text: str) -> list[str]:
 
 
 def rewrite(text: str, renamed: Mapping[str, str]) -> str:
-    """A text for which `references` gives some, with each of them renamed; unchanged where no name changes."""
+    """The text with each of its `references` renamed; unchanged where no name changes."""
     if all(renamed[reference] == reference for reference in renamed):
         return text  # which may be a prompt that looks like JSON
     choices = read_choices(text)
@@ -99,7 +99,6 @@ def is_json(text: str) -> bool:
 
 
 def _read(text: str) -> list[LoraChoice]:
-    """The LoRAs in a text, each with its own strength."""
     return list(_read_json(unwrapped(text))) if is_json(text) else _read_sum(_unquoted(text))
 
 
@@ -150,7 +149,7 @@ def _is_one(text: str, parts: list[str]) -> bool:
     if any(SCHEME.match(unwrapped(part)) for part in parts[1:]):
         return False
     try:
-        # Of addresses of Replicate and CivitAI, a part is ignored: what was meant as a sum would be lost.
+        # The parsers of Replicate and CivitAI ignore the end of an address: a LoRA in it would be ignored too.
         return not isinstance(parse(split_factor(text)[0]), Replicate | Civitai)
     except ValueError:
         return False

@@ -39,7 +39,7 @@ class Patience:
 
     def within(self, seconds: float) -> "Patience":
         """The same with at most that many seconds for each silence."""
-        seconds = max(seconds, 0.1)  # to a socket, 0 means something else
+        seconds = max(seconds, 0.1)  # 0 would make a socket non-blocking
         return replace(self, connect=min(self.connect, seconds), stall=min(self.stall, seconds))
 
 
@@ -57,9 +57,8 @@ class Source:
     sha256: str | None = None
     size: int | None = None
     trigger_words: tuple[str, ...] = ()
-    # The ends of sentences about a status, and about a web page instead of the file.
-    advice: Mapping[int, str] = field(default_factory=dict)
-    web_page: str | None = None
+    advice: Mapping[int, str] = field(default_factory=dict)  # the ends of sentences about statuses
+    web_page: str | None = None  # the end of a sentence about a web page instead of the file
     config: "Source | None" = None  # beside it, see `configs`
     form: bytes | None = field(default=None, repr=False)  # sent by POST, to the source's host alone
     # The error for a status and headers, for a host that refuses in its own way.
@@ -88,18 +87,19 @@ class Client(Connections):
 
     def persist(self, attempt: Callable[[], T], hasty: bool = False) -> T:
         """The result of `attempt`, repeated while the host is unavailable, after pauses; `hasty`: tried only once."""
-        for pause in (*(() if hasty else self.patience.pauses), None):
+        pauses = iter(() if hasty else self.patience.pauses)
+        while True:
             try:
                 return attempt()
             except UnavailableError as error:
                 self.check()
+                pause = next(pauses, None)
                 if pause is None or (error.pause or 0) > self.patience.longest_pause:
                     raise
                 self.pause(error.pause or pause)
-        raise AssertionError
 
     def pause(self, seconds: float) -> None:
-        """Wait a little longer, at random: clients that were refused together should not return together."""
+        """Wait, for up to a quarter more at random: else clients that were refused together return together."""
         if self.stopped.wait(seconds * random.uniform(1, 1.25)):
             raise StoppedError
 
@@ -150,7 +150,30 @@ class Client(Connections):
     def broken(self, source: Source, url: str, error: Exception) -> ValueError:
         """A sentence about a connection that failed; raises `StoppedError` if it failed because of `stop`."""
         self.check()
-        return _broken(source, url, error, self._way(url))
+        host, way = host_of(url), self._way(url)
+        if isinstance(error, urllib3.exceptions.ProtocolError) and isinstance(error.args[-1], Exception):
+            error = error.args[-1]
+        if isinstance(error, urllib3.exceptions.ProxyError):
+            # The proxy is named without its address, which is the operator's business.
+            if answered := re.match(r"Tunnel connection failed: (\d{3})\b", str(error.original_error)):
+                return _refused_by_proxy(source, host, int(answered[1]))
+            return UnavailableError(f"{source.name} cannot be fetched: the server's proxy cannot be reached.")
+        if isinstance(error, PrivateAddressError):
+            return ValueError(
+                f"{source.name} cannot be fetched: {host} is an address of the server's own network; it must be a "
+                "public one, unless whoever runs the server sets WEIGHTS_ALLOW_PRIVATE_HOSTS=1."
+            )
+        if isinstance(error, urllib3.exceptions.LocationValueError | UnicodeError):
+            return ValueError(f"{source.name} is no address that can be connected to.")
+        if fault := untrusted(error):
+            return ValueError(f"{source.name} cannot be fetched: the certificate of {host} is not valid: {fault}")
+        if isinstance(error, socket.gaierror):
+            reason = f"there is no host {host}, or it cannot be looked up"
+        elif isinstance(error, urllib3.exceptions.TimeoutError | TimeoutError):
+            reason = f"{host} does not answer{way}"
+        else:
+            reason = f"the connection to {host}{way} failed or broke off"
+        return UnavailableError(f"{source.name} cannot be fetched: {reason}.")
 
     def _way(self, url: str) -> str:
         return "" if self.proxy(url) is None else " through the server's proxy"
@@ -185,14 +208,19 @@ def no_answer(name: str, url: str) -> UnavailableError:
     return UnavailableError(f"{name} cannot be looked up: {host_of(url)} sent something else than an answer.")
 
 
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """The seconds that a host asks to wait, as a number or a date; None where it does not, or not in that form."""
+    with contextlib.suppress(KeyError, urllib3.exceptions.InvalidHeader, ValueError):  # ValueError: too many digits
+        return urllib3.Retry().parse_retry_after(headers["Retry-After"])
+    return None
+
+
 def _origin(url: str) -> tuple[str, str]:
-    """The scheme, and the host with its port as they are written."""
     parts = urlsplit(url)
     return parts.scheme, parts.netloc.lower()
 
 
 def _follow(source: Source, url: str, location: str) -> str:
-    """Where a redirect leads."""
     with contextlib.suppress(UnicodeError):
         # Headers are decoded as Latin-1, but mostly UTF-8.
         location = location.encode("latin-1").decode()
@@ -207,32 +235,6 @@ def _follow(source: Source, url: str, location: str) -> str:
     return url
 
 
-def _broken(source: Source, url: str, error: Exception, way: str) -> ValueError:
-    """A sentence about a connection that failed; `way` says where it led through."""
-    host = host_of(url)
-    if isinstance(error, urllib3.exceptions.ProtocolError) and isinstance(error.args[-1], Exception):
-        error = error.args[-1]
-    if isinstance(error, urllib3.exceptions.ProxyError):
-        # The proxy is named without its address, which is the operator's business.
-        if answered := re.match(r"Tunnel connection failed: (\d{3})\b", str(error.original_error)):
-            return _refused_by_proxy(source, host, int(answered[1]))
-        return UnavailableError(f"{source.name} cannot be fetched: the server's proxy cannot be reached.")
-    if isinstance(error, PrivateAddressError):
-        return ValueError(
-            f"{source.name} cannot be fetched: {host} is an address of the server's own network; it must be a public "
-            "one, unless whoever runs the server sets WEIGHTS_ALLOW_PRIVATE_HOSTS=1."
-        )
-    if isinstance(error, urllib3.exceptions.LocationValueError | UnicodeError):
-        return ValueError(f"{source.name} is no address that can be connected to.")
-    if fault := untrusted(error):
-        return ValueError(f"{source.name} cannot be fetched: the certificate of {host} is not valid: {fault}")
-    if isinstance(error, socket.gaierror):
-        return UnavailableError(f"{source.name} cannot be fetched: there is no host {host}, or it cannot be looked up.")
-    if isinstance(error, urllib3.exceptions.TimeoutError | TimeoutError):
-        return UnavailableError(f"{source.name} cannot be fetched: {host} does not answer{way}.")
-    return UnavailableError(f"{source.name} cannot be fetched: the connection to {host}{way} failed or broke off.")
-
-
 def _refused_by_proxy(source: Source, host: str, status: int) -> ValueError:
     sentence = f"{source.name} cannot be fetched: the server's proxy answered {_said(status)} for {host}"
     if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
@@ -243,12 +245,10 @@ def _refused_by_proxy(source: Source, host: str, status: int) -> ValueError:
 
 
 def _said(status: int) -> str:
-    """A status as people read it: 404 Not Found."""
-    return f"{status} {http.client.responses.get(status, '')}".rstrip()
+    return f"{status} {http.client.responses.get(status, '')}".rstrip()  # 404 Not Found
 
 
 def _refusal(source: Source, url: str, response: urllib3.BaseHTTPResponse, way: str) -> ValueError:
-    """A sentence about a status that is an error."""
     status, host = response.status, host_of(url)
     if way and status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
         return _refused_by_proxy(source, host, status)
@@ -256,10 +256,7 @@ def _refusal(source: Source, url: str, response: urllib3.BaseHTTPResponse, way: 
         return source.explain(status, response.headers)
     sentence = f"{source.name} cannot be fetched: {host} answered {_said(status)}{way}"
     if status in (408, 425, 429) or status >= 500:
-        pause = None
-        with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError):  # no number, or one of too many digits
-            pause = urllib3.Retry().get_retry_after(response)
-        return UnavailableError(f"{sentence}; try again later.", pause)
+        return UnavailableError(f"{sentence}; try again later.", retry_after(response.headers))
     if host == "replicate.delivery" and status in (403, 404):
         advice = "the files of a prediction are deleted after an hour: name the model as owner/name instead"
     elif status in source.advice:
@@ -279,7 +276,7 @@ class Stream(contextlib.AbstractContextManager):
         place: the URL without its query: a signature is secret, and differs from one redirect to the next.
         status: 200, 206 or 304.
         position: of the next byte, within the file.
-        end: the position behind the last byte, where the host states it.
+        end: the position behind the answer's last byte, where the host states it.
         size: of the whole file, where the host states it.
     """
 
@@ -309,11 +306,6 @@ class Stream(contextlib.AbstractContextManager):
     def is_part(self) -> bool:
         """Whether it is less than the whole file, by its header."""
         return self.status == HTTPStatus.PARTIAL_CONTENT and (self.position, self.end) != (0, self.size)
-
-    @property
-    def validators(self) -> dict[str, str]:
-        """The ETag and Last-Modified headers, if the host sent them."""
-        return {name: self.headers[name] for name in ("ETag", "Last-Modified") if name in self.headers}
 
     def read(self, limit: int = CHUNK) -> bytes:
         """The next bytes, as soon as there are some; none at the end.

@@ -37,11 +37,7 @@ def text(content: bytes, name: str) -> str:
 
 
 def read_beside(file: Path) -> str:
-    """The config beside a file on the disk; empty where there is none.
-
-    Raises:
-        ValueError: it is too long, or cannot be read.
-    """
+    """The config beside a file on the disk; empty where there is none. ValueError: it is too long or unreadable."""
     try:
         # Only regular files: opening a pipe would wait for a writer.
         found = beside(file.name, [name for name in (NAME, OWNER) if file.with_name(name).is_file()])

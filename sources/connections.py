@@ -1,7 +1,7 @@
 """Connections of one piece of work: to checked addresses, or through the operator's proxy; ended from another thread.
 
-A host can lead its name to any address and answer as slowly as it likes: both are bounded here, around urllib3. The
-only variable that is read is SSL_CERT_FILE, and netrc is not.
+A host chooses the addresses of its name and the speed of its answers: here, around urllib3, addresses are checked and
+times are bounded. Of the environment only SSL_CERT_FILE is read, and no netrc.
 """
 
 import base64
@@ -24,7 +24,7 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util import connection
 
-# Of one download: enough where a host slows each connection down, too few to be taken for an attack.
+# For one download: enough where a host slows each connection down, too few to be taken for an attack.
 CONNECTIONS = 12
 # Azure's metadata host, which gives secrets to its machines, has an address that looks public.
 METADATA = {ipaddress.ip_address("168.63.129.16")}
@@ -52,7 +52,7 @@ REACHABLE = {
     )
     for block in blocks.split()
 }
-MAPPED, NAT64, SIX_TO_FOUR = map(ipaddress.ip_network, ("::ffff:0:0/96", "64:ff9b::/96", "2002::/16"))
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # The four bytes before the IPv4 address at the end of an ISATAP address, under any prefix.
 ISATAP = (0x0000_5EFE, 0x0200_5EFE)
 
@@ -76,11 +76,11 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 
 def _embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
     """The IPv4 address that a gateway, or this machine, would turn an IPv6 one into."""
-    if address in SIX_TO_FOUR:
-        return ipaddress.IPv4Address(int(address) >> 80 & 0xFFFF_FFFF)
-    if address in MAPPED or address in NAT64 or (address.version == 6 and int(address) >> 32 & 0xFFFF_FFFF in ISATAP):
-        return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
-    return None
+    if address.version == 4:
+        return None
+    at_end = address in NAT64 or int(address) >> 32 & 0xFFFF_FFFF in ISATAP
+    last = ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF) if at_end else None
+    return address.sixtofour or address.ipv4_mapped or last
 
 
 def split_login(url: str) -> tuple[str, str | None]:
@@ -119,26 +119,24 @@ class _Bounded(io.RawIOBase):
         self.begin()
 
     def begin(self) -> None:
-        """Start the timeout anew: the socket's seconds for one byte, for all reads from now on."""
+        """Give all reads from now on, together, the seconds that the socket would give each."""
         self._until = time.monotonic() + self._seconds
 
     def readable(self) -> bool:
-        """It is."""
         return True
 
     def readinto(self, buffer: bytearray | memoryview) -> int | None:
         """The next bytes; TimeoutError where none come in time."""
-        self._sock.settimeout(max(self._until - time.monotonic(), 0.001))  # to a socket, 0 means something else
+        self._sock.settimeout(max(self._until - time.monotonic(), 0.001))  # 0 would make the socket non-blocking
         return self._received.readinto(buffer)
 
     def close(self) -> None:
-        """Close the reader, not the socket."""
         self._received.close()
         super().close()
 
 
 class _Response(http.client.HTTPResponse):
-    """An answer whose whole header must come within the socket's timeout, and each piece of its body too.
+    """An answer with the socket's timeout for the whole header, and for each piece of the body.
 
     Otherwise a host could hold us for ever by sending a byte now and then: in the header, or in the lines between the
     chunks of a body. A proxy's answer to CONNECT is read through this too.
@@ -166,7 +164,7 @@ class _Checked:
 
     def _new_conn(self) -> socket.socket:
         with contextlib.ExitStack() as on_failure:
-            # With a proxy, this host is the proxy: the operator's, which may have a private address.
+            # `self.host` is the proxy where there is one: it is the operator's, and may have a private address.
             sock = self._owner.connect(self.host, self.port, self.socket_options, trusted=self.proxy is not None)
             on_failure.enter_context(sock)
             # TLS detaches the socket before the handshake, and has its own only afterwards: until then, `disconnect`
@@ -203,10 +201,10 @@ def trusted_authorities() -> ssl.SSLContext:
         ValueError: a sentence, where SSL_CERT_FILE has none; OpenSSL would ignore that, and refuse hosts later.
     """
     context = ssl.create_default_context()
-    system = ssl.get_default_verify_paths().openssl_cafile  # which OpenSSL leaves out where SSL_CERT_FILE is set
     context.load_verify_locations(certifi.where())
     with contextlib.suppress(OSError):  # there may be none
-        context.load_verify_locations(system)
+        # OpenSSL itself ignores the system's authorities where SSL_CERT_FILE is set.
+        context.load_verify_locations(ssl.get_default_verify_paths().openssl_cafile)
     if named := os.environ.get("SSL_CERT_FILE"):
         try:
             context.load_verify_locations(named)
@@ -263,22 +261,20 @@ class Connections:
         return manager
 
     def ask(self, url: str, headers: Mapping[str, str], form: bytes | None = None) -> urllib3.BaseHTTPResponse:
-        """The answer of a URL, to a POST if there is a form; redirects are not followed.
+        """The answer to a GET, or to a POST if there is a form; redirects are not followed.
 
         Raises:
             urllib3.exceptions.HTTPError, OSError, UnicodeError: there is no answer, perhaps because it was stopped.
             StoppedError: it was stopped.
         """
         self.check()
-        method, typed = "GET", {}
         if form is not None:
-            method, typed = "POST", {"Content-Type": "application/x-www-form-urlencoded"}
-        return self._managers[self.proxy(url)].request(
-            method, url, headers={**headers, **typed}, body=form, redirect=False, retries=False, preload_content=False
-        )
+            headers = {**headers, "Content-Type": "application/x-www-form-urlencoded"}
+        options = {"headers": headers, "body": form, "redirect": False, "retries": False, "preload_content": False}
+        return self._managers[self.proxy(url)].request("GET" if form is None else "POST", url, **options)
 
     def proxy(self, url: str) -> str | None:
-        """The proxy for a URL, if any: it then looks up the host, and decides what may be reached."""
+        """The proxy for a URL, if any: it then looks up the host, and decides which hosts may be reached."""
         parts = urlsplit(url)
         proxy = self._proxies.get(parts.scheme) or self._proxies.get("all")
         return None if proxy is None or _passed(parts, self._proxies.get("no", "")) else proxy
@@ -305,11 +301,7 @@ class Connections:
     def connect(
         self, host: str, port: int, options: Sequence[tuple[int, int, int]] | None, *, trusted: bool
     ) -> socket.socket:
-        """A connection to a host, all of whose addresses must be public unless it is trusted.
-
-        Raises:
-            OSError: it cannot be found or reached, or one of its addresses is not public.
-        """
+        """A connection to a host; `OSError` if none can be made, or if an untrusted host has a private address."""
         found = [entry[4][0] for entry in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)]
         for address in found:
             if not (trusted or self._allow_private or is_public(ipaddress.ip_address(address))):
@@ -334,6 +326,5 @@ class Connections:
 
     def remember(self, sock: socket.socket) -> None:
         """Let `disconnect` shut a socket down."""
-        # TLS within TLS is no socket, but has one.
-        self._sockets.add(getattr(sock, "socket", sock))
+        self._sockets.add(getattr(sock, "socket", sock))  # urllib3's TLS within TLS is no socket, but has one
         self.check()

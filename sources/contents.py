@@ -17,14 +17,13 @@ from sources.shown import gigabytes, noted
 
 # Called with a size before a file grows to it; raises if there is no room.
 Reserve = Callable[[int], None]
-# Called often; raises once the caller has given up.
+# Called before each piece of work; raises once the caller has given up.
 Check = Callable[[], None]
 # The format allows 100 MB; a LoRA's header has some hundred kilobytes, and parsing takes ten times its size.
 MAX_HEADER_BYTES = 25 * MIB
 # A tensor has eight: enough for 50,000 tensors and as many tags of a trainer.
 MAX_HEADER_VALUES = 1_000_000
-# Convolutions have five at most.
-MAX_DIMENSIONS = 8
+MAX_DIMENSIONS = 8  # weights of convolutions have five at most
 BITS = {
     "F4": 4,
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -36,8 +35,7 @@ BITS = {
 # ai-toolkit notes its one trigger word as other trainers note their counts of tags.
 TAUGHT = re.compile(r'\{"1_((?:[^"\\]|\\u[0-9a-f]{4}|\\["\\]){1,500})": \{"\1": 1\}\}')
 KINDS = ("safetensors", "tar", "gzip", "zip")
-# A tar's first block, which holds its mark.
-HEAD_BYTES = 512
+HEAD_BYTES = 512  # a tar's first block, with the letters that mark a tar
 WEB_PAGE = "it needs a login, the link has expired, or it leads to a page about the file instead of to the file"
 
 
@@ -50,7 +48,7 @@ class Contents:
 
     Args:
         name: of the file, as it may be shown.
-        size: in bytes, where it is known beforehand.
+        size: in bytes, where the host states it.
         web_page: the reason why a host may send a web page instead; `WEB_PAGE` if not given.
         kinds: the kinds that are accepted.
         shown: whether a sentence may quote its first bytes.
@@ -144,7 +142,6 @@ def trigger_words_in(file: BinaryIO) -> tuple[str, ...]:
 
 
 def _sniff(head: bytes) -> str | None:
-    """A file's kind by its first bytes."""
     if head[8:9] == b"{" and head[5:8] == bytes(3):
         return "safetensors"
     if head[257:262] == b"ustar":

@@ -20,8 +20,7 @@ tqdm.set_lock(threading.RLock())
 SMALLEST_PIECE, LARGEST_PIECE = 8 * MIB, 64 * MIB
 # The range that is compared with the first answer, to see whether the host honours ranges.
 PROBE = slice(1024, 2048)
-# Bytes that are compared where a broken connection is resumed.
-OVERLAP = 1024
+OVERLAP = 1024  # bytes that are compared where a broken connection is resumed
 
 
 @dataclass
@@ -35,7 +34,7 @@ class _Piece:
 
 
 class Download:
-    """A download.
+    """The download of one file, in several threads.
 
     Args:
         first: the open answer to a request for the whole file.
@@ -55,7 +54,7 @@ class Download:
         self._changed = threading.Condition()
 
     def run(self, on_bytes: Callable[[bytes], None]) -> int:
-        """Fetch the file, and return its size in bytes.
+        """The size of the file, in bytes, once all of it is written.
 
         Args:
             on_bytes: gets the content in order while the rest arrives; an error that it raises ends the download.
@@ -63,7 +62,6 @@ class Download:
         Raises:
             UnavailableError: the connection broke at each attempt.
             ValueError: the host refuses, or the file changed meanwhile.
-            OSError: the disk is full.
         """
         if self._first.size is not None:
             self._reserve(self._first.size)
@@ -119,7 +117,7 @@ class Download:
     def _fetch(self, piece: _Piece, stream: Stream | None) -> Stream:
         def attempt() -> Stream:
             nonlocal stream
-            if stream is not None and stream.position != piece.position:
+            if stream is not None and stream.position != piece.position:  # another piece's, or it broke off
                 stream.close()
                 stream = None
             stream = stream or self._open_at(piece)

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from settings import Settings, names_host
 from sources import configs
-from sources.client import Source, UnavailableError, no_answer
+from sources.client import Source, UnavailableError, no_answer, retry_after
 from sources.references import COMMIT, Civitai, HuggingFace, Replicate, Url
 from sources.shown import brief, hide_tokens, host_of, noted, redact
 
@@ -26,14 +26,11 @@ BASES = {
     "dev": (("Flux.1 D", "Flux.1 Krea"), ("Flux.1 S",)),
     "schnell": (("Flux.1 S",), ("Flux.1 D", "Flux.1 Krea")),
 }
-# The source of a token that is not the operator's.
-IN_ADDRESS = "the token in the address"
+IN_ADDRESS = "the token in the address"  # a user's own, not the operator's
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # Trainers' names for intermediate results: name_000001500, name-step00002000, checkpoint-500.
 CHECKPOINT = re.compile(r"[_-]0\d{4,}$|[_-](?:steps?|epoch|checkpoint)[_-]?\d+$|^checkpoint-\d+$", re.IGNORECASE)
-
-
-# `Client.json`: what a host answers.
+# `Client.json`, or a function that calls it: the JSON that a host answers.
 Ask = Callable[..., Any]
 
 
@@ -72,8 +69,13 @@ def _resolve_replicate(reference: Replicate, settings: Settings) -> Source:
 
 
 def _resolve_hugging_face(reference: HuggingFace, settings: Settings, ask: Ask) -> Source:
-    repo = _list_repo(reference, settings, ask)
-    path = reference.file if reference.file is not None else _choose_in_repo(reference, repo, settings, ask)
+    def ask_api(asked: str, form: bytes | None = None, **options: bool) -> Any:  # noqa: ANN401 (JSON)
+        url, token = f"{settings.hf_endpoint}/api/models/{asked}", reference.token or settings.hf_token
+        explain = partial(explain_hugging_face, reference, settings)
+        return ask(Source(reference.name, url, token, form=form, explain=explain), **options)
+
+    repo = _list_repo(reference, settings, ask_api)
+    path = reference.file if reference.file is not None else _choose_in_repo(reference, repo, ask_api)
     if path not in repo.files:
         raise ValueError(f"{reference.name} does not exist; the repo has {_some(_weights_in(repo, ''))}.")
     print(f"{reference.name}: {brief(hide_tokens(path))} of commit {repo.commit[:8]}.")
@@ -94,16 +96,13 @@ class _Repo:
     files: Mapping[str, Source]
 
 
-def _list_repo(reference: HuggingFace, settings: Settings, ask: Ask) -> _Repo:
-    """A repo's files, with their hashes."""
+def _list_repo(reference: HuggingFace, settings: Settings, ask_api: Ask) -> _Repo:
     name = reference.name
     try:
         validate_repo_id(reference.repo)
     except HFValidationError:
         raise ValueError(f"{name} names no model on Hugging Face; it must be huggingface.co/owner/repo.") from None
-    answer = ask(
-        _question(reference, settings, f"{reference.repo}/revision/{quote(reference.revision, safe='')}?blobs=true")
-    )
+    answer = ask_api(f"{reference.repo}/revision/{quote(reference.revision, safe='')}?blobs=true")
     try:
         return _read_repo(answer, reference, settings)
     except (KeyError, TypeError, AttributeError, HFValidationError):
@@ -137,19 +136,7 @@ def _read_repo(answer: dict[str, Any], reference: HuggingFace, settings: Setting
     return _Repo(repo, commit, {file["rfilename"]: source(file["rfilename"], file) for file in answer["siblings"]})
 
 
-def _question(reference: HuggingFace, settings: Settings, asked: str, form: bytes | None = None) -> Source:
-    """A question to Hugging Face's API about a repo."""
-    return Source(
-        reference.name,
-        f"{settings.hf_endpoint}/api/models/{asked}",
-        token=reference.token or settings.hf_token,
-        form=form,
-        explain=partial(explain_hugging_face, reference, settings),
-    )
-
-
 def _account(reference: HuggingFace, settings: Settings) -> str | None:
-    """The account that a token belongs to, as the end of a sentence; None where there is no token."""
     if reference.token:
         return f"the account of {IN_ADDRESS}"
     return "the account of HF_TOKEN" if settings.hf_token else None
@@ -180,11 +167,8 @@ def explain_hugging_face(
         return ValueError(f"{name} cannot be fetched: {host} answered {status}; {_needs_token(account)}.")
     if status != 429 and status < 500:
         return ValueError(f"{name} cannot be fetched: {host} answered {status}.")
-    pause = headers.get("Retry-After", "")
-    return UnavailableError(
-        f"{name} cannot be looked up: {host} answered {status}; try again later.",
-        float(pause) if pause.isdecimal() else None,
-    )
+    sentence = f"{name} cannot be looked up: {host} answered {status}; try again later."
+    return UnavailableError(sentence, retry_after(headers))
 
 
 def _weights_in(repo: _Repo, folder: str) -> list[str]:
@@ -195,7 +179,7 @@ def _weights_in(repo: _Repo, folder: str) -> list[str]:
     return [path for path in paths if path.count("/") == highest]
 
 
-def _choose_in_repo(reference: HuggingFace, repo: _Repo, settings: Settings, ask: Ask) -> str:
+def _choose_in_repo(reference: HuggingFace, repo: _Repo, ask_api: Ask) -> str:
     """The LoRA of a repo or of a folder in it: the one with a usual name, else the only one, else the newest."""
     paths = _weights_in(repo, reference.folder)
     for stem in ("pytorch_lora_weights", "lora", "adapter_model"):
@@ -204,7 +188,7 @@ def _choose_in_repo(reference: HuggingFace, repo: _Repo, settings: Settings, ask
             return named[0]
     finished = [path for path in paths if not CHECKPOINT.search(PurePosixPath(path).stem)] or paths
     if len(finished) > 1:
-        finished = _last_changed(finished, repo, reference, settings, ask)
+        finished = _last_changed(finished, repo, ask_api)
     if len(finished) != 1:
         raise ValueError(
             f"{reference.name} has {_some(paths)}; "
@@ -213,11 +197,11 @@ def _choose_in_repo(reference: HuggingFace, repo: _Repo, settings: Settings, ask
     return finished[0]
 
 
-def _last_changed(paths: list[str], repo: _Repo, reference: HuggingFace, settings: Settings, ask: Ask) -> list[str]:
+def _last_changed(paths: list[str], repo: _Repo, ask_api: Ask) -> list[str]:
     """The paths that changed in the newest commit; all of them where the host does not tell."""
     try:
         form = urlencode({"paths": paths, "expand": "true"}, doseq=True).encode()
-        listed = ask(_question(reference, settings, f"{repo.id}/paths-info/{repo.commit}", form), hasty=True)
+        listed = ask_api(f"{repo.id}/paths-info/{repo.commit}", form, hasty=True)
         dates = {file["path"]: file["lastCommit"]["date"] for file in listed if file.get("lastCommit")}
         last = max(dates.values(), default=None)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -226,7 +210,6 @@ def _last_changed(paths: list[str], repo: _Repo, reference: HuggingFace, setting
 
 
 def _some(paths: list[str]) -> str:
-    """A number of weights with the first names, for a sentence."""
     if not paths:
         return "no .safetensors file"
     more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
@@ -304,14 +287,13 @@ def _choose_file(version: dict[str, Any], reference: Civitai) -> dict[str, Any]:
 
 
 def _link(file: dict[str, Any]) -> SplitResult:
-    """The address of a file, on CivitAI itself; empty where it states none; TypeError where it is no address."""
     place = file.get("downloadUrl") or ""
     if place and not names_host(place):
-        raise TypeError
+        raise TypeError  # becomes `no_answer`
     return urlsplit(place)
 
 
 def _words(value: object) -> tuple[str, ...]:
-    """The first trigger words, from a value of any type."""
+    """The first trigger words, from JSON that may hold anything."""
     words = value[:MAX_WORDS] if isinstance(value, list) else [value]
     return tuple(noted(word.strip()) for word in words if isinstance(word, str) and word.strip())

@@ -15,16 +15,11 @@ from settings import Settings
 from sources.references import ELSEWHERE, Local, parse, suffix_of
 from sources.shown import brief, quoted, redact
 
-# How many names a sentence has where none is near to the missing one.
-FEW = 5
+FEW = 5  # how many names a sentence lists where none is near to the missing one
 
 
 def find(name: str, folder: Path | None) -> Path:
-    """The file of a name.
-
-    Args:
-        name: its path in the folder, without suffix, in NFC; see `references.Local`.
-        folder: LORAS_DIR, if there is one.
+    """The file in LORAS_DIR, if there is that folder, with a path without suffix, in NFC; see `references.Local`.
 
     Raises:
         ValueError: a sentence: no file or several have the name, or the folder cannot be read.
@@ -52,13 +47,10 @@ def names(folder: Path) -> list[str]:
 
 
 def names_beside(health: object) -> list[str]:
-    """The names that references may use at a server that shares this process's environment.
+    """The names that references may use at a server with this process's environment; ValueError: a bad variable.
 
     The miniature, which draws where there is no GPU, has a library of its own. The server may be on another machine:
-    the predictor's first log lines in `health`, its answer to `GET /health-check`, tell what draws there.
-
-    Raises:
-        ValueError: a sentence about a variable.
+    `health`, its answer to `GET /health-check`, holds the predictor's first log lines, which name the model.
     """
     folder = Settings.from_environment(cuda="FLUX_DEV=mini/dev" not in str(health)).loras_dir
     return names(folder) if folder else []
@@ -75,7 +67,7 @@ def _paths(folder: Path) -> list[str]:
 
 
 def _files_at(folder: Path, parts: list[str]) -> list[Path]:
-    """The files that a path without suffix may mean; the two ways to write an accent are the same."""
+    """The files that a path without suffix may mean; names are compared in NFC, since accents have two spellings."""
     *folders, last = parts
     places = [folder]
     for part in folders:
@@ -85,7 +77,6 @@ def _files_at(folder: Path, parts: list[str]) -> list[Path]:
 
 
 def _stem(name: str) -> str | None:
-    """A name without its suffix, in NFC; None where it has none of `SUFFIXES`."""
     suffix = suffix_of(name)
     return _normal(name[: -len(suffix)]) if suffix else None
 

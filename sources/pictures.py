@@ -23,13 +23,7 @@ PACKINGS = {"br", "compress", "deflate", "gzip", "x-compress", "x-gzip", "zstd"}
 def fetch_pictures(
     sent: Mapping[str, Picture], folder: Path, settings: Settings, patience: Patience = PATIENCE
 ) -> None:
-    """Write each picture into its file.
-
-    Args:
-        sent: by the name of the input, which becomes the name of the file.
-        folder: made if there is a picture to write.
-        settings: the predictor's.
-        patience: how long a host may keep a request waiting.
+    """Write the picture of each input into a file of that name in `folder`, which is made if there are any.
 
     Raises:
         ValueError: a sentence that names the input, its address, what the host answered and what to do.
@@ -67,7 +61,6 @@ def _check_packing(stream: Stream) -> None:
 
 
 def _reserve(name: str, file: int, size: int) -> None:
-    """Reserve a number of bytes on the disk, if a picture may have as many."""
     if size > MAX_BYTES:
         raise ValueError(f"{name} is too large; it must have at most {MAX_BYTES // MIB} MiB.")
     os.posix_fallocate(file, 0, max(size, 1))

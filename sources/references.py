@@ -20,15 +20,15 @@ ELSEWHERE = (
 )
 ACCEPTED = f"a name or local:folder/name of LORAS_DIR, {ELSEWHERE}"
 SUFFIXES = (".safetensors", ".tar", ".tar.gz", ".tgz", ".zip")
-# Signed addresses have some 2,000 characters, and servers take no more than this.
+# Signed addresses have some 2,000 characters, and servers accept no more than this.
 MAX_CHARACTERS = 8192
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NUMBER = "[0-9]{1,18}"
 # No address has one of these, and some break a line of a log.
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-# Not allowed in the names of files on some systems, or with another meaning in an address.
+# Characters that some systems forbid in the names of files, or that mean something else in an address.
 NO_NAME = re.compile(r'[\\:*?"<>|#;%@]')
-# The characters that a header may have; a token with others was not copied as it is.
+# The characters that a header may have: a token with any other was copied wrongly.
 TOKEN = re.compile(r"[!-~]+")
 # Pages of replicate.com, at the place of a model's owner.
 NO_OWNERS = re.compile(
@@ -47,8 +47,7 @@ ABOUT_REPOS = re.compile("blame|colab|commits?|community|discussions|edit|settin
 class _Named:
     """A reference of one form. Only its name is ever shown: the rest may hold a token, or be one."""
 
-    # A token that the reference itself holds: some people paste links with their own.
-    token: str | None = None
+    token: str | None = None  # in the reference itself: some people paste links with their own
 
     def __repr__(self) -> str:
         """The form and the name."""
@@ -56,7 +55,7 @@ class _Named:
 
     @property
     def name(self) -> str:
-        """The address without secrets; if it has none, parsing the name gives the same reference."""
+        """The address without secrets: if it has none, this parses to the same. Forms without address override it."""
         return redact(self.address)
 
 
@@ -83,7 +82,7 @@ class Replicate(_Named):
 
     @property
     def address(self) -> str:
-        """The text that parses to this reference, with its token."""
+        """The text that parses to this reference, token included."""
         path = "/".join(filter(None, (self.owner, self.model, self.version)))
         return path if self.token is None else f"replicate.com/{path}?{urlencode({'token': self.token})}"
 
@@ -105,7 +104,7 @@ class HuggingFace(_Named):
 
     @property
     def address(self) -> str:
-        """The text that parses to this reference, with its token."""
+        """The text that parses to this reference, token included."""
         place, revision = f"huggingface.co/{self.repo}", quote(self.revision, safe="")
         if self.file is not None:
             place = f"{place}/resolve/{revision}/{quote(self.file, safe='/:@')}"
@@ -127,7 +126,7 @@ class Civitai(_Named):
 
     @property
     def name(self) -> str:
-        """Parsing it gives the same version."""
+        """A text that parses to the same version."""
         if self.version is None:
             return f"{self.host}/models/{self.model}"
         if self.model is None:
@@ -172,7 +171,7 @@ def is_pinned(reference: Reference) -> bool:
 
 
 def identity(reference: Reference) -> str:
-    """The name of a reference's record: all that chooses its file or gives access to it. It is secret."""
+    """All that chooses a reference's file or gives access to it, as the name of its record; it may hold a token."""
     match reference:
         case Local(path):
             return f"local {path}"
@@ -189,15 +188,12 @@ def identity(reference: Reference) -> str:
 
 
 def parse(text: str, settings: Settings | None = None, model: str = "dev") -> Reference:
-    """The reference in a text as somebody typed or pasted it.
+    """The reference in a text as somebody typed or pasted it; ValueError: a sentence that lists the accepted forms.
 
     Args:
         text: the reference.
         settings: an address of one of their mirrors is read as one of the host that it mirrors.
         model: the model that draws, dev or schnell.
-
-    Raises:
-        ValueError: a sentence that lists the accepted forms.
     """
     reference = _parse(unwrapped(text), settings)
     return replace(reference, drawn_with=model) if isinstance(reference, Civitai) else reference
@@ -221,7 +217,7 @@ def _parse(text: str, settings: Settings | None) -> Reference:
         return _parse_local(text)
     if (reference := _read_replicate(text)) is not None:
         return reference
-    if re.fullmatch("sha256:[0-9a-f]{12}", text):
+    if re.fullmatch("sha256:[0-9a-f]{12}", text):  # see `Data.name`
         raise ValueError(f"{text!r} is how a data: URI was named that came within a request; it must be sent again.")
     raise _unknown(text)
 
@@ -235,12 +231,11 @@ def _read_data(text: str, name: str = "The data: URI") -> Data:
 
 def unwrapped(text: str) -> str:
     """The text without the spaces, invisible characters and quotes around it that pasting brings along."""
+    text = text.strip(BLANKS)
     for _ in range(8):  # more nested quotes are no mistake of pasting, and each turn copies a long text
-        text = text.strip(BLANKS)
-        if len(text) < 2 or QUOTES.get(text[0]) != text[-1]:
-            break
-        text = text[1:-1]
-    return text.strip(BLANKS)
+        if len(text) > 1 and QUOTES.get(text[0]) == text[-1]:
+            text = text[1:-1].strip(BLANKS)
+    return text
 
 
 def left_out(name: str) -> str:
@@ -283,7 +278,7 @@ def _is_address(url: str) -> bool:
     """Whether a URL names a host, and has only characters that an address may have."""
     if not names_host(url) or CONTROL.search(url) or _ends_in_login(url):
         return False
-    # A blank or a quote in a path is part of a file's name; in a host it is a mistake.
+    # A space or a quote in a path is part of a file's name; in a host it is a mistake.
     place = urlsplit(url).netloc
     return not re.search(r"\s", place) and not set(place.rpartition("@")[2]) & {*QUOTES, *QUOTES.values()}
 

@@ -20,17 +20,14 @@ SECRET_NAME = (
 )
 # The beginning of an address in a text: two slashes or backslashes or more, or a web scheme without them.
 _HEAD = re.compile(r"https?:[/\\]*|[/\\]{2,}", re.IGNORECASE)
-# The beginning of another address within one: https://a/https://b.
-_SCHEME = re.compile("https?:", re.IGNORECASE)
+_SCHEME = re.compile("https?:", re.IGNORECASE)  # begins another address within one: https://a/https://b
 # Schemes that are no names of users: s3://u:p@bucket has a scheme, but me://p@host may be user and password.
 _STORE = re.compile(
     r"(?:^|[^\w:@])(?:s3a?|gs|gcs|az|adl|abfss?|hf|ftps?|sftp|ssh|file|git|wss?|rediss?|postgres(?:ql)?(?:\+\w{1,20})?):$",
     re.IGNORECASE,
 )
-# A sign of a query, which may be a part of a login: u:p?w@host.
-_QUERY = re.compile("[?#;]")
-# An address up to its path: u:p@host:80.
-_AUTHORITY = re.compile(r"[^/\\?#]*")
+_QUERY = re.compile("[?#;]")  # its beginning, though these signs may stand in a password: u:p?w@host
+_AUTHORITY = re.compile(r"[^/\\?#]*")  # an address up to its path: u:p@host:80
 # The end of a login, percent-encoded or not, even several times: u:p@host, u:p%40host, u:p%2540host.
 _AT = re.compile("@|%(?:25)*40")
 # The end of a path, percent-encoded or not: x.png?token=, x.png%3Ftoken%3D.
@@ -45,12 +42,10 @@ _CERTAIN = re.compile(
 _HOST = re.compile(r"[^:@%]*|([\w.-]*|\[[0-9a-f:.]*\]):\d*|\[[0-9a-f:.]*\]", re.IGNORECASE)
 # An address without a scheme: civitai.com/models/1, (example.com/a.
 _BARE_ADDRESS = re.compile(rf"[^\w\s/\\@:]*+(?:{_NAME}|localhost)(?::\d*)?[/\\?#]", re.IGNORECASE)
-# A query behind a text that is no address: /a.png?token=1.
-_BARE_QUERY = re.compile(r"[?#;][\w.~%+-]++=")
+_BARE_QUERY = re.compile(r"[?#;][\w.~%+-]++=")  # behind a text that is no address: /a.png?token=1
 # A user before such an address: token@github.com/a; me@example.com is a person.
 _BARE_USER = re.compile(rf"[^/\\@:?#]*@(?=(?:{_NAME})(?::\d*)?[/\\])")
-# The end of a login before a host: u:p@host, u:p@[::1].
-_BARE_AT = re.compile(r"(?:@|%(?:25)*40)(?=[\w\[])")
+_BARE_AT = re.compile(r"(?:@|%(?:25)*40)(?=[\w\[])")  # the end of a login before a host: u:p@host, u:p@[::1]
 # No logins though they have a colon and an @: AIRs and models of CivitAI (civitai:1@2), weights and ratios
 # (16:9@24fps), times (10:30@cafe), accounts (artist:@greg), images of Docker (x:tag@sha256:0a), and addresses of people
 # (mailto:me@example.com).
@@ -81,8 +76,7 @@ BLANKS = "".join(
 )
 QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "`": "`", "<": ">"}
 _AROUND = rf"[{BLANKS}\x00-\x1f\x7f-\xa0{''.join(QUOTES)}]*+"
-# The type in a data URI: image/png.
-_TYPE = r"[\w.+-]{1,80}/[\w.+-]{1,80}"
+_TYPE = r"[\w.+-]{1,80}/[\w.+-]{1,80}"  # in a data URI: image/png
 # A data URI, perhaps damaged: data:image/png;base64,aGk=; but no prompt: data: a table, 3 rows.
 _DATA = re.compile(
     rf"{_AROUND}(data:)(?:(?=[^,]*;\s*base64)|(?:(?!\s)|(?=\s*{_TYPE}))(?![^,]*,\x20))(?:[^,]*,|\S*$)", re.IGNORECASE
@@ -164,7 +158,7 @@ def hide_tokens(text: str) -> str:
 
 
 def looks_random(text: str) -> bool:
-    """Whether a text is long enough for a secret and has what words lack: a digit, or a capital letter within."""
+    """Whether a text is long enough for a secret and unlike a word: with a digit, or a capital letter within."""
     return len(text) >= 6 and _RANDOM.search(text) is not None
 
 

@@ -39,13 +39,9 @@ def disk_errors_told() -> Iterator[None]:
 class Store:
     """Files named by the SHA-256 of their content, complete on the disk before they get that name.
 
-    The folders: `loras` holds the files, `incoming` those being written, `references` the notes, and `open` an empty
-    file for each content that may be given to anybody who knows its hash.
-
-    Args:
-        folder: holds these four.
-        budget: bytes that the files together may take.
-        largest: bytes that one of them may take.
+    In `folder`, `loras` holds the files, `incoming` those being written, `references` the notes, and `open` an empty
+    file for each content that may be given to anybody who knows its hash. All files together may take `budget` bytes,
+    one file `largest`.
     """
 
     def __init__(self, folder: Path, budget: int, largest: int) -> None:
@@ -106,7 +102,7 @@ class Store:
         if kept is None:
             os.fsync(file.fileno())
             Path(file.name).rename(self.path(sha256))
-            _sync_folder(self._files)
+            _sync_folder(self._files)  # writes the new name to the disk
             # Cannot have been evicted: `file` is still locked.
             kept = self.open(sha256)
         return kept
@@ -117,24 +113,25 @@ class Store:
 
         While another has it, `pause` is called with seconds to wait; it raises once the caller has given up.
         """
-        path, deleted = self._notes / hashlib.sha256(name.encode()).hexdigest(), True
-        while deleted:
+        path = self._notes / hashlib.sha256(name.encode()).hexdigest()
+        while True:
             with path.open("a+") as file:
                 while not _lock(file):
                     pause(0.02)
                 before = os.fstat(file.fileno())
-                deleted = before.st_nlink == 0  # while we waited
-                if not deleted:
-                    file.seek(0)
-                    yield file
-                    file.flush()
-                    os.utime(path)
-                    if os.fstat(file.fileno()).st_size > before.st_size + SHORT_NOTE:
-                        with self._alone():
-                            self._sweep()
+                if before.st_nlink == 0:  # deleted while we waited
+                    continue
+                file.seek(0)
+                yield file
+                file.flush()
+                os.utime(path)
+                if os.fstat(file.fileno()).st_size > before.st_size + SHORT_NOTE:
+                    with self._alone():
+                        self._sweep()
+                return
 
     def admit(self, size: int, name: str) -> None:
-        """Raise `UnfitError`, a sentence with `name`, about what is larger than a file may be."""
+        """Raise `UnfitError`, a sentence with `name`, if a file may not be that large."""
         if size > self._largest:
             raise UnfitError(
                 f"{name} has {gigabytes(size)} or more; a LoRA may have {gigabytes(self._largest)} (LORA_MAX_GB)."
@@ -177,7 +174,7 @@ class Store:
                 taken -= size
 
     def _make_room(self, needed: int, name: str) -> None:
-        """Delete the least recently used files until `needed` bytes fit."""
+        """Delete the least recently used files until `needed` bytes fit; `UnfitError` if they cannot."""
         budget, spare = self._budget, min(GIB, shutil.disk_usage(self._files).total // 20)
         files = sorted((*_last_use(file), file) for file in self._files.iterdir())
         used = sum(size for _, size, _ in files) + sum(_last_use(file)[1] for file in self._incoming.iterdir())
@@ -185,25 +182,23 @@ class Store:
             _, size, file = files.pop(0)
             if _delete_unless_held(file):
                 used -= size
-        if used + needed > budget:
-            raise UnfitError(
-                f"{name} needs {gigabytes(needed)}, but the cache may have {gigabytes(budget)} (WEIGHTS_CACHE_GB), "
-                f"of which {gigabytes(used)} are in use."
-            )
         free = shutil.disk_usage(self._files).free
-        if free - needed < spare:
-            raise UnfitError(
-                f"{name} needs {gigabytes(needed)}, but the disk of the cache has {gigabytes(free)} left, "
-                f"of which {gigabytes(spare)} stay free."
-            )
+        if used + needed > budget:
+            short = f"the cache may have {gigabytes(budget)} (WEIGHTS_CACHE_GB), of which {gigabytes(used)} are in use"
+        elif free - needed < spare:
+            short = f"the disk of the cache has {gigabytes(free)} left, of which {gigabytes(spare)} stay free"
+        else:
+            return
+        raise UnfitError(f"{name} needs {gigabytes(needed)}, but {short}.")
 
 
 def _lock(file: TextIO | BinaryIO) -> bool:
-    """Whether the exclusive lock on a file could be taken."""
-    with contextlib.suppress(BlockingIOError):
+    """Take the exclusive lock on a file, unless another process or thread has a lock on it."""
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
-    return False
+    except BlockingIOError:
+        return False
 
 
 def _delete_unless_held(path: Path) -> bool:
@@ -224,7 +219,6 @@ def _last_use(path: Path) -> tuple[float, int]:
 
 
 def _sync_folder(path: Path) -> None:
-    """Write a folder, and with it a new name, to the disk."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)

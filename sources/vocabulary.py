@@ -1,4 +1,4 @@
-"""The words that a base model knows, where its folder lists them, as the miniature's does; the log tells of others."""
+"""The words that a base model knows, if its folder lists them as the miniature's does; others are named in the log."""
 
 import json
 import string
@@ -8,14 +8,13 @@ from pathlib import Path
 
 from sources.shown import brief, redact_text
 
-# May follow a word. Before a word, the miniature's tokenizer makes it a part of the word.
+# Ignored after a word. Before a word, the miniature's tokenizer makes it a part of the word.
 PUNCTUATION = string.punctuation + "…—–’”»。，、！？；：」،؟"
-# May stand before a silent word, where it does no harm.
+# Ignored before a silent word, where it does no harm.
 BEFORE = string.punctuation + "“‘«「"
-# May end a known word: the tokenizer makes a token of its own of it.
+# Ignored at the end of a known word: the tokenizer makes it a token of its own.
 ENDINGS = ("", "s", "es", "'s", "’s")
-# How many unknown words are named; the others are counted.
-NAMED = 3
+NAMED = 3  # how many unknown words are named; the others are counted
 
 
 @dataclass(frozen=True)
@@ -26,12 +25,7 @@ class Vocabulary:
 
     @classmethod
     def read(cls, folder: Path, *, cuda: bool) -> "Vocabulary":
-        """The vocabulary in a model's folder; if there is one, the log says that the miniature draws.
-
-        Args:
-            folder: of the model whose text encoders read prompts.
-            cuda: whether a GPU draws.
-        """
+        """The vocabulary in the folder of the model whose text encoders read prompts; if any, the log describes it."""
         file = folder / "words.json"
         if not file.is_file():
             return cls({})

@@ -1,6 +1,6 @@
 """Work that waits for hosts and disks, in a thread that ends when its caller is interrupted.
 
-A request is cancelled when its thread checks a flag; a blocking call would delay that for as long as a host likes.
+A cancellation is a flag, which the caller's thread checks: a blocking call would delay that as long as the host likes.
 """
 
 import contextvars
@@ -21,14 +21,10 @@ T = TypeVar("T")
 def run_stoppable(
     work: Callable[[Client], T], settings: Settings, patience: Patience, name: str, until: float = math.inf
 ) -> T:
-    """The result of work with a client of its own, which an interruption of the caller stops.
-
-    Args:
-        name: what is fetched, for the sentence when the time is up.
-        until: the end of the time, by `time.monotonic`.
+    """The result, or error, of work with a client of its own, which an interruption of the caller stops.
 
     Raises:
-        ValueError: a sentence: the time is up. The work's own errors are raised too.
+        ValueError: a sentence with `name`, of the thing that is fetched, once `time.monotonic` has passed `until`.
     """
     seconds = until - time.monotonic()
     client = Client(settings, patience)

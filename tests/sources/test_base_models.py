@@ -35,6 +35,7 @@ PIPELINE = {
     "transformer/diffusion_pytorch_model.fp16.safetensors": b"half",
     "text_encoder/model.safetensors": OTHER,
     "text_encoder/pytorch_model.bin": b"pickled",
+    "text_encoder/pytorch_model.bin.index.json": b"{}",
     "tokenizer/merges.txt": b"a b",
     "tokenizer_2/spiece.model": b"pieces",
     "images/example.png": b"png",
@@ -49,6 +50,7 @@ NEEDED = set(PIPELINE) - {
     "ae.safetensors",
     "transformer/diffusion_pytorch_model.fp16.safetensors",
     "text_encoder/pytorch_model.bin",
+    "text_encoder/pytorch_model.bin.index.json",
     "images/example.png",
     "../outside.json",
 }

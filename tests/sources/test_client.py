@@ -21,6 +21,7 @@ import urllib3
 from harness.hosts import File, Host, hugging_face, in_turn, redirect, silent, status, trickle
 from harness.waiting import wait_until
 from settings import Settings
+from sources.client import retry_after
 from sources.connections import Connections, StoppedError, is_public, trusted_authorities
 from tests.support.caches import SECRET, check_cache
 from tests.support.certificates import self_signed
@@ -121,6 +122,8 @@ def test_a_host_says_when_to_come_back(environment: Settings, host: Host) -> Non
     assert len(host.asked("/b")) == 1
     host.routes["/c"] = status(503, {"Retry-After": "9" * 5000})  # more digits than Python makes a number of
     assert "try again later" in refusal(environment, host.url("/c"))
+    past = {"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT"}
+    assert [retry_after(headers) for headers in ({}, {"Retry-After": "soon"}, past)] == [None, None, 0]
 
 
 def test_hosts_that_are_not_there(environment: Settings) -> None:
