@@ -155,9 +155,8 @@ class Flux:
         Raises:
             ValueError: a sentence about model weights that are missing or do not fit.
         """
-        acceleration.keep_compiled_code(
-            settings.cache_dir / "compile"
-        )  # before live weights compile the kernel that writes them
+        # Before live weights compile the kernel that writes them.
+        acceleration.keep_compiled_code(settings.cache_dir / "compile")
         stopwatch = Stopwatch(device)
         folders = {"dev": Path(settings.models.dev), "schnell": Path(settings.models.schnell)}
         models = load(folders, device, stopwatch, placement)
@@ -220,7 +219,7 @@ class Flux:
         Args:
             request: validated.
             loras: the files of `request.loras`, in the same order; each is read before the next one is asked for.
-            stopwatch: charges phases with their seconds.
+            stopwatch: measures the phases.
 
         Raises:
             ValueError: a sentence about an image, a mask or a LoRA that cannot be used; nothing was changed then.

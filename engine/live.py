@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
-from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -83,6 +82,7 @@ class Recipe(NamedTuple):
 
         Args:
             buffer: float32, of at least one row's elements; each run lies in it, and is overwritten by the next one.
+                Without deltas it is not used: the base is the only run.
             bring: puts a tensor of a delta on the buffer's device.
         """
         base = self.base.to(buffer.device, non_blocking=True)
@@ -106,9 +106,9 @@ class Place:
     values: Tensor  # [N, ...]
     scales: Tensor | None = None  # [N, 1]
 
-    def map(self, make: Callable[[Tensor], Tensor]) -> "Place":
-        """A place of the tensors that are made of these."""
-        return Place(make(self.values), None if self.scales is None else make(self.scales))
+    def another(self) -> "Place":
+        """Uninitialised memory of the same shapes."""
+        return Place(torch.empty_like(self.values), None if self.scales is None else torch.empty_like(self.scales))
 
     def equals(self, other: "Place") -> bool:
         """Whether both hold the same bits."""
@@ -246,13 +246,13 @@ class Live:
                 copies.append((place.values, recipe.base))
                 continue
             for start, rows in recipe.rows(self._buffer, uploads):
-                run = place.map(itemgetter(slice(start, start + len(rows))))
-                if run.scales is None:
-                    run.values.copy_(rows)
-                elif merged:
-                    merge.write([merge.Sum(run.values, run.scales, rows, ())], uploads)  # quantised in one pass
+                run = slice(start, start + len(rows))
+                if place.scales is None:
+                    place.values[run].copy_(rows)
+                elif merged:  # quantised in one pass
+                    merge.write([merge.Sum(place.values[run], place.scales[run], rows, ())], uploads)
                 else:
-                    fp8.write(rows, run.values, run.scales)
+                    fp8.write(rows, place.values[run], place.scales[run])
         merge.write(sums, uploads)
         if copies:
             torch._foreach_copy_(*map(list, zip(*copies, strict=True)), non_blocking=True)
@@ -273,7 +273,7 @@ class Live:
         tensor = self._tensors[name]
         if tensor.held is None:
             return True
-        again = tensor.place.map(torch.empty_like)
+        again = tensor.place.another()
         self._write([(again, tensor.recipe)], Uploads(self._device, room=0))
         if again.equals(tensor.place):
             return True

@@ -158,8 +158,10 @@ class LayerReader:
         self._check_fit(fits, (len(a), b.shape[1]), "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
         self.kinds.add("LoHa")
         strength = self._strength(len(b))
-        rows = [(part.start, part.height, _rows(a, part), _rows(c, part)) for part in self._layer.parts]
-        return [Hadamard(start, height, left, b, right, d, strength) for start, height, left, right in rows]
+        return [
+            Hadamard(part.start, part.height, _rows(a, part), b, _rows(c, part), d, strength)
+            for part in self._layer.parts
+        ]
 
     def _lokr(self) -> list[Delta]:
         sides, shapes, ranks = [], [], []
@@ -178,9 +180,10 @@ class LayerReader:
         self.kinds.add("LoKr")
         if ranks:
             strength = self._strength(ranks[-1])
-        else:  # both sides are whole: the value of an alpha in the file means nothing, as in LyCORIS
-            alpha = 1.0 if "alpha" in self._tensors else None
-            strength = self._adapter.strength(self._names, None, alpha)
+        elif "alpha" in self._tensors:
+            strength = 1.0  # LyCORIS writes an alpha beside whole matrices, and does not use it
+        else:
+            strength = self._adapter.strength(self._names, None, None)
         return [Kronecker(part.start, part.height, *sides, part.source, strength) for part in self._layer.parts]
 
     def _decomposed(self, parts: list[tuple[str, Delta]]) -> Iterator[tuple[str, Delta]]:
