@@ -72,10 +72,9 @@ class Factors(NamedTuple):
 
 
 class Pattern:
-    """PEFT's rank_pattern or alpha_pattern: a number, above a least one, for the layers that an expression fits.
+    """PEFT's rank_pattern or alpha_pattern: a number for the layers whose names an expression fits, else the default.
 
-    Raises:
-        ValueError: a sentence that names the source, about an expression or a number.
+    Numbers must be `above` another. Errors name the `source`.
     """
 
     def __init__(self, source: str, numbers: object, above: float = -math.inf, default: float | None = None) -> None:
@@ -190,14 +189,6 @@ class Adapter:
             return 1.0
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
-    def misfit(self, factors: Iterable[Factors]) -> str | None:
-        """Why this cannot be the config of factors: a rank that differs; None where it may be."""
-        for names, _, rank, _ in factors:
-            stated = self.ranks.find(names)
-            if None not in (rank, stated) and rank != stated:
-                return f"it says rank {stated:g} for {_shown(names[0])}, whose factors have {rank}"
-        return None
-
 
 def read_header(metadata: Mapping[str, str], models: Collection[str]) -> dict[str, Adapter] | None:
     """The header's config for each of the models that the file changes; None where it has none at all.
@@ -224,7 +215,7 @@ def read_header(metadata: Mapping[str, str], models: Collection[str]) -> dict[st
 
 
 def read_config(text: str, factors: Iterable[Factors]) -> tuple[Adapter, str]:
-    """The adapter that counts, of the JSON beside a file with these factors; and what became of it, for the log.
+    """The config beside a file with these factors, or the defaults if it is not the file's; and which, for the log.
 
     Raises:
         ValueError: see `read_header`.
@@ -232,9 +223,12 @@ def read_config(text: str, factors: Iterable[Factors]) -> tuple[Adapter, str]:
     factors = list(factors)
     if all(it.has_alpha for it in factors):
         reason = "the file has alphas of its own" if factors else "the file has no factors"
-    elif (reason := _another_s(config := _parse(text, BESIDE), factors)) is None:
+    else:
+        config = _parse(text, BESIDE)
+        reason = _kind_misfit(config, factors)
+    if reason is None:
         adapter = _adapter(config, BESIDE)
-        reason = adapter.misfit(factors)
+        reason = _rank_misfit(adapter, factors)
     if reason is not None:
         return Adapter(), f"its {BESIDE} is left aside: {reason}"
     _refuse(config, BESIDE)
@@ -252,14 +246,23 @@ def named_base(metadata: Mapping[str, str], config: str = "") -> tuple[str, str]
     return next((it for it in named if it[0].lower() not in ("", "none", "null")), None)
 
 
-def _another_s(config: Mapping[str, object], factors: Iterable[Factors]) -> str | None:
-    """Why a config is none of PEFT's, or of another kind than a file; None where it may be that file's."""
+def _kind_misfit(config: Mapping[str, object], factors: Iterable[Factors]) -> str | None:
+    """Why a config is not PEFT's, or is for another kind of factors; None where it may be theirs."""
     if not config.keys() & {"peft_type", "r", "lora_alpha", "alpha"}:
         return "it says nothing that PEFT says"
     for names, kind, _, _ in factors:
         # Kinds whose names end so have LoRA's factors, and some have more.
         if kind != _kind(config) and not (kind == "LORA" and _kind(config).endswith("LORA")):
             return f"it is for {_shown(_kind(config))}, and {_shown(names[0])} has factors of {kind}"
+    return None
+
+
+def _rank_misfit(adapter: Adapter, factors: Iterable[Factors]) -> str | None:
+    """Why a config is for factors of other ranks; None where it may be theirs."""
+    for names, _, rank, _ in factors:
+        stated = adapter.ranks.find(names)
+        if None not in (rank, stated) and rank != stated:
+            return f"it says rank {stated:g} for {_shown(names[0])}, whose factors have {rank}"
     return None
 
 
@@ -296,7 +299,6 @@ def _adapter(config: Mapping[str, object], source: str) -> Adapter:
 
 
 def _refuse(config: Mapping[str, object], source: str) -> None:
-    """Refuse a config with a setting that cannot be followed here."""
     init = str(config.get("init_lora_weights", True)).lower()
     if INITS_OF_BASE.fullmatch(init):
         remedy = "train it with another, such as true" if init == "loftq" else CONVERT
