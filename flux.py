@@ -57,7 +57,7 @@ class AppliedLora:
     choice: LoraChoice
     file: LoraFile
     lora: Lora
-    left_out: tuple[str, ...]  # parameters that this request's model does not have
+    left_out: tuple[str, ...]  # parameters that the request's model lacks
     by_block: Mapping[str, float]  # factors of the strength
 
     def term(self, factor: float) -> Term:
@@ -138,11 +138,7 @@ class Flux:
 
     @staticmethod
     def plan(outlines: Mapping[str, Outline], device: torch.device) -> Placement:
-        """The places for the weights of dev and schnell on this machine and its GPU, before they are downloaded.
-
-        Raises:
-            ValueError: a sentence about a machine that is too small.
-        """
+        """The places for weights in this machine's memory, before they are downloaded; see `engine.placement.plan`."""
         free, _ = torch.cuda.mem_get_info(device)
         placement = plan(sizes(outlines), free, host_memory(), fp8=fp8.supported(device))
         print(f"Weights: {placement}.")

@@ -51,7 +51,7 @@ class Term:
 
     def scale_of(self, parameter: str) -> float | Fraction:
         """The strength at which a parameter is changed."""
-        return self.parts.get(".".join(parameter.split(".", 2)[:2]), self.scale) if self.parts else self.scale
+        return self.parts.get(".".join(parameter.split(".")[:2]), self.scale) if self.parts else self.scale
 
 
 def add_up(terms: Iterable[Term]) -> list[Term]:
@@ -127,7 +127,7 @@ class LiveTensor:
         self.rivals: list[LiveTensor] = []  # others that are written into the same memory
 
     def hold(self, mix: object, recipe: Recipe, batch: "Batch") -> bool:
-        """Whether this tensor does not hold the mix yet; if so its recipe is added to a batch that will be written."""
+        """Whether the recipe was added to a batch that will be written: unless this tensor holds its mix already."""
         if self.held == mix:
             self.recipe = recipe  # its deltas are equal, but may have been read anew: the old ones can go
             return False
@@ -202,9 +202,9 @@ class Live:
                     written += 1
                     size += recipe.base.nbytes * (1 if recipe.base.device == self._device else BROUGHT)
                 if size >= BATCH or (batch and not self._merged):
-                    self._hold(batch)
+                    self._write_batch(batch)
                     batch, size = [], 0
-            self._hold(batch)
+            self._write_batch(batch)
         finally:
             self._uploads.leave(KEPT)
         return written
@@ -223,7 +223,7 @@ class Live:
             deltas = [(scale, delta) for term, scale in touching for delta in term.deltas[name]]
             yield tensor, mix, Recipe(self._zeros[name] if own is None else own, deltas, pristine)
 
-    def _hold(self, batch: Batch) -> None:
+    def _write_batch(self, batch: Batch) -> None:
         """Write some tensors; meanwhile they are recorded to hold nothing."""
         for tensor, _, _ in batch:
             for it in (tensor, *tensor.rivals):

@@ -81,7 +81,7 @@ class Delta(ABC):
 
     @abstractmethod
     def _bind(self, base: Tensor, pristine: Mapping[str, Tensor], bring: Bring) -> AddRows:
-        """The function that adds this delta's own rows; the base is given by these rows too."""
+        """The function that adds rows of this delta; `base` is only the rows of the parameter that it changes."""
 
 
 class Layout(NamedTuple):

@@ -306,11 +306,7 @@ def _find(table: Mapping[str, Layer], name: str) -> tuple[Layer, str] | None:
 
 
 def assign(names: Collection[str], table: Mapping[str, Layer]) -> tuple[dict[Layer, Content], Counter[str]]:
-    """A file's tensors for each layer, and how many tensors are ignored, by reason.
-
-    Raises:
-        ValueError: a sentence about a name that means no change to FLUX.1 or its CLIP.
-    """
+    """A file's tensors for each layer, and how many are ignored, by reason; a ValueError refuses a name or a file."""
     if len(names) > MAX_TENSORS:
         raise ValueError(f"The file has {len(names)} tensors; a LoRA has at most {MAX_TENSORS}.")
     found: dict[Layer, Content] = {}
@@ -358,11 +354,7 @@ def _check_length(name: str) -> None:
 
 
 def _reasons_to_ignore(names: Mapping[str, str], table: Mapping[str, Layer]) -> Counter[str]:
-    """How many names that fit no layer are ignored, by reason; each is given with its form without wrappers.
-
-    Raises:
-        ValueError: a sentence about one that may not be ignored.
-    """
+    """How many names that fit no layer may be ignored, by reason; each is given with its form without wrappers."""
     listed = IGNORED if "guidance_in_in_layer" in table else (*IGNORED, NO_GUIDANCE)
     reasons: Counter[str] = Counter()
     strange = {}
@@ -388,7 +380,7 @@ def _reasons_to_ignore(names: Mapping[str, str], table: Mapping[str, Layer]) -> 
 
 
 def _changed_layer(name: str, table: Mapping[str, Layer]) -> Layer | None:
-    """The layer that the beginning of a tensor's name names."""
+    """The layer whose name a tensor's name begins with."""
     ends = [*(dot.start() for dot in re.finditer(r"\.", name)), len(name)]
     return next((found[0] for end in ends if (found := _find(table, name[:end]))), None)
 

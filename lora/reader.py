@@ -96,11 +96,7 @@ class LayerReader:
         self._get, self._adapter = get, adapter
 
     def deltas(self) -> Iterator[tuple[str, Delta]]:
-        """Deltas with the names of their parameters.
-
-        Raises:
-            ValueError: a sentence about a tensor that does not fit or holds numbers that are not finite.
-        """
+        """Deltas with the names of their parameters; a ValueError is a sentence about a tensor that is not usable."""
         roles = self._tensors.keys()
         if product := self._product():
             names = [f"{part.name}.weight" for part in self._layer.parts]
@@ -135,9 +131,9 @@ class LayerReader:
             raise ValueError(f"The LoRA's {self._adapter.source} says use_dora, but {self._layer} has no magnitude.")
         up, down = self._pair_of_factors()
         down = self._tucker("mid", down)
-        self._check_fit(up.shape[1] == down.shape[0], (up.shape[0], down.shape[1]), "up", "down")
+        self._check_fit(_product_shape(up, down), "up", "down")
         self.kinds.add("DoRA" if "magnitude" in self._tensors else "LoRA")
-        strength = self._strength(down.shape[0])
+        strength = self._strength(len(down))
         return [LowRank(part.start, part.height, _rows(up, part), down, strength) for part in self._layer.parts]
 
     def _pair_of_factors(self) -> tuple[Tensor, Tensor]:
@@ -154,8 +150,8 @@ class LayerReader:
 
     def _loha(self) -> list[Delta]:
         (a, b), (c, d) = self._pair("hada_w1", "hada_t1"), self._pair("hada_w2", "hada_t2")
-        fits = a.shape[1] == len(b) and c.shape[1] == len(d) and (len(a), b.shape[1]) == (len(c), d.shape[1])
-        self._check_fit(fits, (len(a), b.shape[1]), "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+        first, second = _product_shape(a, b), _product_shape(c, d)
+        self._check_fit(first if first == second else (), "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
         self.kinds.add("LoHa")
         strength = self._strength(len(b))
         return [
@@ -170,13 +166,13 @@ class LayerReader:
                 factors = (self._matrix(side),)
             else:
                 factors = self._pair(side, core)
-                ranks.append(factors[1].shape[0])
-                self._check_fit(factors[0].shape[1] == ranks[-1], self._layer.shape, f"{side}_a", f"{side}_b")
+                ranks.append(len(factors[1]))
+                if not _product_shape(*factors):
+                    raise self._misfit((), f"{side}_a", f"{side}_b")
             sides.append(factors)
-            shapes.append((factors[0].shape[0], factors[-1].shape[1]))
+            shapes.append((len(factors[0]), factors[-1].shape[1]))
         (o1, i1), (o2, i2) = shapes
-        present = [role for role in self._tensors if role.startswith("lokr_")]
-        self._check_fit(True, (o1 * o2, i1 * i2), *present)
+        self._check_fit((o1 * o2, i1 * i2), *(role for role in self._tensors if role.startswith("lokr_")))
         self.kinds.add("LoKr")
         if ranks:
             strength = self._strength(ranks[-1])
@@ -195,7 +191,7 @@ class LayerReader:
                 yield name, Decomposed(delta.start, delta.height, delta, magnitude, tuple(parts))
         else:
             size = magnitude.numel()
-            self._check_fit(size == magnitude.shape[:1].numel(), (size, columns), "magnitude")
+            self._check_fit((size, columns) if magnitude.shape[:1].numel() == size else (), "magnitude")
             magnitude = magnitude.reshape(out, 1)
             for part, (name, delta) in zip(self._layer.parts, parts, strict=True):
                 yield name, Decomposed(delta.start, delta.height, delta, _rows(magnitude, part))
@@ -208,15 +204,14 @@ class LayerReader:
         tensor = self._read(role)
         if not bias and tensor.ndim > 2:
             tensor = self._matrix(role)
-        expected = self._layer.shape[:1] if bias else self._layer.shape
-        if tuple(tensor.shape) != expected:
+        if tensor.shape != (self._layer.shape[:1] if bias else self._layer.shape):
             raise self._misfit(tuple(tensor.shape), role)
         for part in self._layer.parts:
             name = f"{part.name}.{'bias' if bias else 'weight'}"
             yield name, make(part.start, part.height, _rows(tensor, part))
 
     def _up_bias(self, start: int, height: int, bias: Tensor) -> Delta:
-        return Full(start, height, bias, self._strength(self._pair_of_factors()[1].shape[0]))
+        return Full(start, height, bias, self._strength(len(self._pair_of_factors()[1])))
 
     def _pair(self, side: str, core: str) -> tuple[Tensor, Tensor]:
         """[out, rank] and [rank, in]; with a core, LyCORIS stores the first transposed."""
@@ -228,7 +223,8 @@ class LayerReader:
         if core not in self._tensors:
             return down
         matrix = self._matrix(core)
-        self._check_fit(matrix.shape == (down.shape[0], down.shape[0]), self._layer.shape, core)
+        if matrix.shape != (len(down), len(down)):
+            raise self._misfit((), core)
         return matrix.float() @ down.float()
 
     def _strength(self, rank: int) -> float:
@@ -284,13 +280,12 @@ class LayerReader:
     def _incomplete(self, role: str) -> ValueError:
         return ValueError(f"The LoRA is incomplete: {short(self._names[0])} lacks its counterpart of {role}.")
 
-    def _check_fit(self, agree: bool, shape: tuple[int, ...], *roles: str) -> None:
-        """Refuse factors that do not agree with each other, or whose product has another shape than the layer."""
-        if not agree or tuple(shape) != self._layer.shape:
-            raise self._misfit(shape if agree else (), *roles)
+    def _check_fit(self, shape: tuple[int, ...], *roles: str) -> None:
+        if shape != self._layer.shape:
+            raise self._misfit(shape, *roles)
 
     def _misfit(self, shape: tuple[int, ...], *roles: str) -> ValueError:
-        """The error about a change of a shape that does not fit the layer, or of factors that do not fit each other."""
+        """The error about a change of another shape than the layer's; () where factors do not fit each other."""
         expected = self._layer.shape
         if self._layer.parts[0].name == "x_embedder" and len(shape) == 2 and shape[1] > expected[1]:
             return ValueError(
@@ -305,6 +300,11 @@ class LayerReader:
 def _is_finite(piece: Tensor) -> bool:
     check_cancelled()
     return bool(piece.isfinite().all())
+
+
+def _product_shape(left: Tensor, right: Tensor) -> tuple[int, ...]:
+    """Of left @ right; () where they do not fit each other."""
+    return (len(left), right.shape[1]) if left.shape[1] == len(right) else ()
 
 
 def _rows(tensor: Tensor, part: Part) -> Tensor:
