@@ -6,7 +6,7 @@ parsed ones; `lora.names` knows the spellings of layers, `lora.reader` the tenso
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lora import deltas
-from lora.adapter import BESIDE, Adapter, Factors, read_config, read_header
+from lora.adapter import read_adapters
 from lora.deltas import Delta
 from lora.names import Content, Layer, assign, claim, layers_by_name, refuse_what_is_no_lora
 from lora.reader import LayerReader, factors_of, name_full_ranks
@@ -103,9 +103,9 @@ def read_lora(file: Path, transformer: nn.Module, text_encoder: nn.Module, confi
             def shape(name: str) -> list[int]:
                 return tensors.get_slice(name).get_shape()
 
-            name_full_ranks(found, shape)
-            factors = (it for layer, content in found.items() for it in factors_of(layer, content, shape))
-            adapters, said = _adapters(tensors.metadata() or {}, {layer.model for layer in found}, config, factors)
+            factors = [it for layer, content in found.items() for it in factors_of(layer, content, shape)]
+            name_full_ranks(found, {it.rank for it in factors}, shape)
+            adapters, said = read_adapters(tensors.metadata() or {}, {layer.model for layer in found}, config, factors)
             for layer, content in found.items():
                 check_cancelled()
                 claim(layer, claimed)
@@ -121,17 +121,6 @@ def read_lora(file: Path, transformer: nn.Module, text_encoder: nn.Module, confi
         own = changes[model]
         packed[model] = deltas.pack({name: own[name] for name, _ in module.named_parameters() if name in own})
     return Lora(**packed, report=_report(found, readers, ignored, said))
-
-
-def _adapters(
-    metadata: Mapping[str, str], models: Collection[str], config: str, factors: Iterable[Factors]
-) -> tuple[dict[str, Adapter], str]:
-    """The config of each model, of the header or beside the file; and what became of the one beside it."""
-    header = read_header(metadata, models)
-    if header is not None:
-        return header, f"its {BESIDE} is left aside: the header has one" if config else ""
-    adapter, said = read_config(config, factors) if config else (Adapter(), "")
-    return dict.fromkeys(models, adapter), said
 
 
 def _report(

@@ -8,7 +8,7 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -190,6 +190,21 @@ class Adapter:
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
 
+def read_adapters(
+    metadata: Mapping[str, str], models: Collection[str], config: str, factors: Sequence[Factors]
+) -> tuple[dict[str, Adapter], str]:
+    """The config of each model that a file changes, from its header or beside it; and what became of the one beside it.
+
+    Raises:
+        ValueError: see `read_header`.
+    """
+    header = read_header(metadata, models)
+    if header is not None:
+        return header, f"its {BESIDE} is left aside: the header has one" if config else ""
+    adapter, said = _read_config(config, factors) if config else (Adapter(), "")
+    return dict.fromkeys(models, adapter), said
+
+
 def read_header(metadata: Mapping[str, str], models: Collection[str]) -> dict[str, Adapter] | None:
     """The header's config for each of the models that the file changes; None where it has none at all.
 
@@ -214,13 +229,8 @@ def read_header(metadata: Mapping[str, str], models: Collection[str]) -> dict[st
     return adapters
 
 
-def read_config(text: str, factors: Iterable[Factors]) -> tuple[Adapter, str]:
-    """The config beside a file with these factors, or the defaults if it is not the file's; and which, for the log.
-
-    Raises:
-        ValueError: see `read_header`.
-    """
-    factors = list(factors)
+def _read_config(text: str, factors: Sequence[Factors]) -> tuple[Adapter, str]:
+    """The config beside a file with these factors, or the defaults if it is not the file's; and which it is."""
     if all(it.has_alpha for it in factors):
         reason = "the file has alphas of its own" if factors else "the file has no factors"
     else:

@@ -5,7 +5,7 @@ Tensors that need no conversion stay views of the mapped file: `deltas.pack` cop
 number types and arithmetic; it knows no spelling of a layer.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -71,12 +71,13 @@ def _is_transposed(left: Sequence[int], right: Sequence[int], rows: int | None) 
     return not usual and (left[0], left[1]) == (right[1], rows)
 
 
-def name_full_ranks(contents: Mapping[Layer, Content], shape: Callable[[str], Sequence[int]]) -> None:
+def name_full_ranks(
+    contents: Mapping[Layer, Content], ranks: Collection[int | None], shape: Callable[[str], Sequence[int]]
+) -> None:
     """Give the lone factors that ai-toolkit's fullrank writes the role of differences.
 
-    Such a factor has the rows of its layer. Where a pair of the file is of that rank, it may also be half of a pair.
+    Such a factor has the rows of its layer. Where the file has pairs of that rank too, it may also be half of a pair.
     """
-    ranks = {it.rank for layer, content in contents.items() for it in factors_of(layer, content, shape)}
     for layer, content in contents.items():
         tensors = content.tensors
         if "down" in tensors and not tensors.keys() & {"up", "mid", "magnitude", "diff"}:
