@@ -23,9 +23,9 @@ from lora.deltas import Bring, Delta, float32_products, gather
 from request import exact
 from service.slabs import SLAB, Uploads
 
-# Elements of the float32 buffer in which a mix is summed. It stays in the last-level cache (8 MiB on a CPU, 36 MiB of
-# an H100's 50), and fills it: each run of rows costs a synchronisation of threads on a CPU and a few kernel launches on
-# a GPU, where the most frequent weight of FLUX is one run.
+# Elements of the float32 buffer in which a mix is summed. It fills most of the last-level cache (8 MiB on a CPU, 36 MiB
+# of an H100's 50), as each run of rows costs a synchronisation of threads on a CPU and a few kernel launches on a GPU,
+# where the most frequent weight of FLUX is one run.
 BUFFER_ELEMENTS = {"cpu": 2**21, "cuda": 3072 * 3072}
 # Bytes of LoRAs that may lie on the device while a mix is written, and that stay there for the next one, as part of the
 # placement's working memory. Eight LoRAs of rank 64 on the layers that fp8 multiplies fit, and eight of rank 16 stay;

@@ -20,10 +20,9 @@ from service.device_thread import check_cancelled
 
 # Where a config is: in this field of the header (diffusers), or in this file beside the weights (PEFT).
 IN_HEADER, BESIDE = "lora_adapter_metadata", "adapter_config.json"
-# FLUX.1 and its CLIP have some 600 layers; a config may have an expression for each.
+# FLUX.1 and its CLIP have some 600 layers, each of which may have an expression.
 MAX_EXPRESSIONS = 2_000
-# Characters of an expression with its repetitions written out, as they are when it is compiled: ten characters may take
-# gigabytes.
+# Characters of an expression with its repetitions written out, as the compiler does: ten characters may take gigabytes.
 MAX_EXPRESSION = 1_024
 # Seconds for all expressions of a pattern together, and for one of them and one name.
 PATTERN_SECONDS, MATCH_SECONDS = 5.0, 1.0

@@ -99,9 +99,9 @@ class LayerReader:
     def deltas(self) -> Iterator[tuple[str, Delta]]:
         """Deltas with the names of their parameters; a ValueError is a sentence about a tensor that is not usable."""
         roles = self._tensors.keys()
-        if product := self._product():
+        if read_factors := self._factor_reader():
             names = [f"{part.name}.weight" for part in self._layer.parts]
-            parts = list(zip(names, product(), strict=True))
+            parts = list(zip(names, read_factors(), strict=True))
             yield from self._decomposed(parts) if "magnitude" in roles else parts
         for role, make in (("diff", Full), ("value", Replacement), ("diff_b", Full), ("value_b", Replacement)):
             if role in roles:
@@ -114,18 +114,18 @@ class LayerReader:
             names = ", ".join(self._name(role) for role in sorted(unused))
             raise ValueError(f"The LoRA has {names}, which says nothing beside the rest that it has for {self._layer}.")
 
-    def _product(self) -> Callable[[], list[Delta]] | None:
+    def _factor_reader(self) -> Callable[[], list[Delta]] | None:
         """The reader of the layer's factors, None where it has none; refuses two kinds of change to one tensor."""
         roles = self._tensors.keys()
         readers = ((self._lora, ("up", "down", "mid")), (self._loha, LOHA), (self._lokr, LOKR))
-        products = [product for product, own in readers if not roles.isdisjoint(own)]
-        if len(products) > 1 or any(pair <= roles for pair in CONTRADICTIONS):
+        fitting = [reader for reader, own in readers if not roles.isdisjoint(own)]
+        if len(fitting) > 1 or any(pair <= roles for pair in CONTRADICTIONS):
             raise ValueError(f"The LoRA changes {self._layer} in two ways at once: {', '.join(sorted(roles))}.")
-        if not products and "magnitude" in roles:
+        if not fitting and "magnitude" in roles:
             raise self._incomplete("magnitude")
         if roles == {"alpha"}:
             raise self._incomplete("alpha")
-        return products[0] if products else None
+        return fitting[0] if fitting else None
 
     def _lora(self) -> list[Delta]:
         if self._adapter.decomposed and "magnitude" not in self._tensors:
@@ -206,7 +206,7 @@ class LayerReader:
         if not bias and tensor.ndim > 2:
             tensor = self._matrix(role)
         if tensor.shape != (self._layer.shape[:1] if bias else self._layer.shape):
-            raise self._misfit(tuple(tensor.shape), role)
+            raise self._misfit(tensor.shape, role)
         for part in self._layer.parts:
             name = f"{part.name}.{'bias' if bias else 'weight'}"
             yield name, make(part.start, part.height, _rows(tensor, part))
@@ -249,7 +249,7 @@ class LayerReader:
         """A matrix, which some tools store as the kernel of a 1x1 convolution."""
         tensor = self._read(role)
         if tensor.ndim < 2 or len(self._layer.shape) != 2:
-            raise self._misfit(tuple(tensor.shape), role)
+            raise self._misfit(tensor.shape, role)
         return tensor.flatten(1)
 
     def _read(self, role: str) -> Tensor:
@@ -271,8 +271,10 @@ class LayerReader:
             tensor = tensor.to(torch.bfloat16)  # exact: bfloat16 has more bits of each kind
         elif tensor.dtype == torch.float64:
             tensor = tensor.float()
-        if not all(_is_finite(piece) for piece in tensor.flatten().split(PIECE)):
-            raise ValueError(f"{short(name)} has values that are not finite numbers; the file is damaged.")
+        for piece in tensor.flatten().split(PIECE):
+            check_cancelled()
+            if not piece.isfinite().all():
+                raise ValueError(f"{short(name)} has values that are not finite numbers; the file is damaged.")
         return tensor
 
     def _name(self, role: str) -> str:
@@ -296,11 +298,6 @@ class LayerReader:
         shapes = {role: self._get(self._tensors[role]).shape for role in roles}
         given = " and ".join(f"{self._name(role)} is {_size(shape)}" for role, shape in shapes.items())
         return ValueError(f"The LoRA does not fit: {given}, but {self._layer} is {_size(expected)}.")
-
-
-def _is_finite(piece: Tensor) -> bool:
-    check_cancelled()
-    return bool(piece.isfinite().all())
 
 
 def _product_shape(left: Tensor, right: Tensor) -> tuple[int, ...]:
