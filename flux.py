@@ -57,7 +57,7 @@ class AppliedLora:
     choice: LoraChoice
     file: LoraFile
     lora: Lora
-    left_out: tuple[str, ...]  # parameters that this request's model does not have
+    left_out: tuple[str, ...]  # parameters that the request's model lacks
     by_block: Mapping[str, float]  # factors of the strength
 
     def term(self, factor: float) -> Term:
@@ -66,7 +66,7 @@ class AppliedLora:
         parts = {block: scale * exact(own) for block, own in self.by_block.items()}
         return Term(self.file.content, scale, self.lora.transformer, parts)
 
-    def words(self, factor: float) -> Term:
+    def clip_term(self, factor: float) -> Term:
         """Its part of the text encoder's mix."""
         scale = self.choice.scale if self.choice.clip is None else self.choice.clip
         return Term(self.file.content, exact(scale) * exact(factor), self.lora.text_encoder)
@@ -138,11 +138,7 @@ class Flux:
 
     @staticmethod
     def plan(outlines: Mapping[str, Outline], device: torch.device) -> Placement:
-        """The places for the weights of dev and schnell on this machine and its GPU, before they are downloaded.
-
-        Raises:
-            ValueError: a sentence about a machine that is too small.
-        """
+        """The places for weights in this machine's memory, before they are downloaded; see `engine.placement.plan`."""
         free, _ = torch.cuda.mem_get_info(device)
         placement = plan(sizes(outlines), free, host_memory(), fp8=fp8.supported(device))
         print(f"Weights: {placement}.")
@@ -155,9 +151,8 @@ class Flux:
         Raises:
             ValueError: a sentence about model weights that are missing or do not fit.
         """
-        acceleration.keep_compiled_code(
-            settings.cache_dir / "compile"
-        )  # before live weights compile the kernel that writes them
+        # Before live weights compile the kernel that writes them.
+        acceleration.keep_compiled_code(settings.cache_dir / "compile")
         stopwatch = Stopwatch(device)
         folders = {"dev": Path(settings.models.dev), "schnell": Path(settings.models.schnell)}
         models = load(folders, device, stopwatch, placement)
@@ -220,14 +215,14 @@ class Flux:
         Args:
             request: validated.
             loras: the files of `request.loras`, in the same order; each is read before the next one is asked for.
-            stopwatch: charges phases with their seconds.
+            stopwatch: measures the phases.
 
         Raises:
             ValueError: a sentence about an image, a mask or a LoRA that cannot be used; nothing was changed then.
         """
         job = self.prepare(request, loras, stopwatch)
-        pictures = self._draw_all(job, stopwatch)
-        return Drawing(pictures, job.loras, job.fp8, str(job.embeddings["prompt_embeds"].dtype).removeprefix("torch."))
+        dtype = str(job.embeddings["prompt_embeds"].dtype).removeprefix("torch.")
+        return Drawing(self._draw_all(job, stopwatch), job.loras, job.fp8, dtype)
 
     def _draw_all(self, job: Job, stopwatch: Stopwatch) -> list[Image.Image]:
         """A picture for each seed; without any strength, the input image for each."""
@@ -274,11 +269,11 @@ class Flux:
         with stopwatch("swap"):
             factor = FP8_LORA_FACTOR if runs_fp8 else 1
             live.hold(request.model, [it.term(factor) for it in applied])
-            words = add_up(it.words(factor) for it in applied if it.lora.text_encoder)
-            self._live_text_encoder.hold("shared", words)
+            clip_terms = add_up(it.clip_term(factor) for it in applied if it.lora.text_encoder)
+            self._live_text_encoder.hold("shared", clip_terms)
         pipeline = self._pipeline(request, live)
         with stopwatch("prompt"):
-            embeddings = self._embed(pipeline, request, words)
+            embeddings = self._embed(pipeline, request, clip_terms)
         return Job(request, canvas, applied, runs_fp8, pipeline, embeddings)
 
     def draw(self, job: Job, seed: int, stopwatch: Stopwatch, on_step: Callable[[], object]) -> Tensor:
@@ -324,13 +319,13 @@ class Flux:
         """How many tokens T5 is given for any prompt, which is padded or cut; a tokenizer may have a lower limit."""
         return min(TEXT_TOKENS[model], self.components["tokenizer_2"].model_max_length)
 
-    def _embed(self, pipeline: FluxPipeline, request: Request, words: list[Term]) -> dict[str, Tensor]:
+    def _embed(self, pipeline: FluxPipeline, request: Request, clip_terms: list[Term]) -> dict[str, Tensor]:
         """The prompt's embeddings, kept under a hash of the prompt, its length and CLIP's mix; no prompt is kept."""
         tokens = self.text_tokens(request.model)
         used = len(pipeline.tokenizer_2(request.prompt).input_ids)
         if used > tokens:
             print(f"The prompt has {used} tokens; {request.model} reads the first {tokens}.")
-        clip_mix = [(term.content, term.scale) for term in words]
+        clip_mix = [(term.content, term.scale) for term in clip_terms]
         key = sha256(repr((request.prompt, tokens, clip_mix)).encode(errors="surrogatepass")).digest()
         if key not in self._embeddings:
             prompt_embeds, pooled_prompt_embeds, _ = pipeline.encode_prompt(

@@ -6,7 +6,7 @@ parsed ones; `lora.names` knows the spellings of layers, `lora.reader` the tenso
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lora import deltas
-from lora.adapter import BESIDE, Adapter, Factors, read_config, read_header
+from lora.adapter import read_adapters
 from lora.deltas import Delta
 from lora.names import Content, Layer, assign, claim, layers_by_name, refuse_what_is_no_lora
 from lora.reader import LayerReader, factors_of, name_full_ranks
@@ -74,7 +74,7 @@ class Lora:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of host memory, as torch rounds them where it is pinned."""
-        changes = chain.from_iterable([*self.transformer.values(), *self.text_encoder.values()])
+        changes = chain(*self.transformer.values(), *self.text_encoder.values())
         return slabs.taken(tensor for delta in changes for tensor in delta.tensors())
 
 
@@ -91,7 +91,7 @@ def read_lora(file: Path, transformer: nn.Module, text_encoder: nn.Module, confi
     Raises:
         ValueError: one sentence, if anything in it cannot be applied exactly or nothing at all can.
     """
-    by_model: dict[str, dict[str, tuple[Delta, ...]]] = {"transformer": {}, "text_encoder": {}}
+    changes: dict[str, dict[str, list[Delta]]] = {"transformer": {}, "text_encoder": {}}
     readers: list[LayerReader] = []
     claimed: dict[str, Layer] = {}
     try:
@@ -103,36 +103,24 @@ def read_lora(file: Path, transformer: nn.Module, text_encoder: nn.Module, confi
             def shape(name: str) -> list[int]:
                 return tensors.get_slice(name).get_shape()
 
-            name_full_ranks(found, shape)
-            factors = (it for layer, content in found.items() for it in factors_of(layer, content, shape))
-            adapters, said = _adapters(tensors.metadata() or {}, {layer.model for layer in found}, config, factors)
+            factors = [it for layer, content in found.items() for it in factors_of(layer, content, shape)]
+            name_full_ranks(found, {it.rank for it in factors}, shape)
+            adapters, said = read_adapters(tensors.metadata() or {}, {layer.model for layer in found}, config, factors)
             for layer, content in found.items():
                 check_cancelled()
                 claim(layer, claimed)
                 readers.append(LayerReader(layer, content, tensors.get_tensor, adapters[layer.model]))
-                by_parameter = by_model[layer.model]
                 for parameter, delta in readers[-1].deltas():
-                    by_parameter[parameter] = (*by_parameter.get(parameter, ()), delta)
+                    changes[layer.model].setdefault(parameter, []).append(delta)
     except (SafetensorError, OSError) as error:
         reason = f" ({error})" if isinstance(error, SafetensorError) else ""
         raise ValueError(f"The LoRA is not a safetensors file that can be read{reason}.") from error
     packed = {}
     for model, module in (("transformer", transformer), ("text_encoder", text_encoder)):
         # In the order in which parameters are written: the first ones are then the first to be copied to the device.
-        names = [name for name, _ in module.named_parameters() if name in by_model[model]]
-        packed[model] = deltas.pack({name: by_model[model][name] for name in names})
+        own = changes[model]
+        packed[model] = deltas.pack({name: own[name] for name, _ in module.named_parameters() if name in own})
     return Lora(**packed, report=_report(found, readers, ignored, said))
-
-
-def _adapters(
-    metadata: Mapping[str, str], models: Collection[str], config: str, factors: Iterable[Factors]
-) -> tuple[dict[str, Adapter], str]:
-    """The config of each model, of the header or beside the file; and what became of the one beside it."""
-    header = read_header(metadata, models)
-    if header is not None:
-        return header, f"its {BESIDE} is left aside: the header has one" if config else ""
-    adapter, said = read_config(config, factors) if config else (Adapter(), "")
-    return dict.fromkeys(models, adapter), said
 
 
 def _report(
@@ -160,11 +148,7 @@ class LoraCache:
         self._loras: OrderedDict[str, Lora] = OrderedDict()
 
     def read(self, file: LoraFile) -> Lora:
-        """Parse a LoRA, or take it from the cache.
-
-        Raises:
-            ValueError: see `read_lora`.
-        """
+        """A LoRA, from the cache or by `read_lora`."""
         lora = self._loras.pop(file.content, None) or read_lora(file.path, *self._models, file.config)
         if lora.nbytes <= self._max_bytes:  # a larger one is read each time anew
             while sum(it.nbytes for it in [*self._loras.values(), lora]) > self._max_bytes:

@@ -48,7 +48,7 @@ def keep_compiled_code(folder: Path) -> None:
 
 
 def choose_attention(transformers: Sequence[FluxTransformer2DModel], device: torch.device) -> str:
-    """diffusers' name of the attention that measures fastest here, which the transformers are given; print why."""
+    """diffusers' name of the fastest attention here, once the transformers have it and the log says why."""
     if device.type != "cuda":
         return NATIVE  # the only one on a CPU, and diffusers' default
     config = transformers[0].config
@@ -58,20 +58,19 @@ def choose_attention(transformers: Sequence[FluxTransformer2DModel], device: tor
         kernels = [*KERNELS, SDPBackend.CUDNN_ATTENTION] if name == CUDNN else KERNELS
         try:
             with sdpa_kernel(kernels):
-                seconds[name] = _attention_seconds(_backend(name), shape, transformers[0].dtype, device)
+                seconds[name] = _attention_seconds(_diffusers_name(name), shape, transformers[0].dtype, device)
         except Exception as error:  # a back end that is not installed or does not take this GPU says so in many ways
             print(f"Attention {name} cannot be used: {type(error).__name__}.")
     chosen, reason = best_attention(seconds)
     torch.backends.cuda.enable_cudnn_sdp(chosen == CUDNN)
     for transformer in transformers:
-        transformer.set_attention_backend(_backend(chosen))
+        transformer.set_attention_backend(_diffusers_name(chosen))
     measured = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in seconds.items())
     print(f"Attention: {chosen}, {reason}; over {TOKENS} tokens: {measured or 'nothing measured'}.")
-    return _backend(chosen)
+    return _diffusers_name(chosen)
 
 
-def _backend(name: str) -> str:
-    """diffusers' name for it."""
+def _diffusers_name(name: str) -> str:
     return NATIVE if name == CUDNN else name
 
 
@@ -123,10 +122,10 @@ def convolves_bfloat16() -> bool:
 
 
 def convolve_in_float32(vae: AutoencoderKL) -> None:
-    """Let both halves of a bfloat16 VAE compute in float32, and give bfloat16 as before.
+    """Let both halves of a bfloat16 VAE compute in float32, and still return bfloat16, unless the CPU is fast in that.
 
     A CPU without AVX-512 has no fast kernel for convolutions in bfloat16: one takes a hundred times as long as in
-    float32. Nothing is changed where the CPU has one.
+    float32.
     """
     if vae.dtype != torch.bfloat16 or convolves_bfloat16():
         return

@@ -79,7 +79,8 @@ def skeletons(
 ) -> dict[tuple[str, ...], FluxTransformer2DModel]:
     """A transformer without memory for each architecture in the models' configs, by the names of its models.
 
-    dev and schnell differ in their guidance embedder alone, and share one: see `live.Live` on parameters that lack.
+    dev and schnell differ in their guidance embedder alone, and share one: see `live.Live` on parameters that a base
+    lacks.
     """
     architectures: dict[str, list[str]] = {}
     for name, config in configs.items():
@@ -95,11 +96,7 @@ def skeletons(
 
 
 def outlined(outline: Outline) -> tuple[FluxTransformer2DModel, CLIPTextModel]:
-    """A model's transformer and CLIP without memory: the names and shapes that a LoRA is read for.
-
-    Raises:
-        ValueError: a sentence about a part without a config, or with one that makes no sense.
-    """
+    """A model's transformer and CLIP without memory, for which a LoRA is read; a ValueError as of `sizes`."""
     config, clip = (_config("dev", outline, part) for part in ("transformer", "text_encoder"))
     with _sentences():
         (transformer,) = skeletons({"dev": config}, torch.bfloat16).values()
@@ -114,15 +111,12 @@ def sizes(outlines: Mapping[str, Outline]) -> Sizes:
         ValueError: a sentence about a part without a config, or with one that makes no sense.
     """
     configs = {name: _config(name, outline, "transformer") for name, outline in outlines.items()}
-    clip_config, t5_config, vae_config = (
-        _config("dev", outlines["dev"], part) for part in ("text_encoder", "text_encoder_2", "vae")
-    )
+    parts = {part: _config("dev", outlines["dev"], part) for part in ("text_encoder", "text_encoder_2", "vae")}
     with _sentences():
-        t5_config = T5Config.from_dict(t5_config)
         with torch.device("meta"):
-            t5 = _elements(T5EncoderModel(t5_config)).values()
-            clip = _elements(CLIPTextModel(CLIPTextConfig.from_dict(clip_config))).values()
-            vae = _elements(AutoencoderKL.from_config(vae_config)).values()
+            clip = CLIPTextModel(CLIPTextConfig.from_dict(parts["text_encoder"]))
+            t5 = T5EncoderModel(T5Config.from_dict(parts["text_encoder_2"]))
+            vae = AutoencoderKL.from_config(parts["vae"])
         bases, widths, live, linears = {}, {}, 0, 0
         for names, skeleton in skeletons(configs, torch.bfloat16).items():
             elements = _elements(skeleton)
@@ -136,13 +130,14 @@ def sizes(outlines: Mapping[str, Outline]) -> Sizes:
                 widths[name] = 4 if outlines[name].weights.get("transformer", 0) >= 4 * sum(own) else 2
                 bases[name] = [widths[name] * count for count in own]
         width = widths["dev"]  # everything else is made in dev's dtype
+        t5_bytes = [width * count for count in _elements(t5).values()]
         return Sizes(
             bases={name: bases[name] for name in configs},
             live=width * live,
             linears=width * linears,
-            t5=[width * count for count in t5],
-            t5_block=width * sum(t5) // t5_config.num_layers,
-            rest=width * (2 * sum(clip) + sum(vae)),
+            t5=t5_bytes,
+            t5_block=sum(t5_bytes) // t5.config.num_layers,
+            rest=width * (2 * sum(_elements(clip).values()) + sum(_elements(vae).values())),
         )
 
 
@@ -164,5 +159,4 @@ def _config(name: str, outline: Outline, part: str) -> dict[str, object]:
 
 
 def _elements(module: nn.Module) -> dict[str, int]:
-    """The number of elements of each parameter."""
     return {name: parameter.numel() for name, parameter in module.named_parameters()}

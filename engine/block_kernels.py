@@ -2,8 +2,8 @@
 
 One program works on one token and keeps its row in registers, so each number is read once and written once. Triton's
 blocks are powers of two, and the widths of FLUX three times one (3072, 12288): a row is three blocks. Tiles are fixed:
-with autotuning, the first request of each new size would pay for trials. Triton does not specialise kernels for numbers
-of tokens (`do_not_specialize`), which would compile them anew for multiples of 16.
+with autotuning, the first request of each new size would pay for trials. By `do_not_specialize` Triton compiles no
+kernel anew for numbers of tokens that are multiples of 16.
 """
 
 import triton

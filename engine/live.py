@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
-from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -24,9 +23,9 @@ from lora.deltas import Bring, Delta, float32_products, gather
 from request import exact
 from service.slabs import SLAB, Uploads
 
-# Elements of the float32 buffer in which a mix is summed. It stays in the last-level cache (8 MiB on a CPU, 36 MiB of
-# an H100's 50), and fills it: each run of rows costs a synchronisation of threads on a CPU and a few kernel launches on
-# a GPU, where the most frequent weight of FLUX is one run.
+# Elements of the float32 buffer in which a mix is summed. It fills most of the last-level cache (8 MiB on a CPU, 36 MiB
+# of an H100's 50), as each run of rows costs a synchronisation of threads on a CPU and a few kernel launches on a GPU,
+# where the most frequent weight of FLUX is one run.
 BUFFER_ELEMENTS = {"cpu": 2**21, "cuda": 3072 * 3072}
 # Bytes of LoRAs that may lie on the device while a mix is written, and that stay there for the next one, as part of the
 # placement's working memory. Eight LoRAs of rank 64 on the layers that fp8 multiplies fit, and eight of rank 16 stay;
@@ -52,7 +51,7 @@ class Term:
 
     def scale_of(self, parameter: str) -> float | Fraction:
         """The strength at which a parameter is changed."""
-        return self.parts.get(".".join(parameter.split(".", 2)[:2]), self.scale) if self.parts else self.scale
+        return self.parts.get(".".join(parameter.split(".")[:2]), self.scale) if self.parts else self.scale
 
 
 def add_up(terms: Iterable[Term]) -> list[Term]:
@@ -83,6 +82,7 @@ class Recipe(NamedTuple):
 
         Args:
             buffer: float32, of at least one row's elements; each run lies in it, and is overwritten by the next one.
+                Without deltas it is not used: the base is the only run.
             bring: puts a tensor of a delta on the buffer's device.
         """
         base = self.base.to(buffer.device, non_blocking=True)
@@ -106,9 +106,9 @@ class Place:
     values: Tensor  # [N, ...]
     scales: Tensor | None = None  # [N, 1]
 
-    def map(self, make: Callable[[Tensor], Tensor]) -> "Place":
-        """A place of the tensors that are made of these."""
-        return Place(make(self.values), None if self.scales is None else make(self.scales))
+    def another(self) -> "Place":
+        """Uninitialised memory of the same shapes."""
+        return Place(torch.empty_like(self.values), None if self.scales is None else torch.empty_like(self.scales))
 
     def equals(self, other: "Place") -> bool:
         """Whether both hold the same bits."""
@@ -127,7 +127,7 @@ class LiveTensor:
         self.rivals: list[LiveTensor] = []  # others that are written into the same memory
 
     def hold(self, mix: object, recipe: Recipe, batch: "Batch") -> bool:
-        """Whether this tensor does not hold the mix yet; if so its recipe is added to a batch that will be written."""
+        """Whether the recipe was added to a batch that will be written: unless this tensor holds its mix already."""
         if self.held == mix:
             self.recipe = recipe  # its deltas are equal, but may have been read anew: the old ones can go
             return False
@@ -202,9 +202,9 @@ class Live:
                     written += 1
                     size += recipe.base.nbytes * (1 if recipe.base.device == self._device else BROUGHT)
                 if size >= BATCH or (batch and not self._merged):
-                    self._hold(batch)
+                    self._write_batch(batch)
                     batch, size = [], 0
-            self._hold(batch)
+            self._write_batch(batch)
         finally:
             self._uploads.leave(KEPT)
         return written
@@ -223,7 +223,7 @@ class Live:
             deltas = [(scale, delta) for term, scale in touching for delta in term.deltas[name]]
             yield tensor, mix, Recipe(self._zeros[name] if own is None else own, deltas, pristine)
 
-    def _hold(self, batch: Batch) -> None:
+    def _write_batch(self, batch: Batch) -> None:
         """Write some tensors; meanwhile they are recorded to hold nothing."""
         for tensor, _, _ in batch:
             for it in (tensor, *tensor.rivals):
@@ -246,13 +246,13 @@ class Live:
                 copies.append((place.values, recipe.base))
                 continue
             for start, rows in recipe.rows(self._buffer, uploads):
-                run = place.map(itemgetter(slice(start, start + len(rows))))
-                if run.scales is None:
-                    run.values.copy_(rows)
-                elif merged:
-                    merge.write([merge.Sum(run.values, run.scales, rows, ())], uploads)  # quantised in one pass
+                run = slice(start, start + len(rows))
+                if place.scales is None:
+                    place.values[run].copy_(rows)
+                elif merged:  # quantised in one pass
+                    merge.write([merge.Sum(place.values[run], place.scales[run], rows, ())], uploads)
                 else:
-                    fp8.write(rows, run.values, run.scales)
+                    fp8.write(rows, place.values[run], place.scales[run])
         merge.write(sums, uploads)
         if copies:
             torch._foreach_copy_(*map(list, zip(*copies, strict=True)), non_blocking=True)
@@ -273,7 +273,7 @@ class Live:
         tensor = self._tensors[name]
         if tensor.held is None:
             return True
-        again = tensor.place.map(torch.empty_like)
+        again = tensor.place.another()
         self._write([(again, tensor.recipe)], Uploads(self._device, room=0))
         if again.equals(tensor.place):
             return True

@@ -99,15 +99,10 @@ def assemble(
     precisions: Precisions,
     device: torch.device,
 ) -> Models:
-    """Models of weights that have been moved to their places.
+    """Models of `skeletons` and of weights that lie where they shall lie; the live ones are made on the device.
 
-    Args:
-        architectures: see `skeletons`.
-        bases: pristine transformers by model, never written; on the device or in host memory.
-        components: see `Models`; on the device, but for a T5 whose layers are moved there.
-        schedulers: see `Models`.
-        precisions: which live weights to make.
-        device: where the models compute.
+    The bases are pristine transformers by model, never written, on the device or in host memory. All components are on
+    the device, but for a T5 whose layers are moved there.
     """
     clip = components["text_encoder"]
     pristine_clip = {name: parameter.detach().clone() for name, parameter in clip.named_parameters()}
@@ -128,10 +123,8 @@ def assemble(
 def map_weights(folder: Path, transformer: nn.Module, text_encoder: nn.Module) -> tuple[Tensors, Tensors]:
     """The pristine parameters of a model's transformer and CLIP by name, mapped from disk and not read yet.
 
-    The modules, which may be without memory, have the names and shapes that the parameters must have.
-
-    Raises:
-        ValueError: see `load`.
+    The modules, which may be without memory, have the names and shapes that the parameters must have; a ValueError, as
+    in `load`, says where they do not fit.
     """
     base = _mapped(folder / "transformer", "diffusion_pytorch_model")
     _check_fit("transformer of dev", base, transformer)

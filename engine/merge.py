@@ -140,12 +140,9 @@ def write(sums: Iterable[Sum], uploads: Uploads) -> None:
             launches[kind] = Launch(dtype)
         launches[kind].add(it, base, pairs)
         if alone >= ALONE:
-            _run(launches)
+            for launch in launches.values():
+                launch.run()
             launches, alone = {}, 0
-    _run(launches)
-
-
-def _run(launches: dict[tuple, Launch]) -> None:
     for launch in launches.values():
         launch.run()
 

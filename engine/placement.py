@@ -98,15 +98,12 @@ class Placement:
 
 
 def plan(sizes: Sizes, gpu: int, host: int, *, fp8: bool) -> Placement:
-    """The best placement that fits into the free bytes of a GPU and the PINNED_SHARE of the bytes of host memory.
+    """The best placement that fits into a GPU's free bytes and the PINNED_SHARE of a host's; a ValueError if none does.
 
     The GPU is for the weights whose absence costs most. Without bf16 live weights a request for bf16 is drawn in fp8.
     Keeping T5 off the GPU costs 0.2 s for each new prompt; keeping a base off it costs 0.3 s for each new LoRA of
     that model; live weights in turn cost a swap at each change of precision. Weights off the GPU are pinned in the same
     order: T5, which each new prompt needs, then dev's base, then schnell's; the rest stays mapped.
-
-    Raises:
-        ValueError: a sentence, where nothing fits.
     """
     placements = list(_placements(sizes, fp8=fp8))
     pinnable = int(PINNED_SHARE * host)

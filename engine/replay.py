@@ -154,8 +154,8 @@ class Pool:
 class Steps:
     """Forward passes of transformers, replayed once `start` was called.
 
-    For each kind of inputs the first call is not recorded: it loads kernels, and cuDNN plans for this length. The
-    second one is recorded, and it and all later ones are replayed. Calls of any other form are never recorded.
+    For each kind of inputs the first call loads kernels, and cuDNN plans for this length; the second one is recorded,
+    and it and all later ones are replayed. Calls of any other form are never recorded.
 
     Args:
         transformers: their parameters never move; the kind of its inputs alone decides which kernels one launches.
@@ -188,7 +188,7 @@ class Steps:
             vars(transformer).pop("forward", None)
 
     def give_back(self, error: Exception) -> None:
-        """Stop, if a request's error says that the GPU's memory was short, and not the host's."""
+        """Stop, if a request's error says that the GPU's memory was short."""
         if _gpu_is_full(error):
             self.stop("memory was short")
 

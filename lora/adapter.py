@@ -8,7 +8,7 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,10 +20,9 @@ from service.device_thread import check_cancelled
 
 # Where a config is: in this field of the header (diffusers), or in this file beside the weights (PEFT).
 IN_HEADER, BESIDE = "lora_adapter_metadata", "adapter_config.json"
-# FLUX.1 and its CLIP have some 600 layers; a config may have an expression for each.
+# FLUX.1 and its CLIP have some 600 layers, each of which may have an expression.
 MAX_EXPRESSIONS = 2_000
-# Characters of an expression with its repetitions written out, as they are when it is compiled: ten characters may take
-# gigabytes.
+# Characters of an expression with its repetitions written out, as the compiler does: ten characters may take gigabytes.
 MAX_EXPRESSION = 1_024
 # Seconds for all expressions of a pattern together, and for one of them and one name.
 PATTERN_SECONDS, MATCH_SECONDS = 5.0, 1.0
@@ -72,10 +71,9 @@ class Factors(NamedTuple):
 
 
 class Pattern:
-    """PEFT's rank_pattern or alpha_pattern: a number, above a least one, for the layers that an expression fits.
+    """PEFT's rank_pattern or alpha_pattern: a number for the layers whose names an expression fits, else the default.
 
-    Raises:
-        ValueError: a sentence that names the source, about an expression or a number.
+    Numbers must be `above` another. Errors name the `source`.
     """
 
     def __init__(self, source: str, numbers: object, above: float = -math.inf, default: float | None = None) -> None:
@@ -190,13 +188,20 @@ class Adapter:
             return 1.0
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
-    def misfit(self, factors: Iterable[Factors]) -> str | None:
-        """Why this cannot be the config of factors: a rank that differs; None where it may be."""
-        for names, _, rank, _ in factors:
-            stated = self.ranks.find(names)
-            if None not in (rank, stated) and rank != stated:
-                return f"it says rank {stated:g} for {_shown(names[0])}, whose factors have {rank}"
-        return None
+
+def read_adapters(
+    metadata: Mapping[str, str], models: Collection[str], config: str, factors: Sequence[Factors]
+) -> tuple[dict[str, Adapter], str]:
+    """The config of each model that a file changes, from its header or beside it; and what became of the one beside it.
+
+    Raises:
+        ValueError: see `read_header`.
+    """
+    header = read_header(metadata, models)
+    if header is not None:
+        return header, f"its {BESIDE} is left aside: the header has one" if config else ""
+    adapter, said = _read_config(config, factors) if config else (Adapter(), "")
+    return dict.fromkeys(models, adapter), said
 
 
 def read_header(metadata: Mapping[str, str], models: Collection[str]) -> dict[str, Adapter] | None:
@@ -223,18 +228,16 @@ def read_header(metadata: Mapping[str, str], models: Collection[str]) -> dict[st
     return adapters
 
 
-def read_config(text: str, factors: Iterable[Factors]) -> tuple[Adapter, str]:
-    """The adapter that counts, of the JSON beside a file with these factors; and what became of it, for the log.
-
-    Raises:
-        ValueError: see `read_header`.
-    """
-    factors = list(factors)
+def _read_config(text: str, factors: Sequence[Factors]) -> tuple[Adapter, str]:
+    """The config beside a file with these factors, or the defaults if it is not the file's; and which it is."""
     if all(it.has_alpha for it in factors):
         reason = "the file has alphas of its own" if factors else "the file has no factors"
-    elif (reason := _another_s(config := _parse(text, BESIDE), factors)) is None:
+    else:
+        config = _parse(text, BESIDE)
+        reason = _kind_misfit(config, factors)
+    if reason is None:
         adapter = _adapter(config, BESIDE)
-        reason = adapter.misfit(factors)
+        reason = _rank_misfit(adapter, factors)
     if reason is not None:
         return Adapter(), f"its {BESIDE} is left aside: {reason}"
     _refuse(config, BESIDE)
@@ -252,14 +255,23 @@ def named_base(metadata: Mapping[str, str], config: str = "") -> tuple[str, str]
     return next((it for it in named if it[0].lower() not in ("", "none", "null")), None)
 
 
-def _another_s(config: Mapping[str, object], factors: Iterable[Factors]) -> str | None:
-    """Why a config is none of PEFT's, or of another kind than a file; None where it may be that file's."""
+def _kind_misfit(config: Mapping[str, object], factors: Iterable[Factors]) -> str | None:
+    """Why a config is not PEFT's, or is for another kind of factors; None where it may be theirs."""
     if not config.keys() & {"peft_type", "r", "lora_alpha", "alpha"}:
         return "it says nothing that PEFT says"
     for names, kind, _, _ in factors:
         # Kinds whose names end so have LoRA's factors, and some have more.
         if kind != _kind(config) and not (kind == "LORA" and _kind(config).endswith("LORA")):
             return f"it is for {_shown(_kind(config))}, and {_shown(names[0])} has factors of {kind}"
+    return None
+
+
+def _rank_misfit(adapter: Adapter, factors: Iterable[Factors]) -> str | None:
+    """Why a config is for factors of other ranks; None where it may be theirs."""
+    for names, _, rank, _ in factors:
+        stated = adapter.ranks.find(names)
+        if None not in (rank, stated) and rank != stated:
+            return f"it says rank {stated:g} for {_shown(names[0])}, whose factors have {rank}"
     return None
 
 
@@ -296,7 +308,6 @@ def _adapter(config: Mapping[str, object], source: str) -> Adapter:
 
 
 def _refuse(config: Mapping[str, object], source: str) -> None:
-    """Refuse a config with a setting that cannot be followed here."""
     init = str(config.get("init_lora_weights", True)).lower()
     if INITS_OF_BASE.fullmatch(init):
         remedy = "train it with another, such as true" if init == "loftq" else CONVERT

@@ -81,7 +81,7 @@ class Delta(ABC):
 
     @abstractmethod
     def _bind(self, base: Tensor, pristine: Mapping[str, Tensor], bring: Bring) -> AddRows:
-        """The function that adds this delta's own rows; the base is given by these rows too."""
+        """The function that adds rows of this delta; `base` is only the rows of the parameter that it changes."""
 
 
 class Layout(NamedTuple):
@@ -249,11 +249,11 @@ class Decomposed(Delta):
             squares = torch.zeros_like(self.magnitude, dtype=torch.float32, device=base.device)
             for name, part in self.layer:
                 rows = pristine[name][part.start : part.start + part.height].to(base.device, non_blocking=True)
-                for _, merged in _merged(rows, part._bind(rows, pristine, bring)):
+                for merged in _merged(rows, part._bind(rows, pristine, bring)):
                     squares += merged.square_().sum(dim=0, keepdim=True)
             norm = squares.sqrt_()
         else:
-            norm = torch.cat([merged.norm(dim=1, keepdim=True) for _, merged in _merged(base, inner)])
+            norm = torch.cat([merged.norm(dim=1, keepdim=True) for merged in _merged(base, inner)])
         # A row or column of zeros has no direction, and stays zero: its norm is not divided by.
         gain = bring(self.magnitude).float() / norm.clamp_min(torch.finfo(torch.float32).eps)
 
@@ -267,13 +267,13 @@ class Decomposed(Delta):
         return add_rows
 
 
-def _merged(base: Tensor, add_rows: AddRows) -> Iterator[tuple[int, Tensor]]:
-    """Runs of rows of base + delta, float32, each with its first row."""
+def _merged(base: Tensor, add_rows: AddRows) -> Iterator[Tensor]:
+    """Runs of rows of base + delta, float32."""
     height = max(1, NORM_ELEMENTS // base.shape[1])
     for first in range(0, len(base), height):
         merged = base[first : first + height].to(torch.float32, copy=True)
         add_rows(merged, first, 1.0)
-        yield first, merged
+        yield merged
 
 
 @contextmanager

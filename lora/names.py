@@ -20,9 +20,9 @@ from service.lines import printable
 MAX_TENSORS = 50_000
 MAX_NAME = 256
 MAX_DOTS = 32
-# Spellings of each layer within a block, and ours: of a fused layer all parts, in the order of its rows. Those of
-# double and single blocks are of Black Forest Labs, of XLabs (after processors that hold factors: lora), of MLX
-# (after lists of layers: layers), and in single blocks of DiffSynth-Studio, whose other names are diffusers'.
+# Within a block, other spellings of a layer → ours; of a fused layer all parts, in the order of its rows. In double and
+# single blocks they are Black Forest Labs', but for XLabs' (qkv, proj, ..._lora), MLX's (...layers...) and, in single
+# blocks alone, DiffSynth-Studio's (to_qkv_mlp, proj_out, norm.linear, norm_q_a, norm_k_a).
 QKV = "attn.to_q attn.to_k attn.to_v"
 ADDED_QKV = "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
 DOUBLE_BLOCK = {
@@ -245,7 +245,9 @@ def layers_by_name(transformer: nn.Module, text_encoder: nn.Module) -> dict[str,
     for ours, theirs, block in BLOCKS:
         for index, (spellings, names) in product(range(len(getattr(transformer, ours))), block.items()):
             parts = [own.get(f"{ours}.{index}.{name}") for name in names.split()]
-            for spelling in spellings.split() if None not in parts else ():
+            if None in parts:
+                continue
+            for spelling in spellings.split():
                 spelled[f"{theirs}.{index}.{spelling}"] = _fuse(parts)
                 if len(parts) > 1:  # OneTrainer numbers the parts of a fused layer
                     spelled |= {f"{theirs}.{index}.{spelling}.{number}": part for number, part in enumerate(parts)}
@@ -273,7 +275,6 @@ def _own_layers(model: str, module: nn.Module) -> dict[str, Layer]:
 
 
 def _fuse(layers: list[Layer]) -> Layer:
-    """One layer with the rows of several."""
     parts, source = [], 0
     for layer in layers:
         parts += [replace(part, source=source + part.source) for part in layer.parts]
@@ -305,11 +306,7 @@ def _find(table: Mapping[str, Layer], name: str) -> tuple[Layer, str] | None:
 
 
 def assign(names: Collection[str], table: Mapping[str, Layer]) -> tuple[dict[Layer, Content], Counter[str]]:
-    """A file's tensors for each layer, and how many tensors are ignored, by reason.
-
-    Raises:
-        ValueError: a sentence about a name that means no change to FLUX.1 or its CLIP.
-    """
+    """A file's tensors for each layer, and how many are ignored, by reason; a ValueError refuses a name or a file."""
     if len(names) > MAX_TENSORS:
         raise ValueError(f"The file has {len(names)} tensors; a LoRA has at most {MAX_TENSORS}.")
     found: dict[Layer, Content] = {}
@@ -332,7 +329,8 @@ def assign(names: Collection[str], table: Mapping[str, Layer]) -> tuple[dict[Lay
             )
         if layer not in found:
             stems = (match["stem"], name.removesuffix(plain[match.end("stem") :]))
-            found[layer] = Content(written, tuple(dict.fromkeys(map(_as_peft_knew, stems))))
+            known = [stem[OUTSIDE_PEFT.match(stem).end() :].rstrip("._") for stem in stems]
+            found[layer] = Content(written, tuple(dict.fromkeys(known)))
         content = found[layer]
         other = content.tensors.setdefault(match.lastgroup, name)
         if other != name:
@@ -341,10 +339,6 @@ def assign(names: Collection[str], table: Mapping[str, Layer]) -> tuple[dict[Lay
                 "told."
             )
     return found, _reasons_to_ignore(unknown, table)
-
-
-def _as_peft_knew(stem: str) -> str:
-    return stem[OUTSIDE_PEFT.match(stem).end() :].rstrip("._")
 
 
 def _key(plain: str) -> str:
@@ -360,11 +354,7 @@ def _check_length(name: str) -> None:
 
 
 def _reasons_to_ignore(names: Mapping[str, str], table: Mapping[str, Layer]) -> Counter[str]:
-    """How many names that fit no layer are ignored, by reason; each is given with its form without wrappers.
-
-    Raises:
-        ValueError: a sentence about one that may not be ignored.
-    """
+    """How many names that fit no layer may be ignored, by reason; each is given with its form without wrappers."""
     listed = IGNORED if "guidance_in_in_layer" in table else (*IGNORED, NO_GUIDANCE)
     reasons: Counter[str] = Counter()
     strange = {}
@@ -390,7 +380,7 @@ def _reasons_to_ignore(names: Mapping[str, str], table: Mapping[str, Layer]) -> 
 
 
 def _changed_layer(name: str, table: Mapping[str, Layer]) -> Layer | None:
-    """The layer that the beginning of a tensor's name names."""
+    """The layer whose name a tensor's name begins with."""
     ends = [*(dot.start() for dot in re.finditer(r"\.", name)), len(name)]
     return next((found[0] for end in ends if (found := _find(table, name[:end]))), None)
 

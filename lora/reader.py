@@ -5,7 +5,7 @@ Tensors that need no conversion stay views of the mapped file: `deltas.pack` cop
 number types and arithmetic; it knows no spelling of a layer.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -71,12 +71,13 @@ def _is_transposed(left: Sequence[int], right: Sequence[int], rows: int | None) 
     return not usual and (left[0], left[1]) == (right[1], rows)
 
 
-def name_full_ranks(contents: Mapping[Layer, Content], shape: Callable[[str], Sequence[int]]) -> None:
+def name_full_ranks(
+    contents: Mapping[Layer, Content], ranks: Collection[int | None], shape: Callable[[str], Sequence[int]]
+) -> None:
     """Give the lone factors that ai-toolkit's fullrank writes the role of differences.
 
-    Such a factor has the rows of its layer. Where a pair of the file is of that rank, it may also be half of a pair.
+    Such a factor has the rows of its layer. Where the file has pairs of that rank too, it may also be half of a pair.
     """
-    ranks = {it.rank for layer, content in contents.items() for it in factors_of(layer, content, shape)}
     for layer, content in contents.items():
         tensors = content.tensors
         if "down" in tensors and not tensors.keys() & {"up", "mid", "magnitude", "diff"}:
@@ -96,15 +97,11 @@ class LayerReader:
         self._get, self._adapter = get, adapter
 
     def deltas(self) -> Iterator[tuple[str, Delta]]:
-        """Deltas with the names of their parameters.
-
-        Raises:
-            ValueError: a sentence about a tensor that does not fit or holds numbers that are not finite.
-        """
+        """Deltas with the names of their parameters; a ValueError is a sentence about a tensor that is not usable."""
         roles = self._tensors.keys()
-        if product := self._product():
+        if read_factors := self._factor_reader():
             names = [f"{part.name}.weight" for part in self._layer.parts]
-            parts = list(zip(names, product(), strict=True))
+            parts = list(zip(names, read_factors(), strict=True))
             yield from self._decomposed(parts) if "magnitude" in roles else parts
         for role, make in (("diff", Full), ("value", Replacement), ("diff_b", Full), ("value_b", Replacement)):
             if role in roles:
@@ -117,27 +114,27 @@ class LayerReader:
             names = ", ".join(self._name(role) for role in sorted(unused))
             raise ValueError(f"The LoRA has {names}, which says nothing beside the rest that it has for {self._layer}.")
 
-    def _product(self) -> Callable[[], list[Delta]] | None:
+    def _factor_reader(self) -> Callable[[], list[Delta]] | None:
         """The reader of the layer's factors, None where it has none; refuses two kinds of change to one tensor."""
         roles = self._tensors.keys()
         readers = ((self._lora, ("up", "down", "mid")), (self._loha, LOHA), (self._lokr, LOKR))
-        products = [product for product, own in readers if not roles.isdisjoint(own)]
-        if len(products) > 1 or any(pair <= roles for pair in CONTRADICTIONS):
+        fitting = [reader for reader, own in readers if not roles.isdisjoint(own)]
+        if len(fitting) > 1 or any(pair <= roles for pair in CONTRADICTIONS):
             raise ValueError(f"The LoRA changes {self._layer} in two ways at once: {', '.join(sorted(roles))}.")
-        if not products and "magnitude" in roles:
+        if not fitting and "magnitude" in roles:
             raise self._incomplete("magnitude")
         if roles == {"alpha"}:
             raise self._incomplete("alpha")
-        return products[0] if products else None
+        return fitting[0] if fitting else None
 
     def _lora(self) -> list[Delta]:
         if self._adapter.decomposed and "magnitude" not in self._tensors:
             raise ValueError(f"The LoRA's {self._adapter.source} says use_dora, but {self._layer} has no magnitude.")
         up, down = self._pair_of_factors()
         down = self._tucker("mid", down)
-        self._check_fit(up.shape[1] == down.shape[0], (up.shape[0], down.shape[1]), "up", "down")
+        self._check_fit(_product_shape(up, down), "up", "down")
         self.kinds.add("DoRA" if "magnitude" in self._tensors else "LoRA")
-        strength = self._strength(down.shape[0])
+        strength = self._strength(len(down))
         return [LowRank(part.start, part.height, _rows(up, part), down, strength) for part in self._layer.parts]
 
     def _pair_of_factors(self) -> tuple[Tensor, Tensor]:
@@ -154,12 +151,14 @@ class LayerReader:
 
     def _loha(self) -> list[Delta]:
         (a, b), (c, d) = self._pair("hada_w1", "hada_t1"), self._pair("hada_w2", "hada_t2")
-        fits = a.shape[1] == len(b) and c.shape[1] == len(d) and (len(a), b.shape[1]) == (len(c), d.shape[1])
-        self._check_fit(fits, (len(a), b.shape[1]), "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+        first, second = _product_shape(a, b), _product_shape(c, d)
+        self._check_fit(first if first == second else (), "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
         self.kinds.add("LoHa")
         strength = self._strength(len(b))
-        rows = [(part.start, part.height, _rows(a, part), _rows(c, part)) for part in self._layer.parts]
-        return [Hadamard(start, height, left, b, right, d, strength) for start, height, left, right in rows]
+        return [
+            Hadamard(part.start, part.height, _rows(a, part), b, _rows(c, part), d, strength)
+            for part in self._layer.parts
+        ]
 
     def _lokr(self) -> list[Delta]:
         sides, shapes, ranks = [], [], []
@@ -168,19 +167,20 @@ class LayerReader:
                 factors = (self._matrix(side),)
             else:
                 factors = self._pair(side, core)
-                ranks.append(factors[1].shape[0])
-                self._check_fit(factors[0].shape[1] == ranks[-1], self._layer.shape, f"{side}_a", f"{side}_b")
+                ranks.append(len(factors[1]))
+                if not _product_shape(*factors):
+                    raise self._misfit((), f"{side}_a", f"{side}_b")
             sides.append(factors)
-            shapes.append((factors[0].shape[0], factors[-1].shape[1]))
+            shapes.append((len(factors[0]), factors[-1].shape[1]))
         (o1, i1), (o2, i2) = shapes
-        present = [role for role in self._tensors if role.startswith("lokr_")]
-        self._check_fit(True, (o1 * o2, i1 * i2), *present)
+        self._check_fit((o1 * o2, i1 * i2), *(role for role in self._tensors if role.startswith("lokr_")))
         self.kinds.add("LoKr")
         if ranks:
             strength = self._strength(ranks[-1])
-        else:  # both sides are whole: the value of an alpha in the file means nothing, as in LyCORIS
-            alpha = 1.0 if "alpha" in self._tensors else None
-            strength = self._adapter.strength(self._names, None, alpha)
+        elif "alpha" in self._tensors:
+            strength = 1.0  # LyCORIS writes an alpha beside whole matrices, and does not use it
+        else:
+            strength = self._adapter.strength(self._names, None, None)
         return [Kronecker(part.start, part.height, *sides, part.source, strength) for part in self._layer.parts]
 
     def _decomposed(self, parts: list[tuple[str, Delta]]) -> Iterator[tuple[str, Delta]]:
@@ -192,7 +192,7 @@ class LayerReader:
                 yield name, Decomposed(delta.start, delta.height, delta, magnitude, tuple(parts))
         else:
             size = magnitude.numel()
-            self._check_fit(size == magnitude.shape[:1].numel(), (size, columns), "magnitude")
+            self._check_fit((size, columns) if magnitude.shape[:1].numel() == size else (), "magnitude")
             magnitude = magnitude.reshape(out, 1)
             for part, (name, delta) in zip(self._layer.parts, parts, strict=True):
                 yield name, Decomposed(delta.start, delta.height, delta, _rows(magnitude, part))
@@ -205,15 +205,14 @@ class LayerReader:
         tensor = self._read(role)
         if not bias and tensor.ndim > 2:
             tensor = self._matrix(role)
-        expected = self._layer.shape[:1] if bias else self._layer.shape
-        if tuple(tensor.shape) != expected:
-            raise self._misfit(tuple(tensor.shape), role)
+        if tensor.shape != (self._layer.shape[:1] if bias else self._layer.shape):
+            raise self._misfit(tensor.shape, role)
         for part in self._layer.parts:
             name = f"{part.name}.{'bias' if bias else 'weight'}"
             yield name, make(part.start, part.height, _rows(tensor, part))
 
     def _up_bias(self, start: int, height: int, bias: Tensor) -> Delta:
-        return Full(start, height, bias, self._strength(self._pair_of_factors()[1].shape[0]))
+        return Full(start, height, bias, self._strength(len(self._pair_of_factors()[1])))
 
     def _pair(self, side: str, core: str) -> tuple[Tensor, Tensor]:
         """[out, rank] and [rank, in]; with a core, LyCORIS stores the first transposed."""
@@ -225,7 +224,8 @@ class LayerReader:
         if core not in self._tensors:
             return down
         matrix = self._matrix(core)
-        self._check_fit(matrix.shape == (down.shape[0], down.shape[0]), self._layer.shape, core)
+        if matrix.shape != (len(down), len(down)):
+            raise self._misfit((), core)
         return matrix.float() @ down.float()
 
     def _strength(self, rank: int) -> float:
@@ -249,7 +249,7 @@ class LayerReader:
         """A matrix, which some tools store as the kernel of a 1x1 convolution."""
         tensor = self._read(role)
         if tensor.ndim < 2 or len(self._layer.shape) != 2:
-            raise self._misfit(tuple(tensor.shape), role)
+            raise self._misfit(tensor.shape, role)
         return tensor.flatten(1)
 
     def _read(self, role: str) -> Tensor:
@@ -271,8 +271,10 @@ class LayerReader:
             tensor = tensor.to(torch.bfloat16)  # exact: bfloat16 has more bits of each kind
         elif tensor.dtype == torch.float64:
             tensor = tensor.float()
-        if not all(_is_finite(piece) for piece in tensor.flatten().split(PIECE)):
-            raise ValueError(f"{short(name)} has values that are not finite numbers; the file is damaged.")
+        for piece in tensor.flatten().split(PIECE):
+            check_cancelled()
+            if not piece.isfinite().all():
+                raise ValueError(f"{short(name)} has values that are not finite numbers; the file is damaged.")
         return tensor
 
     def _name(self, role: str) -> str:
@@ -281,13 +283,12 @@ class LayerReader:
     def _incomplete(self, role: str) -> ValueError:
         return ValueError(f"The LoRA is incomplete: {short(self._names[0])} lacks its counterpart of {role}.")
 
-    def _check_fit(self, agree: bool, shape: tuple[int, ...], *roles: str) -> None:
-        """Refuse factors that do not agree with each other, or whose product has another shape than the layer."""
-        if not agree or tuple(shape) != self._layer.shape:
-            raise self._misfit(shape if agree else (), *roles)
+    def _check_fit(self, shape: tuple[int, ...], *roles: str) -> None:
+        if shape != self._layer.shape:
+            raise self._misfit(shape, *roles)
 
     def _misfit(self, shape: tuple[int, ...], *roles: str) -> ValueError:
-        """The error about a change of a shape that does not fit the layer, or of factors that do not fit each other."""
+        """The error about a change of another shape than the layer's; () where factors do not fit each other."""
         expected = self._layer.shape
         if self._layer.parts[0].name == "x_embedder" and len(shape) == 2 and shape[1] > expected[1]:
             return ValueError(
@@ -299,9 +300,9 @@ class LayerReader:
         return ValueError(f"The LoRA does not fit: {given}, but {self._layer} is {_size(expected)}.")
 
 
-def _is_finite(piece: Tensor) -> bool:
-    check_cancelled()
-    return bool(piece.isfinite().all())
+def _product_shape(left: Tensor, right: Tensor) -> tuple[int, ...]:
+    """Of left @ right; () where they do not fit each other."""
+    return (len(left), right.shape[1]) if left.shape[1] == len(right) else ()
 
 
 def _rows(tensor: Tensor, part: Part) -> Tensor:
