@@ -36,8 +36,6 @@ PREDICTION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.~-]{0,127}")
 # The range from which the kernel hands out ports, and our lowest port: Ray's workers have those below.
 KERNELS_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 LOWEST_PORT = 20_000
-# The ids of predictions that are taken: an id becomes part of paths, URLs and headers.
-PREDICTION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.~-]{0,127}")
 # Cog takes bodies up to 100 MiB, and base64 makes four bytes of three.
 MAX_FILE_BYTES = 70_000_000
 # Cog warns that BasePredictor has become BaseRunner, which older command-line tools do not know.
@@ -56,7 +54,6 @@ SECONDS_FOR_SLOT = 5
 LINE_BYTES = 2**20
 # Longer than a cancelled prediction needs; a worker inside native code reacts to SIGKILL alone.
 SECONDS_TO_STOP = 5
-
 
 Show = Callable[[str, Mapping[str, Any]], None]
 
@@ -264,12 +261,7 @@ def _hand_on(lines: IO[bytes], show: Show) -> None:
                 record = json.loads(line)
                 fields = record["fields"]
                 text = ": ".join(str(fields[name]) for name in ("message", "error") if name in fields)
-            except (
-                ValueError,
-                LookupError,
-                TypeError,
-                RecursionError,
-            ):  # printed past the log, as by a crash
+            except (ValueError, LookupError, TypeError, RecursionError):  # printed past the log, as by a crash
                 text, record = line.decode(errors="replace"), {}
             show(text.rstrip().lstrip("\r\n"), record)
 
