@@ -190,11 +190,7 @@ class Predictor(BasePredictor):
             return self.device_thread.run(self._attempt, request, sent, folder)
 
     def healthcheck(self) -> bool:
-        """Cog calls this at each `GET /health-check`, and waits five seconds.
-
-        Raises:
-            RuntimeError: a sentence; Cog then answers UNHEALTHY with it.
-        """
+        """Cog calls this at each `GET /health-check`; it answers UNHEALTHY with the sentence of a RuntimeError."""
         self.device_thread.run_if_idle(self.flux.check)
         return True
 

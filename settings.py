@@ -89,11 +89,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, *, cuda: bool, environ: Mapping[str, str] = os.environ) -> "Settings":
-        """The settings that the variables say, of which empty ones count as unset; `cuda` chooses the default models.
-
-        Raises:
-            ValueError: a sentence that names the variable, its value and what would be right.
-        """
+        """The settings by the variables, of which empty ones count as unset; `cuda` chooses the default models."""
         default = OFFICIAL if cuda else MINIATURE
 
         def text(name: str, fallback: str | None = None) -> str | None:

@@ -129,8 +129,7 @@ class DeviceThread:
     def run_if_idle(self, work: Callable[[], object]) -> None:
         """Let the thread do the work if it has nothing else to do; what it raises is raised here.
 
-        Raises:
-            RuntimeError: a sentence: this work, or such work before, has not ended in `SECONDS_TO_ANSWER`.
+        A RuntimeError says that this work, or such work before, has not ended in `SECONDS_TO_ANSWER`.
         """
         job = _Job(lambda: self._watched(work))
         self._jobs.put(job)
