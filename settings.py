@@ -177,10 +177,8 @@ def folder_shown(named: str) -> str:
 
 
 def _without_secrets(url: str) -> str:
-    """A mirror's address without login and query; of one whose login may have a query's signs in it, the scheme.
-
-    Stricter than sources/shown.py, which may not be imported here: settings are below all that uses them.
-    """
+    """A mirror's address without login and query; the scheme alone, if a login may have a query's signs in it."""
+    # Stricter than sources/shown.py, which settings may not import.
     return re.sub(r"://(?:.*[?#;].*@.*|(?:.*@)?([^?#;]*).*)", r"://\1", url, flags=re.DOTALL)
 
 

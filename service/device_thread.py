@@ -164,6 +164,7 @@ class DeviceThread:
             self._doing = None  # while the thread is idle, it keeps nothing of the work
 
     def _watched(self, work: Callable[..., T], *arguments: object) -> T:
+        """What the work returns; inside the job, an error of the watchdog is raised like one of the work."""
         with self.watchdog:
             return work(*arguments)
 

@@ -65,10 +65,8 @@ def packing(
 
 
 def _lay_out(sizes: Mapping[Key, int]) -> list[dict[Key, range]]:
-    """The bytes of each tensor in its slab: first fit decreasing; one larger than SLAB has a slab of its own.
-
-    The largest tensor goes first, each into the first slab with room; in a slab they keep the order of `sizes`.
-    """
+    """The bytes of each tensor in its slab, in the order of `sizes`; one larger than SLAB has a slab of its own."""
+    # First fit decreasing: the largest tensor goes first, each into the first slab with room.
     chosen: dict[Key, int] = {}  # slabs by number
     room: list[int] = []  # bytes left in each
     for key in sorted(sizes, key=sizes.__getitem__, reverse=True):

@@ -343,12 +343,11 @@ class Comparison:
 
     @cached_property
     def _picture(self) -> Image.Image:
-        """A drawn picture of something harmless."""
         return self._flux.generate(self._references["schnell"].request, (), self._stopwatch).images[0]
 
     @cached_property
     def _verdict(self) -> Verdict:
-        """The verdict of the product's safety check on it."""
+        """The verdict of the product's safety check on a drawn picture of something harmless."""
         folders = Path(self._models.safety_checker), Path(self._models.nsfw_classifier)
         return SafetyChecker.load(*folders, self._flux.device).check([self._picture])[0]
 
