@@ -47,12 +47,7 @@ JPEG_TEXT_BYTES = 65_000
 
 
 def text_to_image_size(aspect_ratio: str, megapixels: str, width: int | None, height: int | None) -> Size:
-    """The size of a picture that is drawn from text alone.
-
-    Args:
-        aspect_ratio: a key of `SIZES`, or "custom" for `width` and `height`, rounded to the nearest multiples of 16.
-        megapixels: "1", or "0.25" for half of each side; ignored with "custom".
-    """
+    """The size of a picture that is drawn from text alone; `width` and `height` count only with "custom"."""
     if aspect_ratio == "custom":
         if width is None or height is None:
             raise ValueError("aspect_ratio is custom, which needs both width and height.")
@@ -135,12 +130,10 @@ def paste_back(drawn: Image.Image, original: Image.Image, mask: Image.Image) -> 
 
 
 def save(image: Image.Image, path: Path, format: Format, quality: int, metadata: Mapping[str, Any]) -> None:
-    """Write a picture with what made it: this version as PNG text "Software" or EXIF Software, and its metadata.
+    """Write a picture with what made it, as PNG texts or in EXIF: this version, and its metadata as JSON in UTF-8.
 
-    Args:
-        quality: 0 (smallest) to 100 (best) for webp and jpg; png has no loss and ignores it.
-        metadata: written as JSON, in UTF-8, as PNG text "Description" or EXIF ImageDescription. A JPEG has room for
-            64 KiB: there the longest text is cut, and "cut" gives the name of its field.
+    A JPEG has room for 64 KiB: there the longest text of the metadata is cut, and "cut" gives the name of its field.
+    `quality` is 0 to 100 for webp and jpg; png has no loss and ignores it.
     """
     encoded = io.BytesIO()  # written to the file afterwards: an encoder would not tell why it could not write
     match format:

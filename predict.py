@@ -178,23 +178,19 @@ class Predictor(BasePredictor):
         ),
     ) -> list[Path]:
         """One file for each picture, in order of their seeds; errors are sentences for the sender of the request."""
-        inputs = dict(locals())  # by their names, most of which are also fields of Request
+        inputs = dict(locals())  # the parameters above by their names: no other variable is set yet
         with self.occupancy.shown():
             folder = self.leftovers.place()
             sent = {name: parse_picture(name, inputs[name]) for name in ("image", "mask") if inputs[name]}
             files = {name: folder / name if name in sent else None for name in ("image", "mask")}
             loras, unused = self._choose_loras(inputs)
-            same = {field.name: inputs[field.name] for field in fields(Request) if field.name in inputs}
-            request = Request(**same | files, loras=loras)
+            values = inputs | files | {"loras": loras}
+            request = Request(**{field.name: values[field.name] for field in fields(Request)})
             print(f"Using seed: {request.seed}", *request.without_effect, *unused, sep="\n")
             return self.device_thread.run(self._attempt, request, sent, folder)
 
     def healthcheck(self) -> bool:
-        """Cog calls this at each `GET /health-check`, and waits five seconds.
-
-        Raises:
-            RuntimeError: a sentence; Cog then answers UNHEALTHY with it.
-        """
+        """Cog calls this at each `GET /health-check`; it answers UNHEALTHY with the sentence of a RuntimeError."""
         self.device_thread.run_if_idle(self.flux.check)
         return True
 

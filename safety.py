@@ -82,11 +82,7 @@ class SafetyChecker:
         dtype: torch.dtype = torch.float32,
         batch: int | None = None,
     ) -> "SafetyChecker":
-        """Load both models from directories, each with its image processor; nothing is downloaded.
-
-        Raises:
-            ValueError: weights are missing, so that a model would judge at random, or the label "nsfw" is.
-        """
+        """Load both models from directories, each with its image processor; nothing is downloaded."""
         return cls(
             _load(StableDiffusionSafetyChecker, checker, device, dtype),
             CLIPImageProcessorPil.from_pretrained(checker, local_files_only=True),
@@ -105,7 +101,6 @@ class SafetyChecker:
         return [Verdict(*findings) for findings in zip(checker, classifier, strict=True)]
 
     def _findings(self, stage: str, score: Scores, images: list[Image.Image], threshold: float) -> list[Finding]:
-        """One stage's findings, a batch at a time."""
         batches = [images[start : start + self._batch] for start in range(0, len(images), self._batch)]
         return [finding for batch in batches for finding in _look(stage, score, batch, threshold)]
 
@@ -169,6 +164,6 @@ def _load(
     kind: type[PreTrainedModel], directory: Path, device: torch.device | str, dtype: torch.dtype
 ) -> PreTrainedModel:
     model, report = kind.from_pretrained(directory, local_files_only=True, dtype=dtype, output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
+    if missing := sorted(report["missing_keys"]):  # it would judge at random
         raise ValueError(f"{kind.__name__} lacks {len(missing)} of its tensors, among them {missing[0]}.")
     return model.to(device)

@@ -89,11 +89,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, *, cuda: bool, environ: Mapping[str, str] = os.environ) -> "Settings":
-        """The settings that the variables say, of which empty ones count as unset; `cuda` chooses the default models.
-
-        Raises:
-            ValueError: a sentence that names the variable, its value and what would be right.
-        """
+        """The settings by the variables, of which empty ones count as unset; `cuda` chooses the default models."""
         default = OFFICIAL if cuda else MINIATURE
 
         def text(name: str, fallback: str | None = None) -> str | None:
@@ -181,10 +177,8 @@ def folder_shown(named: str) -> str:
 
 
 def _without_secrets(url: str) -> str:
-    """A mirror's address without login and query; of one whose login may have a query's signs in it, the scheme.
-
-    Stricter than sources/shown.py, which may not be imported here: settings are below all that uses them.
-    """
+    """A mirror's address without login and query; the scheme alone, if a login may have a query's signs in it."""
+    # Stricter than sources/shown.py, which settings may not import.
     return re.sub(r"://(?:.*[?#;].*@.*|(?:.*@)?([^?#;]*).*)", r"://\1", url, flags=re.DOTALL)
 
 

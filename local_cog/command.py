@@ -35,8 +35,8 @@ class Progress:
         self.bar_shown = False
 
     def show(self, text: str, record: Mapping[str, Any]) -> None:
-        """Show a line, unless it is Cog's own, whose fields have no source."""
-        if text and "source" in record.get("fields", ["source"]):
+        """Show a line of the predictor, or one that was printed past Cog's log; Cog's own have no source."""
+        if text and (not record or "source" in record["fields"]):
             bar = bool(BAR.search(text))
             say(("\r" if bar else "\n" if self.bar_shown else "") + text, end="" if bar else "\n")
             self.bar_shown = bar

@@ -40,15 +40,9 @@ SHOWN = 80
 def read_inputs(pairs: list[str], document: dict[str, Any], like: Path | None = None) -> dict[str, Any]:
     """The input of a prediction from `key=value` pairs; `key=@file` stands for the file's content.
 
-    `key=null` leaves an input out, unless it is a text, which may be this word. The last pair with a key counts.
-
-    Args:
-        pairs: what followed each `-i`.
-        document: the OpenAPI document, which types and bounds the values.
-        like: a picture whose inputs are taken where the pairs have none.
-
-    Raises:
-        ValueError: lines, one for each wrong input, which say what would be right.
+    `key=null` leaves an input out, unless it is a text, which may be this word. The last pair with a key counts. What
+    the pairs lack comes from the picture `like`. The OpenAPI document types and bounds all values; a ValueError has a
+    line for each wrong one, which says what would be right.
     """
     allowed = schema.inputs(document)
     said = _named(pairs, allowed)
@@ -82,7 +76,6 @@ def read_inputs(pairs: list[str], document: dict[str, Any], like: Path | None = 
 
 
 def _named(pairs: list[str], allowed: Mapping[str, object]) -> dict[str, str]:
-    """The text for each input."""
     named, problems = {}, []
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -170,11 +163,7 @@ def _is(value: object, kind: str) -> bool:
 
 
 def _drawn_by(picture: Path, said: Mapping[str, str], allowed: Mapping[str, object]) -> dict[str, Any]:
-    """The inputs that draw a picture again, by its metadata, without those that `said` replaces.
-
-    Raises:
-        ValueError: a sentence: it has no metadata, or needs something that is not there.
-    """
+    """The inputs that draw a picture again, by its metadata, without those that `said` replaces."""
     from images import read_metadata  # Pillow takes longer to load than all else here
 
     if not _is_file(str(picture)):

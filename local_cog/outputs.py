@@ -34,11 +34,7 @@ class Place:
         return self.folder / f"{self.stem}{inner}{self.suffix or suffix}"
 
     def agree(self, inputs: Mapping[str, Any], document: dict[str, Any]) -> dict[str, Any]:
-        """The inputs with the format of the file's suffix, if the OpenAPI document offers formats.
-
-        Raises:
-            ValueError: a sentence: there is no such format, or the inputs say another one.
-        """
+        """The inputs with the format of the file's suffix, if the OpenAPI document offers formats."""
         formats = schema.inputs(document).get("output_format", {}).get("enum")
         if not self.suffix or not formats:
             return {**inputs}

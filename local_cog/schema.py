@@ -49,14 +49,7 @@ def inputs(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def derive(source: str) -> dict[str, Any]:
-    """The OpenAPI document of a predictor.
-
-    Args:
-        source: the text of the Python file that holds the class `Predictor`.
-
-    Raises:
-        ValueError: a sentence that names the input and says what Cog can read.
-    """
+    """The OpenAPI document by the text of `predict.py`; a ValueError names an input, and says what Cog can read."""
     module = ast.parse(source)
     predict = _find_predict(module)
     returned = predict.returns and ast.unparse(predict.returns)

@@ -36,8 +36,6 @@ PREDICTION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.~-]{0,127}")
 # The range from which the kernel hands out ports, and our lowest port: Ray's workers have those below.
 KERNELS_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 LOWEST_PORT = 20_000
-# The ids of predictions that are taken: an id becomes part of paths, URLs and headers.
-PREDICTION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.~-]{0,127}")
 # Cog takes bodies up to 100 MiB, and base64 makes four bytes of three.
 MAX_FILE_BYTES = 70_000_000
 # Cog warns that BasePredictor has become BaseRunner, which older command-line tools do not know.
@@ -57,7 +55,6 @@ LINE_BYTES = 2**20
 # Longer than a cancelled prediction needs; a worker inside native code reacts to SIGKILL alone.
 SECONDS_TO_STOP = 5
 
-
 Show = Callable[[str, Mapping[str, Any]], None]
 
 
@@ -71,13 +68,9 @@ def past_proxies(environ: Mapping[str, str]) -> dict[str, str]:
 class CogServer:
     """Cog's server for one project, in a process group of its own; a context manager that starts and stops it.
 
-    Args:
-        project: the directory that holds `predict.py`.
-        environment: variables in addition to those of this process; None leaves one out.
-        log: a file for what the server and the predictor print, or a function that a thread calls with each line's text
-            and with its record in Cog's log, which is empty for other lines; None prints all lines here.
-        host: the IP address to bind.
-        port: the port to bind; None takes a free one.
+    Its `environment` is added to this process's; None leaves a variable out. What the server and the predictor print
+    goes to `log`: to a file, or to a function that a thread calls with each line's text and its record in Cog's log
+    (empty for other lines); None prints it here. Without a `port`, it takes a free one.
     """
 
     def __init__(
@@ -186,11 +179,7 @@ class CogServer:
         raise RuntimeError(f"The server was not ready within {seconds:g} seconds.")
 
     def health(self) -> dict[str, Any]:
-        """Cog's answer, with a `status` of STARTING, READY, BUSY, SETUP_FAILED, UNHEALTHY or DEFUNCT.
-
-        Raises:
-            OSError: the server does not answer; TimeoutError if it is stopped or hangs.
-        """
+        """Cog's answer, with a `status` of STARTING, READY, BUSY, SETUP_FAILED, UNHEALTHY or DEFUNCT; see `request`."""
         return self.request("GET", "/health-check", seconds=SECONDS_FOR_HEALTH)[1]
 
     def schema(self) -> dict[str, Any]:
@@ -226,8 +215,7 @@ class CogServer:
     ) -> tuple[int, dict[str, Any]]:
         """The status and the JSON of an answer, asked for past any proxy; plain text comes back as `detail`.
 
-        Raises:
-            OSError: the server does not answer; TimeoutError if it is silent for so many seconds.
+        An OSError means that the server does not answer; a TimeoutError, that it is silent for so many seconds.
         """
         host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(self.host, self.host)
         content = None if body is None else json.dumps(body)
@@ -264,12 +252,7 @@ def _hand_on(lines: IO[bytes], show: Show) -> None:
                 record = json.loads(line)
                 fields = record["fields"]
                 text = ": ".join(str(fields[name]) for name in ("message", "error") if name in fields)
-            except (
-                ValueError,
-                LookupError,
-                TypeError,
-                RecursionError,
-            ):  # printed past the log, as by a crash
+            except (ValueError, LookupError, TypeError, RecursionError):  # printed past the log, as by a crash
                 text, record = line.decode(errors="replace"), {}
             show(text.rstrip().lstrip("\r\n"), record)
 
@@ -292,11 +275,8 @@ def files(answer: Mapping[str, Any]) -> list[tuple[str, bytes]]:
 
 
 def free_port() -> int:
-    """A port of this machine on which nothing listens.
-
-    The kernel gives ports of its own range to outgoing connections, which may take one before a slow server listens.
-    So this is a port below that range, if there are enough.
-    """
+    """A port of this machine on which nothing listens."""
+    # Outgoing connections get ports of the kernel's range, one of which a slow server may then lack: stay below it.
     below = range(0)
     with contextlib.suppress(OSError):  # no /proc
         below = range(LOWEST_PORT, int(KERNELS_PORTS.read_text().split()[0]))
@@ -309,12 +289,9 @@ def free_port() -> int:
 
 
 def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """A socket that listens at an IPv4 or IPv6 address of this machine; an OSError says why it cannot.
+    """A socket that listens at an IPv4 or IPv6 address of this machine; port 0 takes a free one.
 
-    Args:
-        host: the address.
-        port: at most 65535; 0 takes a free one.
-        shared: let other sockets listen there too; the kernel gives each connection to one of them.
+    Where it is `shared`, other sockets may listen too, and the kernel gives each connection to one of them.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, reuse_port=shared)
@@ -353,7 +330,6 @@ def url(host: str, port: int) -> str:
 
 
 def _bracketed(host: str) -> str:
-    """An address as it is written before a port."""
     return f"[{host}]" if ":" in host else host
 
 

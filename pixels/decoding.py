@@ -82,9 +82,6 @@ def decoded(path: Path, name: str) -> Iterator[Image.Image]:
     Its `info` has the file's own, "orientation" (the EXIF number by which it was turned), and "halved" (whether each
     sample is the upper half of sixteen bits: Pillow reads colours so). Errors inside the block are errors of the file
     too: some damage shows only when pixels are converted. `name` is the input that errors speak of.
-
-    Raises:
-        ValueError: a sentence about a file that is no picture, is damaged, or would take too long.
     """
     try:
         # An open file: those that Pillow opens by name it maps into memory, and then garbles TIFFs that are turned.

@@ -41,8 +41,9 @@ class Events:
         finally:
             with self._changed:
                 self._drawn -= Counter([prediction_id])  # this drops zeros
-                for listener in self._listeners:
-                    listener.ended |= listener.prediction_id == prediction_id not in self._drawn
+                if prediction_id not in self._drawn:
+                    for listener in self._listeners:
+                        listener.ended |= listener.prediction_id == prediction_id
                 self._changed.notify_all()
 
     def tell(self, prediction_id: str, event: bytes) -> bool:

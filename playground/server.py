@@ -60,9 +60,7 @@ class Refused(Exception):  # noqa: N818 (an answer, not an accident)
 class Playground(socketserver.ThreadingTCPServer):
     """The page's server, which listens as soon as it is made; each connection has one request, and a thread.
 
-    Args:
-        port: on loopback; 0 takes a free one.
-        target: the predictor's server; it may be set later, before the first request is answered.
+    Port 0 takes a free one. The target may be set later, before the first request is answered.
     """
 
     allow_reuse_address = True
@@ -314,8 +312,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _unfolded(value: str) -> str:
-    """A header's value in one line; old HTTP allows several."""
-    return " ".join(value.split())
+    return " ".join(value.split())  # old HTTP allows several lines
 
 
 def main() -> None:

@@ -123,15 +123,10 @@ class Target:
         seconds: float | None = SECONDS_FOR_ANSWER,
         client: socket.socket | None = None,
     ) -> Iterator[http.client.HTTPResponse]:
-        """Send a request, and give its answer to read from.
+        """Send a request to a path below the target's own, and give its answer to read from.
 
-        Args:
-            method: of HTTP.
-            path: below the target's own.
-            body: its Content-Type is among the headers.
-            headers: sent as they are.
-            seconds: how long the answer may take to begin, and twice as long to end; None: any time.
-            client: the connection of the client: when it closes, so does the one to the server, which then cancels.
+        The answer may take so many seconds to begin, and twice as long to end; None: any time. When the connection of
+        the `client` is closed, so is the one to the server, which then cancels.
         """
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         connection = kind(self._host, self.port, timeout=SECONDS_TO_CONNECT, blocksize=2**16)

@@ -129,8 +129,7 @@ class DeviceThread:
     def run_if_idle(self, work: Callable[[], object]) -> None:
         """Let the thread do the work if it has nothing else to do; what it raises is raised here.
 
-        Raises:
-            RuntimeError: a sentence: this work, or such work before, has not ended in `SECONDS_TO_ANSWER`.
+        A RuntimeError says that this work, or such work before, has not ended in `SECONDS_TO_ANSWER`.
         """
         job = _Job(lambda: self._watched(work))
         self._jobs.put(job)
@@ -165,6 +164,7 @@ class DeviceThread:
             self._doing = None  # while the thread is idle, it keeps nothing of the work
 
     def _watched(self, work: Callable[..., T], *arguments: object) -> T:
+        """What the work returns; inside the job, an error of the watchdog is raised like one of the work."""
         with self.watchdog:
             return work(*arguments)
 

@@ -58,16 +58,10 @@ def drawing_device(nvidia_files: Sequence[str] = NVIDIA_FILES) -> "torch.device"
 def choose_device(
     built_for: str | None, *, nvidia: bool, available: bool, environ: Mapping[str, str] = os.environ
 ) -> str:
-    """The device that draws: "cuda" or "cpu".
+    """The device that draws, "cuda" or "cpu"; a ValueError where a GPU cannot be used and the CPU was not asked for.
 
-    Args:
-        built_for: the version of CUDA that torch was built for, such as "13.0"; None for a build without CUDA.
-        nvidia: whether the system shows an NVIDIA GPU.
-        available: whether torch can use it.
-        environ: CUDA_VISIBLE_DEVICES, empty or beginning with -1, asks for the CPU; with FLUX_DEV, either will do.
-
-    Raises:
-        ValueError: a sentence: there is a GPU that cannot be used, and the CPU was not asked for.
+    torch is `built_for` a version of CUDA, such as "13.0"; `nvidia`: the system shows such a GPU; `available`: torch
+    can use it. CUDA_VISIBLE_DEVICES, empty or beginning with -1, asks for the CPU; with FLUX_DEV, either will do.
     """
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     hidden = visible is not None and visible.partition(",")[0].strip() in ("", "-1")

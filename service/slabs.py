@@ -38,9 +38,7 @@ def block(nbytes: int) -> Tensor:
 def pack(tensors: Mapping[Key, Tensor], allocate: Callable[[int], Tensor] = block) -> dict[Key, Tensor]:
     """Equal contiguous tensors, packed into as few slabs as they need, in which they keep their order.
 
-    Args:
-        tensors: on any device, of any strides.
-        allocate: makes a slab of so many bytes, uint8.
+    The tensors may be on any device; `allocate` makes a slab of so many bytes, uint8.
     """
     return {key: tensor for job in packing(tensors, allocate=allocate) for key, tensor in job().items()}
 
@@ -67,10 +65,8 @@ def packing(
 
 
 def _lay_out(sizes: Mapping[Key, int]) -> list[dict[Key, range]]:
-    """The bytes of each tensor in its slab: first fit decreasing; one larger than SLAB has a slab of its own.
-
-    The largest tensor goes first, each into the first slab with room; in a slab they keep the order of `sizes`.
-    """
+    """The bytes of each tensor in its slab, in the order of `sizes`; one larger than SLAB has a slab of its own."""
+    # First fit decreasing: the largest tensor goes first, each into the first slab with room.
     chosen: dict[Key, int] = {}  # slabs by number
     room: list[int] = []  # bytes left in each
     for key in sorted(sizes, key=sizes.__getitem__, reverse=True):
@@ -132,18 +128,14 @@ class _Block:
 
 @functools.cache
 def _copying(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which uploads are copied."""
     return torch.cuda.Stream(device)
 
 
 class Uploads:
     """Copies tensors to a device block by block: the others of the block are then views of that copy.
 
-    A copy stays until its room is needed by others, or its host memory is freed.
-
-    Args:
-        device: a tensor that lies there already is returned as it is.
-        room: how many bytes of blocks may lie there. A tensor whose block has no room is copied alone, and not kept.
+    A copy stays until its room is needed by others, or its host memory is freed. The blocks on the device take at most
+    `room` bytes: a tensor whose block has no room is copied alone, and not kept.
     """
 
     def __init__(self, device: torch.device, room: int) -> None:
@@ -152,7 +144,7 @@ class Uploads:
         self._turn = 0
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """An equal tensor on the device."""
+        """An equal tensor on the device; the same one if it is there already."""
         if tensor.device == self._device:
             return tensor
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -113,11 +113,7 @@ class Reference:
 
 
 def check(settings: Settings, device: torch.device, lora: str | None) -> list[Row]:
-    """Compare everything, with a LoRA by its reference or path; one is made up where there is none.
-
-    Raises:
-        ValueError: a sentence about a LoRA or models that cannot be had or loaded at all.
-    """
+    """Compare everything, with a LoRA by its reference or path; one is made up where there is none."""
     placement = Flux.plan(outlines(settings), device) if device.type == "cuda" else None
     models = fetch(settings)
     with tempfile.TemporaryDirectory() as scratch:
@@ -347,12 +343,11 @@ class Comparison:
 
     @cached_property
     def _picture(self) -> Image.Image:
-        """A drawn picture of something harmless."""
         return self._flux.generate(self._references["schnell"].request, (), self._stopwatch).images[0]
 
     @cached_property
     def _verdict(self) -> Verdict:
-        """The verdict of the product's safety check on it."""
+        """The verdict of the product's safety check on a drawn picture of something harmless."""
         folders = Path(self._models.safety_checker), Path(self._models.nsfw_classifier)
         return SafetyChecker.load(*folders, self._flux.device).check([self._picture])[0]
 
@@ -413,7 +408,6 @@ def _row(name: str, compare: Callable[[str], Row]) -> Row:
 
 
 def _words(error: Exception) -> str:
-    """An error of a library, as part of a sentence."""
     return faults.message(error).splitlines()[0].rstrip(" .:")
 
 
@@ -423,7 +417,6 @@ def _ratio(difference: Tensor, whole: Tensor) -> float:
 
 
 def _dtype(folder: Path) -> torch.dtype:
-    """The dtype of a model's stored weights."""
     with safe_open(min(folder.glob("*.safetensors")), framework="pt") as tensors:
         return tensors.get_tensor(next(iter(tensors.keys()))).dtype
 

@@ -160,11 +160,7 @@ def _percent(ratio: float) -> str:
 
 
 def check(references: Sequence[str], here: Path, settings: Settings) -> Checks:
-    """Fetch, read and measure LoRAs, by whatever an input may have, or by their paths, relative to `here`.
-
-    Raises:
-        ValueError: a sentence about a base model whose configs cannot be had.
-    """
+    """Fetch, read and measure LoRAs, by whatever an input may have, or by their paths, relative to `here`."""
     known = settings.models.dev == OFFICIAL.dev
     shapes = outlined(official()["dev"] if known else outlines(settings, ["dev"])["dev"])
     loras = [it for reference in references for it in read_all(reference, here, settings, shapes)]

@@ -75,7 +75,6 @@ def named_outlines(settings: Settings) -> dict[str, Outline]:
 
 
 def _above_zero(text: str) -> float:
-    """A number of GB that an option gives."""
     value = number(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number of gigabytes above 0, such as 24")
