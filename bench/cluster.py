@@ -194,6 +194,7 @@ def measure_sharing() -> dict[str, Any]:
     from safetensors.torch import save_file
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    from harness.loras import random_lora
     from lora_loader import read_lora
 
     def own_memory() -> int:
@@ -202,16 +203,10 @@ def measure_sharing() -> dict[str, Any]:
 
     with torch.device("meta"):
         models = FluxTransformer2DModel(guidance_embeds=True), CLIPTextModel(CLIPTextConfig())
-    factors = {}
-    for name, layer in models[0].named_modules():
-        if isinstance(layer, torch.nn.Linear) and "transformer_blocks" in name:
-            factors[f"transformer.{name}.lora_A.weight"] = torch.randn(16, layer.in_features, dtype=torch.bfloat16)
-            factors[f"transformer.{name}.lora_B.weight"] = torch.randn(layer.out_features, 16, dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "lora.safetensors"
-        save_file(factors, file)
+        save_file(random_lora(models[0], lambda name: "transformer_blocks" in name, 16, seed=0), file)
         size = len(file.read_bytes())
-        del factors
         seconds, held = [], []
         for _ in range(5):
             before, started = own_memory(), time.process_time()

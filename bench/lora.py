@@ -24,7 +24,7 @@ import diffusers
 import peft
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -33,6 +33,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from engine import fp8, live
 from engine.architecture import BLOCKS, is_block_linear
 from engine.live import Live, Term
+from harness.loras import random_lora
 from lora.deltas import LowRank, pack
 from lora_loader import LoraCache
 from request import LoraFile
@@ -67,10 +68,13 @@ class Stage:
             for name, layer in live.named_modules()
             if isinstance(layer, nn.Linear) and name.startswith(BLOCKS)
         ]
-        paths = [_write_lora(folder / f"{seed}.safetensors", self.base, self.touched, seed) for seed in (1, 2)]
+        # In memory for both: neither reads a disk.
+        self.states = [random_lora(live, lambda name: name.startswith(BLOCKS), RANK, seed) for seed in (1, 2)]
+        self.loras = []
         cache = LoraCache(live, text_encoder)
-        self.loras = [(path.name, cache.read(LoraFile(path, path.name, path.name))) for path in paths]
-        self.states = [load_file(path) for path in paths]  # in memory for both: neither reads a disk
+        for number, state in enumerate(self.states):
+            save_file(state, path := folder / f"{number}.safetensors")
+            self.loras.append((path.name, cache.read(LoraFile(path, path.name, path.name))))
 
     def swap_in(self, live: Live, scales: Iterable[float]) -> int:
         """Ours: both LoRAs at these scales."""
@@ -130,17 +134,6 @@ def _random(shape: torch.Size, device: torch.device) -> Tensor:
 def _pipeline(transformer: FluxTransformer2DModel) -> FluxPipeline:
     nothing = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     return FluxPipeline(**nothing, transformer=transformer)
-
-
-def _write_lora(file: Path, base: dict[str, Tensor], names: list[str], seed: int) -> Path:
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name in names:
-        up, down = _pair(tuple(base[name].shape), RANK, generator)
-        stem = f"transformer.{name.removesuffix('.weight')}"
-        tensors |= {f"{stem}.lora_A.weight": down.bfloat16(), f"{stem}.lora_B.weight": up.bfloat16()}
-    save_file(tensors, file)
-    return file
 
 
 def _pair(shape: tuple[int, int], rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

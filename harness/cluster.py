@@ -8,14 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 
 from cluster.local import descendants, environment
+from harness.hosts import Host, _Handler
 from harness.waiting import wait_until
 from local_cog.server import LOOPBACK, free_port
 from settings import ROOT
@@ -176,31 +175,21 @@ class Hooks:
 
     def __enter__(self) -> Self:
         """Listen."""
-        received: list[tuple[Mapping[str, str], dict[str, Any]]] = []
-        self.received, seconds = received, self.seconds
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                if body["status"] not in ENDS:
-                    time.sleep(seconds)
-                received.append((self.headers, body))
-                self.send_response(200)
-                self.send_header("content-length", "0")
-                self.end_headers()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer((LOOPBACK, 0), Handler)
-        self.url = f"http://{LOOPBACK}:{self.server.server_port}/hook"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.received: list[tuple[Mapping[str, str], dict[str, Any]]] = []
+        self._host = Host({"/hook": self._take}).__enter__()
+        self.url = self._host.url("/hook")
         return self
+
+    def _take(self, handler: _Handler) -> None:
+        body = json.loads(handler.form)
+        if body["status"] not in ENDS:
+            time.sleep(self.seconds)
+        self.received.append((handler.headers, body))
+        handler.reply(200, headers={"Connection": "close"})
 
     def __exit__(self, *_: object) -> None:
         """Listen no more."""
-        self.server.shutdown()
-        self.server.server_close()
+        self._host.__exit__()
 
     def until_ended(self, prediction_id: str, seconds: float = 30) -> list[dict[str, Any]]:
         """The bodies about a prediction, up to its end.

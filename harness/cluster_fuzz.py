@@ -34,12 +34,12 @@ from typing import Any
 import sqlalchemy as sa
 
 from harness.cluster import ENDS, Cluster, Hooks, Server
-from harness.hostile import DEAF, MARK, MIB, Answer, Kind, Scene, Sent, Stranger
+from harness.hostile import DEAF, MARK, Answer, Kind, Scene, Sent, Stranger
 from harness.hostile_kinds import KINDS
 from harness.waiting import wait_until
 from local_cog.server import LOOPBACK
 from service.data_uri import decode
-from settings import ROOT
+from settings import MIB, ROOT
 
 TOKEN = "t0ken-of-the-cluster"
 SECRET = "s3cret-of-the-operator"

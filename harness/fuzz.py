@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from PIL import Image
 
-from harness.soak import make_lora, worker_of, world
+from harness.soak import World, make_lora, worker_of
 from harness.waiting import wait_until
 from local_cog import schema
 from local_cog.server import LOOPBACK, CogServer, failure
@@ -328,7 +328,7 @@ def _case_of(surface: Callable[[Any], None]) -> Callable[[Any], None]:
 @contextmanager
 def fuzzing(folder: Path) -> Iterator[Fuzz]:
     """A server with a token to lose, whose hosts are all on this machine."""
-    with world() as hosts:
+    with World() as hosts:
         environment = {
             "WEIGHTS_CACHE": str(folder / "weights"),
             "WEIGHTS_CACHE_GB": "0.1",

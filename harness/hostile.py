@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-MIB = 1024**2
 # Stands in URLs and tokens among the inputs; no answer, webhook or log may contain it.
 MARK = "n0t-to-be-sh0wn"
 # A forged Host, which must not appear in other clients' addresses.

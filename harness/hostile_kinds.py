@@ -15,7 +15,6 @@ from harness.hostile import (
     INNER,
     LARGE,
     MARK,
-    MIB,
     PLACES,
     SHOWING,
     SMALL,
@@ -27,6 +26,7 @@ from harness.hostile import (
     Stranger,
     octets,
 )
+from settings import MIB
 
 KINDS: dict[str, Kind] = {}
 

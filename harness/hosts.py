@@ -34,6 +34,7 @@ class Seen:
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: "_Server"
+    form: str  # the body of a POST, for answers to read
 
     def do_GET(self) -> None:
         self._answer_form("")
@@ -53,7 +54,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._answer(unquote(parts.path), dict(parse_qsl(parts.query)), form)
 
     def _answer(self, path: str, query: dict[str, str], form: str = "") -> None:
-        host = self.server.host
+        host, self.form = self.server.host, form
         with host.lock:
             host.seen.append(Seen(path, query, self.headers, form))
         answer = host.routes.get(path, status(404))

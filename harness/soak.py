@@ -8,14 +8,12 @@ last line is JSON; the exit code is 1 if anything is wrong.
 
 import contextlib
 import http.client
-import http.server
 import io
 import json
 import multiprocessing
 import os
 import random
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,6 +29,8 @@ from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import save
 
+from harness.hosts import Host, _Handler, status
+from harness.loras import random_lora
 from harness.waiting import wait_until
 from local_cog.server import LOOPBACK, CogServer, failure, files, free_port
 from service.data_uri import uri
@@ -65,6 +65,7 @@ PROMPTS = tuple(
 )
 QUIET = {"model": "schnell", "num_inference_steps": 1, "aspect_ratio": "custom", "width": 256, "height": 256, "seed": 1}
 QUIET |= {"disable_safety_checker": True}
+CLOSE = {"Connection": "close"}
 CACHE_BYTES = 8 * 2**20  # two thirds of the LoRAs that are asked for
 WAYS = {"wait": 58, "cancel": 14, "hang up": 8, "twice": 10, "slow webhook": 4, "dead webhook": 6}
 # What a good request may be told all the same.
@@ -119,60 +120,30 @@ class Report:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The world around the server: hosts of files, receivers of webhooks
+# The world around the server
 
 
-class World(http.server.ThreadingHTTPServer):
-    """Serves files and takes webhooks, at once or slowly."""
-
-    daemon_threads = True
+class World(Host):
+    """A host of LoRAs and a photo that also takes webhooks, at once or slowly; no connection is kept."""
 
     def __init__(self) -> None:
-        super().__init__((LOOPBACK, 0), _Handler)
         self.files = {f"/good-{seed}.safetensors": make_lora(seed) for seed in range(8)}
         self.files |= {f"/bad-{number}.safetensors": content for number, content in enumerate(_bad_loras())}
         self.photo = _photo(random.Random(0))
         self.files |= {"/photo.webp": _encoded(self.photo, "webp")}
-        self.ended: dict[str, list[str]] = {}
-        self.address = f"http://{LOOPBACK}:{self.server_port}"
+        self.ended: dict[str, list[str]] = {}  # statuses that webhooks told, by prediction
         self.dead = f"http://{LOOPBACK}:{free_port()}"
+        routes = {path: status(200, CLOSE, content) for path, content in self.files.items()}
+        routes |= {"/missing.safetensors": status(404, CLOSE), "/fast": self._take, "/slow": self._take}
+        super().__init__(routes)
 
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Clients go away as they please."""
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    server: World
-
-    def do_GET(self) -> None:
-        body = self.server.files.get(self.path.partition("?")[0])
-        self.send_response(404 if body is None else 200)
-        self.send_header("Content-Length", str(len(body or b"")))
-        self.end_headers()
-        self.wfile.write(body or b"")
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_POST(self) -> None:
-        told = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path == "/slow":
+    def _take(self, handler: _Handler) -> None:
+        told = json.loads(handler.form)
+        self.seen.clear()  # webhooks carry whole pictures
+        if handler.path == "/slow":
             time.sleep(2)
-        self.server.ended.setdefault(told["id"], []).append(told["status"])
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None: ...
-
-
-@contextmanager
-def world() -> Iterator[World]:
-    """The hosts, for as long as the block lasts."""
-    with World() as hosts:
-        thread = threading.Thread(target=hosts.serve_forever, daemon=True)
-        thread.start()
-        yield hosts
-        hosts.shutdown()
+        self.ended.setdefault(told["id"], []).append(told["status"])
+        handler.reply(200, headers=CLOSE)
 
 
 def make_lora(seed: int, rank: int = 48) -> bytes:
@@ -180,15 +151,7 @@ def make_lora(seed: int, rank: int = 48) -> bytes:
     config = FluxTransformer2DModel.load_config(ROOT / "mini/dev/transformer")
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, layer in transformer.named_modules():
-        if isinstance(layer, torch.nn.Linear) and ".attn." in name:
-            tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, layer.in_features, generator=generator)
-            tensors[f"transformer.{name}.lora_B.weight"] = 0.01 * torch.randn(
-                layer.out_features, rank, generator=generator
-            )
-    return save(tensors)
+    return save(random_lora(transformer, lambda name: ".attn." in name, rank, seed, dtype=torch.float32))
 
 
 def _bad_loras() -> list[bytes]:
@@ -340,13 +303,11 @@ class Soak:
         """How it ended, and the answer as far as the client heard it."""
         path, body = f"/predictions/{case.name}", {"input": case.inputs, "webhook_events_filter": ["completed"]}
         told = body | {"webhook": f"{self.hosts.address}/fast"}
+        webhooks = {"slow webhook": f"{self.hosts.address}/slow", "dead webhook": f"{self.hosts.dead}/"}
         match case.way:
-            case "wait":
-                answer = self.server.request("PUT", path, body)[1]
-            case "slow webhook":
-                answer = self.server.request("PUT", path, body | {"webhook": f"{self.hosts.address}/slow"})[1]
-            case "dead webhook":
-                answer = self.server.request("PUT", path, body | {"webhook": f"{self.hosts.dead}/"})[1]
+            case "wait" | "slow webhook" | "dead webhook":
+                hook = {"webhook": webhooks[case.way]} if case.way in webhooks else {}
+                answer = self.server.request("PUT", path, body | hook)[1]
             case "hang up":
                 connection = http.client.HTTPConnection(LOOPBACK, self.server.port)
                 connection.request("PUT", path, json.dumps(told), {"Content-Type": "application/json"})
@@ -504,7 +465,7 @@ def soaking(folder: Path, source: str, settle_s: float, **environment: str) -> I
         "HF_TOKEN": "secret",
     }
     with (
-        world() as hosts,
+        World() as hosts,
         CogServer(folder / "project", environment=environment, log=folder / "log") as server,
     ):
         server.wait_until_ready()

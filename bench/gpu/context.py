@@ -12,13 +12,16 @@ from statistics import median
 
 import torch
 from diffusers import FluxTransformer2DModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bench.gpu import models
 from engine import fp8
 from engine.acceleration import compile_models
+from engine.architecture import is_block_linear
 from engine.loading import Models
 from flux import FP8_LORA_FACTOR, Flux
+from harness.loras import random_lora
 from request import LoraChoice, LoraFile, Request
 from safety import SafetyChecker
 from service import faults
@@ -114,7 +117,8 @@ class Bench:
         """A LoRA on every linear layer of the blocks, written when it is first asked for."""
         path = self.folder / f"rank-{rank}-{seed}.safetensors"
         if not path.exists():
-            models.write_lora(path, self.models.skeleton, self.device, rank, seed)
+            tensors = random_lora(self.models.skeleton, is_block_linear, rank, seed, device=self.device)
+            save_file(tensors, path)
         return LoraFile(path, path.stem, path.name)
 
     def files(self, request: Request) -> list[LoraFile]:

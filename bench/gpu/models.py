@@ -7,13 +7,10 @@ embedder, and shares its tensors.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from safetensors.torch import save_file
-from torch import nn
 from transformers import (
     AutoTokenizer,
     CLIPConfig,
@@ -28,7 +25,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from engine.architecture import OFFICIAL, is_block_linear, skeletons
+from engine.architecture import OFFICIAL, skeletons
 from engine.loading import Models, assemble
 from engine.placement import Precisions
 from safety import SafetyChecker
@@ -110,23 +107,6 @@ def make_safety(device: torch.device, sizes: dict[str, dict]) -> SafetyChecker:
         checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=768)).eval()
         classifier = ViTForImageClassification(ViTConfig(**labels, **sizes["classifier"])).eval()
     return SafetyChecker(checker, CLIPImageProcessorPil(), classifier, ViTImageProcessorPil())
-
-
-def write_lora(path: Path, module: nn.Module, device: torch.device, rank: int, seed: int) -> None:
-    """Write a LoRA on every linear layer of the blocks, in diffusers' format and bfloat16."""
-    generator = torch.Generator(device).manual_seed(seed)
-    tensors = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear) and is_block_linear(name):
-            up, down = (
-                torch.randn(shape, generator=generator, device=device)
-                for shape in ((layer.out_features, rank), (rank, layer.in_features))
-            )
-            tensors |= {
-                f"transformer.{name}.lora_A.weight": (down / layer.in_features**0.5).bfloat16(),
-                f"transformer.{name}.lora_B.weight": (0.1 * up).bfloat16(),
-            }
-    save_file(tensors, path)
 
 
 def _components(device: torch.device, sizes: dict[str, dict]) -> dict[str, object]:
