@@ -1,6 +1,6 @@
-"""The sheets of pictures in docs/, from real predictions: python -m bench.contact_sheet draws them anew.
+"""Draw the sheets of pictures in docs/ anew, with real predictions: python -m bench.contact_sheet [masks] ….
 
-Each tile is a picture of `Flux.generate`, made small. A word, such as `masks`, draws that sheet alone.
+Each tile is a picture of `Flux.generate`, made small.
 """
 
 import sys
@@ -40,12 +40,12 @@ Row = tuple[str, list[Tile]]
 
 
 def lora(name: str, scale: float = 1.0) -> LoraChoice:
-    """One of the miniature's own."""
+    """One of the miniature's LoRAs."""
     return LoraChoice(str(LORAS / f"{name}.safetensors"), scale)
 
 
 def rows(drawn: Callable[..., Image.Image], folder: Path) -> Iterator[Row]:
-    """What the miniature draws, a megapixel each."""
+    """Rows of megapixel pictures: dev, schnell, LoRAs, image to image, inpainting."""
     yield "dev, 28 steps", [(prompt, drawn(prompt)) for prompt in PROMPTS]
     yield (
         "schnell, 4 steps",
@@ -92,7 +92,7 @@ def lora_rows(drawn: Callable[..., Image.Image]) -> Iterator[Row]:
 
 
 def mask_rows(drawn: Callable[..., Image.Image], folder: Path) -> Iterator[Row]:
-    """Pictures and masks as people have them."""
+    """Rows of masks: soft ones, a thin stroke, odd sizes, and another colour profile."""
     image, mask = folder / "image.png", folder / "mask.png"
     before = drawn("a grey cat in a meadow", aspect_ratio="custom", width=640, height=480)
     before.save(image)
@@ -148,7 +148,7 @@ SHEETS = {"contact_sheet": rows, "masks": mask_rows}
 
 
 def sheet(strips: Iterator[Row]) -> Image.Image:
-    """All rows on white."""
+    """One picture of all rows, on white."""
     font, small = ImageFont.load_default(14), ImageFont.load_default(9)
     pictures = []
     for heading, tiles in strips:
@@ -175,7 +175,7 @@ def sheet(strips: Iterator[Row]) -> Image.Image:
 
 
 def main() -> None:
-    """Draw them."""
+    """Draw the sheets that the command line names, or all."""
     with TemporaryDirectory() as folder:
         flux = Flux.load(Settings(models=MINIATURE, cache_dir=Path(folder) / "cache"), CPU)
 

@@ -1,8 +1,7 @@
-"""FLUX.1 dev and schnell with random weights of the real models' sizes, made where they compute.
+"""FLUX.1 dev and schnell with random weights of the real models' sizes, made on the device.
 
-Speed does not depend on what the weights are, so nothing is downloaded, and nothing is written but LoRA files. The
-tokenizers are the miniature's, told that they read as many tokens as the real ones. schnell is dev without its guidance
-embedder, and shares its tensors.
+Speed does not depend on the weights' values, so nothing is downloaded. The tokenizers are the miniature's, with the
+real ones' number of tokens. schnell is dev without its guidance embedder, and shares its tensors.
 """
 
 from collections.abc import Iterator
@@ -63,7 +62,7 @@ SMALL = {
 
 @contextmanager
 def bfloat16_on(device: torch.device) -> Iterator[None]:
-    """Make modules inside in bfloat16, their random weights on the device."""
+    """Modules that are made inside are in bfloat16 on the device."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -80,10 +79,10 @@ def make_transformer(device: torch.device, config: dict[str, object]) -> FluxTra
 
 
 def make_models(device: torch.device, sizes: dict[str, dict], *, fp8: bool) -> tuple[Models, FluxTransformer2DModel]:
-    """Both models, as loading them from folders would give them, with all weights on the device.
+    """Both models, as if they were loaded from folders, with all weights on the device.
 
     Returns:
-        the models, and dev's pristine transformer, whose parameters are the base of both.
+        The models, and dev's pristine transformer, whose parameters are the base of both.
     """
     torch.manual_seed(0)
     pristine = make_transformer(device, sizes["transformer"])
@@ -110,7 +109,7 @@ def make_safety(device: torch.device, sizes: dict[str, dict]) -> SafetyChecker:
 
 
 def _components(device: torch.device, sizes: dict[str, dict]) -> dict[str, object]:
-    """What pipelines need beside the transformer, by diffusers' names."""
+    """A pipeline's other components, by diffusers' names."""
     tokenizers = {name: _tokenizer(name) for name in TOKENS}
     end = tokenizers["tokenizer"].eos_token_id
     clip = CLIPTextConfig(max_position_embeddings=TOKENS["tokenizer"], eos_token_id=end, **sizes["clip"])
