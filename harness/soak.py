@@ -1,9 +1,8 @@
-"""Random predictions against the real Cog server, and what they leave behind.
+"""Random predictions against the real Cog server, and checks of everything that they leave behind.
 
-Modes, sizes, models, precisions, formats, LoRAs good and bad; clients that wait, cancel, hang up, ask twice; receivers
-of webhooks that are slow or dead. Every answer is accounted for; every 20th picture is drawn again by a process that
-has drawn nothing before; memory, tensors, descriptors, threads, temporary files and the disk cache are counted. The
-last line is JSON; the exit code is 1 if anything is wrong.
+All modes, sizes, models, precisions and formats, good and bad LoRAs; clients that wait, cancel, hang up or ask twice;
+slow and dead receivers of webhooks. Every answer is checked; every 20th picture is drawn again by a process that has
+drawn nothing before; memory, tensors, descriptors, threads, temporary files and the disk cache are counted.
 """
 
 import contextlib
@@ -66,9 +65,9 @@ PROMPTS = tuple(
 QUIET = {"model": "schnell", "num_inference_steps": 1, "aspect_ratio": "custom", "width": 256, "height": 256, "seed": 1}
 QUIET |= {"disable_safety_checker": True}
 CLOSE = {"Connection": "close"}
-CACHE_BYTES = 8 * 2**20  # two thirds of the LoRAs that are asked for
+CACHE_BYTES = 8 * 2**20  # two thirds of the requested LoRAs
 WAYS = {"wait": 58, "cancel": 14, "hang up": 8, "twice": 10, "slow webhook": 4, "dead webhook": 6}
-# What a good request may be told all the same.
+# Failures that a good request may have.
 EXPECTED = ("NSFW content detected", "no numbers at all")
 SECONDS_TO_END = 30
 RISE_BYTES = 10_000_000
@@ -76,9 +75,9 @@ RISE_BYTES = 10_000_000
 
 @dataclass(frozen=True)
 class Case:
-    """One request: what is asked for, how, and whether it can be drawn."""
+    """One request: its inputs, how the client sends it, and whether it can be drawn."""
 
-    name: str  # its id for Cog
+    name: str  # the prediction's id
     inputs: dict[str, Any]
     way: str
     good: bool
@@ -87,19 +86,19 @@ class Case:
 
 @dataclass
 class Report:
-    """What came of it."""
+    """The results of a run."""
 
     ends: Counter = field(default_factory=Counter)  # by way and status
     problems: list[str] = field(default_factory=list)
     counts: dict[int, dict[str, int]] = field(default_factory=dict)  # by the number of requests before
-    resident: list[int] = field(default_factory=list)  # bytes of the worker, after each request
+    resident: list[int] = field(default_factory=list)  # bytes of the worker's memory, after each request
     compared: int = 0
     seconds: float = 0.0
     slowest_s: float = 0.0
-    cache_bytes: int = 0  # the most
+    cache_bytes: int = 0  # the maximum
 
     def figures(self, block: int, warm: int) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """The report as JSON values."""
         lowest = self.lowest(block)
         return {
             "requests": len(self.resident),
@@ -183,14 +182,14 @@ def _encoded(image: Image.Image, form: str) -> bytes:
 
 
 def make_case(rng: random.Random, name: str, hosts: World, prompts: Sequence[str], *, compared: bool) -> Case:
-    """A random request; one whose picture is compared later can be drawn, and its client waits."""
+    """A random request; one to be compared is always good, and its client waits."""
     inputs: dict[str, Any] = {
         "prompt": rng.choice(prompts),
         "seed": rng.randrange(2**63 - 4),
         "model": rng.choice(("dev", "schnell")),
         "num_inference_steps": rng.choice((1, 1, 2, 3)),
         "num_outputs": rng.choice((1, 1, 1, 1, 2)),
-        # As people write numbers: Cog may read a seventeenth digit as its neighbour.
+        # With few digits, as people write numbers: Cog may change the seventeenth one.
         "guidance_scale": round(rng.uniform(0, 10), 2),
         "output_format": rng.choice(("webp", "jpg", "png")),
         "output_quality": rng.randint(0, 100),
@@ -216,7 +215,7 @@ def make_case(rng: random.Random, name: str, hosts: World, prompts: Sequence[str
 
 
 def _canvas(rng: random.Random, hosts: World) -> dict[str, Any]:
-    """Mostly small; one picture in a hundred has a megapixel."""
+    """Inputs for the canvas, mostly small; one picture in a hundred has a megapixel."""
     kind = rng.choices(("custom", "image", "mask", "quarter", "megapixel"), (58, 18, 15, 8, 1))[0]
     if kind == "custom":
         return {"aspect_ratio": "custom", "width": rng.randrange(256, 321), "height": rng.randrange(256, 321)}
@@ -251,24 +250,24 @@ def _lora(rng: random.Random, hosts: World) -> str:
 
 @dataclass
 class Soak:
-    """A server that is driven, and what is known of it."""
+    """A server under load, and the report about it."""
 
     server: CogServer
     hosts: World
     cache: Path
-    # How long counts are watched, at most: a slow receiver holds its connection for two seconds.
+    # The most seconds that `_count` repeats: a slow receiver holds its connection for two seconds.
     settle_s: float
     report: Report = field(default_factory=Report)
 
     def run(self, requests: int, *, warm: int, block: int, seed: int, prompts: Sequence[str] = PROMPTS) -> Report:
-        """Drive the server; compare what is left after `warm` requests with what is left at the end.
+        """The report after so many requests; counts after `warm` requests are compared with counts at the end.
 
         Args:
-            requests: how many, a multiple of `block`.
-            warm: after how many of them caches are full, a multiple of `block`.
-            block: of how many the lowest memory is taken.
+            requests: their number, a multiple of `block`.
+            warm: the number of requests after which caches are full, a multiple of `block`.
+            block: the number of requests of which the lowest memory is taken.
             seed: of the requests.
-            prompts: what is drawn.
+            prompts: of the pictures.
         """
         rng, start, pictures = random.Random(seed), time.monotonic(), {}
         self._fill_caches(prompts)
@@ -291,7 +290,7 @@ class Soak:
         return self.report
 
     def _fill_caches(self, prompts: Sequence[str]) -> None:
-        """Ask for every LoRA, and for every prompt with both models: what caches hold from then on is no leak."""
+        """Request every LoRA, and every prompt with both models, so that caches do not grow during the run."""
         for path in self.hosts.files:
             if path.startswith("/good"):
                 self.server.predict(QUIET | {"prompt": prompts[0], "extra_lora": f"{self.hosts.address}{path}"})
@@ -300,7 +299,7 @@ class Soak:
                 self.server.predict(QUIET | {"prompt": prompt, "model": model})
 
     def _ask(self, case: Case) -> tuple[str, dict[str, Any]]:
-        """How it ended, and the answer as far as the client heard it."""
+        """The status at the end, and the answer if the client received one."""
         path, body = f"/predictions/{case.name}", {"input": case.inputs, "webhook_events_filter": ["completed"]}
         told = body | {"webhook": f"{self.hosts.address}/fast"}
         webhooks = {"slow webhook": f"{self.hosts.address}/slow", "dead webhook": f"{self.hosts.dead}/"}
@@ -320,7 +319,7 @@ class Soak:
                     return f"refused with {status}", answer
                 if case.way == "twice":
                     again = self.server.request("PUT", path, told, {"Prefer": "respond-async"})
-                    # An id that has ended is a new one to Cog, which may not be ready for it yet.
+                    # Once a prediction has ended, Cog takes its id as new, and may still be busy.
                     ended = again[0] == 409 and self._told(case)
                     if again[1].get("id") != case.name and not ended:
                         self._complain(f"{case.name}: asked again, was told {again}.")
@@ -331,7 +330,7 @@ class Soak:
         return answer.get("status", f"no status but {answer}"), answer
 
     def _told(self, case: Case) -> str:
-        """What the webhook said of the end."""
+        """The status that the last webhook told."""
         with contextlib.suppress(TimeoutError):
             return wait_until(lambda: self.hosts.ended.get(case.name), SECONDS_TO_END)[-1]
         return "never"
@@ -340,19 +339,19 @@ class Soak:
         self.report.ends[case.way, status] += 1
         reason = failure(answer) if answer else ""
         interrupted = case.way in ("cancel", "hang up") and status == "canceled"
-        heard = bool(answer)
-        right = {
-            True: status == "succeeded" or (status == "failed" and (not heard or any(x in reason for x in EXPECTED))),
-            False: status == "failed" and (not heard or ("The server" not in reason and reason.endswith("."))),
-        }[case.good]
-        if not (right or interrupted):
+        if case.good:
+            foreseen = any(text in reason for text in EXPECTED)
+        else:
+            foreseen = reason.endswith(".") and "The server" not in reason
+        failed = status == "failed" and (not answer or foreseen)
+        if not (failed or interrupted or (case.good and status == "succeeded")):
             kind = "good" if case.good else "bad"
             self._complain(f"{case.name} ({kind}, {case.way}): {status} {reason} {_brief(case.inputs)}.")
         if "secret" in str(answer) or str(ROOT) in str(answer):
             self._complain(f"{case.name}: its answer tells a token or a path.")
 
     def _wait_until_ready(self, name: str) -> None:
-        """Until the server takes the next request; each look is a health check, too."""
+        """Wait until the server takes the next request; this tests health checks, too."""
         health = wait_until(lambda: (it := self.server.health())["status"] != "BUSY" and it, SECONDS_TO_END)
         if health["status"] != "READY":
             raise RuntimeError(f"After {name} the server is {health['status']}: {health}.")
@@ -364,7 +363,7 @@ class Soak:
         self.report.cache_bytes = max(self.report.cache_bytes, size)
 
     def _count(self) -> dict[str, int]:
-        """What is alive when nothing runs: the least that is seen in a while, or until it is what it was at first."""
+        """Counts when nothing runs: the lowest ones within `settle_s`, or until they equal the first counts."""
         answer = self.server.predict(QUIET | {"prompt": COUNT})
         first = next(iter(self.report.counts.values()), None)
         least: dict[str, int] = answer["metrics"]["count"]
@@ -381,7 +380,7 @@ class Soak:
         for name, process in processes.items():
             counts[f"{name} descriptors"] = len(list(Path(f"/proc/{process}/fd").iterdir()))
             counts[f"{name} threads"] = sum(not _of_cogs_pool(task) for task in Path(f"/proc/{process}/task").iterdir())
-        # Pictures may be there for a while yet, in the folder that is theirs; `os.walk` bears with folders that go.
+        # Pictures are kept for a while, each in its own folder; `os.walk` ignores folders that vanish.
         there = [Path(folder, name) for folder, _, names in os.walk(self.server.scratch.name) for name in names]
         left = [file for file in there if file.parent.parent.parent == Path(self.server.scratch.name)]
         late = [file for file in left if _age(file) > SECONDS_KEPT + 1]
@@ -402,7 +401,7 @@ class Soak:
         print(problem, file=sys.stderr)
 
     def _compare(self, pictures: dict[str, tuple[dict[str, Any], list[str]]]) -> None:
-        """Draw again, each in a process that has drawn nothing."""
+        """Draw pictures again, each in a process that has drawn nothing, and compare."""
         os.environ |= {"WEIGHTS_CACHE": str(self.cache.parent / "fresh"), "WEIGHTS_ALLOW_PRIVATE_HOSTS": "1"}
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["harness.fresh"])
@@ -415,7 +414,7 @@ class Soak:
 
 
 def _draw_afresh(inputs: dict[str, Any]) -> list[str]:
-    from harness.fresh import draw  # which loads the models: in the processes that draw, not in this one
+    from harness.fresh import draw  # loads the models: only in the processes that draw
 
     return draw(inputs)
 
@@ -432,14 +431,14 @@ def _brief(inputs: dict[str, Any]) -> str:
 
 
 def _of_cogs_pool(task: Path) -> bool:
-    """Whether a thread of `/proc` is one of those that Cog's runtime keeps for ten seconds after their work."""
+    """Whether a thread in `/proc` belongs to the pool of Cog's runtime, which keeps threads for ten seconds."""
     with suppress(FileNotFoundError):
         return task.joinpath("comm").read_text().startswith("tokio")
     return True
 
 
 def worker_of(server: CogServer) -> int:
-    """The process that predicts."""
+    """The id of the process that predicts."""
     tasks = Path(f"/proc/{server.process.pid}/task").glob("*/children")
     (worker,) = [int(child) for children in tasks for child in children.read_text().split()]
     return worker
@@ -447,7 +446,7 @@ def worker_of(server: CogServer) -> int:
 
 @contextmanager
 def soaking(folder: Path, source: str, settle_s: float, **environment: str) -> Iterator[Soak]:
-    """A server over a project of its own, ready to be driven.
+    """A server of its own project, ready for requests.
 
     Args:
         folder: for the project, its log and its cache.
