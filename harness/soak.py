@@ -337,7 +337,7 @@ class Soak:
 
     def _account(self, case: Case, status: str, answer: dict[str, Any]) -> None:
         self.report.ends[case.way, status] += 1
-        reason = failure(answer) if answer else ""
+        reason = (failure(answer) if answer else None) or ""
         interrupted = case.way in ("cancel", "hang up") and status == "canceled"
         if case.good:
             foreseen = any(text in reason for text in EXPECTED)
