@@ -61,7 +61,7 @@ class Server:
 
 
 class Cluster(Server):
-    """`script/cluster`, with whatever options; a context manager.
+    """`script/cluster`, with any options; a context manager.
 
     Args:
         options: of the command line, without the port.

@@ -104,7 +104,7 @@ class Report:
     requests: Counter = field(default_factory=Counter)  # by kind
     answers: Counter = field(default_factory=Counter)  # by kind and status
     failures: dict[tuple[str, str], Failure] = field(default_factory=dict)  # by kind and rule
-    honest: Counter = field(default_factory=Counter)  # what the honest client did
+    honest: Counter = field(default_factory=Counter)  # counts of the honest client's work
     most: dict[str, float] = field(default_factory=dict)  # the maximum of each measured quantity
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -210,7 +210,7 @@ class Line:
                 self.receive()
 
     def receive(self) -> None:
-        """Read what has arrived."""
+        """Read the bytes that have arrived."""
         try:
             content = self.socket.recv(MIB)
         except OSError:
@@ -272,8 +272,8 @@ class Attack:
     scene: Scene
     report: Report
     seed: int
-    private: Sequence[str]  # what no answer may contain
-    current: dict[int, str] = field(default_factory=dict)  # thread → what it sends
+    private: Sequence[str]  # texts that no answer may contain
+    current: dict[int, str] = field(default_factory=dict)  # the case that each thread sends
     past: list[tuple[float, float, str]] = field(default_factory=list)  # when each case was sent
     stop_at: float = float("inf")
 
@@ -354,7 +354,7 @@ class Attack:
 
 
 def _beginning(sent: Sent) -> bytes:
-    """The first bytes of what was sent."""
+    """The first bytes of a request."""
     beginning = b""
     for part in sent.content:
         beginning += part[:600] if isinstance(part, bytes) else b""
@@ -407,7 +407,7 @@ class Honest:
                 thread.join()
 
     def repeat(self, work: Callable[[int], None]) -> None:
-        """Repeat one kind of work until the end, and note what goes wrong."""
+        """Repeat one kind of work until the end, and note failures."""
         number = 0
         while not self.leaving.is_set():
             number, began = number + 1, time.monotonic()
@@ -483,7 +483,7 @@ class Honest:
         self.ours(file["urls"]["get"] for file in self.ask("GET", "/v1/files")["results"])
 
     def ours(self, addresses: Iterable[str]) -> None:
-        """Check that addresses have this client's host, whatever Host others have sent."""
+        """Check that addresses have this client's host, not a Host that others have sent."""
         elsewhere = [address[:200] for address in addresses if not address.startswith(f"{self.cluster.url}/")]
         assert not elsewhere, f"{len(elsewhere)} addresses lead elsewhere: {elsewhere[:3]}"
 

@@ -319,7 +319,7 @@ def run(fuzz: Fuzz, cases: int, seed: int) -> None:
 
 
 def _case_of(surface: Callable[[Any], None]) -> Callable[[Any], None]:
-    def case(made: Any) -> None:  # noqa: ANN401 (what a strategy makes)
+    def case(made: Any) -> None:  # noqa: ANN401 (a strategy's value)
         surface(made)
 
     return case

@@ -98,7 +98,7 @@ class Stranger:
         return round(low * (high / low) ** self.dice.random())
 
     def name(self) -> str:
-        """An id that nobody has used."""
+        """An unused id."""
         return f"s-{self.number}-{self.dice.randrange(10**9)}"
 
     def head(self, method: str | bytes, target: str | bytes, *headers: str | bytes, **options: Any) -> bytes:  # noqa: ANN401

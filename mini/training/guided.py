@@ -1,4 +1,4 @@
-"""Distilled guidance: dev learns to compute in one pass what classifier-free guidance needs two passes for."""
+"""Distilled guidance: dev learns to do in one pass the work of two passes of classifier-free guidance."""
 
 import copy
 from pathlib import Path

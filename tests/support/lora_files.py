@@ -128,7 +128,7 @@ def changes(
     return made
 
 
-# DiffSynth-Studio's and MLX's names for what Black Forest Labs has outside of blocks, where they differ.
+# DiffSynth-Studio's names of layers outside of blocks, and MLX's parts of names, by Black Forest Labs' names.
 DIFFSYNTH_OUTSIDE = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",

@@ -95,7 +95,7 @@ def data_uris(draw: st.DrawFn) -> str:
 
 
 def references() -> st.SearchStrategy[str]:
-    """References of any form, with what may be pasted around them."""
+    """References of any form, with blanks and quotation marks around them."""
     bare = st.one_of(logins(), queries(), queries(MODELS), escaped(), data_uris(), with_blanks())
     quoted = st.builds(str.format, st.sampled_from(QUOTES), bare)
     return st.builds("{}{}{}".format, st.sampled_from(BLANKS), quoted, st.sampled_from(BLANKS))
