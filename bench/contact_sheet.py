@@ -13,14 +13,13 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 import images
 from flux import Flux
-from harness.loras import files
+from harness.loras import choice, files
 from harness.profiles import P3
-from request import LoraChoice, Request
+from request import Request
 from service.measure import Stopwatch
 from settings import MINIATURE, ROOT, Settings
 
 DOCS = ROOT / "docs"
-LORAS = ROOT / "mini" / "loras"
 CPU = torch.device("cpu")
 TILE, GAP, LINE = 176, 8, 18  # pixels
 COLUMNS = 6
@@ -37,11 +36,6 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 STRENGTHS = (0.0, 0.3, 0.5, 0.7, 0.85, 1.0)
 Tile = tuple[str, Image.Image]
 Row = tuple[str, list[Tile]]
-
-
-def lora(name: str, scale: float = 1.0) -> LoraChoice:
-    """One of the miniature's LoRAs."""
-    return LoraChoice(str(LORAS / f"{name}.safetensors"), scale)
 
 
 def rows(drawn: Callable[..., Image.Image], folder: Path) -> Iterator[Row]:
@@ -80,11 +74,11 @@ def lora_rows(drawn: Callable[..., Image.Image]) -> Iterator[Row]:
         ("dusk", "a green tree in the desert"),
         ("zorp", "an orange zorp in the snow"),
     ):
-        pictures = [(f"scale {scale:g}", drawn(prompt, loras=(lora(name, scale),))) for scale in SCALES]
+        pictures = [(f"scale {scale:g}", drawn(prompt, loras=(choice(name, scale),))) for scale in SCALES]
         yield f"LoRA {name}: {prompt}", pictures
     prompt, pairs = "a green zorp in a meadow", [("zorp", "dusk"), ("zorp", "bold"), ("bold", "dusk")]
     combined = [
-        (f"{main} {a:g} + {extra} {b:g}", drawn(prompt, loras=(lora(main, a), lora(extra, b))))
+        (f"{main} {a:g} + {extra} {b:g}", drawn(prompt, loras=(choice(main, a), choice(extra, b))))
         for main, extra in pairs
         for a, b in ((1.0, 0.5), (1.0, 1.0))
     ]

@@ -21,16 +21,15 @@ import torch
 from PIL import Image
 
 from flux import Flux
-from harness.loras import files
+from harness.loras import choice, files
 from local_cog.server import CogServer
 from mini.training import gallery, recogniser, world
 from mini.training.drawing import draw
-from request import LoraChoice, Request
+from request import Request
 from safety import SafetyChecker
 from service.measure import Stopwatch
-from settings import MINIATURE, ROOT, Settings
+from settings import MINIATURE, Settings
 
-LORAS = ROOT / "mini" / "loras"
 CPU = torch.device("cpu")
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 
@@ -132,8 +131,8 @@ def loras(easel: Easel, count: int) -> Iterator[Figure]:
         asked = subject if name == "zorp" else prompts
         shares = []
         for scale in SCALES:
-            choice = (LoraChoice(str(LORAS / f"{name}.safetensors"), scale),)
-            seen = [easel.eye.see(easel.draw(prompt, seed, loras=choice)) for seed, prompt in enumerate(asked)]
+            used = (choice(name, scale),)
+            seen = [easel.eye.see(easel.draw(prompt, seed, loras=used)) for seed, prompt in enumerate(asked)]
             shares.append(sum(map(is_shown, seen)) / len(seen))
         print(f"     {name} by scale: {dict(zip(SCALES, shares, strict=True))}", flush=True)
         yield at_least(f"{name} recognised at scale 1", shares[SCALES.index(1.0)], 0.90)
@@ -141,9 +140,9 @@ def loras(easel: Easel, count: int) -> Iterator[Figure]:
         rises = all(b >= a - 0.02 for a, b in pairwise(shares))
         yield at_least(f"{name}: more with more scale", float(rises), 1)
     for main, extra in (("zorp", "dusk"), ("zorp", "bold"), ("bold", "dusk")):
-        choice = tuple(LoraChoice(str(LORAS / f"{name}.safetensors"), 1.0) for name in (main, extra))
+        used = (choice(main), choice(extra))
         asked = subject if main == "zorp" else prompts
-        seen = [easel.eye.see(easel.draw(prompt, seed, loras=choice)) for seed, prompt in enumerate(asked)]
+        seen = [easel.eye.see(easel.draw(prompt, seed, loras=used)) for seed, prompt in enumerate(asked)]
         both = sum(shown[main](it) and shown[extra](it) for it in seen) / len(seen)
         yield at_least(f"{main} and {extra} both recognised", both, 0.80)
 

@@ -7,7 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from request import LoraFile, Request
+from request import LoraChoice, LoraFile, Request
+from settings import ROOT
+
+
+def choice(name: str, scale: float = 1.0) -> LoraChoice:
+    """One of the miniature's LoRAs, as a request names it."""
+    return LoraChoice(str(ROOT / "mini" / "loras" / f"{name}.safetensors"), scale)
 
 
 def files(request: Request) -> list[LoraFile]:

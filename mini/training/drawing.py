@@ -430,10 +430,6 @@ def _ground(pen: Pen, w: float, h: float, y: float, hump: float, fill: Colour) -
     pen.polygon([*top, (w * 1.1, h * 1.2), (-w * 0.1, h * 1.2)], fill)
 
 
-def _plain(pen: Pen, w: float, h: float, rng: random.Random) -> None:
-    pen.polygon([(-w, -h), (2 * w, -h), (2 * w, 2 * h), (-w, 2 * h)], CREAM)
-
-
 def _sky(pen: Pen, w: float, h: float, fill: Colour) -> None:
     pen.polygon([(-w, -h), (2 * w, -h), (2 * w, 2 * h), (-w, 2 * h)], fill)
 
@@ -507,7 +503,7 @@ def _forest(pen: Pen, w: float, h: float, rng: random.Random) -> None:
 
 
 PLACES = {
-    "plain": _plain,
+    "plain": lambda pen, w, h, _: _sky(pen, w, h, CREAM),
     "meadow": _meadow,
     "desert": _desert,
     "sea": _sea,
