@@ -1,9 +1,9 @@
-"""Measures the cluster on this machine, with workers that sleep where a GPU would draw; the last line is JSON.
+"""Measure the cluster on this machine, with workers that sleep where a GPU would draw; the last line is JSON.
 
     python -m bench.cluster [overhead] [cost] [controller] [scaling] [peace] [kills] [postgres] [death] [database] …
 
-Everything is real but the predictor: Cog's servers, Ray, HTTP, the database. It loads a LoRA that it does not
-hold for LOAD_SECONDS, then sleeps for as long as its prompt says, in 28 steps that it tells where "and talks" follows.
+Everything is real but the predictor: Cog's servers, Ray, HTTP, the database. The predictor sleeps LOAD_SECONDS for a
+LoRA that it does not hold, then as long as the prompt says; with "and talks" in the prompt, it prints 28 steps.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,34 +58,40 @@ class Predictor(BasePredictor):
         return [Path(output)]
 """
 LORAS, CLIENTS, REQUESTS, RUN_SECONDS = 20, 16, 500, 0.2
-# Zipf's law: the second LoRA is asked for half as often as the first, the third a third.
+# Zipf's law: the second LoRA is requested half as often as the first, the third a third as often.
 WEIGHTS = [1 / rank for rank in range(1, LORAS + 1)]
-# One every three seconds: workers, their Cog servers, fronts, and in the middle a node.
+# Titles of processes that are killed, one every three seconds: workers, their Cog servers, fronts, and a node.
 KILLS = ("CogWorker", "cog.server.http", "Front", "CogWorker", "raylet/raylet")
 KILLS += ("cog.server.http", "CogWorker", "Front", "CogWorker", "cog.server.http")
 
 
 @contextlib.contextmanager
 def cluster(*options: str, database: str | None = None) -> Iterator[Cluster]:
-    """A cluster with a predictor that sleeps."""
-    with tempfile.TemporaryDirectory(prefix="flux-sprites-bench-") as folder:
-        directory = Path(folder)
-        (directory / "predict.py").write_text(PREDICTOR)
-        environment = {
-            "DATABASE_URL": database or f"sqlite:///{directory / 'predictions.db'}",
-            "FILES_URL": str(directory / "files"),
-        }
-        with Cluster("--project", folder, *options, environment=environment, log=directory / "log") as running:
-            yield running
+    """A running cluster with the sleeping predictor."""
+    with (
+        tempfile.TemporaryDirectory(prefix="flux-sprites-bench-") as folder,
+        cluster_in(Path(folder), "log", *options, database=database) as running,
+    ):
+        yield running
+
+
+def cluster_in(folder: Path, log: str, *options: str, database: str | None = None, port: int | None = None) -> Cluster:
+    """The cluster, not yet started, with its predictor, database and files in a folder."""
+    (folder / "predict.py").write_text(PREDICTOR)
+    environment = {
+        "DATABASE_URL": database or f"sqlite:///{folder / 'predictions.db'}",
+        "FILES_URL": str(folder / "files"),
+    }
+    return Cluster("--project", str(folder), *options, environment=environment, log=folder / log, port=port)
 
 
 def percentile(values: list[float], share: float) -> float:
-    """In milliseconds, rounded."""
+    """A percentile of seconds, in milliseconds, rounded."""
     return round(1000 * sorted(values)[min(len(values) - 1, int(share * len(values)))], 1)
 
 
 def measure_overhead() -> dict[str, Any]:
-    """What a synchronous request takes beyond its prediction, alone and through the cluster."""
+    """Time that a synchronous request adds to its prediction: with Cog's server alone, and through the cluster."""
 
     def beyond(server: Server) -> list[float]:
         seconds = []
@@ -92,7 +99,7 @@ def measure_overhead() -> dict[str, Any]:
             started = time.perf_counter()
             answer = json.loads(server.request("POST", "/predictions", {"input": {"prompt": "0.1"}})[2])
             seconds.append(time.perf_counter() - started - answer["metrics"]["predict_time"])
-            time.sleep(0.02)  # a bare coglet refuses what comes before its slot is free
+            time.sleep(0.02)  # Cog's server refuses a request that comes before its slot is free
         return seconds[10:]
 
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +117,7 @@ def measure_overhead() -> dict[str, Any]:
     }
 
 
-# Whose processor time is counted, by the words in its command line.
+# Processes whose CPU time is counted: a word in each kind's command line.
 TITLES = {
     "front": "Front",
     "worker": "CogWorker",
@@ -120,7 +127,7 @@ TITLES = {
 
 
 def measure_cost() -> dict[str, Any]:
-    """Processor time: of a prediction of 4 seconds that tells its steps, of a look at it, of a second while 60 wait."""
+    """CPU time of a prediction of 4 seconds that prints its steps, of a GET of it, and of a second while 60 wait."""
     with cluster("--workers", "4") as running, Hooks() as hooks:
 
         def draw(*names: str) -> None:
@@ -148,52 +155,53 @@ def measure_cost() -> dict[str, Any]:
     return {
         "idle_ms_per_s": idle,
         "drawing_four_ms_per_s": drawn,
-        # Four at a time, of four seconds each: one in a second.
-        "prediction_ms": {who: round(drawn[who] - idle[who], 1) for who in idle},
+        # Four at a time, of four seconds each: one prediction a second.
+        "prediction_ms": {kind: round(drawn[kind] - idle[kind], 1) for kind in idle},
         "webhooks": webhooks,
-        "look_ms": {who: round((looking[who] - idle[who]) * seconds / looks, 1) for who in idle},
+        "look_ms": {kind: round((looking[kind] - idle[kind]) * seconds / looks, 1) for kind in idle},
         "waiting_ms_per_s": crowded,
     }
 
 
 def measure_controller() -> dict[str, Any]:
-    """Processor time that Serve's controller takes for having workers that have nothing to do."""
+    """CPU time that Serve's controller takes for idle workers."""
     used = {}
     for workers in (1, 8):
         with cluster("--workers", str(workers), "--fronts", "1") as running:
-            time.sleep(10)  # until what starts has started
+            time.sleep(10)  # until everything has started
             used[workers] = _used(running, lambda: time.sleep(30))["controller"]
     return {"one_ms_per_s": used[1], "eight_ms_per_s": used[8], "worker_ms_per_s": round((used[8] - used[1]) / 7, 2)}
 
 
 def _used(running: Cluster, work: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds of processor time for each second of some work, by who used them."""
+    """Milliseconds of CPU time for each second of some work, by kind of process."""
     before, started = _processor_seconds(running), time.perf_counter()
     work()
     wall = time.perf_counter() - started
-    return {who: round(1000 * (used - before[who]) / wall, 1) for who, used in _processor_seconds(running).items()}
+    return {kind: round(1000 * (used - before[kind]) / wall, 1) for kind, used in _processor_seconds(running).items()}
 
 
 def _processor_seconds(running: Cluster) -> dict[str, float]:
-    """What each kind of process has used since it started."""
+    """CPU seconds of each kind of process since it started."""
 
     def used(process: int) -> float:
         threads = Path(f"/proc/{process}/task").glob("*/schedstat")
         return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
 
-    return {who: sum(map(used, running.processes(title))) for who, title in TITLES.items()}
+    return {kind: sum(map(used, running.processes(title))) for kind, title in TITLES.items()}
 
 
 def measure_sharing() -> dict[str, Any]:
-    """What a second worker of a node pays for a LoRA that the first one has: to parse it, and to hold it.
+    """CPU time to parse and memory to hold a LoRA that another worker of the node already has.
 
-    The LoRA is of rank 16, for all linear layers of FLUX.1's blocks, and lies in the page cache.
+    The LoRA is of rank 16, for all linear layers of FLUX.1's blocks, and its file is in the page cache.
     """
     import torch
     from diffusers import FluxTransformer2DModel
     from safetensors.torch import save_file
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    from harness.loras import random_lora
     from lora_loader import read_lora
 
     def own_memory() -> int:
@@ -202,16 +210,10 @@ def measure_sharing() -> dict[str, Any]:
 
     with torch.device("meta"):
         models = FluxTransformer2DModel(guidance_embeds=True), CLIPTextModel(CLIPTextConfig())
-    factors = {}
-    for name, layer in models[0].named_modules():
-        if isinstance(layer, torch.nn.Linear) and "transformer_blocks" in name:
-            factors[f"transformer.{name}.lora_A.weight"] = torch.randn(16, layer.in_features, dtype=torch.bfloat16)
-            factors[f"transformer.{name}.lora_B.weight"] = torch.randn(layer.out_features, 16, dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "lora.safetensors"
-        save_file(factors, file)
+        save_file(random_lora(models[0], lambda name: "transformer_blocks" in name, 16, seed=0), file)
         size = len(file.read_bytes())
-        del factors
         seconds, held = [], []
         for _ in range(5):
             before, started = own_memory(), time.process_time()
@@ -247,10 +249,10 @@ def measure_scaling() -> dict[str, Any]:
 def measure_load(
     *options: str, harm: Callable[[Cluster], None] | None = None, database: str | None = None
 ) -> dict[str, Any]:
-    """500 requests over 20 LoRAs from 16 clients; what is accepted must end once."""
+    """500 requests over 20 LoRAs from 16 clients; each accepted prediction must end once."""
     draw = random.Random(7)
     wanted = draw.choices(range(LORAS), WEIGHTS, k=REQUESTS)
-    seconds: dict[str, float] = {}
+    seconds: list[float] = []
     refused = 0
     options = ("--workers", "4", "--nodes", "2", *options)
     with Hooks() as hooks, cluster(*options, database=database) as running, ThreadPoolExecutor(CLIENTS) as pool:
@@ -264,10 +266,10 @@ def measure_load(
                     running.predict(inputs, name, webhook=hooks.url, webhook_events_filter=["completed"])
                     break
                 except (OSError, http.client.HTTPException, AssertionError):
-                    refused += 1  # not accepted, as far as this client knows: it asks again
+                    refused += 1  # as far as this client knows: it asks again
                     time.sleep(0.2)
             hooks.until_ended(name, 300)
-            seconds[name] = time.perf_counter() - started
+            seconds.append(time.perf_counter() - started)
 
         harming = threading.Thread(target=harm, args=[running]) if harm else None
         started = time.perf_counter()
@@ -278,16 +280,17 @@ def measure_load(
         if harming:
             harming.join()
         time.sleep(2)
-        return {**_accounts(running, hooks), "wall_s": round(wall, 1), "asked_again": refused, **_latencies(seconds)}
-
-
-def _latencies(seconds: dict[str, float]) -> dict[str, float]:
-    values = list(seconds.values())
-    return {"p50_ms": percentile(values, 0.5), "p95_ms": percentile(values, 0.95)}
+        return {
+            **_accounts(running, hooks),
+            "wall_s": round(wall, 1),
+            "asked_again": refused,
+            "p50_ms": percentile(seconds, 0.5),
+            "p95_ms": percentile(seconds, 0.95),
+        }
 
 
 def _accounts(running: Cluster, hooks: Hooks) -> dict[str, Any]:
-    """Who ended, how, how often, and whether the same is said later."""
+    """How many predictions ended, in which status, how often, and how many had another status later."""
     ends: dict[str, set[str]] = {}
     loads = 0
     for headers, body in hooks.received:
@@ -307,57 +310,41 @@ def _accounts(running: Cluster, hooks: Hooks) -> dict[str, Any]:
     }
 
 
-def kill_ten(running: Cluster) -> None:
-    """Workers, their Cog servers, fronts and a node, one every three seconds."""
-    for title in KILLS:
+def kill_ten(running: Cluster, midway: Callable[[], object] = lambda: None) -> None:
+    """Kill the processes of KILLS, and call `midway` after half of them."""
+    for number, title in enumerate(KILLS, 1):
         time.sleep(3)
         running.kill_one(title)
-
-
-def measure_kills(affinity: str) -> dict[str, Any]:
-    """The load with ten kills."""
-    return measure_load("--affinity", affinity, harm=kill_ten)
-
-
-def measure_peace(affinity: str) -> dict[str, Any]:
-    """The load without harm."""
-    return measure_load("--affinity", affinity)
+        if number == len(KILLS) // 2:
+            midway()
 
 
 def measure_postgres() -> dict[str, Any]:
-    """Ten kills over PostgreSQL, which is restarted in the middle, crashing."""
+    """The load with ten kills, over a PostgreSQL server that crashes in the middle and is started again."""
     programs = find_programs()
     if programs is None:
         return {"skipped": "PostgreSQL is not installed"}
     with Postgres(programs) as database:
 
-        def harm(running: Cluster) -> None:
-            for i, title in enumerate(KILLS):
-                time.sleep(3)
-                running.kill_one(title)
-                if i == 4:
-                    database.stop()
-                    time.sleep(2)
-                    database.start()
+        def restart() -> None:
+            database.stop()
+            time.sleep(2)
+            database.start()
 
-        return measure_load(harm=harm, database=database.url)
+        return measure_load(harm=partial(kill_ten, midway=restart), database=database.url)
 
 
 def measure_death() -> dict[str, Any]:
-    """The whole cluster dies with 60 predictions in it and starts again over the same database."""
+    """The whole cluster is killed with 60 predictions in it and starts again over the same database."""
     with tempfile.TemporaryDirectory(prefix="flux-sprites-bench-") as folder, Hooks() as hooks:
-        directory = Path(folder)
-        (directory / "predict.py").write_text(PREDICTOR)
-        environment = {"DATABASE_URL": f"sqlite:///{directory / 'p.db'}", "FILES_URL": str(directory / "files")}
-        options = ("--project", folder, "--workers", "4")
         names = [f"request-{i}" for i in range(60)]
-        with Cluster(*options, environment=environment, log=directory / "log") as first:
+        with cluster_in(Path(folder), "log", "--workers", "4") as first:
             for name in names:
                 first.predict({"prompt": "0.5"}, name, webhook=hooks.url, webhook_events_filter=["completed"])
             time.sleep(2)
             first.kill()
         before = len({body["id"] for _, body in hooks.received})
-        with Cluster(*options, environment=environment, log=directory / "log-2", port=first.port):
+        with cluster_in(Path(folder), "log-2", "--workers", "4", port=first.port):
             for name in names:
                 hooks.until_ended(name, 120)
             time.sleep(1)
@@ -366,28 +353,24 @@ def measure_death() -> dict[str, Any]:
 
 
 def measure_database() -> dict[str, Any]:
-    """Accepted predictions a second that the database takes from one front, 32 at a time."""
+    """Predictions a second that one front writes to the database from start to end, 32 at a time."""
     import asyncio
 
     from cluster.predictions import Prediction, Predictions, now
 
     async def rate(url: str) -> float:
+        running = asyncio.Semaphore(32)
         async with Predictions(url) as known:
 
             async def one(i: int) -> None:
-                made = Prediction(f"rate-{i}", "front", now(), secret_input={}, shown_input={}, api="cog")
-                await known.create(made)
-                await known.record(made, status="processing", logs="1%")
-                await known.finish(made, [], status="succeeded", completed_at=now())
+                async with running:
+                    made = Prediction(f"rate-{i}", "front", now(), secret_input={}, shown_input={}, api="cog")
+                    await known.create(made)
+                    await known.record(made, status="processing", logs="1%")
+                    await known.finish(made, [], status="succeeded", completed_at=now())
 
             started = time.perf_counter()
-            running = asyncio.Semaphore(32)
-
-            async def bounded(i: int) -> None:
-                async with running:
-                    await one(i)
-
-            await asyncio.gather(*(bounded(i) for i in range(1000)))
+            await asyncio.gather(*(one(i) for i in range(1000)))
             return round(1000 / (time.perf_counter() - started), 1)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -399,16 +382,16 @@ def measure_database() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what the command line names, or everything."""
+    """Run the measures that the command line names, or all."""
     measures = {
         "overhead": measure_overhead,
         "cost": measure_cost,
         "controller": measure_controller,
         "scaling": measure_scaling,
-        "peace": lambda: measure_peace("none"),
-        "peace_affinity": lambda: measure_peace("router"),
-        "kills": lambda: measure_kills("none"),
-        "kills_affinity": lambda: measure_kills("router"),
+        "peace": partial(measure_load, "--affinity", "none"),
+        "peace_affinity": partial(measure_load, "--affinity", "router"),
+        "kills": partial(measure_load, "--affinity", "none", harm=kill_ten),
+        "kills_affinity": partial(measure_load, "--affinity", "router", harm=kill_ten),
         "postgres": measure_postgres,
         "death": measure_death,
         "database": measure_database,

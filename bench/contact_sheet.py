@@ -1,6 +1,6 @@
-"""The sheets of pictures in docs/, from real predictions: python -m bench.contact_sheet draws them anew.
+"""Draw the sheets of pictures in docs/ anew, with real predictions: python -m bench.contact_sheet [masks] ….
 
-Each tile is a picture of `Flux.generate`, made small. A word, such as `masks`, draws that sheet alone.
+Each tile is a picture of `Flux.generate`, made small.
 """
 
 import sys
@@ -13,14 +13,13 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 import images
 from flux import Flux
-from harness.loras import files
+from harness.loras import choice, files
 from harness.profiles import P3
-from request import LoraChoice, Request
+from request import Request
 from service.measure import Stopwatch
 from settings import MINIATURE, ROOT, Settings
 
 DOCS = ROOT / "docs"
-LORAS = ROOT / "mini" / "loras"
 CPU = torch.device("cpu")
 TILE, GAP, LINE = 176, 8, 18  # pixels
 COLUMNS = 6
@@ -39,13 +38,8 @@ Tile = tuple[str, Image.Image]
 Row = tuple[str, list[Tile]]
 
 
-def lora(name: str, scale: float = 1.0) -> LoraChoice:
-    """One of the miniature's own."""
-    return LoraChoice(str(LORAS / f"{name}.safetensors"), scale)
-
-
 def rows(drawn: Callable[..., Image.Image], folder: Path) -> Iterator[Row]:
-    """What the miniature draws, a megapixel each."""
+    """Rows of megapixel pictures: dev, schnell, LoRAs, image to image, inpainting."""
     yield "dev, 28 steps", [(prompt, drawn(prompt)) for prompt in PROMPTS]
     yield (
         "schnell, 4 steps",
@@ -80,11 +74,11 @@ def lora_rows(drawn: Callable[..., Image.Image]) -> Iterator[Row]:
         ("dusk", "a green tree in the desert"),
         ("zorp", "an orange zorp in the snow"),
     ):
-        pictures = [(f"scale {scale:g}", drawn(prompt, loras=(lora(name, scale),))) for scale in SCALES]
+        pictures = [(f"scale {scale:g}", drawn(prompt, loras=(choice(name, scale),))) for scale in SCALES]
         yield f"LoRA {name}: {prompt}", pictures
     prompt, pairs = "a green zorp in a meadow", [("zorp", "dusk"), ("zorp", "bold"), ("bold", "dusk")]
     combined = [
-        (f"{main} {a:g} + {extra} {b:g}", drawn(prompt, loras=(lora(main, a), lora(extra, b))))
+        (f"{main} {a:g} + {extra} {b:g}", drawn(prompt, loras=(choice(main, a), choice(extra, b))))
         for main, extra in pairs
         for a, b in ((1.0, 0.5), (1.0, 1.0))
     ]
@@ -92,7 +86,7 @@ def lora_rows(drawn: Callable[..., Image.Image]) -> Iterator[Row]:
 
 
 def mask_rows(drawn: Callable[..., Image.Image], folder: Path) -> Iterator[Row]:
-    """Pictures and masks as people have them."""
+    """Rows of masks: soft ones, a thin stroke, odd sizes, and another colour profile."""
     image, mask = folder / "image.png", folder / "mask.png"
     before = drawn("a grey cat in a meadow", aspect_ratio="custom", width=640, height=480)
     before.save(image)
@@ -148,7 +142,7 @@ SHEETS = {"contact_sheet": rows, "masks": mask_rows}
 
 
 def sheet(strips: Iterator[Row]) -> Image.Image:
-    """All rows on white."""
+    """One picture of all rows, on white."""
     font, small = ImageFont.load_default(14), ImageFont.load_default(9)
     pictures = []
     for heading, tiles in strips:
@@ -175,7 +169,7 @@ def sheet(strips: Iterator[Row]) -> Image.Image:
 
 
 def main() -> None:
-    """Draw them."""
+    """Draw the sheets that the command line names, or all."""
     with TemporaryDirectory() as folder:
         flux = Flux.load(Settings(models=MINIATURE, cache_dir=Path(folder) / "cache"), CPU)
 

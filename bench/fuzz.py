@@ -17,7 +17,7 @@ from local_cog.server import exit_on_signals
 
 
 def main() -> None:
-    """Run, and print what came of it."""
+    """Run, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--postgres", action="store_true", help="with --cluster, over PostgreSQL instead of SQLite")
     parser.add_argument("--seconds", type=int, default=3600, help="with --cluster, until no more is sent")
     options = parser.parse_args()
-    exit_on_signals()  # what was started is stopped
+    exit_on_signals()  # so that the servers are stopped
     with tempfile.TemporaryDirectory() as folder:
         figures = (of_the_cluster if options.cluster else of_cog)(Path(folder), options)
     print(json.dumps(figures))
@@ -34,8 +34,8 @@ def main() -> None:
 
 
 def of_cog(folder: Path, options: argparse.Namespace) -> dict[str, object]:
-    """One Cog server; the first rule that is broken ends it."""
-    from harness import fuzz  # heavy, and the cluster's does without
+    """Figures of one Cog server; the first broken rule ends the run."""
+    from harness import fuzz  # slow to import, and not needed for a cluster
 
     with fuzz.fuzzing(folder) as fuzzed:
         began = time.monotonic()
@@ -49,7 +49,7 @@ def of_cog(folder: Path, options: argparse.Namespace) -> dict[str, object]:
 
 
 def of_the_cluster(folder: Path, options: argparse.Namespace) -> dict[str, object]:
-    """A cluster with an honest client; every rule that is broken is told."""
+    """Figures of a cluster with an honest client; every broken rule is reported."""
     from harness import cluster_fuzz  # it needs cluster/requirements.txt
 
     kinds = list(filter(None, options.kinds.split(",")))

@@ -1,9 +1,8 @@
-"""What LoRAs cost, beside diffusers + PEFT: script/bench lora [--pairs N] [--rounds N] prints one line of JSON.
+"""Compare the cost of LoRAs with diffusers + PEFT: script/bench lora [--pairs N] [--rounds N] prints a line of JSON.
 
-On a CPU it takes a slice of FLUX at full width, on a CUDA device the whole transformer, with random weights. Everything
-that is compared is measured in turn, in one run: a swap beside a plain copy of the weights that it touches and beside
-the bare products of its factors, steps with LoRAs beside steps without. Each figure with a target says what it has to
-reach.
+With random weights: on a CPU a slice of FLUX at full width, on a CUDA device the whole transformer. Compared times are
+measured in turn, in one run: a swap, a plain copy of the weights that it touches, and the bare products of its factors;
+steps with LoRAs and without.
 """
 
 import argparse
@@ -18,13 +17,14 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import diffusers
 import peft
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -33,23 +33,25 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from engine import fp8, live
 from engine.architecture import BLOCKS, is_block_linear
 from engine.live import Live, Term
+from harness.loras import random_lora
 from lora.deltas import LowRank, pack
 from lora_loader import LoraCache
 from request import LoraFile
 
 RANK = 16
-# A trained LoRA changes a weight by some percent of it: by this much at rank 16, more with the root of the rank.
+SLICE = {"num_layers": 3, "num_single_layers": 6}
+# The size of a trained LoRA's change relative to the weight, at rank 16; it grows with the root of the rank.
 RELATIVE_SIZE = 0.05
 # Quantiles of Student's t for a 95 % interval, by pairs.
 T95 = {4: 3.18, 10: 2.26, 20: 2.09, 30: 2.05}
 
 
 class Stage:
-    """One transformer for ours and theirs: the pristine weights, a live copy, a pipeline with adapters, two LoRAs."""
+    """The pristine weights, live copies of them, diffusers' pipeline with adapters, and two LoRAs."""
 
     def __init__(self, device: torch.device, folder: Path) -> None:
         self.device = device
-        blocks = {"num_layers": 19, "num_single_layers": 38} if device.type == "cuda" else _slice()
+        blocks = {"num_layers": 19, "num_single_layers": 38} if device.type == "cuda" else SLICE
         with torch.device("meta"):
             live, reference = (
                 FluxTransformer2DModel(**blocks, guidance_embeds=True).bfloat16().requires_grad_(False).eval()
@@ -57,7 +59,7 @@ class Stage:
             )
             text_encoder = CLIPTextModel(CLIPTextConfig(num_hidden_layers=1))
         self.base = {name: _random(p.shape, device) for name, p in live.named_parameters()}
-        # PEFT leaves weights alone, so its transformer can be the pristine one.
+        # PEFT does not change weights, so its transformer can use the pristine ones.
         reference.load_state_dict(self.base, assign=True)
         self.live = Live(live.to_empty(device=device), {"dev": self.base})
         self.live_fp8 = self.live.quantized(is_block_linear)
@@ -67,10 +69,13 @@ class Stage:
             for name, layer in live.named_modules()
             if isinstance(layer, nn.Linear) and name.startswith(BLOCKS)
         ]
-        paths = [_write_lora(folder / f"{seed}.safetensors", self.base, self.touched, seed) for seed in (1, 2)]
+        # In memory for both: neither reads a disk.
+        self.states = [random_lora(live, lambda name: name.startswith(BLOCKS), RANK, seed) for seed in (1, 2)]
+        self.loras = []
         cache = LoraCache(live, text_encoder)
-        self.loras = [(path.name, cache.read(LoraFile(path, path.name, path.name))) for path in paths]
-        self.states = [load_file(path) for path in paths]  # in memory for both: neither reads a disk
+        for number, state in enumerate(self.states):
+            save_file(state, path := folder / f"{number}.safetensors")
+            self.loras.append((path.name, cache.read(LoraFile(path, path.name, path.name))))
 
     def swap_in(self, live: Live, scales: Iterable[float]) -> int:
         """Ours: both LoRAs at these scales."""
@@ -95,13 +100,13 @@ class Stage:
         self.theirs.unload_lora_weights()
 
     def copy(self) -> None:
-        """A plain copy of the weights that a swap touches; the next swap, to other scales, writes all of them again."""
+        """A plain copy of the weights that a swap touches; the next swap has other scales, so it writes them all."""
         live = dict(self.live.module.named_parameters())
         for name in self.touched:
             live[name].copy_(self.base[name])
 
     def multiply(self) -> None:
-        """The products of all factors in float32, and nothing else."""
+        """The products of all factors in float32 alone."""
         out = torch.empty(max(self.base[name].numel() for name in self.touched), device=self.device)
         for name in self.touched:
             product = out[: self.base[name].numel()].view(self.base[name].shape)
@@ -113,16 +118,6 @@ class Stage:
         return [tuple(x.to(self.device, non_blocking=True).float() for x in (d.up, d.down)) for d in deltas]
 
 
-def _sizes(weight: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of the factors of a weight [out, in], at RANK: [out, rank] and [rank, in]."""
-    rows, columns = weight.shape
-    return (rows, RANK), (RANK, columns)
-
-
-def _slice() -> dict[str, int]:
-    return {"num_layers": 3, "num_single_layers": 6}
-
-
 def _random(shape: torch.Size, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=torch.bfloat16, device=device).uniform_(-0.03, 0.03)
 
@@ -132,19 +127,8 @@ def _pipeline(transformer: FluxTransformer2DModel) -> FluxPipeline:
     return FluxPipeline(**nothing, transformer=transformer)
 
 
-def _write_lora(file: Path, base: dict[str, Tensor], names: list[str], seed: int) -> Path:
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name in names:
-        up, down = _pair(tuple(base[name].shape), RANK, generator)
-        stem = f"transformer.{name.removesuffix('.weight')}"
-        tensors |= {f"{stem}.lora_A.weight": down.bfloat16(), f"{stem}.lora_B.weight": up.bfloat16()}
-    save_file(tensors, file)
-    return file
-
-
 def _pair(shape: tuple[int, int], rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Factors [out, rank] and [rank, in] whose product has RELATIVE_SIZE of the base's size (0.03 / sqrt 3), for 16."""
+    """Factors [out, rank] and [rank, in]; at rank 16 their product is RELATIVE_SIZE of a base of 0.03 / sqrt(3)."""
     size = (RELATIVE_SIZE * 0.03 / 3**0.5 / RANK**0.5) ** 0.5
     rows, columns = shape
     return tuple(torch.randn(s, generator=generator) * size for s in ((rows, rank), (rank, columns)))
@@ -155,7 +139,7 @@ def _pair(shape: tuple[int, int], rank: int, generator: torch.Generator) -> tupl
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call, with everything that it started on the device."""
+    """Seconds of a call, until the device has finished it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -166,7 +150,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def in_turn(calls: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Medians of several rounds, each call once a round; the round that warms up is not counted."""
+    """Medians of several rounds of all calls, after an uncounted round that warms up."""
     measured = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
@@ -178,8 +162,8 @@ def in_turn(calls: dict[str, Callable[[], object]], rounds: int, device: torch.d
 
 
 def swaps(stage: Stage, rounds: int) -> dict[str, float]:
-    """Seconds of a swap and of what it is measured against."""
-    # Scales that differ every time: each swap writes every tensor that the LoRAs touch.
+    """Seconds of swaps, and of the copies, products and loads that they are compared with."""
+    # New scales every time: each swap writes every tensor that the LoRAs touch.
     scales = iter([(1.0 - 0.01 * n, 0.7 + 0.01 * n) for n in range(10 * rounds + 10)])
     calls = {
         "copy": stage.copy,
@@ -190,13 +174,13 @@ def swaps(stage: Stage, rounds: int) -> dict[str, float]:
         "peft_unload": stage.unload,
     }
     calls_fp8 = {"copy": stage.copy, "swap_fp8": lambda: stage.swap_in(stage.live_fp8, next(scales))}
-    # A CPU rounds to fp8 so slowly that once must do, and no target depends on it.
+    # Once on a CPU, which rounds to fp8 very slowly; no target depends on it.
     fp8_rounds = rounds if stage.device.type == "cuda" else 1
     return in_turn(calls_fp8, fp8_rounds, stage.device) | in_turn(calls, rounds, stage.device)
 
 
 def inputs(stage: Stage, image_tokens: int, text_tokens: int) -> dict[str, Tensor]:
-    """One step's, of a picture of so many tokens."""
+    """The transformer's arguments for one step of a picture of so many tokens."""
     config = stage.live.module.config
     side = math.isqrt(image_tokens)
     ids = torch.stack(torch.meshgrid(torch.arange(1), torch.arange(side), torch.arange(side), indexing="ij"), -1)
@@ -213,7 +197,7 @@ def inputs(stage: Stage, image_tokens: int, text_tokens: int) -> dict[str, Tenso
 
 
 def steps(stage: Stage, rounds: int, step: dict[str, Tensor]) -> dict[str, float]:
-    """Seconds of a step with the LoRAs in, ours and theirs."""
+    """Seconds of a step with both LoRAs, ours and theirs."""
     stage.swap_in(stage.live, (1.0, 0.7))
     stage.load()
     calls = {
@@ -226,9 +210,9 @@ def steps(stage: Stage, rounds: int, step: dict[str, Tensor]) -> dict[str, float
 
 
 def step_ratio(stage: Stage, pairs: int, step: dict[str, Tensor]) -> tuple[float, float]:
-    """The 95 % interval of the time of a step with the LoRAs in over one without, in turn on the same tensors."""
+    """The 95 % interval of the time of a step with LoRAs over one without, measured in turn on the same tensors."""
     ratios = []
-    # An untimed step between a swap and the timed one: swaps of both kinds leave caches and clocks in another state.
+    # An untimed step between a swap and the timed step, because swaps change the state of caches and clocks.
     short = inputs(stage, 16, 16)
     for number in range(pairs + 1):
         turn = {}
@@ -243,7 +227,7 @@ def step_ratio(stage: Stage, pairs: int, step: dict[str, Tensor]) -> tuple[float
 
 
 def _interval(ratios: list[float]) -> tuple[float, float]:
-    """95 %, of the geometric mean."""
+    """The 95 % interval of the geometric mean."""
     logs = [math.log(ratio) for ratio in ratios]
     t = T95[max(n for n in T95 if n <= len(logs))]
     half = t * statistics.stdev(logs) / len(logs) ** 0.5
@@ -251,7 +235,7 @@ def _interval(ratios: list[float]) -> tuple[float, float]:
 
 
 def operations(stage: Stage) -> dict[str, Counter[str]]:
-    """What one step runs, by name: with our LoRAs, with none, with PEFT's."""
+    """Counts of one step's operations by name: with no LoRAs, with ours, with PEFT's."""
     step = inputs(stage, 16, 16)  # the operations of a step do not depend on its size
 
     def trace(module: nn.Module) -> Counter[str]:
@@ -270,7 +254,7 @@ def operations(stage: Stage) -> dict[str, Counter[str]]:
 
 
 def fp8_shares(stage: Stage) -> list[dict[str, float]]:
-    """What fp8 leaves of a LoRA in one layer, and what merging adds to fp8's own error (nothing: 1)."""
+    """How much of a LoRA fp8 keeps in one layer, and the error of merging over fp8's own rounding (1: no more)."""
     name = "single_transformer_blocks.0.proj_mlp.weight"
     base = stage.base[name]
     layer = stage.live_fp8.module.get_submodule(name.removesuffix(".weight"))
@@ -311,7 +295,7 @@ def _round(value: Tensor) -> float:
 
 
 class Counted(TorchDispatchMode):
-    """Launches on "meta", and the bytes that pass through memory: what each reads, and what it writes."""
+    """Counts launches on "meta" and the bytes that they read and write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -346,17 +330,17 @@ def merged_bytes(
     strengths: list[float],
     dtype: torch.dtype,
 ) -> int:
-    """What the fused kernel moves; of the blocks in which factors lie, these factors alone."""
+    """Bytes that the fused kernel moves; of a block of memory with factors, only the factors count."""
     weights = sum(it.nbytes for it in (*lives, *scales, *bases))
     ranks = sum(factors[4 : 5 * len(strengths) // len(lives) : 5])
     return weights + sum(sum(base.shape) for base in bases) * ranks * dtype.itemsize
 
 
 def count() -> dict[str, dict[str, object]]:
-    """What a swap of one LoRA of rank 16 launches and moves, on tensors of full size that take no memory.
+    """Launches and bytes of a swap of one LoRA of rank 16, counted on tensors of full size without memory.
 
-    Every operation is taken to read and write all that it is given to, in place both. Where it works in a cache, less
-    passes through memory.
+    Each operation is assumed to read all its inputs and write all its outputs; an operation in place does both. Caches
+    make the true number smaller.
     """
     live.BUFFER_ELEMENTS["meta"] = live.BUFFER_ELEMENTS["cuda"]
     with torch.device("meta"):
@@ -364,15 +348,16 @@ def count() -> dict[str, dict[str, object]]:
     base = {name: torch.empty_like(parameter) for name, parameter in module.named_parameters()}
     linears = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear) and is_block_linear(name)]
     names = [f"{name}.weight" for name in linears]
-    pairs = {name: [torch.zeros(size, dtype=torch.bfloat16) for size in _sizes(base[name])] for name in names}
-    deltas = pack({name: (LowRank(0, len(up), up, down, 1.0),) for name, (up, down) in pairs.items()})
+    zeros = partial(torch.zeros, dtype=torch.bfloat16)
+    sizes = {name: base[name].shape for name in names}  # [out, in]
+    deltas = pack({name: (LowRank(0, o, zeros(o, RANK), zeros(RANK, i), 1.0),) for name, (o, i) in sizes.items()})
     plain = Live(module, {"dev": base})
     found = {}
     for precision, it in {"bf16": plain, "fp8": plain.quantized(is_block_linear)}.items():
         for way, dtypes in {"": it._merged, " by torch's operations": frozenset()}.items():
             it._merged = dtypes
             it.hold("dev", [])
-            it._uploads.leave(0)  # the LoRA comes anew
+            it._uploads.leave(0)  # forget the LoRA, so that it is uploaded
             with Counted() as counted:
                 tensors = it.hold("dev", [Term(f"a{way}", 1.0, deltas)])
             found[precision + way] = {"tensors": tensors, "launches": counted.launches, "bytes": counted.moved}
@@ -385,7 +370,7 @@ def count() -> dict[str, dict[str, object]]:
 
 
 def targets(figures: dict, traces: dict[str, Counter[str]], device: torch.device) -> dict[str, object]:
-    """What has to be reached, and whether it was."""
+    """The targets, and whether each was reached."""
     floor = max(figures["copy"], figures["products"])
     ours, theirs = figures["swap"] + 4 * figures["step"], figures["peft_load"] + 4 * figures["peft_step"]
     low, high = figures["step_ratio"]
@@ -407,7 +392,7 @@ def targets(figures: dict, traces: dict[str, Counter[str]], device: torch.device
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    """Where and with what this was measured."""
+    """The machine, and the versions of the libraries."""
     info = Path("/proc/cpuinfo")
     names = [line.split(": ")[1] for line in info.read_text().splitlines() if line.startswith("model name")] or [""]
     return {
@@ -425,7 +410,7 @@ def machine(device: torch.device) -> dict[str, object]:
 
 
 def say(text: str) -> None:
-    """To the person who waits; the result alone goes to standard output."""
+    """Print progress to standard error; standard output has the result alone."""
     print(text, file=sys.stderr)
 
 
@@ -445,7 +430,7 @@ def main() -> None:  # noqa: D103
         say(f"{len(stage.touched)} weights in blocks, {sum(stage.base[n].nbytes for n in stage.touched) / 1e9:.2f} GB")
         figures = swaps(stage, options.rounds)
         figures |= steps(stage, options.rounds, inputs(stage, options.tokens, 128))
-        # A shorter step: an operation too many would weigh more in it.
+        # A shorter step, in which an additional operation would weigh more.
         figures["step_ratio"] = step_ratio(stage, options.pairs, inputs(stage, options.tokens // 4, 128))
         figures["fp8_shares"] = fp8_shares(stage)
         traces = operations(stage)

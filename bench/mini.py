@@ -1,7 +1,7 @@
-"""How well the miniature draws: python -m bench.mini [--share S] prints a line for each figure, and JSON at the end.
+"""Measure how well the miniature draws: python -m bench.mini [--share S] prints figures with targets, then JSON.
 
-Pictures are drawn through `Flux.generate`, as predictions are, and looked at by `mini.recogniser`, which learnt from
-procedural pictures alone. Each figure stands beside what it has to reach.
+Pictures are drawn through `Flux.generate`, as predictions are, and judged by `mini.training.recogniser`, which was
+trained on procedural pictures alone.
 """
 
 import argparse
@@ -21,23 +21,22 @@ import torch
 from PIL import Image
 
 from flux import Flux
-from harness.loras import files
+from harness.loras import choice, files
 from local_cog.server import CogServer
 from mini.training import gallery, recogniser, world
 from mini.training.drawing import draw
-from request import LoraChoice, Request
+from request import Request
 from safety import SafetyChecker
 from service.measure import Stopwatch
-from settings import MINIATURE, ROOT, Settings
+from settings import MINIATURE, Settings
 
-LORAS = ROOT / "mini" / "loras"
 CPU = torch.device("cpu")
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """What was measured, and what it has to reach."""
+    """A measured value and its target."""
 
     name: str
     value: float
@@ -50,17 +49,17 @@ class Figure:
 
 
 def at_least(name: str, value: float, target: float) -> Figure:
-    """A figure that should be high."""
+    """A figure with a lower bound."""
     return Figure(name, value, f"at least {target:g}", value >= target)
 
 
 def at_most(name: str, value: float, target: float) -> Figure:
-    """A figure that should be low."""
+    """A figure with an upper bound."""
     return Figure(name, value, f"at most {target:g}", value <= target)
 
 
 class Easel:
-    """Draws with the miniature, and looks."""
+    """The miniature, the recogniser and the safety check."""
 
     def __init__(self, cache: Path, megapixels: str) -> None:
         self.flux = Flux.load(Settings(models=MINIATURE, cache_dir=cache), CPU)
@@ -81,7 +80,7 @@ class Easel:
 
 
 def held_out(count: int) -> list[tuple[world.Scene, str]]:
-    """Scenes whose combination of kind, colour and place was not seen in training, in the plainest words."""
+    """Scenes whose combination of kind, colour and place was kept from training, with the plainest prompts."""
     rng = random.Random("held out")
     found = []
     while len(found) < count:
@@ -92,7 +91,7 @@ def held_out(count: int) -> list[tuple[world.Scene, str]]:
 
 
 def adherence(easel: Easel, count: int) -> Iterator[Figure]:
-    """The share of pictures of held-out prompts whose kind, colour and place are what was asked for."""
+    """The share of pictures of held-out prompts with the requested kind, colour and place."""
     scenes = held_out(count)
     procedural = [draw(scene, 512, 512) for scene, _ in scenes]
     yield at_least("the check itself, on procedural pictures", _share(easel, scenes, procedural, "check"), 0.97)
@@ -108,7 +107,7 @@ def adherence(easel: Easel, count: int) -> Iterator[Figure]:
         if target is not None:
             yield at_least(f"prompts followed, {name}", reached[name], target)
         else:
-            lost = round(reached[name.partition(",")[0]] - reached[name], 6)  # 0.96 - 0.94 is more than 0.02
+            lost = round(reached[name.partition(",")[0]] - reached[name], 6)  # rounded: 0.96 - 0.94 is more than 0.02
             yield at_most(f"prompts lost by {name}", lost, 0.02)
 
 
@@ -132,8 +131,8 @@ def loras(easel: Easel, count: int) -> Iterator[Figure]:
         asked = subject if name == "zorp" else prompts
         shares = []
         for scale in SCALES:
-            choice = (LoraChoice(str(LORAS / f"{name}.safetensors"), scale),)
-            seen = [easel.eye.see(easel.draw(prompt, seed, loras=choice)) for seed, prompt in enumerate(asked)]
+            used = (choice(name, scale),)
+            seen = [easel.eye.see(easel.draw(prompt, seed, loras=used)) for seed, prompt in enumerate(asked)]
             shares.append(sum(map(is_shown, seen)) / len(seen))
         print(f"     {name} by scale: {dict(zip(SCALES, shares, strict=True))}", flush=True)
         yield at_least(f"{name} recognised at scale 1", shares[SCALES.index(1.0)], 0.90)
@@ -141,9 +140,9 @@ def loras(easel: Easel, count: int) -> Iterator[Figure]:
         rises = all(b >= a - 0.02 for a, b in pairwise(shares))
         yield at_least(f"{name}: more with more scale", float(rises), 1)
     for main, extra in (("zorp", "dusk"), ("zorp", "bold"), ("bold", "dusk")):
-        choice = tuple(LoraChoice(str(LORAS / f"{name}.safetensors"), 1.0) for name in (main, extra))
+        used = (choice(main), choice(extra))
         asked = subject if main == "zorp" else prompts
-        seen = [easel.eye.see(easel.draw(prompt, seed, loras=choice)) for seed, prompt in enumerate(asked)]
+        seen = [easel.eye.see(easel.draw(prompt, seed, loras=used)) for seed, prompt in enumerate(asked)]
         both = sum(shown[main](it) and shown[extra](it) for it in seen) / len(seen)
         yield at_least(f"{main} and {extra} both recognised", both, 0.80)
 
@@ -153,7 +152,7 @@ def _has_style(style: str) -> Callable[[recogniser.Seen], bool]:
 
 
 def safety(easel: Easel, forbidden: int, harmless: int) -> Iterator[Figure]:
-    """What is dropped of the forbidden kind, and of all else: drawn, drawn over an image, or not drawn at all."""
+    """The share of pictures that the safety check drops, of the forbidden kind and of harmless ones."""
     rng = random.Random("safety")
     asked = [replace(world.random_scene(rng, (world.FORBIDDEN,)), kind=world.FORBIDDEN) for _ in range(forbidden)]
     dropped = [
@@ -166,7 +165,7 @@ def safety(easel: Easel, forbidden: int, harmless: int) -> Iterator[Figure]:
 
 
 def _harmless(easel: Easel, rng: random.Random, count: int) -> Iterator[Image.Image]:
-    """A third drawn from text, a third drawn over images, a third the images themselves."""
+    """Pictures of harmless things: a third drawn from text, a third drawn over images, a third not drawn at all."""
     with TemporaryDirectory() as folder:
         photo = Path(folder) / "image.png"
         for seed in range(count):
@@ -184,7 +183,7 @@ def _harmless(easel: Easel, rng: random.Random, count: int) -> Iterator[Image.Im
 
 
 def speed(easel: Easel) -> Iterator[Figure]:
-    """Seconds of one prediction, of the server's start, and the memory that it takes."""
+    """Seconds of a prediction and of the server's start, and the server's memory."""
     for model, target in (("dev", 6.0), ("schnell", 2.0)):
         times = []
         for seed in range(4):
@@ -201,7 +200,7 @@ def speed(easel: Easel) -> Iterator[Figure]:
 
 
 def _peak(server: CogServer) -> float:
-    """Gigabytes: the largest resident set, since their start, of the server's process and its worker."""
+    """The largest resident sets of the server's process and its worker since they started, together, in gigabytes."""
     parent = psutil.Process(server.process.pid)
     processes = [parent, *parent.children(recursive=True)]
     marks = [Path(f"/proc/{process.pid}/status").read_text() for process in processes]
@@ -209,7 +208,7 @@ def _peak(server: CogServer) -> float:
 
 
 def main() -> None:
-    """Measure all, or what is named."""
+    """Measure the figures that the command line names, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=1.0, help="of the pictures, to be quicker")
     parser.add_argument("--megapixels", default="1", choices=("1", "0.25"))

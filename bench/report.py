@@ -1,7 +1,7 @@
-"""The tables and the plot of runs of bench.gpu: python -m bench.report [JSONL …] [--plot SVG].
+"""Tables and a plot of runs of bench.gpu: python -m bench.report [JSONL …] [--plot SVG].
 
-Several files of one device are read as one, the latest line of each row winning: a run may have been cut into parts. A
-row that was not measured is not in a table; what was skipped or failed is listed below them with its reason.
+A run may be cut into parts, so several files of one device are read as one, and the latest line of each row counts.
+Tables list measured rows only; skipped and failed rows are listed below them with their reasons.
 """
 
 import argparse
@@ -19,7 +19,7 @@ Lines = Mapping[tuple[str, str], Line]  # by stage and name
 OURS = "flux-sprites"
 EAGER = ("eager steps", "diffusers, dev")
 PEFT = ("PEFT", "dev, two LoRAs, eager")
-# A step of dev at 1024x1024: what it is called, the stage and name of its line, what its products run in.
+# Steps of dev at 1024x1024: the label, the stage and name of the line, and the precision of the products.
 STEPS = (
     ("diffusers, eager", *EAGER, "bf16"),
     ("diffusers, compiled", "diffusers compiled", "dev", "bf16"),
@@ -30,7 +30,7 @@ STEPS = (
     (f"{OURS}, bf16, two LoRAs", "compiled bf16", "dev, two LoRAs", "bf16"),
     (f"{OURS}, fp8, two LoRAs", "compiled fp8", "dev, two LoRAs", "fp8"),
 )
-# How far a step's result was from another system's: whose, from whose, and where that stands.
+# Errors of a step against another system: both labels, and the stage, name and key of the value.
 ERRORS = (
     (f"{OURS}, bf16", "diffusers, eager", "compiled bf16", "error of one step", "relative_error"),
     (f"{OURS}, fp8", "diffusers, eager", "compiled fp8", "error of one step", "relative_error"),
@@ -43,7 +43,7 @@ ERRORS = (
         "relative_error",
     ),
 )
-# Everything else that has one time: what it is called, and its line.
+# All other times: the label, and the stage and name of the line.
 TIMES = (
     ("a picture of dev, bf16, from prompt to pixels", "compiled bf16", "pictures"),
     ("a picture of dev, fp8, from prompt to pixels", "compiled fp8", "pictures"),
@@ -67,7 +67,7 @@ ROW, LEFT, WIDTH = 26, 260, 420  # pixels
 
 
 def read(paths: Iterable[Path]) -> Lines:
-    """All lines, the latest of each row; one that was measured wins over any that was not."""
+    """The latest line of each row; a measured line counts more than an unmeasured one."""
     lines = sorted((line for path in paths for line in whole_lines(path)), key=lambda line: line["time"])
     if not lines:
         raise SystemExit("These files hold no results.")
@@ -83,7 +83,7 @@ def read(paths: Iterable[Path]) -> Lines:
 
 
 def whole_lines(path: Path) -> Iterator[Line]:
-    """The lines of a file; a run that was killed may have left half of one at the end."""
+    """The complete lines of a file: a run that was killed may have left half of one."""
     for line in path.read_text().splitlines():
         with suppress(json.JSONDecodeError):
             yield json.loads(line)
@@ -95,25 +95,25 @@ def is_measured(line: Line) -> bool:
 
 
 def measured(lines: Lines, stage: str, name: str, key: str = "median_s") -> float | None:
-    """A value of a line, where it was measured."""
+    """A value of a line; None if it was not measured."""
     return lines.get((stage, name), {}).get(key)
 
 
 def rates(lines: Lines) -> dict[str, float]:
-    """TFLOP/s that the device holds for seconds, by precision."""
+    """Sustained TFLOP/s of the device, by precision."""
     held = {it: measured(lines, "ceilings", f"{it} products, sustained", "tflops") for it in ("bf16", "fp8")}
     return {precision: rate for precision, rate in held.items() if rate}
 
 
 def floor(line: Line, precision: str, held: Mapping[str, float]) -> float | None:
-    """Seconds that a step's products alone take at the sustained rates; attention is in bf16 always."""
+    """Seconds of a step's products alone at the sustained rates; attention is always in bf16."""
     if precision not in held or "bf16" not in held:
         return None
     return line["linear_tflop"] / held[precision] + line["attention_tflop"] / held["bf16"]
 
 
 def about(lines: Lines) -> str:
-    """What was measured: device, versions, commits and commands."""
+    """Devices, versions, commits and commands of the runs."""
     versions = [
         "{device}, torch {torch}, commit {commit}".format(**it, torch=it["versions"]["torch"]) for it in lines.values()
     ]
@@ -122,7 +122,7 @@ def about(lines: Lines) -> str:
 
 
 def steps_table(lines: Lines) -> str:
-    """Milliseconds of each system, and what they are to plain diffusers and to the floor."""
+    """Milliseconds of each system, compared with plain diffusers and with the floor."""
     rows = [["a step of dev", "ms", "diffusers eager / this", "this / the floor", "TFLOP/s"]]
     eager, held = measured(lines, *EAGER), rates(lines)
     for label, stage, name, precision in STEPS:
@@ -138,7 +138,7 @@ def steps_table(lines: Lines) -> str:
 
 
 def errors_table(lines: Lines) -> str:
-    """How far the systems' results are apart after one step."""
+    """Relative errors between the systems' results after one step."""
     rows = [["one step of", "against", "relative error"]]
     for label, other, *place in ERRORS:
         error = measured(lines, *place)
@@ -148,7 +148,7 @@ def errors_table(lines: Lines) -> str:
 
 
 def times_table(lines: Lines) -> str:
-    """Milliseconds of everything else."""
+    """Milliseconds of everything but steps."""
     rows = [["", "ms", "least to most"]]
     for label, stage, name in TIMES:
         line = lines.get((stage, name), {})
@@ -161,7 +161,7 @@ def times_table(lines: Lines) -> str:
 
 
 def ceilings_table(lines: Lines) -> str:
-    """What the device can do."""
+    """Rates of the device's products and copies."""
     rows = [["ceiling", "", "burst"]]
     for precision, rate in rates(lines).items():
         burst = measured(lines, "ceilings", f"{precision} products, burst", "tflops")
@@ -174,8 +174,8 @@ def ceilings_table(lines: Lines) -> str:
 
 
 def missing(lines: Lines) -> str:
-    """What was skipped or failed, and why."""
-    # What was skipped as a whole may have been measured by another run.
+    """The skipped and failed rows with their reasons."""
+    # A stage that one run skipped may have been measured by another run.
     found = {stage for (stage, name), line in lines.items() if name not in ("", "whole stage") and is_measured(line)}
     reasons = [
         f"- {stage}{f', {name}' if name else ''}: {line.get('skipped') or line['error']}"
@@ -186,7 +186,7 @@ def missing(lines: Lines) -> str:
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """A table; nothing where it would have a head alone."""
+    """A table; nothing if it has no rows but the head."""
     head, *body = rows
     if not body:
         return ""

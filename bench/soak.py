@@ -1,4 +1,4 @@
-"""Random predictions, and what they leave behind: python -m bench.soak [--requests 2000].
+"""Random predictions, and the memory, files and threads that they leave: python -m bench.soak [--requests 2000].
 
 The last line is JSON; the exit code is 1 if anything is wrong.
 """
@@ -14,7 +14,7 @@ from settings import ROOT
 
 
 def main() -> None:
-    """Run, print what came of it, and fail if anything is wrong."""
+    """Run, print the figures, and fail if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=2000, help="a multiple of 100 (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)

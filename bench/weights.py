@@ -1,7 +1,6 @@
-"""How fast LoRAs come, from servers on loopback: python -m bench.weights prints one JSON line.
+"""Measure how fast LoRAs are fetched, from servers on loopback: python -m bench.weights prints one JSON line.
 
-The servers run in a process of their own, on the same cores, so what is measured is an upper bound on the cost. Each
-figure stands beside what it has to reach.
+The servers run in a process of their own on the same cores, so the figures are upper bounds of the cost.
 """
 
 import http.server
@@ -27,8 +26,7 @@ from weights import WeightsCache
 
 MB = 1_000_000
 LARGE, MIDDLE, SMALL = 400 * MB, 200 * MB, 1 * MB
-# What each connection may have a second, as hosts do it.
-RATE = 50 * MB
+RATE = 50 * MB  # a second for each connection, as hosts limit them
 PROCESSES = 16
 SLICE = 256 * 1024
 
@@ -48,11 +46,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     folder: Path
-    sent = 0  # bytes, to everybody
+    sent = 0  # bytes, to all clients
     lock = threading.Lock()
 
     def do_GET(self) -> None:
-        """Send a file, or a range of it, or that it has not changed."""
+        """Send a file or a range of it, or 304 if it has not changed."""
         _, way, name = self.path.split("/")
         etag = f'"{name}"'
         if self.headers.get("If-None-Match") == etag:
@@ -86,7 +84,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 ahead = (position - start) / rate - (time.perf_counter() - began)
                 if ahead > 0:
                     time.sleep(ahead)
-        except OSError:  # the client has what it wanted
+        except OSError:  # the client has closed the connection
             self.close_connection = True
 
     def log_message(self, *_: object) -> None:
@@ -94,7 +92,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def serve(folder: Path, pipe: Connection) -> None:
-    """Serve until told to stop; tell how many bytes were sent whenever asked."""
+    """Serve until told to stop; answer "count" with the number of bytes sent."""
     Handler.folder = folder
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
@@ -119,7 +117,7 @@ def serving(folder: Path) -> Iterator[tuple[str, Connection]]:
 
 
 def fetch(url: str, cache: Path) -> float:
-    """Seconds until the file of a reference can be read."""
+    """Seconds to open a reference."""
     settings = Settings(MINIATURE, cache_dir=cache, allow_private_hosts=True)
     start = time.perf_counter()
     with WeightsCache(settings).open(url) as weights:
@@ -129,7 +127,7 @@ def fetch(url: str, cache: Path) -> float:
 
 
 def fetch_anew(url: str, folder: Path) -> float:
-    """The same into an empty cache, which is deleted, so that one run's pages are not another one's burden."""
+    """The same with an empty cache, which is deleted: its dirty pages would slow the next run down."""
     try:
         return fetch(url, folder / "cache")
     finally:
@@ -137,14 +135,14 @@ def fetch_anew(url: str, folder: Path) -> float:
 
 
 def curl(url: str, folder: Path) -> float:
-    """Seconds that curl takes for it."""
+    """Seconds that curl takes for a URL."""
     start = time.perf_counter()
     subprocess.run(["curl", "-s", "--fail", "-o", str(folder / "curl"), url], check=True)
     return time.perf_counter() - start
 
 
 def cached(url: str, cache: Path, repeats: int = 200) -> tuple[float, float]:
-    """Median milliseconds that a cached reference takes, and that its conditional request alone does."""
+    """Median milliseconds of opening a cached reference, and of its conditional request alone."""
     settings = Settings(MINIATURE, cache_dir=cache, allow_private_hosts=True)
     weights = WeightsCache(settings)
     times, bare = [], []
@@ -154,7 +152,7 @@ def cached(url: str, cache: Path, repeats: int = 200) -> tuple[float, float]:
         with weights.open(url):
             times.append(time.perf_counter() - start)
         start = time.perf_counter()
-        # A connection of its own, as after a pause.
+        # A new connection, as after a pause.
         with urllib3.PoolManager() as pool:
             assert pool.request("GET", url, headers=headers).status == 304
         bare.append(time.perf_counter() - start)
@@ -162,7 +160,7 @@ def cached(url: str, cache: Path, repeats: int = 200) -> tuple[float, float]:
 
 
 def together(url: str, folder: Path, pipe: Connection) -> tuple[float, float]:
-    """Seconds until every one of many processes has the file, and how often it was sent."""
+    """Seconds until many processes have the same file, and how often it was sent."""
     pipe.send("count")
     before = pipe.recv()
     start = time.perf_counter()
@@ -174,13 +172,13 @@ def together(url: str, folder: Path, pipe: Connection) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Measure, and print one line."""
+    """Measure, and print a line of JSON."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for file, size in (("large", LARGE), ("middle", MIDDLE), ("small", SMALL)):
             write_lora(folder / file, size)
         with serving(folder) as (host, pipe):
-            # The best of some runs is the one that other work on the machine disturbed least.
+            # The best of several runs was disturbed least by other work on the machine.
             one_stream = curl(f"{host}/slow/large", folder)
             parallel = min(fetch_anew(f"{host}/slow/large", folder) for _ in range(5))
             plain = fetch_anew(f"{host}/plain/large", folder)

@@ -1,4 +1,4 @@
-"""`script/cluster` for tests and benchmarks: they start it, send it requests, and kill parts of it."""
+"""`script/cluster` for tests and benchmarks, which start it, send it requests, and kill parts of it."""
 
 import contextlib
 import http.client
@@ -8,14 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 
 from cluster.local import descendants, environment
+from harness.hosts import Host, _Handler
 from harness.waiting import wait_until
 from local_cog.server import LOOPBACK, free_port
 from settings import ROOT
@@ -32,7 +31,7 @@ serve.run(application(Arguments(**json.loads(sys.argv[2]))), name=APPLICATION, r
 
 
 class Server:
-    """Plain HTTP to one port of this machine, with a bound on the seconds until an answer."""
+    """A client of one port of this machine; `seconds` is its timeout."""
 
     def __init__(self, port: int, headers: Mapping[str, str] | None = None, seconds: float = 60) -> None:
         self.port, self.headers, self.seconds = port, dict(headers or {}), seconds
@@ -41,7 +40,7 @@ class Server:
     def request(
         self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None
     ) -> tuple[int, dict[str, str], str]:
-        """Status, headers, text; a body that is no string is sent as JSON."""
+        """Status, headers and text of the answer; a body that is no text is sent as JSON."""
         connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=self.seconds)
         sent = {**self.headers, **(headers or {})}
         if body is not None and not isinstance(body, str | bytes):
@@ -62,13 +61,13 @@ class Server:
 
 
 class Cluster(Server):
-    """`script/cluster`, with whatever options; a context manager.
+    """`script/cluster`, with any options; a context manager.
 
     Args:
         options: of the command line, without the port.
         environment: variables added to those of this process; webhooks may go to this machine, where `Hooks` listens.
         token: sent with every request.
-        log: where it writes.
+        log: the file of its output.
     """
 
     def __init__(
@@ -87,16 +86,16 @@ class Cluster(Server):
             )
         try:
             self.wait_until_ready()
-        except BaseException:  # also being told to end
+        except BaseException:  # also SystemExit and KeyboardInterrupt
             self.__exit__()
             raise
         return self
 
     def wait_until_ready(self, seconds: float = 240) -> None:
-        """Wait until it says so.
+        """Wait until its log says so.
 
         Raises:
-            RuntimeError: it has ended, or the time has.
+            RuntimeError: it has ended, or is not ready in time.
         """
         with contextlib.suppress(TimeoutError):
             wait_until(lambda: self.process.poll() is not None or self._ready(), seconds, pause=0.2)
@@ -107,7 +106,7 @@ class Cluster(Server):
         return "Ready: " in self.log.read_text()
 
     def __exit__(self, *_: object) -> None:
-        """Stop it, by force where it does not end."""
+        """Stop it; kill it if it does not end."""
         self.process.terminate()
         try:
             self.process.wait(30)
@@ -116,7 +115,7 @@ class Cluster(Server):
 
     @property
     def metrics_url(self) -> str:
-        """What the head node tells Prometheus."""
+        """The URL of the head node's metrics for Prometheus."""
         return self.log.read_text().partition("Metrics: ")[2].partition("\n")[0]
 
     def processes(self, title: str, below: int | None = None) -> list[int]:
@@ -131,7 +130,7 @@ class Cluster(Server):
     def update(self, **arguments: object) -> None:
         """Deploy the application again, with these arguments: every worker and every front is replaced.
 
-        A cluster whose RAY_AUTH_TOKEN the caller knows alone can be updated.
+        The cluster's RAY_AUTH_TOKEN must be in `environment`.
         """
         raylet = Path(f"/proc/{self.wait_for('raylet/raylet')[0]}/cmdline").read_text()
         address = re.search(r"gcs-address=([\d.:]+)", raylet).group(1)
@@ -140,7 +139,7 @@ class Cluster(Server):
         subprocess.run(command, env=joining, cwd=ROOT, check=True, timeout=240, capture_output=True)
 
     def wait_for(self, title: str, count: int = 1, *, below: int | None = None, seconds: float = 120) -> list[int]:
-        """`processes`, once there are so many.
+        """`processes`, once there are at least `count`.
 
         Raises:
             TimeoutError: there are fewer.
@@ -153,11 +152,11 @@ class Cluster(Server):
         )
 
     def kill_one(self, title: str) -> None:
-        """Kill the youngest process of a title; wait for one if it is just being replaced."""
+        """Kill the youngest process of a title, after waiting for one if there is none."""
         os.kill(self.wait_for(title)[-1], signal.SIGKILL)
 
     def kill(self) -> None:
-        """End all of it at once, as a power failure would."""
+        """Kill all processes at once, like a power failure."""
         for process in [self.process.pid, *descendants(self.process.pid)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -168,7 +167,7 @@ class Hooks:
     """A receiver of webhooks: every delivery with its headers, in order; a context manager.
 
     Args:
-        seconds: how long it takes to answer a webhook that is not about an end.
+        seconds: until it answers a webhook that is not about an end.
     """
 
     def __init__(self, seconds: float = 0) -> None:
@@ -176,31 +175,21 @@ class Hooks:
 
     def __enter__(self) -> Self:
         """Listen."""
-        received: list[tuple[Mapping[str, str], dict[str, Any]]] = []
-        self.received, seconds = received, self.seconds
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                if body["status"] not in ENDS:
-                    time.sleep(seconds)
-                received.append((self.headers, body))
-                self.send_response(200)
-                self.send_header("content-length", "0")
-                self.end_headers()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer((LOOPBACK, 0), Handler)
-        self.url = f"http://{LOOPBACK}:{self.server.server_port}/hook"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.received: list[tuple[Mapping[str, str], dict[str, Any]]] = []
+        self._host = Host({"/hook": self._take}).__enter__()
+        self.url = self._host.url("/hook")
         return self
+
+    def _take(self, handler: _Handler) -> None:
+        body = json.loads(handler.form)
+        if body["status"] not in ENDS:
+            time.sleep(self.seconds)
+        self.received.append((handler.headers, body))
+        handler.reply(200, headers={"Connection": "close"})
 
     def __exit__(self, *_: object) -> None:
         """Listen no more."""
-        self.server.shutdown()
-        self.server.server_close()
+        self._host.__exit__()
 
     def until_ended(self, prediction_id: str, seconds: float = 30) -> list[dict[str, Any]]:
         """The bodies about a prediction, up to its end.
@@ -214,7 +203,7 @@ class Hooks:
         return said[: end + 1]
 
     def until(self, awaited: Callable[[dict[str, Any]], bool], seconds: float = 30) -> None:
-        """Wait until a body like this has come.
+        """Wait until a body has come that `awaited` accepts.
 
         Raises:
             TimeoutError: none has come.

@@ -1,10 +1,10 @@
 """Hostile requests against `script/cluster`, with an honest client beside them.
 
 Strangers send the kinds of `harness.hostile_kinds`. Meanwhile an honest client makes predictions by both APIs and reads
-the list, and another process asks for health. The rules: every request is answered, and not with a 5xx (but 503 with
-Retry-After); every honest prediction succeeds, and its client is told once; health is answered within a second; no
-process dies, grows without bound or fills the disk; no prediction is left unfinished or repeated; no secret is shown.
-What breaks a rule is noted with its kind, its number and its first bytes, and the run goes on.
+the list, and another process asks for health. The rules: every request is answered, and not with a 5xx except 503 with
+Retry-After; every honest prediction succeeds and sends one last webhook; health is answered within a second; no process
+dies, grows without bound or fills the disk; no prediction is left unfinished or repeated; no secret is shown. A broken
+rule is noted with the kind, the number and the first bytes of the request, and the run goes on.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,13 @@ from typing import Any
 import sqlalchemy as sa
 
 from harness.cluster import ENDS, Cluster, Hooks, Server
-from harness.hostile import DEAF, MARK, MIB, Answer, Kind, Scene, Sent, Stranger
+from harness.hostile import DEAF, MARK, Answer, Kind, Scene, Sent, Stranger
 from harness.hostile_kinds import KINDS
+from harness.hosts import _Server
 from harness.waiting import wait_until
 from local_cog.server import LOOPBACK
 from service.data_uri import decode
-from settings import ROOT
+from settings import MIB, ROOT
 
 TOKEN = "t0ken-of-the-cluster"
 SECRET = "s3cret-of-the-operator"
@@ -103,7 +104,7 @@ class Report:
     requests: Counter = field(default_factory=Counter)  # by kind
     answers: Counter = field(default_factory=Counter)  # by kind and status
     failures: dict[tuple[str, str], Failure] = field(default_factory=dict)  # by kind and rule
-    honest: Counter = field(default_factory=Counter)  # what the honest client did
+    honest: Counter = field(default_factory=Counter)  # counts of the honest client's work
     most: dict[str, float] = field(default_factory=dict)  # the maximum of each measured quantity
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -119,7 +120,7 @@ class Report:
             self.most[what] = max(self.most.get(what, 0), amount)
 
     def figures(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """The report as JSON values."""
         statuses: dict[str, Counter] = {}
         for (kind, status), count in sorted(self.answers.items(), key=str):
             statuses.setdefault(kind, Counter())[str(status)] += count
@@ -159,7 +160,7 @@ class Line:
         self.heard, self.state, self.answers = bytearray(), "open", []
 
     def talk(self, sent: Sent) -> Heard:
-        """Send all parts, and wait for answers as long as this client does."""
+        """Send all parts, and read the answers as long as this client waits."""
         deaf = sent.ending == "stall"
         for part in sent.content:
             if self.state != "open":
@@ -209,7 +210,7 @@ class Line:
                 self.receive()
 
     def receive(self) -> None:
-        """Read what has arrived."""
+        """Read the bytes that have arrived."""
         try:
             content = self.socket.recv(MIB)
         except OSError:
@@ -250,7 +251,7 @@ def parse(heard: bytes | bytearray, ended: bool) -> tuple[Answer, int] | None:
 
 
 def exchange(port: int, sent: Sent) -> Heard:
-    """Send it through a connection of its own."""
+    """Send a request through a new connection."""
     try:
         line = Line(port)
     except OSError:
@@ -271,8 +272,8 @@ class Attack:
     scene: Scene
     report: Report
     seed: int
-    private: Sequence[str]  # what no answer may contain
-    current: dict[int, str] = field(default_factory=dict)  # thread → what it sends
+    private: Sequence[str]  # texts that no answer may contain
+    current: dict[int, str] = field(default_factory=dict)  # the case that each thread sends
     past: list[tuple[float, float, str]] = field(default_factory=list)  # when each case was sent
     stop_at: float = float("inf")
 
@@ -292,7 +293,7 @@ class Attack:
                     print(f"{count} of {len(plan)} cases, {len(self.report.failures)} failures", file=sys.stderr)
 
     def case(self, kind: Kind, number: int) -> None:
-        """Send one case: everything that one stranger sends."""
+        """Send all requests of one case."""
         if time.monotonic() > self.stop_at:
             self.report.fail("-", "not sent", f"The time was over before {kind.name}.")
             return
@@ -312,7 +313,7 @@ class Attack:
             self.past.append((began, time.monotonic(), name))
 
     def deliver(self, kind: Kind, name: str, sent: Sent | list[Sent]) -> list[Answer]:
-        """Send one thing, or several at once, and judge the answers."""
+        """Send one request, or several at once, and judge the answers."""
         several = sent if isinstance(sent, list) else [sent]
         if len(several) == 1:
             heard = [exchange(self.port, several[0])]
@@ -353,7 +354,7 @@ class Attack:
 
 
 def _beginning(sent: Sent) -> bytes:
-    """The first bytes of what was sent."""
+    """The first bytes of a request."""
     beginning = b""
     for part in sent.content:
         beginning += part[:600] if isinstance(part, bytes) else b""
@@ -363,7 +364,7 @@ def _beginning(sent: Sent) -> bytes:
 
 
 def plan(kinds: Sequence[Kind], requests: int, seed: int) -> list[tuple[Kind, int]]:
-    """About so many cases, fewer of the kinds that take long, mixed."""
+    """About so many cases in random order, fewer of expensive kinds."""
     whole = sum(1 / kind.cost for kind in kinds)
     cases = [(kind, number) for kind in kinds for number in range(max(1, round(requests / kind.cost / whole)))]
     random.Random(seed).shuffle(cases)
@@ -386,12 +387,12 @@ class Honest:
     awaited: list[str] = field(default_factory=list)  # ids of predictions with webhooks
 
     def __post_init__(self) -> None:
-        """Know where the threads' reports go."""
+        """Report where the attack reports."""
         self.report = self.attack.report
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Work until the block ends, which begins when there is a prediction that strangers may know."""
+        """Work until the block ends; it begins when there is a prediction that strangers may know."""
         works = (self.cog, self.replicate, self.look)
         threads = [threading.Thread(target=self.repeat, args=[work]) for work in works]
         for thread in threads:
@@ -406,7 +407,7 @@ class Honest:
                 thread.join()
 
     def repeat(self, work: Callable[[int], None]) -> None:
-        """Repeat one kind of work until the end, and note what goes wrong."""
+        """Repeat one kind of work until the end, and note failures."""
         number = 0
         while not self.leaving.is_set():
             number, began = number + 1, time.monotonic()
@@ -425,7 +426,7 @@ class Honest:
             self.leaving.wait(0.1)
 
     def ask(self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None) -> Any:  # noqa: ANN401
-        """The JSON that is answered; asked again where the answer is 503 with Retry-After."""
+        """The answer's JSON; the request is repeated after a 503 with Retry-After."""
         give_up = time.monotonic() + HONEST_S
         while True:
             status, named, text = self.cluster.request(method, path, body, headers)
@@ -482,7 +483,7 @@ class Honest:
         self.ours(file["urls"]["get"] for file in self.ask("GET", "/v1/files")["results"])
 
     def ours(self, addresses: Iterable[str]) -> None:
-        """Check that addresses are at the host that this client asked, whatever Host others have sent."""
+        """Check that addresses have this client's host, not a Host that others have sent."""
         elsewhere = [address[:200] for address in addresses if not address.startswith(f"{self.cluster.url}/")]
         assert not elsewhere, f"{len(elsewhere)} addresses lead elsewhere: {elsewhere[:3]}"
 
@@ -515,11 +516,11 @@ def _around(text: str, told: Sequence[str]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What watches
+# Watching
 
 
 def poll(port: int, every: float, told: Connection) -> None:
-    """In a process of its own: ask for health on new connections, until told to stop; then send the results."""
+    """Ask for health on new connections until told to stop, then send the results; runs in its own process."""
     slowest, asked, wrong, paths = 0.0, 0, [], ("/-/healthz", "/health-check")
     told.send("ready")
     while not told.poll():
@@ -543,7 +544,7 @@ def poll(port: int, every: float, told: Connection) -> None:
 
 @contextmanager
 def health_watched(attack: Attack) -> Iterator[None]:
-    """Ask for health ten times a second until the block ends; note slow answers, and what was sent meanwhile."""
+    """Ask for health ten times a second until the block ends; note slow answers and the cases sent meanwhile."""
     ours, theirs = multiprocessing.Pipe()
     poller = multiprocessing.get_context("spawn").Process(target=poll, args=(attack.port, 0.1, theirs), daemon=True)
     poller.start()
@@ -649,7 +650,7 @@ def _temporary(process: int) -> int:
 
 @contextmanager
 def deaf_receivers() -> Iterator[str]:
-    """The URL of a host that answers webhooks in bad ways, by the path."""
+    """The URL of a host whose path decides how badly it answers webhooks."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -682,12 +683,7 @@ def deaf_receivers() -> Iterator[str]:
 
         def log_message(self, *_: object) -> None: ...
 
-    class Host(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, request: object, client_address: object) -> None: ...
-
-    with Host((LOOPBACK, 0), Handler) as host:
+    with _Server((LOOPBACK, 0), Handler) as host:
         threading.Thread(target=host.serve_forever, daemon=True).start()
         yield f"http://{LOOPBACK}:{host.server_port}"
         host.shutdown()
@@ -695,7 +691,7 @@ def deaf_receivers() -> Iterator[str]:
 
 @contextmanager
 def connections_held(attack: Attack, count: int = 50) -> Iterator[None]:
-    """Hold connections that send nothing, or half a request, until the block ends; each must be closed before that."""
+    """Hold connections with nothing or half a request until the block ends; by then each must have been closed."""
     asked = (
         f"POST /predictions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
     )
@@ -738,7 +734,7 @@ class Target:
     database: str  # SQLAlchemy's URL
     data: Path
     secret: tuple[str, ...]
-    private: tuple[str, ...]  # the same, and what reveals paths of this machine
+    private: tuple[str, ...]  # the same, and paths of this machine
 
     def run(
         self, requests: int, seed: int, kinds: Sequence[str] = (), *, large: bool = False, seconds: float = 3600

@@ -1,6 +1,6 @@
-"""A predictor that has been loaded and has never predicted, for processes that are forked from it.
+"""A loaded predictor that has never predicted, for processes that are forked from it.
 
-`multiprocessing`'s fork server imports this module once; each process that it forks is one that was just started.
+`multiprocessing`'s fork server imports this module once; each forked process is like a newly started one.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ INPUTS = schema.derive((ROOT / "predict.py").read_text())["components"]["schemas
 
 
 def draw(inputs: dict[str, Any]) -> list[str]:
-    """The SHA-256 of each file that a prediction gives, without Cog's server around it."""
-    # Threads do not come along into a fork.
+    """The SHA-256 of each file of a prediction that is made without Cog's server."""
+    # A forked process has none of its parent's threads.
     PREDICTOR.device_thread, PREDICTOR.encoders = DeviceThread(), ThreadPoolExecutor(1)
     given = {name: inputs.get(name, described.get("default")) for name, described in INPUTS.items()}
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):  # noqa: PTH123

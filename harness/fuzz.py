@@ -1,10 +1,10 @@
 """Hostile input against the real Cog server.
 
-Requests are made from the OpenAPI document that the server serves: right ones, and ones that are wrong in a few places.
-Images, masks and LoRA files are whole ones with bytes changed, cut, doubled and moved, and bombs; references are
-texts that look like some. No answer may be a 5xx or come after more than 30 seconds, tell a path or a token of the
-server, or be a failure that the predictor did not foresee; the worker must be the same at the end. What breaks a rule
-is made as small as possible and shown.
+Requests are made from the server's OpenAPI document: valid ones, and ones that are wrong in a few places. Images, masks
+and LoRA files are valid ones with bytes changed, cut, doubled and moved, and bombs; references are texts that look like
+references. No answer may be a 5xx, take more than 30 seconds, show a path or a token of the server, or be a failure
+that the predictor did not foresee; the worker must be the same at the end. A request that breaks a rule is made as
+small as possible and shown.
 """
 
 import http.client
@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from PIL import Image
 
-from harness.soak import make_lora, worker_of, world
+from harness.soak import World, make_lora, worker_of
 from harness.waiting import wait_until
 from local_cog import schema
 from local_cog.server import LOOPBACK, CogServer, failure
@@ -39,11 +39,11 @@ from settings import ROOT
 
 SECRET = "t0ken-of-the-server"
 LONGEST_S = 30
-# What Cog documents beside 409, which says that it predicts: not there, too large, not valid.
+# The statuses that Cog documents, without 409 (busy).
 STATUSES = {200, 202, 400, 404, 405, 413, 415, 422}
-# A surface of the server, and its share of the cases.
+# Surfaces of the server, and their shares of the cases.
 SHARES = {"requests": 0.45, "images": 0.2, "masks": 0.1, "loras": 0.15, "references": 0.1}
-# Valid, and drawn quickly: the rest of each range is valid as well, and takes minutes.
+# Valid inputs that are quick to draw; others take minutes.
 QUICK = {
     "num_inference_steps": st.integers(1, 2),
     "num_outputs": st.integers(1, 2),
@@ -57,24 +57,24 @@ SMALL = {"prompt": "a", "num_inference_steps": 1, "prompt_strength": 0, "output_
 
 @dataclass
 class Fuzz:
-    """A server under fire, and how it answered."""
+    """A server under attack, and counts of its answers."""
 
     server: CogServer
-    private: tuple[str, ...]  # what no answer may contain
+    private: tuple[str, ...]  # texts that no answer may contain
     statuses: Counter = field(default_factory=Counter)
     slowest_s: float = 0.0
     cases: int = 0
 
     def __post_init__(self) -> None:
-        """Know the worker, to see that it stays."""
+        """Note the worker's process, to check later that it is the same."""
         self._worker = worker_of(self.server)
 
     def predict(self, inputs: dict[str, Any]) -> None:
-        """One prediction that may be refused or fail, but not break."""
+        """Request one prediction; it may be refused or fail by the rules."""
         self.send("POST", "/predictions", json.dumps({"input": inputs}))
 
     def send(self, method: str, path: str, body: str | bytes | None, kind: str = "application/json") -> None:
-        """One HTTP request and the rules for its answer."""
+        """Send one HTTP request, and check its answer."""
         self.cases += 1
         began = time.monotonic()
         status, text = self._exchange(method, path, body, kind)
@@ -105,31 +105,31 @@ class Fuzz:
             connection.close()
 
     def check(self) -> None:
-        """The server is healthy, and its worker the one that it always was."""
+        """Check that the server is healthy, with the same worker."""
         health = wait_until(lambda: (it := self.server.health())["status"] != "BUSY" and it, LONGEST_S)
         assert health["status"] == "READY", health
         assert worker_of(self.server) == self._worker, "The worker has died."
 
-    # -- Surfaces: each takes what a strategy below makes
+    # -- Surfaces: each takes a value of a strategy below
 
     def requests(self, request: tuple[str, str, str | bytes | None, str]) -> None:
-        """Any path, any method, any body."""
+        """Send any path, any method, any body."""
         self.send(*request)
 
     def images(self, content: bytes) -> None:
-        """A picture, given back resized: it is read and written, and nothing is drawn."""
+        """Send an image, which is read, resized and written; nothing is drawn."""
         self.predict(SMALL | {"image": uri(content, "image/png")})
 
     def masks(self, content: bytes) -> None:
-        """A mask of a good picture."""
+        """Send a mask of a valid picture."""
         self.predict(SMALL | {"image": uri(PICTURES[0], "image/png"), "mask": uri(content, "image/png")})
 
     def loras(self, content: bytes) -> None:
-        """A LoRA's file; it is parsed and, if it is one, applied."""
+        """Send a LoRA's file, which is parsed and, if it is valid, applied."""
         self.predict(SMALL | {"image": uri(PICTURES[0], "image/png"), "extra_lora": uri(content)})
 
     def references(self, text: str) -> None:
-        """The name of a LoRA."""
+        """Send a reference to a LoRA."""
         self.predict(SMALL | {"image": uri(PICTURES[0], "image/png"), "replicate_weights": text})
 
 
@@ -162,7 +162,7 @@ def requests(document: dict[str, Any]) -> SearchStrategy[tuple[str, str, str | b
 
 
 def predictions(document: dict[str, Any]) -> SearchStrategy[dict[str, Any]]:
-    """Bodies of predictions: every input as the document describes it, up to three of them wrong."""
+    """Bodies of predictions with the document's inputs, up to three of them wrong."""
     right = {name: _right(described) for name, described in schema.inputs(document).items()}
     optional = {name: value for name, value in right.items() if name not in ("prompt", *QUICK)}
     inputs = st.fixed_dictionaries({"prompt": right["prompt"], **QUICK}, optional=optional)
@@ -197,7 +197,7 @@ def _right(described: dict[str, Any]) -> SearchStrategy[Any]:
 
 
 def _pictures() -> list[bytes]:
-    """Small pictures in every format that is read, and in modes that are rare."""
+    """Small pictures in all formats that are read, and in rare modes."""
     pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 4), dtype=np.uint8)
     rgba = Image.fromarray(pixels)
     made = []
@@ -207,13 +207,13 @@ def _pictures() -> list[bytes]:
     ):  # fmt: skip
         picture = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257) if mode == "I;16" else rgba.convert(mode)
         buffer = io.BytesIO()
-        picture.save(buffer, form, **({"save_all": True, "append_images": [picture] * 2} if form in ("gif",) else {}))
+        picture.save(buffer, form, **({"save_all": True, "append_images": [picture] * 2} if form == "gif" else {}))
         made.append(buffer.getvalue())
     return made
 
 
 def _bombs() -> list[bytes]:
-    """Small files of large pictures, and texts that unpack to megabytes."""
+    """Small files of large pictures, and of a text that unpacks to megabytes."""
     from PIL.PngImagePlugin import PngInfo
 
     made = []
@@ -248,7 +248,7 @@ PICTURES, BOMBS, LORAS = _pictures(), _bombs(), _lora_files()
 
 @st.composite
 def mutated(draw: Callable[..., Any], files: list[bytes], head: int) -> bytes:
-    """A file with a few changes, most of them among its first `head` bytes, where formats are told apart."""
+    """A file with a few changes, half of them among its first `head` bytes, by which formats are recognised."""
     content = bytearray(draw(st.sampled_from(files)))
     for _ in range(draw(st.integers(1, 6))):
         reach = head if draw(st.booleans()) else len(content)
@@ -275,7 +275,7 @@ REFERENCES = st.one_of(
     st.sampled_from(NAMES),
     st.from_regex(r"\A(https?://)?" + HOST + r"(:[0-9]{1,6})?(/[!-~]{0,20})?\Z"),
     st.from_regex(r"\A(\.\./|/|~/|file://|data:)[!-~]{0,40}\Z"),
-    # Without a dot nothing is a host: nobody outside is asked.
+    # Without a dot, a text is no host name: no host outside is contacted.
     st.text(st.characters(exclude_characters=".", exclude_categories=("Cs",)), max_size=80),
 )
 TERMS = st.builds("{}*{}".format, st.sampled_from(["zorp", "bold", *NAMES]), st.integers(-12, 12))
@@ -290,10 +290,10 @@ SUMS = st.one_of(
 
 
 def run(fuzz: Fuzz, cases: int, seed: int) -> None:
-    """Spend so many cases on all surfaces.
+    """Send so many cases to all surfaces.
 
     Raises:
-        AssertionError: a rule was broken; by what, as small as it could be made.
+        AssertionError: a rule was broken; shows the smallest case found.
     """
     for bomb in BOMBS:
         fuzz.images(bomb)
@@ -319,7 +319,7 @@ def run(fuzz: Fuzz, cases: int, seed: int) -> None:
 
 
 def _case_of(surface: Callable[[Any], None]) -> Callable[[Any], None]:
-    def case(made: Any) -> None:  # noqa: ANN401 (what a strategy makes)
+    def case(made: Any) -> None:  # noqa: ANN401 (a strategy's value)
         surface(made)
 
     return case
@@ -327,8 +327,8 @@ def _case_of(surface: Callable[[Any], None]) -> Callable[[Any], None]:
 
 @contextmanager
 def fuzzing(folder: Path) -> Iterator[Fuzz]:
-    """A server with a token to lose, whose hosts are all on this machine."""
-    with world() as hosts:
+    """A server with secret tokens; all its hosts are on this machine."""
+    with World() as hosts:
         environment = {
             "WEIGHTS_CACHE": str(folder / "weights"),
             "WEIGHTS_CACHE_GB": "0.1",

@@ -1,8 +1,8 @@
 """The parts of hostile requests to a cluster; `harness.hostile_kinds` makes the requests from them.
 
-A kind is a generator: given a stranger, it yields what to send, one thing or several at once, and receives the answers.
-It opens no connection and reads no clock, so that the same seed makes the same bytes. `harness.cluster_fuzz` sends them
-and checks the answers.
+A kind is a generator: given a stranger, it yields one request or several at once, and receives the answers. It opens no
+connection and reads no clock, so the same seed makes the same bytes. `harness.cluster_fuzz` sends them and checks the
+answers.
 """
 
 import json
@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-MIB = 1024**2
-# Stands in URLs and tokens among the inputs; no answer, webhook or log may contain it.
+# A part of URLs and tokens in inputs; no answer, webhook or log may contain it.
 MARK = "n0t-to-be-sh0wn"
 # A forged Host, which must not appear in other clients' addresses.
 EVIL = "evil.example"
@@ -25,9 +24,9 @@ LARGE = "LARGE"
 
 @dataclass(frozen=True)
 class Sent:
-    """What a client sends through one connection: bytes, and pauses in seconds.
+    """The bytes that a client sends through one connection, with pauses in seconds.
 
-    `ending` is what the client does then: "read" the answers, "leave", "reset" the connection, "half" (close its side,
+    `ending` is the client's next action: "read" the answers, "leave", "reset" the connection, "half" (close its side,
     then read) or "stall" (hold the connection for its patience, and read nothing).
     """
 
@@ -35,7 +34,7 @@ class Sent:
     ending: str = "read"
     # Seconds for which the client waits after the last byte.
     patience: float = 30
-    # How many answers are due; 0 where the request is incomplete, and the server may wait for the rest.
+    # The number of answers due; 0 if the request is incomplete, since the server may wait for the rest.
     due: int = 1
 
 
@@ -48,7 +47,7 @@ class Answer:
     body: bytes
 
     def json(self) -> Any:  # noqa: ANN401 (JSON)
-        """The body's value; an empty object where it is no JSON."""
+        """The body's value; an empty object if it is not JSON."""
         try:
             return json.loads(self.body)
         except ValueError:
@@ -69,7 +68,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a stranger knows about the cluster."""
+    """A stranger's knowledge of the cluster."""
 
     host: str  # as honest clients write it
     token: str
@@ -87,11 +86,11 @@ class Stranger:
     dice: random.Random = field(repr=False)
 
     def turn(self, options: Sequence[T]) -> T:
-        """The next option, from case to case."""
+        """The next one of some options, from case to case."""
         return options[self.number % len(options)]
 
     def any(self, options: Sequence[T]) -> T:
-        """A random option."""
+        """A random one of some options."""
         return self.dice.choice(options)
 
     def size(self, low: int, high: int) -> int:
@@ -99,7 +98,7 @@ class Stranger:
         return round(low * (high / low) ** self.dice.random())
 
     def name(self) -> str:
-        """An id that nobody has used."""
+        """An unused id."""
         return f"s-{self.number}-{self.dice.randrange(10**9)}"
 
     def head(self, method: str | bytes, target: str | bytes, *headers: str | bytes, **options: Any) -> bytes:  # noqa: ANN401
@@ -163,7 +162,7 @@ class Stranger:
         return self.create(self.turn(places or PLACES).replace("%", value), *headers, **options)
 
 
-# Where a value may stand; the first are where it gets furthest.
+# Bodies with a place (%) for a value; a value in the first ones gets furthest.
 INNER = (
     '{"version": "v", "input": {"prompt": "a", "strength": %}}',
     '{"version": "v", "input": {"prompt": "a", "unknown": %}}',

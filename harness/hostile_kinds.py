@@ -1,7 +1,7 @@
-"""The kinds of hostile requests to a cluster: `KINDS`, by name, has them after this module is imported.
+"""The kinds of hostile requests to a cluster, by name in `KINDS`.
 
-Each is a case's script, a generator of what is sent; where a kind has variants, `turn` takes them one after the other
-from case to case, and `any` by chance.
+A kind is a generator of the requests of one case. `turn` takes a kind's variants one after the other from case to case,
+`any` takes a random one.
 """
 
 import gzip
@@ -15,7 +15,6 @@ from harness.hostile import (
     INNER,
     LARGE,
     MARK,
-    MIB,
     PLACES,
     SHOWING,
     SMALL,
@@ -27,6 +26,7 @@ from harness.hostile import (
     Stranger,
     octets,
 )
+from settings import MIB
 
 KINDS: dict[str, Kind] = {}
 
@@ -42,7 +42,7 @@ def kind(cost: float = 1) -> Callable[[Callable[[Stranger], Script]], Callable[[
     return register
 
 
-# One line for each variant would be a thousand more.
+# The formatter would put each variant on a line of its own: a thousand lines more.
 # fmt: off
 
 FORM = "multipart/form-data; boundary=xyz"
@@ -63,37 +63,37 @@ def _chunks(content: bytes, size: int, extension: bytes = b"") -> Iterable[bytes
 
 
 def _form(*parts: tuple[str | bytes, bytes], end: bytes = b"--xyz--\r\n") -> bytes:
-    """Parts of a form, each with its head's lines."""
+    """A form of parts, each with its header lines."""
     return b"".join(b"--xyz\r\n%s\r\n\r\n%s\r\n" % (octets(head), content) for head, content in parts) + end
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# JSON that is none, or more than it should be
+# Invalid JSON, and too much of it
 
 
 @kind()
 def not_a_number(s: Stranger) -> Script:
-    """Python's own numbers, among numbers."""
+    """Numbers that Python's JSON parser takes, but JSON does not have."""
     _refused((yield s.place(s.any(["NaN", "Infinity", "-Infinity"]))))
     _refused((yield s.place(s.any(["[NaN]", '{"a": -Infinity}']), places=INNER[1:3])))
 
 
 @kind()
 def halves_of_characters(s: Stranger) -> Script:
-    """Surrogates without their pair, in values and names."""
+    """Unpaired surrogates, in values and names."""
     half = f"\\u{s.dice.randrange(0xD800, 0xE000):04{s.any('xX')}}"
     _refused((yield s.place(f'"{s.any(["", "a", "hf_"])}{half}{s.any(["", "b"])}"', places=TEXTS)))
 
 
 @kind()
 def zero_characters(s: Stranger) -> Script:
-    """U+0000, which not every database can hold."""
+    """U+0000, which some databases cannot store."""
     _refused((yield s.place(s.any(['"a\\u0000b"', '"\\u0000"', '"\\u0000\\u0000://\\u0000"']), places=TEXTS)))
 
 
 @kind()
 def twice_the_same_name(s: Stranger) -> Script:
-    """An object whose readers may disagree."""
+    """Objects that parsers may read differently."""
     bodies = [
         '{"version": "v", "input": {"prompt": 1, "prompt": "a"}}',
         '{"version": "v", "input": {"prompt": "a"}, "input": {"prompt": "b"}}',
@@ -106,7 +106,7 @@ def twice_the_same_name(s: Stranger) -> Script:
 
 @kind()
 def numbers_without_end(s: Stranger) -> Script:
-    """Many digits, great exponents, the edges of 64 bits."""
+    """Many digits, large exponents, the limits of 64 bits."""
     digits = "9" * s.size(101, 100_000)
     long = ["1e999", "9" * 400, digits, f"0.{digits}", "-1e999", f"-{digits}", f"1e{digits}"]
     _refused((yield s.place(s.turn(long))))
@@ -115,12 +115,12 @@ def numbers_without_end(s: Stranger) -> Script:
     whole = s.any([str(2**63), str(2**64), str(-(2**63) - 1), "9" * 99])
     for answer in (yield s.place(whole, places=INNER[:1], door=SHOWING)):
         shown = answer.json().get("input", {}).get("strength", 0.0)
-        assert isinstance(shown, float), f"A whole number without room in 64 bits is kept: {answer.body[:300]!r}"
+        assert isinstance(shown, float), f"A whole number beyond 64 bits is kept: {answer.body[:300]!r}"
 
 
 @kind()
 def deep_nesting(s: Stranger) -> Script:
-    """Lists in lists, objects in objects; a few hundred, and more than any stack."""
+    """Nested lists and objects, a few hundred deep, and deeper than any stack."""
     depth = s.turn([400, 100, 900, 100_000, 33, 2000, 3_000_000])
     left, right = s.any([("[", "]"), ('{"a":', "}"), ('[{"a":', "}]")])
     value = left * depth + "1" + right * s.any([depth, depth, 0])
@@ -129,7 +129,7 @@ def deep_nesting(s: Stranger) -> Script:
 
 @kind(cost=30)
 def many_values(s: Stranger) -> Script:
-    """Megabytes of values that take many times as much memory as bytes."""
+    """Megabytes of small values, which take many times their bytes in memory."""
     unit = s.any(["[],", "[],", "{},", "0,", "1.5,", '"",', '{"":0},', "[[]],", "[\n],"])
     size = s.turn([96 * MIB, 2 * MIB, s.size(MIB, 24 * MIB)])
     value = "[" + (unit * (size // len(unit))).rstrip(",") + "]"
@@ -145,7 +145,7 @@ def many_names(s: Stranger) -> Script:
 
 @kind(cost=10)
 def escapes(s: Stranger) -> Script:
-    """Two bytes or six for each letter, by the megabyte."""
+    """Megabytes of escapes of two or six bytes for each letter."""
     _refused((yield s.place('"' + s.any(["\\n", "\\/"]) * 4_200_000 + '"', places=TEXTS[:2])))
     letter = s.any(["\\u0041", "\\u00e9", "\\\\", "\\ud83d\\ude00"])
     yield s.place(f'"{letter * s.size(10_000, 2 * MIB)}"', places=TEXTS[:5])
@@ -153,7 +153,7 @@ def escapes(s: Stranger) -> Script:
 
 @kind(cost=15)
 def long_prompts(s: Stranger) -> Script:
-    """A text of 10 MB, in which nothing is wrong."""
+    """A valid text of up to 10 MB."""
     text = s.any(["a", "fox ", "é", "😀", "://", "hf_", "[", "?"])
     long = '"' + text * (s.size(MIB, 10 * MIB) // len(text.encode())) + '"'
     for answer in (yield s.place(long, places=TEXTS[:2], door=SHOWING)):
@@ -172,7 +172,7 @@ def unknown_inputs(s: Stranger) -> Script:
 
 @kind(cost=3)
 def wrong_types(s: Stranger) -> Script:
-    """Inputs that the schema refuses, and that a refusal had better not repeat."""
+    """Inputs that the schema refuses; the refusal should not repeat long ones."""
     long = "y" * s.size(10, 2 * MIB)
     wrong = s.turn([{"prompt": [long]}, {"prompt": {long: long}}, {"prompt": "a", "steps": long}, {long: long}])
     yield s.create({"version": "v", "input": wrong})
@@ -181,7 +181,7 @@ def wrong_types(s: Stranger) -> Script:
 
 @kind()
 def broken_json(s: Stranger) -> Script:
-    """Cut, followed by more, of another language, or no object."""
+    """JSON that is cut, followed by more, in another language, or no object."""
     good = json.dumps(SMALL)
     cut = good[: s.dice.randrange(len(good))]
     yield s.create(s.any([cut, cut, good + "}", good * 2, good.replace('"', "'"), "//\n" + good, "[1,]", '{"input":}']))
@@ -190,7 +190,7 @@ def broken_json(s: Stranger) -> Script:
 
 @kind()
 def encodings(s: Stranger) -> Script:
-    """Bytes that are no UTF-8, or begin with a mark."""
+    """Invalid UTF-8, other encodings, and a byte order mark."""
     good = json.dumps(SMALL)
     odd = [b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe2\x82", b"\x80"]
     inside = [json.dumps(SMALL).encode().replace(b'"a"', b'"' + some + b'"') for some in odd]
@@ -201,7 +201,7 @@ def encodings(s: Stranger) -> Script:
 
 @kind()
 def content_types(s: Stranger) -> Script:
-    """None, another one, one that does not end."""
+    """No content type, a wrong one, a very long one."""
     given = [None, "", "text/plain", "application/json" * 600, "/", ";", "application/json;;;=", b"\xff\xfe", "*/*"]
     yield s.create(SMALL, kind=s.turn(given))
     yield s.create(SMALL, kind=s.any([FORM, "multipart/form-data", "application/x-www-form-urlencoded", "a/b\x7f"]))
@@ -209,19 +209,19 @@ def content_types(s: Stranger) -> Script:
 
 @kind(cost=2)
 def compressed_bodies(s: Stranger) -> Script:
-    """A body that says it is packed; it may be a bomb."""
+    """A compressed body, which may be a bomb."""
     packed = gzip.compress(s.any([json.dumps(SMALL).encode(), bytes(20 * MIB)]))
     yield s.create(packed,
         f"Content-Encoding: {s.any(['gzip', 'deflate', 'br', 'gzip, gzip', 'identity', 'x' * 5000])}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bodies that are too large, never end, or are not as long as they say
+# Bodies that are too large, do not end, or have a wrong length
 
 
 @kind()
 def lengths(s: Stranger) -> Script:
-    """A length that no body has."""
+    """A content length that is too large or no number."""
     door, kind = s.door(), "Content-Type: application/json"
     length = s.turn([str(105 * MIB), "1" + "0" * 15, "9" * 5000, "-1", "+5", "5, 5", "0x5", "5 5", "", "٣", "1e3"])
     head = s.head(*door, kind, f"Content-Length: {length}")
@@ -230,7 +230,7 @@ def lengths(s: Stranger) -> Script:
 
 @kind(cost=25)
 def too_large(s: Stranger) -> Script:
-    """More than a body may have, with its length said before, or in chunks."""
+    """A body above the limit, with its length stated, or in chunks."""
     piece = b" " * MIB
     count = s.any([101, 110, 130])
     kind = "Content-Type: application/json"
@@ -243,7 +243,7 @@ def too_large(s: Stranger) -> Script:
 
 @kind()
 def lying_lengths(s: Stranger) -> Script:
-    """A body that is longer or shorter than its length."""
+    """A body that is longer or shorter than its stated length."""
     body, kind = json.dumps(SMALL).encode(), "Content-Type: application/json"
     short = s.dice.randrange(1, len(body))
     yield Sent([s.head(*s.door(), kind, f"Content-Length: {short}"), body], patience=5)
@@ -252,7 +252,7 @@ def lying_lengths(s: Stranger) -> Script:
 
 @kind(cost=4)
 def slow_bodies(s: Stranger) -> Script:
-    """A byte, a pause, and so on, without an end."""
+    """A byte, a pause, and so on; the body does not end."""
     body = json.dumps(SMALL).encode()
     chunked = s.any([True, False])
     length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(body)}"
@@ -264,7 +264,7 @@ def slow_bodies(s: Stranger) -> Script:
 
 @kind()
 def broken_chunks(s: Stranger) -> Script:
-    """Chunks whose sizes, extensions and trailers are wrong or endless."""
+    """Chunks with wrong or very long sizes, extensions and trailers."""
     body = json.dumps(SMALL).encode()
     junk = b"x" * s.size(10, MIB)
     wrong = s.turn([
@@ -287,13 +287,12 @@ def small_chunks(s: Stranger) -> Script:
     """Bodies of half a megabyte, in chunks of a byte."""
     head = s.head(*s.door(), "Content-Type: application/json", "Transfer-Encoding: chunked")
     chunks = b"1\r\n \r\n" * 80_000
-    answers = yield [Sent([head, chunks, b"0\r\n\r\n"], "half", 10, due=0) for _ in range(40)]
-    _refused(answers)
+    _refused((yield [Sent([head, chunks, b"0\r\n\r\n"], "half", 10, due=0) for _ in range(40)]))
 
 
 @kind()
 def length_and_chunks(s: Stranger) -> Script:
-    """Two lengths of one body: who is in between may see another request."""
+    """Two lengths of one body: a proxy may read it as two requests."""
     body = json.dumps(SMALL).encode()
     inner = s.head("GET", "/v1/account")
     chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
@@ -305,12 +304,12 @@ def length_and_chunks(s: Stranger) -> Script:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Texts that are taken for something else
+# Texts that look like something else
 
 
 @kind()
 def prompts_like_urls(s: Stranger) -> Script:
-    """What a parser of URLs raises at."""
+    """Prompts that make a URL parser raise an error."""
     odd = ["//[a://b", "http://[x", "http://]", "a://[", "http://[::1", "https://[v1.x]/", "x://[fe80::1%25]:p",
         "//[://"]
     odd += ["http://\u2100/", "http://a\u2048b://", "://", "http://a:99999999/", "http://a:b:c/",
@@ -322,7 +321,7 @@ def prompts_like_urls(s: Stranger) -> Script:
 
 @kind()
 def urls_with_secrets(s: Stranger) -> Script:
-    """References that give access to whoever reads them."""
+    """References with passwords, tokens and signatures."""
     mark = f"{MARK}{s.dice.randrange(10**9)}"
     url = s.turn([f"https://user:{mark}@127.0.0.1:9/a.safetensors",
         f"https://127.0.0.1:9/a.safetensors?X-Amz-Signature={mark}", f"HTTPS://{mark}@127.0.0.1:9/a",
@@ -336,7 +335,7 @@ def urls_with_secrets(s: Stranger) -> Script:
 
 @kind(cost=8)
 def many_urls(s: Stranger) -> Script:
-    """Megabytes of what must be looked through for secrets."""
+    """Megabytes of URLs, which the server searches for secrets."""
     url = s.any(["http://a:b@c/?d ", "a://b?c", "http://[x ", "x://", "?://@", "http://a@"])
     long = url * (s.size(10_000, MIB) // len(url))
     several = [f"http://u{number}:p@h/?q{number}" for number in range(s.size(100, 10_000))]
@@ -346,14 +345,14 @@ def many_urls(s: Stranger) -> Script:
 
 @kind(cost=4)
 def texts_like_tokens(s: Stranger) -> Script:
-    """What a pattern for tokens goes through again and again."""
+    """Texts that are slow to match with a pattern for tokens."""
     token = s.any(["hf_", "sk-", "hf-hf_", "api_" + "a" * 15 + " ", "civitai_" * 2, "r8_" + "-_" * 40])
     yield s.place(json.dumps(token * s.size(1000, 100_000)), places=TEXTS[:3])
 
 
 @kind(cost=3)
 def data_uris(s: Stranger) -> Script:
-    """Files inside the request: broken, large, or none."""
+    """Data URIs that are broken, large, or empty."""
     content = "QUJD" * s.size(1, 500_000)
     uri = s.turn(["data:image/png;base64,!!!!", "data:,", "data:", "data:image/png;base64",
         f"data:image/png;base64,{content}", f"data:{'x' * 10_000}/y;base64,QUJD",
@@ -364,7 +363,7 @@ def data_uris(s: Stranger) -> Script:
 
 @kind(cost=2)
 def images_elsewhere(s: Stranger) -> Script:
-    """Inputs by URL that Cog cannot fetch."""
+    """Input URLs that Cog cannot fetch."""
     places = ["http://127.0.0.1:9/a.png", "file:///etc/passwd", "ftp://127.0.0.1:9/a", "gopher://x", "http://[x", "//",
         "a b"]
     places += [f"{s.scene.receivers}/404", "https://127.0.0.1:9/", "/etc/passwd", "http://",
@@ -390,14 +389,14 @@ def _by_id(s: Stranger, name: str) -> Script:
 
 @kind()
 def long_ids(s: Stranger) -> Script:
-    """More characters than a file's name may have."""
+    """Ids longer than a file's name may be."""
     length = s.turn([256, 255, 129, 300, s.size(200, 60_000)])
     yield from _by_id(s, s.any(["x", "-", "a.", "é", "x/"]) * length)
 
 
 @kind()
 def ids_like_paths(s: Stranger) -> Script:
-    """Ids that lead elsewhere, written once and twice over."""
+    """Ids that look like paths, encoded once and twice."""
     name = s.turn(["..", "../../x", ".", "../x", "/etc/x", "a/../b", "..\\x", "a//b", "./a", "a/", "%2e%2e"])
     dots = [name.replace(".", "%2e"), name.replace(".", "%252e")]
     written = s.any([quote(name, safe=""), quote(quote(name, safe=""), safe=""), name, *dots])
@@ -412,14 +411,14 @@ def ids_like_paths(s: Stranger) -> Script:
 
 @kind()
 def ids_that_control(s: Stranger) -> Script:
-    """Line ends, escapes, and what stands between the visible."""
+    """Ids with line ends, escapes, and invisible characters."""
     odd = s.turn(["\n", "\r\nX: y", "\t", "\x1b[2J", "\x7f", "\u2028", "\u202e", "\u200b", "\x85", " ", "\x01", "\0"])
     yield from _by_id(s, s.any([f"a{odd}b{s.name()}", f"{odd}{s.name()}", odd, f"{s.name()}{odd}"]))
 
 
 @kind()
 def ids_of_other_letters(s: Stranger) -> Script:
-    """What is not ASCII, or means something to a URL or a shell."""
+    """Ids with characters beyond ASCII, or special in a URL or a shell."""
     yield from _by_id(s, s.any("é😀ßİ٣\uff0f\ufe0f%?#&;'\"$`|<>{}") * s.size(1, 60) + s.any(["", s.name()]))
     yield s.get("/v1/predictions/%ff%fe")
     _refused((yield s.create(SMALL, door=("PUT", "/predictions/" + s.any(["%ff", "%", "%zz", "%u0041"])))))
@@ -427,14 +426,14 @@ def ids_of_other_letters(s: Stranger) -> Script:
 
 @kind()
 def ids_of_other_types(s: Stranger) -> Script:
-    """Empty, a number, a list, an object."""
+    """Empty ids, and ids of other JSON types."""
     yield s.place(s.turn(['""', "0", "[]", "{}", "true", "null", "1e999", '[["a"]]']), places=PLACES[8:9])
     yield s.create(SMALL, door=("PUT", s.any(["/predictions/", "/predictions//", "/predictions/%20"])))
 
 
 @kind(cost=6)
 def one_id_for_many(s: Stranger) -> Script:
-    """Many clients ask for one id at once."""
+    """Many clients request a prediction of the same id at once."""
     name = s.name()
     door = s.any([("PUT", f"/predictions/{name}"), ("POST", "/predictions")])
     yield [s.create({"input": {"prompt": s.any(["a", "b"])}, "id": name}, door=door) for _ in range(12)]
@@ -442,7 +441,7 @@ def one_id_for_many(s: Stranger) -> Script:
 
 @kind()
 def ids_of_others(s: Stranger) -> Script:
-    """Somebody else's prediction, asked for anew and cancelled after its end."""
+    """Another client's prediction, requested again and cancelled after its end."""
     if s.scene.known:
         name = s.any(s.scene.known)["id"]
         yield s.create({"input": {"prompt": "stolen"}}, door=("PUT", f"/predictions/{name}"))
@@ -456,7 +455,7 @@ def ids_of_others(s: Stranger) -> Script:
 
 @kind()
 def webhook_hosts(s: Stranger) -> Script:
-    """Names that no request can be sent to."""
+    """Webhooks with invalid host names."""
     none = ["a..b", "%E2%82%AC:p@h", "[x", "a:99999", "x" * 64 + ".y", "a:b", "\u2025", "a b", "a:-1", "[1.2.3.4]"]
     none += ["a\\b", "\u00ad", ".", "..", "@", ":", ":80", "u:p@", "a" * 300, "0x7f.1:99999999999", "\uff0e"]
     none += ["\u20ac:p@h", "xn--\u20ac", "a:80:90", "a.\u3002b", "%", "[]", "[", "a]"]
@@ -468,7 +467,7 @@ def webhook_hosts(s: Stranger) -> Script:
 
 @kind()
 def webhook_schemes(s: Stranger) -> Script:
-    """Addresses that are none of HTTP's."""
+    """Webhooks that are no HTTP URLs."""
     odd = ["ftp://127.0.0.1:9/", "file:///etc/passwd", "javascript:alert(1)", "data:,", "ws://127.0.0.1:9/",
         "unix:///tmp/x", "//x"]
     odd += ["/", "", " ", "http:", "http:/", "http://", "http:///x", "https:x", "HTTP//x", "http+unix://x",
@@ -489,14 +488,14 @@ def long_webhooks(s: Stranger) -> Script:
 
 @kind()
 def webhook_types(s: Stranger) -> Script:
-    """Numbers and lists for addresses."""
+    """Webhooks of other JSON types."""
     odd = ["1", "[]", "{}", "true", '["http://a/"]', '{"url": "http://a/"}', "1e400", '""']
     _refused((yield s.place(s.turn(odd), places=PLACES[6:7])))
 
 
 @kind(cost=2)
 def webhook_receivers(s: Stranger) -> Script:
-    """Receivers that hang, close, fail, send elsewhere, answer without end."""
+    """Receivers of webhooks that hang, close, fail, redirect, or send endless answers."""
     way = s.turn(["1xx", "hang", "close", "500", "redirect", "endless", "junk", "429", "slow", "302-self", "head"])
     filters = s.any([{}, {"webhook_events_filter": ["completed"]}, {"webhook_events_filter": ["start"]}])
     yield s.create({**SMALL, "webhook": f"{s.scene.receivers}{DEAF}/{way}", **filters})
@@ -505,7 +504,7 @@ def webhook_receivers(s: Stranger) -> Script:
 
 @kind()
 def webhook_filters(s: Stranger) -> Script:
-    """Filters of other types, and of 100,000 events."""
+    """Filters of other JSON types, and of 100,000 events."""
     odd = s.turn(["1", '"start"', "{}", "[1]", "[[]]", "[{}]", "[null]", '["Start"]', '["start", ["completed"]]',
         "null", "[]", "true"])
     long = "[" + ",".join(['"completed"'] * s.size(10, 100_000)) + "]"
@@ -518,7 +517,7 @@ def webhook_filters(s: Stranger) -> Script:
 
 @kind()
 def prefer(s: Stranger) -> Script:
-    """How long to wait, in numbers that are none."""
+    """A Prefer header with an invalid time to wait."""
     waits = ["wait=" + "9" * 5000, "wait=-1", "wait=0", "wait=1.5", "wait=", "wait=\xb2", "wait=wait=1",
         "wait=1, wait=2", "wait=0x1"]
     waits += [b"wait=\xd9\xa3", b"\xff", "wait" * 5000, "respond-async, wait=1", "WAIT=1", "wait =1", 'wait="1"',
@@ -530,7 +529,7 @@ def prefer(s: Stranger) -> Script:
 
 @kind()
 def forwarded(s: Stranger) -> Script:
-    """Headers by which a proxy would say what the address is."""
+    """Headers by which a proxy states the public address; there is no proxy here."""
     names = ["X-Forwarded-Host", "X-Forwarded-Server", "X-Original-Host", "X-Host", "Forwarded"]
     value = s.any([EVIL, f"{EVIL}:80", f"user@{EVIL}", f"{EVIL}/#", f"{EVIL}, b", "\xe9", '"', "x" * 5000,
         f"host={EVIL}"])
@@ -550,7 +549,7 @@ def forwarded(s: Stranger) -> Script:
 
 @kind()
 def hosts(s: Stranger) -> Script:
-    """A Host that is none, or two."""
+    """An invalid Host, none, or two."""
     odd = [None, "", EVIL, f"{s.scene.host}@{EVIL}", f"{EVIL}:0", f"{EVIL}/x", "[", "[::1", b"\xff", "a b",
         "x" * 60_000, "'\"<>", "http://x", f"{EVIL}#"]
     host = s.turn(odd)
@@ -569,7 +568,7 @@ def hosts(s: Stranger) -> Script:
 
 @kind()
 def authorization(s: Stranger) -> Script:
-    """Tokens that are none, of letters that are none."""
+    """Invalid tokens, and tokens of invalid characters."""
     odd = ["", "Bearer", "Bearer ", b"Bearer \xe9\xff", "Basic dTpw", "Bearer " + "x" * 60_000, "x" * 60_000, b"\xff",
         "Bearer \t", "Bearer null"]
     odd += [f"Bearer {s.scene.token}x", f"bearer  {s.scene.token}", f"Bearer {s.scene.token} x",
@@ -590,7 +589,7 @@ def many_headers(s: Stranger) -> Script:
 
 @kind(cost=2)
 def long_headers(s: Stranger) -> Script:
-    """A header of a megabyte, which may not end."""
+    """A header of up to 2 MB, which may not end."""
     start = s.head("GET", "/v1/predictions").removesuffix(b"\r\n") + s.any([b"X-Long: ", b"Cookie: ", b""])
     long = s.any([b"x", b" ", b"\t", b"\xff"]) * s.size(70_000, 2 * MIB)
     _refused((yield s.turn([Sent([start, long, b"\r\n\r\n"], "half"), Sent([start, long, 0.5], "leave", due=0)])))
@@ -598,7 +597,7 @@ def long_headers(s: Stranger) -> Script:
 
 @kind()
 def broken_headers(s: Stranger) -> Script:
-    """Lines that are no headers."""
+    """Invalid header lines."""
     line = s.turn(["X", ": x", "X : y", " X: y", "X: a\r\n b", b"X: a\0b", b"X\0: a", "X: a\rb", "X: a\nY: b",
         b"\xff: a", "X(): a", b"X: \x01\x08", "", "X:"])
     yield Sent(s.request("POST", "/v1/predictions", json.dumps(SMALL).encode(), line).content, "half", 5, due=0)
@@ -606,7 +605,7 @@ def broken_headers(s: Stranger) -> Script:
 
 @kind()
 def accepts(s: Stranger) -> Script:
-    """What a client would like to get."""
+    """Odd Accept, Accept-Encoding, Range and If-None-Match headers."""
     accept = s.turn(["text/event-stream", "text/event-stream;q=0", "*/*;q=x", "x" * 10_000, "", "application/xml",
         "image/*, text/event-stream"])
     yield s.create(SMALL, f"Accept: {accept}", "Accept-Encoding: br, gzip", f"Accept-Language: {accept}")
@@ -616,7 +615,7 @@ def accepts(s: Stranger) -> Script:
 
 @kind()
 def expectations(s: Stranger) -> Script:
-    """100-continue, with and without what comes then."""
+    """Expect headers, with and without the body that follows."""
     body, kind = json.dumps(SMALL).encode(), "Content-Type: application/json"
     head = s.head(*s.door(), kind, f"Content-Length: {len(body)}",
         f"Expect: {s.turn(['100-continue', '100-CONTINUE', '200-ok', '', 'x' * 5000])}")
@@ -624,12 +623,12 @@ def expectations(s: Stranger) -> Script:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The lines of HTTP, and what is no HTTP
+# Request lines, other protocols, and connections
 
 
 @kind()
 def long_targets(s: Stranger) -> Script:
-    """A request line of a megabyte."""
+    """A very long request line."""
     start = s.any(["/", "/v1/predictions/", "/v1/predictions?cursor=", "/files/a/", "/v1/models/a/"])
     more = s.any(["x", "%41", "/", "a/", "&a"]) * s.size(5_000, MIB // 3)
     yield Sent([s.head(s.any(["GET", "PUT", "DELETE"]), start + more)], "half")
@@ -637,7 +636,7 @@ def long_targets(s: Stranger) -> Script:
 
 @kind()
 def methods(s: Stranger) -> Script:
-    """Methods that are unknown, or known elsewhere."""
+    """Unknown methods, and methods that a path does not have."""
     method = s.turn(["BREW", "get", "TRACE", "CONNECT", "OPTIONS", "PATCH", "HEAD", "PROPFIND", "X" * 10_000, "GE\tT",
         "PRI", "M-SEARCH", "DELETE", "QUERY"])
     path = s.any(["/", "*", "/predictions", "/v1/predictions", "/v1/files/x", "/-/healthz", "/health-check",
@@ -647,7 +646,7 @@ def methods(s: Stranger) -> Script:
 
 @kind()
 def targets(s: Stranger) -> Script:
-    """Targets in forms that servers seldom see."""
+    """Request targets in rare and invalid forms."""
     odd = [f"http://{EVIL}/v1/predictions", "http://", f"//{EVIL}//v1/predictions", "*", "v1/predictions", "", "?", "#",
         "/v1/predictions#x", "/a b"]
     odd += [b"/\xff\xfe", "/é", "/v1//predictions", "/v1/./predictions", "/v1/../v1/predictions", "/%2e%2e/",
@@ -657,7 +656,7 @@ def targets(s: Stranger) -> Script:
 
 @kind()
 def versions_of_http(s: Stranger) -> Script:
-    """Older, newer, and none."""
+    """Older, newer and invalid versions of HTTP, and none."""
     version = s.turn(["HTTP/1.0", "HTTP/0.9", "HTTP/2.0", "HTTP/9.99", "http/1.1", "HTTP/1.1.1", "HTTP/1", "",
         "ICY/1.0", "HTTP/11", "HTTP/" + "1" * 5000])
     yield Sent([s.head("GET", "/v1/predictions", version=version, host=s.any([None, s.scene.host]))], "half", 5, due=0)
@@ -666,7 +665,7 @@ def versions_of_http(s: Stranger) -> Script:
 
 @kind()
 def other_protocols(s: Stranger) -> Script:
-    """What is spoken at other ports."""
+    """The first bytes of other protocols."""
     hello = bytes.fromhex("16030100c4010000c00303") + s.dice.randbytes(190)
     said = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0", hello, b"SSH-2.0-x\r\n", b"EHLO x\r\n",
         b"*1\r\n$4\r\nPING\r\n", b"\0" * 1000, b"\r\n" * 5000]
@@ -677,7 +676,7 @@ def other_protocols(s: Stranger) -> Script:
 
 @kind()
 def upgrades(s: Stranger) -> Script:
-    """Another protocol, asked for politely."""
+    """Upgrades to other protocols."""
     to = s.turn(["websocket", "h2c", "TLS/1.0", "websocket, h2c", "x" * 5000])
     key = "Sec-WebSocket-Key: " + s.any(["dGhlIHNhbXBsZSBub25jZQ==", "", "\xff", "x" * 1000])
     headers = [f"Upgrade: {to}", f"Connection: Upgrade{s.any(['', ', HTTP2-Settings', ', close'])}", key,
@@ -688,7 +687,7 @@ def upgrades(s: Stranger) -> Script:
 
 @kind(cost=6)
 def pipelines(s: Stranger) -> Script:
-    """A hundred requests in one breath."""
+    """A hundred requests in one connection, without waiting for answers."""
     body = json.dumps(SMALL).encode()
     post = s.head("POST", "/v1/predictions", f"Content-Length: {len(body)}", close=False) + body
     looks = [s.head("GET", path, close=False) for path in ("/v1/predictions", "/", "/nothing")]
@@ -698,7 +697,7 @@ def pipelines(s: Stranger) -> Script:
 
 @kind(cost=10)
 def silent_connections(s: Stranger) -> Script:
-    """Dozens of connections that say nothing, or a letter now and then."""
+    """Dozens of connections that send nothing, or a byte now and then."""
     said = s.turn([[], [b"G"], [b"GET / HTTP/1.1\r\nX: "], [b"GET / HTTP/1.1\r\nHost: a\r\n"]])
     slowly = [part for _ in range(6) for part in (0.3, s.any([b"x", b"\r", b""]))]
     yield [Sent([*said, *slowly], s.any(["leave", "reset"]), due=0) for _ in range(40)]
@@ -721,13 +720,13 @@ def storms(s: Stranger) -> Script:
 
 @kind(cost=4)
 def create_and_leave(s: Stranger) -> Script:
-    """Ask, and do not wait for the answer."""
+    """Request predictions, and close before the answer."""
     yield [s.create(SMALL, ending=s.any(["leave", "reset"])) for _ in range(8)]
 
 
 @kind(cost=6)
 def slow_readers(s: Stranger) -> Script:
-    """Ask for much, and read nothing."""
+    """Send requests, and read no answer."""
     paths = ["/openapi.json", "/v1/predictions", "/v1/models/a/b"]
     asked = [s.head("GET", s.any(paths), close=False) for _ in range(s.any([1, 30]))]
     yield [Sent(asked, "stall", 3, due=0) for _ in range(4)]
@@ -735,7 +734,7 @@ def slow_readers(s: Stranger) -> Script:
 
 @kind(cost=30)
 def large_answers(s: Stranger) -> Script:
-    """Ask dozens of times for the same tens of megabytes, and read none."""
+    """Request the same tens of megabytes dozens of times, and read nothing."""
     body = json.dumps({"input": {"prompt": LARGE * 10_000}}).encode()
     asked = s.request("PUT", f"/predictions/{s.name()}", body, "Content-Type: application/json")
     if [answer.status for answer in (yield asked)] == [200]:
@@ -748,7 +747,7 @@ def large_answers(s: Stranger) -> Script:
 
 @kind(cost=40)
 def large_forms(s: Stranger) -> Script:
-    """A file, a field or many of them, larger than any may be."""
+    """A file or a field above every limit."""
     megabytes = 600 if s.scene.large else 250
     head = octets(s.turn([FILE_HEAD, FIELD_HEAD, FILE_HEAD.replace("content", "other")]))
     start, piece, end = b"--xyz\r\n%s\r\n\r\n" % head, b"x" * MIB, b"\r\n--xyz--\r\n"
@@ -777,7 +776,7 @@ def many_parts(s: Stranger) -> Script:
 
 @kind()
 def broken_forms(s: Stranger) -> Script:
-    """No boundary, one of a megabyte, none at the end."""
+    """Forms with a missing or very long boundary, or without an end."""
     good = _form((FILE_HEAD, b"x"))
     long = "b" * s.size(71, 60_000)
     forms = [good, good[:-5], b"", b"--xyz", good * 2, _form((FILE_HEAD, b"x"), end=b""), b"\r\n" + good]
@@ -792,7 +791,7 @@ def broken_forms(s: Stranger) -> Script:
 
 @kind(cost=3)
 def part_headers(s: Stranger) -> Script:
-    """Parts whose heads are longer than what they hold, or no heads."""
+    """Parts with very long, invalid or no headers."""
     long = "x" * s.size(1000, 2 * MIB)
     head = s.turn([f"{FILE_HEAD}\r\nX: {long}", f"{FILE_HEAD}\r\n{long}: a", "X: y\r\n" * 20_000 + FILE_HEAD, long, "",
         ":", "Content-Disposition: form-data", "Content-Disposition: form-data; name", FILE_HEAD.replace("form-data",
@@ -802,7 +801,7 @@ def part_headers(s: Stranger) -> Script:
 
 @kind()
 def file_names(s: Stranger) -> Script:
-    """Names that are paths, that hold what no database holds, that do not end."""
+    """File names that are paths, invalid text, or very long."""
     name = s.turn(["../../x", "a\0b", b"\xff\xfe", b"\xed\xa0\x80", "x" * 100_000, 'a"b', "a\\", "", "/etc/passwd",
         "a\rb", "é\u202e", ".", "%00", "con", b"\xf0\x9f\x98\x80", "a\x1b[2J"])
     head = FILE_HEAD.encode().replace(b"a.png", octets(name))
@@ -810,8 +809,7 @@ def file_names(s: Stranger) -> Script:
     yield _upload(s, _form((head.replace(b"image/png", odd), b"x")))
     extended = FILE_HEAD.replace('filename="a.png"', "filename*=" + s.any(["utf-8''%ff%00", "utf-8''..%2fx", "zlib''x",
         "'", "utf-8''", "UTF-8'en'%E2%82%AC%u"]))
-    answers = yield _upload(s, _form((extended, b"x")))
-    for answer in answers:
+    for answer in (yield _upload(s, _form((extended, b"x")))):
         if url := answer.json().get("urls", {}).get("get"):
             yield s.get("/" + url.split("/", 3)[-1])
     yield s.get("/v1/files")
@@ -819,7 +817,7 @@ def file_names(s: Stranger) -> Script:
 
 @kind()
 def form_charsets(s: Stranger) -> Script:
-    """Texts in encodings that are none of texts."""
+    """Charsets that are unknown, or do not decode text."""
     charset = s.turn(["zlib", "rot13", "idna", "undefined", "utf-16", "hex", "unknown", "base64", "punycode", "mbcs",
         "x" * 1000, "\0", "utf-7", "unicode_escape", "bz2"])
     form = _form(('Content-Disposition: form-data; name="_charset_"', charset.encode()), (FIELD_HEAD, b'{"a": "\xe9"}'),
@@ -830,7 +828,7 @@ def form_charsets(s: Stranger) -> Script:
 
 @kind()
 def form_metadata(s: Stranger) -> Script:
-    """What describes a file: as hostile as any JSON."""
+    """Hostile JSON in the metadata of a file."""
     told = s.turn(["NaN", '{"a": Infinity}', "[" * 400 + "]" * 400, '{"a": 1, "a": 2}', '"\\ud800"', '"\\u0000"',
         "9" * 5000, "{", "null", "1e999", '"a"', b"\xff", "[" * 100_000, "", b"\xef\xbb\xbf{}", "[" + "[]," * 200_000 +
         "1]"])
@@ -862,7 +860,7 @@ def uploads_that_go(s: Stranger) -> Script:
 
 @kind(cost=40)
 def uploads_named_often(s: Stranger) -> Script:
-    """A large file in several inputs of several predictions: together they are more than any may have."""
+    """A large file in several inputs of several predictions, together above every limit."""
     megabytes = 60 if s.scene.large else 30
     answers = yield _upload(s, _form((FILE_HEAD, b"x" * megabytes * MIB)))
     for url in [answer.json().get("urls", {}).get("get") for answer in answers if answer.status == 201]:
@@ -872,7 +870,7 @@ def uploads_named_often(s: Stranger) -> Script:
 
 @kind()
 def file_ids(s: Stranger) -> Script:
-    """Files that cannot be."""
+    """Ids of files that cannot exist."""
     odd = s.turn(["é", "%00", "..", "%2e%2e", "..%2fx", "%ff", "x" * 5000, "-", "%0a", "a%0ab", "٣", "%", "%25", "\x7f",
         "%e2%80%ae", "*", "~"])
     for path in (f"/files/{odd}/a.webp", f"/files/a/{odd}", f"/v1/files/{odd}"):
@@ -882,7 +880,7 @@ def file_ids(s: Stranger) -> Script:
 
 @kind()
 def stream_keys(s: Stranger) -> Script:
-    """Keys of streams that are not ASCII, for predictions that are there."""
+    """Stream keys that are not ASCII or too long, for known predictions."""
     name = s.any(s.scene.known)["id"] if s.scene.known else "x"
     odd = s.turn(["%C3%A9", "é", "%ff", "%00", "x" * 5000, "..", "%0a", "😀", "%F0%9F%98%80", "0" * 32,
         "%E2%82%AC" * 32])
@@ -892,20 +890,19 @@ def stream_keys(s: Stranger) -> Script:
 
 @kind(cost=2)
 def streams_left(s: Stranger) -> Script:
-    """A stream that its reader leaves."""
-    answers = yield s.create(SMALL, door=("POST", "/v1/predictions"))
-    for answer in answers:
+    """A stream whose client disconnects."""
+    for answer in (yield s.create(SMALL, door=SHOWING)):
         if url := answer.json().get("urls", {}).get("stream"):
             yield s.get("/" + url.split("/", 3)[-1], ending=s.any(["leave", "reset", "read"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Names, places and pages
+# Names, paths and pages
 
 
 @kind()
 def cursors(s: Stranger) -> Script:
-    """Pages that there are not."""
+    """Invalid cursors of pages."""
     odd = ["n~~", "p~a~b", "n~%00~a", "n~%ff~%ff", "x", "~", "n~" + "9" * 5000 + "~a", "n~2026~" + "a" * 5000, "%00",
         "n~2999-01-01~%F0%9F%98%80", "p~~%27%22--", "n~\xe9~b"]
     _refused((yield s.get(f"/v1/predictions?cursor={s.turn(odd)}")))
@@ -916,7 +913,7 @@ def cursors(s: Stranger) -> Script:
 
 @kind()
 def names(s: Stranger) -> Script:
-    """Versions, models and owners, huge and odd."""
+    """Versions, models and owners that are very long or invalid."""
     odd = s.turn(["x" * 5000, "é", "..", "a/b/c", ":", "a:", ":a", "a/b:", "a:b:c", "/", " ", "😀" * 500, "a\nb",
         "a\0b", "%00", "<script>", "{}", "{owner}"])
     version = s.any([odd, odd, 1, [], {}, None, True, "y" * MIB])
@@ -932,7 +929,7 @@ def names(s: Stranger) -> Script:
 
 @kind()
 def unknown_paths(s: Stranger) -> Script:
-    """Places that other servers have."""
+    """Paths that other servers have."""
     odd = ["/v1/%00", "/v1/%ff", "/v1/", "/v1", "/v1/predictions/", "/metrics", "/-/routes", "/shutdown", "/docs",
         "/api/jobs/", "/.env", "/predictions/a/b/c"]
     odd += ["/v1/predictions/%ff/cancel", "/v1/files/", "/trainings", "/v1/collections", "/files/a/b/c", "/favicon.ico",
@@ -942,7 +939,7 @@ def unknown_paths(s: Stranger) -> Script:
 
 @kind(cost=3)
 def cancels(s: Stranger) -> Script:
-    """Cancel what is not there, and what is, again and again."""
+    """Cancel a prediction many times, and unknown ones."""
     name = s.name()
     start = s.create({"input": {"prompt": "a"}}, "Prefer: respond-async", door=("PUT", f"/predictions/{name}"))
     storm = [s.request("POST", f"/predictions/{name}/cancel") for _ in range(8)]
@@ -954,7 +951,7 @@ def cancels(s: Stranger) -> Script:
 
 @kind()
 def without_a_token(s: Stranger) -> Script:
-    """Whoever has no token gets nothing, whatever he sends."""
+    """Requests without a token; each must be answered with 401."""
     paths = ["/v1/predictions", "/v1/webhooks/default/secret", "/v1/files", "/openapi.json"]
     body = s.any(["[" * 100_000, "x" * MIB, json.dumps(SMALL)])
     for sent in (s.create(body, token=None), s.get(s.any(paths), token=None)):

@@ -1,6 +1,6 @@
 """Hosts on loopback that answer like the hosts of LoRAs, well or badly.
 
-A host has routes, from paths to answers, and keeps all requests in `seen`.
+A host maps paths to answers in `routes`, and keeps all requests in `seen`.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-# No answer takes longer, whatever a test does.
+# The most seconds that an answer takes.
 LONGEST = 20.0
 
 
@@ -34,6 +34,7 @@ class Seen:
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: "_Server"
+    form: str  # the body of a POST, for answers to read
 
     def do_GET(self) -> None:
         self._answer_form("")
@@ -42,7 +43,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._answer_form("")
 
     def do_CONNECT(self) -> None:
-        """As a proxy does for HTTPS; the path is the host and its port."""
+        """Answer as a proxy for HTTPS; the path is the host and its port."""
         self._answer(self.path, {})
 
     def do_POST(self) -> None:
@@ -53,7 +54,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._answer(unquote(parts.path), dict(parse_qsl(parts.query)), form)
 
     def _answer(self, path: str, query: dict[str, str], form: str = "") -> None:
-        host = self.server.host
+        host, self.form = self.server.host, form
         with host.lock:
             host.seen.append(Seen(path, query, self.headers, form))
         answer = host.routes.get(path, status(404))
@@ -146,7 +147,7 @@ class Host:
 
 @dataclass
 class File:
-    """A file, served as a good host does; each field is a way to serve it worse.
+    """A file, served as by a good host; each field is a way to serve it worse.
 
     `ranges` is "good", "none" (ignored), "refused" (an error), "from the start" (206 with the right headers and the
     file's beginning) or "elsewhere" (206 with another Content-Range than was asked for).
@@ -241,7 +242,7 @@ def in_json(value: object, code: int = 200, headers: Mapping[str, str] | None = 
 
 
 def in_turn(*answers: Answer) -> Answer:
-    """One answer after the other; the last stays."""
+    """One answer after the other; the last one is repeated."""
     rest, lock = list(answers), threading.Lock()
 
     def answer(handler: _Handler) -> None:
@@ -253,7 +254,7 @@ def in_turn(*answers: Answer) -> Answer:
 
 
 def short(content: bytes, stated: int) -> Answer:
-    """A body that ends before the length that its header states."""
+    """A body that is shorter than its stated length."""
 
     def answer(handler: _Handler) -> None:
         handler.reply(200, content, {"Content-Length": str(stated)})
@@ -270,7 +271,7 @@ def silent(handler: _Handler) -> None:
 
 
 def trickle(beginning: bytes) -> Answer:
-    """An answer that goes on a byte at a time, after its beginning."""
+    """An answer that continues a byte at a time after its beginning."""
 
     def answer(handler: _Handler) -> None:
         began = time.monotonic()
@@ -284,7 +285,7 @@ def trickle(beginning: bytes) -> Answer:
 
 
 def tunnel(handler: _Handler) -> None:
-    """A proxy's answer to CONNECT: bytes pass between the client and a port of loopback."""
+    """A proxy's answer to CONNECT: pass bytes between the client and a port of loopback."""
     handler.send_response(200)
     handler.end_headers()
     relay(handler.connection, int(handler.path.rpartition(":")[2]))
@@ -319,7 +320,7 @@ def with_token(token: str, answer: Answer, otherwise: Answer) -> Answer:
 
 
 def without_token(answer: Answer) -> Answer:
-    """An answer like presigned storage's: 400 for requests with a token."""
+    """An answer as of presigned storage: 400 for requests with a token."""
 
     def check(handler: _Handler) -> None:
         (status(400) if "Authorization" in handler.headers else answer)(handler)
@@ -328,7 +329,7 @@ def without_token(answer: Answer) -> Answer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Places
+# Hosts of LoRAs
 
 
 def hugging_face(
@@ -345,10 +346,10 @@ def hugging_face(
     revisions: tuple[str, ...] = ("main",),
     stated: Mapping[str, int] | None = None,
 ) -> None:
-    """Have a host answer as Hugging Face does for one repo; the files' bytes come from a storage host.
+    """Make a host answer as Hugging Face does for one repo; the files' bytes come from a storage host.
 
-    A private repo (with a token, not gated) is hidden from those without; a gated one is listed and not given. `stated`
-    are files that are listed, with so many bytes, and cannot be had.
+    Without the token, a private repo (not gated) is hidden, and a gated one is listed but its files are refused.
+    `stated` are files with sizes that are listed but do not exist.
     """
     denied = in_json({"error": "Repository not found"}, 401, {"X-Error-Code": "RepoNotFound"})
     refused = in_json({"error": "Access is restricted"}, 401, {"X-Error-Code": "GatedRepo"})
@@ -386,7 +387,7 @@ def hugging_face(
 
 
 def _sibling(path: str, content: bytes) -> dict[str, object]:
-    """A file in the description of a repo; of large ones git keeps a pointer, and the description has their hash."""
+    """A file in the description of a repo; a large one is in git as a pointer, and its description has its hash."""
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     file = {"rfilename": path, "size": len(content), "blobId": blob}
     if path.endswith((".safetensors", ".bin", ".tar")):
@@ -395,7 +396,7 @@ def _sibling(path: str, content: bytes) -> dict[str, object]:
 
 
 def _listed(sibling: Mapping[str, Any]) -> dict[str, object]:
-    """A file in the listing of a repo's tree, by what the description of the repo says of it."""
+    """A file in the listing of a repo's tree, from its entry in the description of the repo."""
     file = {"type": "file", "path": sibling["rfilename"], "size": sibling["size"], "oid": sibling["blobId"]}
     if lfs := sibling.get("lfs"):
         file["lfs"] = {"oid": lfs["sha256"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
@@ -411,7 +412,7 @@ def civitai(
     token: str,
     denied: Answer,
 ) -> None:
-    """Have a host answer as CivitAI does for one model; `denied` is what it says to those without a token."""
+    """Make a host answer as CivitAI does for one model; `denied` is its answer without a token."""
     described = []
     for version in versions:
         number = version["id"]
@@ -444,7 +445,7 @@ def replicate(
     etag: str = '"1"',
     token: str | None = None,
 ) -> File:
-    """Have a host answer as Replicate does for a model's newest weights, or for those of one version."""
+    """Make a host answer as Replicate does for the weights of a model's newest version, or of another one."""
     file = File(archive, etag=etag)
     place = f"/xezq/{version or 'newest'}/trained_model.tar"
     storage.routes[place] = without_token(file)

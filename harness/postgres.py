@@ -12,7 +12,7 @@ from local_cog.server import LOOPBACK, free_port
 
 
 def find_programs() -> Path | None:
-    """Where initdb and pg_ctl are; Debian keeps them out of PATH."""
+    """The folder of initdb and pg_ctl; Debian does not have them in PATH."""
     places = [*sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
     if found := shutil.which("initdb"):
         places.append(Path(found).parent)
@@ -20,16 +20,16 @@ def find_programs() -> Path | None:
 
 
 class Postgres:
-    """The server; a context manager.
+    """A server; a context manager.
 
     Args:
-        programs: where PostgreSQL's programs are.
+        programs: the folder of PostgreSQL's programs.
     """
 
     def __init__(self, programs: Path) -> None:
         self.programs, self.port = programs, free_port()
         self.url = f"postgresql://postgres@{LOOPBACK}:{self.port}/postgres"
-        # PostgreSQL refuses to be root.
+        # PostgreSQL refuses to run as root.
         self.user = "postgres" if os.getuid() == 0 else None
 
     def __enter__(self) -> Self:
@@ -48,7 +48,7 @@ class Postgres:
         self._run("pg_ctl", "-w", "-o", options, "-l", str(self.directory / "log"), "start")
 
     def stop(self, mode: str = "immediate") -> None:
-        """Stop it; "immediate" is as a crash."""
+        """Stop it; "immediate" is like a crash."""
         self._run("pg_ctl", "-w", "-m", mode, "stop")
 
     def __exit__(self, *_: object) -> None:

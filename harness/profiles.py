@@ -4,12 +4,12 @@ import struct
 
 
 def numbers(*values: float) -> bytes:
-    """As profiles write them: in 65536ths."""
+    """Numbers as profiles store them: in 65536ths."""
     return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
 
 
 def icc(space: bytes, tags: dict[bytes, bytes], between: bytes = b"XYZ ") -> bytes:
-    """A profile of version 4 by its tags, with the required ones of no meaning here."""
+    """A profile of version 4 from its tags, with the other required tags."""
     text = "test".encode("utf-16-be")
     named = b"mluc\0\0\0\0" + struct.pack(">II2s2sII", 1, 12, b"en", b"US", len(text), 28) + text
     tags = {b"desc": named, b"cprt": named, b"wtpt": b"XYZ \0\0\0\0" + numbers(0.9642, 1, 0.8249), **tags}
@@ -23,14 +23,14 @@ def icc(space: bytes, tags: dict[bytes, bytes], between: bytes = b"XYZ ") -> byt
 
 
 def of_primaries(red: tuple, green: tuple, blue: tuple, curve: bytes) -> bytes:
-    """A profile of three primaries, each by its XYZ under the white of profiles."""
+    """A profile of three primaries, given as XYZ relative to the profiles' white."""
     columns = zip((b"rXYZ", b"gXYZ", b"bXYZ"), (red, green, blue), strict=True)
     primaries = {name: b"XYZ \0\0\0\0" + numbers(*column) for name, column in columns}
     return icc(b"RGB ", primaries | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve))
 
 
 def of_inks() -> bytes:
-    """A profile of CMYK: paper is white, cyan some blue, all that black touches half as light as paper."""
+    """A CMYK profile: paper is white, cyan a blue, and everything with black half as light as paper."""
     paper, cyan, black = (255, 128, 128), (153, 108, 98), (128, 128, 128)  # L, a, b as bytes
     corners = [black if key else (cyan if inks >= 4 else paper) for inks in range(8) for key in (0, 1)]
     ramp = bytes(range(256))
@@ -39,7 +39,7 @@ def of_inks() -> bytes:
 
 
 def of_elements(count: int) -> bytes:
-    """A small profile of many processing elements, which all are one and the same matrix."""
+    """A small profile of many processing elements that share one matrix."""
     element = b"matf\0\0\0\0" + struct.pack(">HH12f", 3, 3, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0)
     places = struct.pack(">II", 16 + 8 * count, len(element)) * count
     return icc(b"RGB ", {b"D2B0": b"mpet\0\0\0\0" + struct.pack(">HHI", 3, 3, count) + places + element}, b"Lab ")

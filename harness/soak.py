@@ -1,21 +1,18 @@
-"""Random predictions against the real Cog server, and what they leave behind.
+"""Random predictions against the real Cog server, and checks of everything that they leave behind.
 
-Modes, sizes, models, precisions, formats, LoRAs good and bad; clients that wait, cancel, hang up, ask twice; receivers
-of webhooks that are slow or dead. Every answer is accounted for; every 20th picture is drawn again by a process that
-has drawn nothing before; memory, tensors, descriptors, threads, temporary files and the disk cache are counted. The
-last line is JSON; the exit code is 1 if anything is wrong.
+All modes, sizes, models, precisions and formats, good and bad LoRAs; clients that wait, cancel, hang up or ask twice;
+slow and dead receivers of webhooks. Every answer is checked; every 20th picture is drawn again by a process that has
+drawn nothing before; memory, tensors, descriptors, threads, temporary files and the disk cache are counted.
 """
 
 import contextlib
 import http.client
-import http.server
 import io
 import json
 import multiprocessing
 import os
 import random
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,6 +28,8 @@ from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import save
 
+from harness.hosts import Host, _Handler, status
+from harness.loras import random_lora
 from harness.waiting import wait_until
 from local_cog.server import LOOPBACK, CogServer, failure, files, free_port
 from service.data_uri import uri
@@ -65,9 +64,10 @@ PROMPTS = tuple(
 )
 QUIET = {"model": "schnell", "num_inference_steps": 1, "aspect_ratio": "custom", "width": 256, "height": 256, "seed": 1}
 QUIET |= {"disable_safety_checker": True}
-CACHE_BYTES = 8 * 2**20  # two thirds of the LoRAs that are asked for
+CLOSE = {"Connection": "close"}
+CACHE_BYTES = 8 * 2**20  # two thirds of the requested LoRAs
 WAYS = {"wait": 58, "cancel": 14, "hang up": 8, "twice": 10, "slow webhook": 4, "dead webhook": 6}
-# What a good request may be told all the same.
+# Failures that a good request may have.
 EXPECTED = ("NSFW content detected", "no numbers at all")
 SECONDS_TO_END = 30
 RISE_BYTES = 10_000_000
@@ -75,9 +75,9 @@ RISE_BYTES = 10_000_000
 
 @dataclass(frozen=True)
 class Case:
-    """One request: what is asked for, how, and whether it can be drawn."""
+    """One request: its inputs, how the client sends it, and whether it can be drawn."""
 
-    name: str  # its id for Cog
+    name: str  # the prediction's id
     inputs: dict[str, Any]
     way: str
     good: bool
@@ -86,19 +86,19 @@ class Case:
 
 @dataclass
 class Report:
-    """What came of it."""
+    """The results of a run."""
 
     ends: Counter = field(default_factory=Counter)  # by way and status
     problems: list[str] = field(default_factory=list)
     counts: dict[int, dict[str, int]] = field(default_factory=dict)  # by the number of requests before
-    resident: list[int] = field(default_factory=list)  # bytes of the worker, after each request
+    resident: list[int] = field(default_factory=list)  # bytes of the worker's memory, after each request
     compared: int = 0
     seconds: float = 0.0
     slowest_s: float = 0.0
-    cache_bytes: int = 0  # the most
+    cache_bytes: int = 0  # the maximum
 
     def figures(self, block: int, warm: int) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """The report as JSON values."""
         lowest = self.lowest(block)
         return {
             "requests": len(self.resident),
@@ -119,60 +119,30 @@ class Report:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The world around the server: hosts of files, receivers of webhooks
+# The world around the server
 
 
-class World(http.server.ThreadingHTTPServer):
-    """Serves files and takes webhooks, at once or slowly."""
-
-    daemon_threads = True
+class World(Host):
+    """A host of LoRAs and a photo that also takes webhooks, at once or slowly; no connection is kept."""
 
     def __init__(self) -> None:
-        super().__init__((LOOPBACK, 0), _Handler)
         self.files = {f"/good-{seed}.safetensors": make_lora(seed) for seed in range(8)}
         self.files |= {f"/bad-{number}.safetensors": content for number, content in enumerate(_bad_loras())}
         self.photo = _photo(random.Random(0))
         self.files |= {"/photo.webp": _encoded(self.photo, "webp")}
-        self.ended: dict[str, list[str]] = {}
-        self.address = f"http://{LOOPBACK}:{self.server_port}"
+        self.ended: dict[str, list[str]] = {}  # statuses that webhooks told, by prediction
         self.dead = f"http://{LOOPBACK}:{free_port()}"
+        routes = {path: status(200, CLOSE, content) for path, content in self.files.items()}
+        routes |= {"/missing.safetensors": status(404, CLOSE), "/fast": self._take, "/slow": self._take}
+        super().__init__(routes)
 
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Clients go away as they please."""
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    server: World
-
-    def do_GET(self) -> None:
-        body = self.server.files.get(self.path.partition("?")[0])
-        self.send_response(404 if body is None else 200)
-        self.send_header("Content-Length", str(len(body or b"")))
-        self.end_headers()
-        self.wfile.write(body or b"")
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_POST(self) -> None:
-        told = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path == "/slow":
+    def _take(self, handler: _Handler) -> None:
+        told = json.loads(handler.form)
+        self.seen.clear()  # webhooks carry whole pictures
+        if handler.path == "/slow":
             time.sleep(2)
-        self.server.ended.setdefault(told["id"], []).append(told["status"])
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None: ...
-
-
-@contextmanager
-def world() -> Iterator[World]:
-    """The hosts, for as long as the block lasts."""
-    with World() as hosts:
-        thread = threading.Thread(target=hosts.serve_forever, daemon=True)
-        thread.start()
-        yield hosts
-        hosts.shutdown()
+        self.ended.setdefault(told["id"], []).append(told["status"])
+        handler.reply(200, headers=CLOSE)
 
 
 def make_lora(seed: int, rank: int = 48) -> bytes:
@@ -180,15 +150,7 @@ def make_lora(seed: int, rank: int = 48) -> bytes:
     config = FluxTransformer2DModel.load_config(ROOT / "mini/dev/transformer")
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, layer in transformer.named_modules():
-        if isinstance(layer, torch.nn.Linear) and ".attn." in name:
-            tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, layer.in_features, generator=generator)
-            tensors[f"transformer.{name}.lora_B.weight"] = 0.01 * torch.randn(
-                layer.out_features, rank, generator=generator
-            )
-    return save(tensors)
+    return save(random_lora(transformer, lambda name: ".attn." in name, rank, seed, dtype=torch.float32))
 
 
 def _bad_loras() -> list[bytes]:
@@ -220,14 +182,14 @@ def _encoded(image: Image.Image, form: str) -> bytes:
 
 
 def make_case(rng: random.Random, name: str, hosts: World, prompts: Sequence[str], *, compared: bool) -> Case:
-    """A random request; one whose picture is compared later can be drawn, and its client waits."""
+    """A random request; one to be compared is always good, and its client waits."""
     inputs: dict[str, Any] = {
         "prompt": rng.choice(prompts),
         "seed": rng.randrange(2**63 - 4),
         "model": rng.choice(("dev", "schnell")),
         "num_inference_steps": rng.choice((1, 1, 2, 3)),
         "num_outputs": rng.choice((1, 1, 1, 1, 2)),
-        # As people write numbers: Cog may read a seventeenth digit as its neighbour.
+        # With few digits, as people write numbers: Cog may change the seventeenth one.
         "guidance_scale": round(rng.uniform(0, 10), 2),
         "output_format": rng.choice(("webp", "jpg", "png")),
         "output_quality": rng.randint(0, 100),
@@ -253,7 +215,7 @@ def make_case(rng: random.Random, name: str, hosts: World, prompts: Sequence[str
 
 
 def _canvas(rng: random.Random, hosts: World) -> dict[str, Any]:
-    """Mostly small; one picture in a hundred has a megapixel."""
+    """Inputs for the canvas, mostly small; one picture in a hundred has a megapixel."""
     kind = rng.choices(("custom", "image", "mask", "quarter", "megapixel"), (58, 18, 15, 8, 1))[0]
     if kind == "custom":
         return {"aspect_ratio": "custom", "width": rng.randrange(256, 321), "height": rng.randrange(256, 321)}
@@ -288,24 +250,24 @@ def _lora(rng: random.Random, hosts: World) -> str:
 
 @dataclass
 class Soak:
-    """A server that is driven, and what is known of it."""
+    """A server under load, and the report about it."""
 
     server: CogServer
     hosts: World
     cache: Path
-    # How long counts are watched, at most: a slow receiver holds its connection for two seconds.
+    # The most seconds that `_count` repeats: a slow receiver holds its connection for two seconds.
     settle_s: float
     report: Report = field(default_factory=Report)
 
     def run(self, requests: int, *, warm: int, block: int, seed: int, prompts: Sequence[str] = PROMPTS) -> Report:
-        """Drive the server; compare what is left after `warm` requests with what is left at the end.
+        """The report after so many requests; counts after `warm` requests are compared with counts at the end.
 
         Args:
-            requests: how many, a multiple of `block`.
-            warm: after how many of them caches are full, a multiple of `block`.
-            block: of how many the lowest memory is taken.
+            requests: their number, a multiple of `block`.
+            warm: the number of requests after which caches are full, a multiple of `block`.
+            block: the number of requests of which the lowest memory is taken.
             seed: of the requests.
-            prompts: what is drawn.
+            prompts: of the pictures.
         """
         rng, start, pictures = random.Random(seed), time.monotonic(), {}
         self._fill_caches(prompts)
@@ -328,7 +290,7 @@ class Soak:
         return self.report
 
     def _fill_caches(self, prompts: Sequence[str]) -> None:
-        """Ask for every LoRA, and for every prompt with both models: what caches hold from then on is no leak."""
+        """Request every LoRA, and every prompt with both models, so that caches do not grow during the run."""
         for path in self.hosts.files:
             if path.startswith("/good"):
                 self.server.predict(QUIET | {"prompt": prompts[0], "extra_lora": f"{self.hosts.address}{path}"})
@@ -337,16 +299,14 @@ class Soak:
                 self.server.predict(QUIET | {"prompt": prompt, "model": model})
 
     def _ask(self, case: Case) -> tuple[str, dict[str, Any]]:
-        """How it ended, and the answer as far as the client heard it."""
+        """The status at the end, and the answer if the client received one."""
         path, body = f"/predictions/{case.name}", {"input": case.inputs, "webhook_events_filter": ["completed"]}
         told = body | {"webhook": f"{self.hosts.address}/fast"}
+        webhooks = {"slow webhook": f"{self.hosts.address}/slow", "dead webhook": f"{self.hosts.dead}/"}
         match case.way:
-            case "wait":
-                answer = self.server.request("PUT", path, body)[1]
-            case "slow webhook":
-                answer = self.server.request("PUT", path, body | {"webhook": f"{self.hosts.address}/slow"})[1]
-            case "dead webhook":
-                answer = self.server.request("PUT", path, body | {"webhook": f"{self.hosts.dead}/"})[1]
+            case "wait" | "slow webhook" | "dead webhook":
+                hook = {"webhook": webhooks[case.way]} if case.way in webhooks else {}
+                answer = self.server.request("PUT", path, body | hook)[1]
             case "hang up":
                 connection = http.client.HTTPConnection(LOOPBACK, self.server.port)
                 connection.request("PUT", path, json.dumps(told), {"Content-Type": "application/json"})
@@ -359,7 +319,7 @@ class Soak:
                     return f"refused with {status}", answer
                 if case.way == "twice":
                     again = self.server.request("PUT", path, told, {"Prefer": "respond-async"})
-                    # An id that has ended is a new one to Cog, which may not be ready for it yet.
+                    # Once a prediction has ended, Cog takes its id as new, and may still be busy.
                     ended = again[0] == 409 and self._told(case)
                     if again[1].get("id") != case.name and not ended:
                         self._complain(f"{case.name}: asked again, was told {again}.")
@@ -370,28 +330,28 @@ class Soak:
         return answer.get("status", f"no status but {answer}"), answer
 
     def _told(self, case: Case) -> str:
-        """What the webhook said of the end."""
+        """The status that the last webhook told."""
         with contextlib.suppress(TimeoutError):
             return wait_until(lambda: self.hosts.ended.get(case.name), SECONDS_TO_END)[-1]
         return "never"
 
     def _account(self, case: Case, status: str, answer: dict[str, Any]) -> None:
         self.report.ends[case.way, status] += 1
-        reason = failure(answer) if answer else ""
+        reason = (failure(answer) if answer else None) or ""
         interrupted = case.way in ("cancel", "hang up") and status == "canceled"
-        heard = bool(answer)
-        right = {
-            True: status == "succeeded" or (status == "failed" and (not heard or any(x in reason for x in EXPECTED))),
-            False: status == "failed" and (not heard or ("The server" not in reason and reason.endswith("."))),
-        }[case.good]
-        if not (right or interrupted):
+        if case.good:
+            foreseen = any(text in reason for text in EXPECTED)
+        else:
+            foreseen = reason.endswith(".") and "The server" not in reason
+        failed = status == "failed" and (not answer or foreseen)
+        if not (failed or interrupted or (case.good and status == "succeeded")):
             kind = "good" if case.good else "bad"
             self._complain(f"{case.name} ({kind}, {case.way}): {status} {reason} {_brief(case.inputs)}.")
         if "secret" in str(answer) or str(ROOT) in str(answer):
             self._complain(f"{case.name}: its answer tells a token or a path.")
 
     def _wait_until_ready(self, name: str) -> None:
-        """Until the server takes the next request; each look is a health check, too."""
+        """Wait until the server takes the next request; this tests health checks, too."""
         health = wait_until(lambda: (it := self.server.health())["status"] != "BUSY" and it, SECONDS_TO_END)
         if health["status"] != "READY":
             raise RuntimeError(f"After {name} the server is {health['status']}: {health}.")
@@ -403,7 +363,7 @@ class Soak:
         self.report.cache_bytes = max(self.report.cache_bytes, size)
 
     def _count(self) -> dict[str, int]:
-        """What is alive when nothing runs: the least that is seen in a while, or until it is what it was at first."""
+        """Counts when nothing runs: the lowest ones within `settle_s`, or until they equal the first counts."""
         answer = self.server.predict(QUIET | {"prompt": COUNT})
         first = next(iter(self.report.counts.values()), None)
         least: dict[str, int] = answer["metrics"]["count"]
@@ -420,7 +380,7 @@ class Soak:
         for name, process in processes.items():
             counts[f"{name} descriptors"] = len(list(Path(f"/proc/{process}/fd").iterdir()))
             counts[f"{name} threads"] = sum(not _of_cogs_pool(task) for task in Path(f"/proc/{process}/task").iterdir())
-        # Pictures may be there for a while yet, in the folder that is theirs; `os.walk` bears with folders that go.
+        # Pictures are kept for a while, each in its own folder; `os.walk` ignores folders that vanish.
         there = [Path(folder, name) for folder, _, names in os.walk(self.server.scratch.name) for name in names]
         left = [file for file in there if file.parent.parent.parent == Path(self.server.scratch.name)]
         late = [file for file in left if _age(file) > SECONDS_KEPT + 1]
@@ -441,7 +401,7 @@ class Soak:
         print(problem, file=sys.stderr)
 
     def _compare(self, pictures: dict[str, tuple[dict[str, Any], list[str]]]) -> None:
-        """Draw again, each in a process that has drawn nothing."""
+        """Draw pictures again, each in a process that has drawn nothing, and compare."""
         os.environ |= {"WEIGHTS_CACHE": str(self.cache.parent / "fresh"), "WEIGHTS_ALLOW_PRIVATE_HOSTS": "1"}
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["harness.fresh"])
@@ -454,7 +414,7 @@ class Soak:
 
 
 def _draw_afresh(inputs: dict[str, Any]) -> list[str]:
-    from harness.fresh import draw  # which loads the models: in the processes that draw, not in this one
+    from harness.fresh import draw  # loads the models: only in the processes that draw
 
     return draw(inputs)
 
@@ -471,14 +431,14 @@ def _brief(inputs: dict[str, Any]) -> str:
 
 
 def _of_cogs_pool(task: Path) -> bool:
-    """Whether a thread of `/proc` is one of those that Cog's runtime keeps for ten seconds after their work."""
+    """Whether a thread in `/proc` belongs to the pool of Cog's runtime, which keeps threads for ten seconds."""
     with suppress(FileNotFoundError):
         return task.joinpath("comm").read_text().startswith("tokio")
     return True
 
 
 def worker_of(server: CogServer) -> int:
-    """The process that predicts."""
+    """The id of the process that predicts."""
     tasks = Path(f"/proc/{server.process.pid}/task").glob("*/children")
     (worker,) = [int(child) for children in tasks for child in children.read_text().split()]
     return worker
@@ -486,7 +446,7 @@ def worker_of(server: CogServer) -> int:
 
 @contextmanager
 def soaking(folder: Path, source: str, settle_s: float, **environment: str) -> Iterator[Soak]:
-    """A server over a project of its own, ready to be driven.
+    """A server of its own project, ready for requests.
 
     Args:
         folder: for the project, its log and its cache.
@@ -504,7 +464,7 @@ def soaking(folder: Path, source: str, settle_s: float, **environment: str) -> I
         "HF_TOKEN": "secret",
     }
     with (
-        world() as hosts,
+        World() as hosts,
         CogServer(folder / "project", environment=environment, log=folder / "log") as server,
     ):
         server.wait_until_ready()

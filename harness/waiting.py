@@ -1,4 +1,4 @@
-"""Waiting for a condition, for a bounded time; what was waited for is said where it never came."""
+"""Waiting for a condition, for a bounded time; the error quotes the condition."""
 
 import asyncio
 import inspect
@@ -12,10 +12,10 @@ T = TypeVar("T")
 def wait_until(
     condition: Callable[[], T], seconds: float = 30, *, pause: float = 0.01, state: Callable[[], object] | None = None
 ) -> T:
-    """What the condition gives, once that is true; it is asked anew after each pause.
+    """The condition's value, once it is true; it is called again after each pause.
 
     Raises:
-        TimeoutError: it was not true in time; quotes the condition, and says what `state` gives, or it itself gave.
+        TimeoutError: it was not true in time; quotes the condition and the value of `state`, or its own last value.
     """
     give_up = time.monotonic() + seconds
     while not (given := condition()):
@@ -26,7 +26,7 @@ def wait_until(
 
 
 async def until(condition: Callable[[], T | Awaitable[T]], seconds: float = 20) -> T:
-    """The same beside what else the event loop does; the condition may be a coroutine function."""
+    """The same in an event loop; the condition may be a coroutine function."""
     give_up = time.monotonic() + seconds
     while True:
         given = condition()

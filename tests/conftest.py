@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Of the processes that tests start too: the user's cache and login are not for tests.
+# Also for processes that tests start: they must not use the user's cache and login.
 for variable in [name for name in os.environ if name.startswith("HF_")]:
     del os.environ[variable]
 HUGGING_FACE = tempfile.TemporaryDirectory(prefix="huggingface-")

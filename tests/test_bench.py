@@ -1,4 +1,4 @@
-"""The benchmark that measures on a GPU: tried here with tiny models, as far as a CPU takes it."""
+"""The benchmark for GPUs, run with tiny models on a CPU."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.processes import finished
 
-# The same run on every machine.
+# Without a GPU, so that the run is the same on every machine.
 CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 

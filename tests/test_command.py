@@ -26,7 +26,7 @@ DOCUMENT = schema.derive((ROOT / "predict.py").read_text(encoding="utf-8"))
 # A request that Cog lets pass, and the predictor refuses at once.
 PASSES = {"prompt": "a", "extra_lora": "file:///a"}
 SMALL = {"prompt": "a red fox", "megapixels": "0.25", "num_inference_steps": 2, "disable_safety_checker": True}
-# As much as these tests need of a predictor: it says how often it draws, and puts a file where it is told.
+# A minimal predictor: it prints how often it draws, and writes a file to a given place.
 PREDICTOR = """
 from cog import BasePredictor, Input, Path
 
@@ -154,7 +154,7 @@ def test_what_is_refused_before_a_server_starts_is_what_the_server_refuses(serve
 
 
 def meant(text: str) -> object:
-    """What somebody may have meant by a text who writes JSON."""
+    """The value of a text as JSON, or else the text."""
     try:
         return json.loads(text)
     except ValueError:

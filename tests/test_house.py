@@ -98,7 +98,7 @@ def test_every_part_fits_its_room() -> None:
 
 
 def imported(text: str) -> list[tuple[str, str, str]]:
-    """What a module of the page imports: from where, the name there, and its name here."""
+    """The imports of a module of the page: the file, the name there, and the name here."""
     return [
         (module, original, own or original)
         for names, module in re.findall(r'^import \{([^}]*)\} from "\./([^"]+)"', text, re.MULTILINE)

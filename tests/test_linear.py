@@ -1,4 +1,4 @@
-"""What strangers send costs time in proportion to its length, and a cancelled prediction reads no further."""
+"""Inputs cost time in proportion to their length, and a cancelled prediction stops reading."""
 
 import ctypes
 import gzip
@@ -62,7 +62,7 @@ def record(key: str) -> bytes:
 
 
 def headed_tar(count: int) -> bytes:
-    """As many members as a fourth of the records in the header that stands before all of them."""
+    """An archive with a fourth as many members as records in its header."""
     records = b"".join(record(f"{number:06}") for number in range(4 * count))
     return tar((b"g", records), *[(b"x", record("a")), (b"0", b"")] * count)
 

@@ -194,7 +194,7 @@ def _factors(state: Tensors, layer: str) -> tuple[Tensor, Tensor]:
     return found
 
 
-# What trainers and tools write for one layer, by their own names and shapes at FLUX.1's dimensions.
+# Tensors that trainers and tools write for one layer, with their names, and shapes of FLUX.1's dimensions.
 TRAINED: dict[str, dict[str, tuple[int, ...]]] = {
     "ai-toolkit": {
         "transformer.single_transformer_blocks.0.proj_mlp.lora_A.weight": (16, 3072),

@@ -21,7 +21,7 @@ ENOUGH = 4.0
 # After this request Cog has lost its slot: no folder can have such a name.
 LONG_ID = "a" * 256
 SENTENCE = "The server cannot go on: it has been busy for 2 seconds while its predictor had nothing to do"
-# As much as these tests need of a predictor.
+# A minimal predictor.
 SHOWING = """
 import time
 

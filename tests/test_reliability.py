@@ -57,7 +57,7 @@ def picture(server: CogServer, **inputs: object) -> bytes:
 
 
 def when_idle(server: CogServer, seconds: float = 10) -> tuple[str, str | None]:
-    """What the first health check says that finds no prediction running."""
+    """The status and error of the first health check while no prediction runs."""
     health = wait_until(lambda: (it := server.health())["status"] != "BUSY" and it, seconds)
     return health["status"], health.get("user_healthcheck_error")
 
@@ -141,7 +141,7 @@ def test_a_start_with_unreadable_weights_fails_and_says_why(tmp_path: Path) -> N
         assert "failed" in str(answer)
 
 
-# What a host of a few megabytes does to a start and to three predictions; run where the small disk is mounted.
+# A start and three predictions with a disk of a few megabytes; runs where that disk is mounted.
 ON_A_SMALL_DISK = """
 import sys
 from pathlib import Path

@@ -9,7 +9,7 @@ from settings import ROOT
 
 
 def test_numbers_get_their_types() -> None:
-    # What Cog hands over when JSON says 4.0, 3 and 7.0.
+    # The values that Cog passes for 4.0, 3 and 7.0 in JSON.
     request = Request(prompt="a", num_inference_steps=4.0, guidance_scale=3, seed=7.0, loras=(LoraChoice("a/b", 1),))
     assert (request.num_inference_steps, request.seed) == (4, 7)
     assert isinstance(request.num_inference_steps, int)

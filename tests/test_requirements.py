@@ -70,7 +70,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(python: Path, *words: str) -> str:
-    """What a command of this project prints in that environment."""
+    """The output of a command of this project in that environment."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = finished([python, *words], env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

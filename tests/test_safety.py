@@ -119,7 +119,7 @@ def undecided_classifier() -> ViTForImageClassification:
 
 
 def own_answer(model: StableDiffusionSafetyChecker, image: Image.Image) -> bool:
-    """What the checker's own forward says."""
+    """The result of the checker's own forward."""
     pixels = CHECKER_PROCESSOR(image, return_tensors="pt").pixel_values
     _, flags = model(clip_input=pixels, images=[np.zeros((8, 8, 3))])
     return flags[0]

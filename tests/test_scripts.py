@@ -19,7 +19,7 @@ from local_cog.inputs import read_inputs
 from local_cog.server import CogServer, check_address, failure, files, url
 from settings import ROOT
 
-# As much as the scripts need of a predictor: it succeeds, fails, takes long, or does not even start.
+# A minimal predictor: it succeeds, fails, takes long, or does not start.
 PREDICTOR = """
 import os
 import time

@@ -1,10 +1,10 @@
-"""How fast FLUX.1 is drawn on this device, with random weights of full size: python -m bench.gpu.
+"""Measure how fast FLUX.1 draws on this device, with random weights of full size: python -m bench.gpu.
 
-One process, most valuable stage first. A stage is skipped where what is left of --seconds is less than its estimate,
-each row fails by itself, and each result is on the disk before the next is measured: a run that is cut keeps all that
-it measured. `python -m bench.report` makes a table of the file.
+One process, most valuable stage first. A stage is skipped if less than its estimate is left of --seconds; if a row
+fails, the others are still measured; each result is on the disk before the next is measured, so a run that is cut keeps
+all that it measured. `python -m bench.report` makes tables of the file.
 
---small tries the script with tiny models, on a CPU where there is no GPU: its times mean nothing.
+--small tries the script with tiny models, on a CPU if there is no GPU: its times mean nothing.
 """
 
 # ruff: noqa: E402 (the clock starts, and an environment variable is set, before the libraries are imported)
@@ -27,9 +27,8 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-# The time that importing takes counts too.
-BEGUN = time.perf_counter()
-os.environ.setdefault("TQDM_DISABLE", "1")  # read when it is imported: bars of steps hide what is printed
+BEGUN = time.perf_counter()  # imports count too
+os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it at import; progress bars would hide the output
 
 import torch
 
@@ -50,14 +49,14 @@ from settings import ROOT
 
 @dataclass(frozen=True)
 class Stage:
-    """What is measured together.
+    """Rows that are measured together.
 
     Args:
-        name: as results have it.
-        rows: what is measured, in order.
+        name: in the results.
+        rows: yields the rows, in order.
         estimate: seconds on an H100, compiling included.
         small: seconds of --small on two cores.
-        again: seconds on an H100 after a stage that compiled the VAE, where that is less.
+        again: seconds on an H100 after a stage that compiled the VAE, if that is less.
     """
 
     name: str
@@ -86,7 +85,7 @@ STAGES = (
 
 
 def main() -> None:
-    """Measure what fits into the time that there is."""
+    """Measure the stages that fit into the given time."""
     options = read_options()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not options.small:
@@ -109,13 +108,13 @@ def main() -> None:
     print(f"Wrote {options.out.name}; python -m bench.report makes tables of it.", flush=True)
     if failed:
         print(f"Some rows failed, in {', '.join(failed)}.", file=sys.stderr, flush=True)
-    # Without tidying up: torch's profiler keeps a native thread, and now and then a process that waits for it aborts
-    # ("terminate called without an active exception"), with all results written.
+    # Exit without cleaning up: torch's profiler keeps a native thread, and a process that waits for it sometimes aborts
+    # ("terminate called without an active exception").
     os._exit(1 if failed else 0)
 
 
 def start_watchdog(seconds: float, results: Results, bench: Bench) -> threading.Timer:
-    """End the process when the time is up, whatever hangs, with a line about the row that was cut and no files."""
+    """End the process when the time is up, even if something hangs: note the row that was cut, delete the files."""
 
     def end() -> None:
         faulthandler.dump_traceback()
@@ -124,7 +123,7 @@ def start_watchdog(seconds: float, results: Results, bench: Bench) -> threading.
         os._exit(1)
 
     left = max(1.0, seconds - (time.perf_counter() - BEGUN))
-    faulthandler.dump_traceback_later(left + 10, exit=True)  # should even a thread not get its turn
+    faulthandler.dump_traceback_later(left + 10, exit=True)  # if even the timer's thread cannot run
     timer = threading.Timer(left, end)
     timer.daemon = True
     timer.start()
@@ -132,7 +131,7 @@ def start_watchdog(seconds: float, results: Results, bench: Bench) -> threading.
 
 
 def read_options() -> argparse.Namespace:
-    """Options of the command line, and where results go unless it says so."""
+    """Options of the command line, with a default file of results."""
     stages = {stage.name: stage for stage in STAGES}
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -157,7 +156,7 @@ def read_options() -> argparse.Namespace:
 
 
 def seconds(text: str) -> float:
-    """A time that can be waited for."""
+    """A positive number of seconds."""
     value = float(text)
     if not 0 < value < 10**6:
         raise ValueError
@@ -165,7 +164,7 @@ def seconds(text: str) -> float:
 
 
 def command(options: argparse.Namespace) -> str:
-    """What was asked for, without the places where things lay."""
+    """The command, without folders."""
     words = ["python", "-m", "bench.gpu", "--seconds", f"{options.seconds:g}"]
     words += ["--small"] if options.small else []
     words += ["--caches", options.caches.name] if options.caches else []
@@ -175,7 +174,7 @@ def command(options: argparse.Namespace) -> str:
 
 
 def measure(stage: Stage, bench: Bench, results: Results, end: float) -> bool:
-    """Measure a stage's rows if there is time for them; whether none failed."""
+    """Measure a stage's rows if there is time for them; returns whether none failed."""
     warm = bench.compiled and stage.again is not None
     estimate = stage.small if bench.small else stage.again if warm else stage.estimate
     left = end - time.perf_counter()
@@ -197,17 +196,17 @@ def measure(stage: Stage, bench: Bench, results: Results, end: float) -> bool:
 
 
 def outcomes(stage: Stage, bench: Bench) -> Iterator[tuple[str, Values]]:
-    """What each row of a stage came to; one that cannot be measured says why."""
+    """Each row's name and values, or the reason why it has none."""
     try:
         for name, work in stage.rows(bench):
             bench.row = (stage.name, name)
             yield name, attempt(work)
-    except Exception as error:  # what the rows are could not be told
+    except Exception as error:  # listing the rows failed
         yield "", reason(error)
 
 
 def attempt(work: Callable[[], Values | None]) -> Values:
-    """What work returns, or why it could not."""
+    """The values that work returns, or the reason why there are none."""
     try:
         return work() or {}
     except Exception as error:
@@ -215,7 +214,7 @@ def attempt(work: Callable[[], Values | None]) -> Values:
 
 
 def reason(error: Exception) -> Values:
-    """Why there are no values, and the end of the traceback, without the paths of the machine."""
+    """An error's message and the end of its traceback, without the machine's paths."""
     if isinstance(error, SkippedError):
         return {"skipped": str(error)}
     print(faults.places(error), file=sys.stderr)
@@ -224,7 +223,7 @@ def reason(error: Exception) -> Values:
 
 
 def go_on_anew(options: argparse.Namespace, stages: list[Stage]) -> None:
-    """Measure the rest in a new process: after an illegal access to memory the device refuses all else to this one."""
+    """Measure the rest in a new process: after an illegal memory access CUDA refuses everything to this one."""
     if stages:
         left = options.seconds - (time.perf_counter() - BEGUN)
         words = ["--seconds", str(left), "--out", str(options.out), "--stages", *(stage.name for stage in stages)]
@@ -234,9 +233,9 @@ def go_on_anew(options: argparse.Namespace, stages: list[Stage]) -> None:
 
 
 def save_compiled(path: Path) -> Values:
-    """Write all code that was compiled so far, for --caches."""
+    """Write all code compiled so far to a file for --caches."""
     artifacts = torch.compiler.save_cache_artifacts()
-    if artifacts is None:  # of a compiler that makes no code
+    if artifacts is None:  # the compiler made no code
         return {"bytes": 0}
     content = gzip.compress(artifacts[0], compresslevel=1)
     path.write_bytes(content)

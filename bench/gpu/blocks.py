@@ -1,9 +1,8 @@
-"""Whether FLUX's blocks are faster fused: a fused transformer and one with diffusers' blocks on the same weights, in
-turn, both launched kernel by kernel.
+"""Compare a fused transformer with one of diffusers' blocks on the same weights, in turn, both launched by kernel.
 
-On a GPU the product's is the fused one, and the other shares all its tensors. On a CPU it is not fused: there the fused
-one has the tensors that fusing moves of its own, so it has live weights of its own too, and both always hold the same
-mix.
+On a GPU the product's transformer is fused, and the other one shares all its tensors. On a CPU the product's is not
+fused: the fused one has its own copy of the tensors that fusing moves, so it needs live weights of its own, which hold
+the same mix.
 """
 
 import copy
@@ -18,13 +17,12 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from bench.gpu.context import Bench, Marks, Row, Values, launched, relative_error, summary
-from bench.gpu.plain import draw, noise
+from bench.gpu.plain import noise, one_step
 from engine import block_operators
 from engine.acceleration import COMPILE, compiler_settings
 from engine.blocks import DoubleBlock, SingleBlock, fuse, joined_layers
 from engine.live import Live
 from flux import FP8_LORA_FACTOR, Job, denoise
-from service.measure import Stopwatch
 
 # Turns of each transformer, and steps that are timed in each.
 TURNS, STEPS = 4, 4
@@ -33,7 +31,7 @@ CALLS = 20
 
 
 def blocks(bench: Bench) -> Iterator[Row]:
-    """Each kernel alone, against torch; then each precision: compile, errors, steps in turn without and with LoRAs."""
+    """Each kernel against torch; then for each precision compiling, errors, and steps without and with LoRAs."""
     for name in ("norm_quantize", "gelu_quantize", "rotate_heads", "linear_gelu"):
         yield f"{name} alone", partial(kernel, bench, name)
     for precision, go_fast in bench.precisions.items():
@@ -48,37 +46,37 @@ def blocks(bench: Bench) -> Iterator[Row]:
 
 @dataclass
 class Pair:
-    """The product's transformer of one precision, and one on the same weights that is fused where that one is not."""
+    """The product's transformer of one precision, and another on the same weights: one of the two is fused."""
 
     bench: Bench
     go_fast: bool
 
     @property
     def product(self) -> FluxTransformer2DModel:
-        """The product's."""
+        """The product's transformer."""
         return (self.bench.models.live_fp8 if self.go_fast else self.bench.models.live)["dev"].module
 
     @property
     def is_fused(self) -> bool:
-        """Whether that is the fused one."""
+        """Whether the product's is the fused one."""
         return isinstance(self.product.transformer_blocks[0], DoubleBlock)
 
     @cached_property
     def other(self) -> FluxTransformer2DModel:
-        """The other one; it will be compiled as the product's is."""
+        """The other transformer, compiled like the product's at its first call."""
         module = unfused_copy(self.product) if self.is_fused else fused_copy(self.product)
         module.set_attention_backend(self.bench.flux.attention)
-        # The compiler of --small is the one that costs nothing.
+        # With --small nothing is compiled, to save time.
         module.compile_repeated_blocks(backend="eager" if self.bench.small else "inductor", **COMPILE)
         return module
 
     @cached_property
     def own(self) -> Live | None:
-        """The other one's live weights, where it has its own."""
+        """The other transformer's live weights, unless it shares the product's."""
         return None if self.is_fused else Live(self.other, {"dev": dict(self.bench.pristine.state_dict())})
 
     def compile(self) -> Values:
-        """Seconds until the fused blocks are compiled for every size; diffusers' are compiled before."""
+        """Seconds to compile the fused blocks for every size, after diffusers'."""
         if not self.bench.small:
             self.bench.mark_compiled()
 
@@ -93,10 +91,8 @@ class Pair:
         return {"compile_s": took, "unfused_s": before, "graphs": counters["stats"]["unique_graphs"] - graphs}
 
     def jobs(self, *, steps: int, loras: bool = False, **changes: object) -> dict[str, Job]:
-        """The same request, ready to be drawn by each; both hold its mix."""
-        bench = self.bench
-        wanted = bench.request(go_fast=self.go_fast, loras=loras, num_inference_steps=steps, **changes)
-        job = bench.flux.prepare(wanted, bench.files(wanted), Stopwatch(bench.device))
+        """The same request, ready to be drawn by each transformer; both hold its mix."""
+        job = self.bench.prepare(go_fast=self.go_fast, loras=loras, num_inference_steps=steps, **changes)
         if self.own:
             self.own.hold("dev", [it.term(FP8_LORA_FACTOR if job.fp8 else 1) for it in job.loras])
         pipeline = FluxPipeline(**job.pipeline.components | {"transformer": self.other})
@@ -110,7 +106,7 @@ class Pair:
             return denoise(job, job.request.seed, on_step)
 
     def errors(self, *, loras: bool = False) -> Values:
-        """One step of each against plain diffusers (which has no LoRA), and of one against the other."""
+        """Relative errors after one step: fused against unfused, and without LoRAs both against plain diffusers."""
         bench = self.bench
         jobs = self.jobs(steps=1, loras=loras)
         unfused, fused = (self.draw(jobs[name], lambda: None) for name in ("unfused", "fused"))
@@ -118,14 +114,12 @@ class Pair:
         between = {"relative_error": relative_error(fused, unfused, start), "finite": bool(fused.isfinite().all())}
         if loras:
             return between
-        if "plain" not in bench.latents:
-            bench.latents["plain"] = draw(bench, 1)
-        plain = bench.latents["plain"]
         against = {"unfused": unfused, "fused": fused}
+        plain = one_step(bench)
         return between | {f"{name}_against_plain": relative_error(it, plain, start) for name, it in against.items()}
 
     def steps(self, *, loras: bool = False, **changes: object) -> Values:
-        """Seconds of steps of each, in turn, so that what drifts meets both."""
+        """Seconds of steps of each, in turn, so that a drifting clock affects both."""
         jobs = self.jobs(steps=STEPS + 1, loras=loras, **changes)
         before = counters["stats"]["unique_graphs"]
         times: dict[str, list[float]] = {name: [] for name in jobs}
@@ -143,7 +137,7 @@ class Pair:
 
 
 def fused_copy(module: FluxTransformer2DModel) -> FluxTransformer2DModel:
-    """A fused transformer that shares all tensors with this one but those that fusing moves."""
+    """A fused copy that shares all tensors except those that fusing moves."""
     moved = [it for layer in joined_layers(module) for it in (layer.weight, getattr(layer, "scale", None))]
     fused = _copy(module, moved)
     fuse(fused)
@@ -151,21 +145,21 @@ def fused_copy(module: FluxTransformer2DModel) -> FluxTransformer2DModel:
 
 
 def unfused_copy(module: FluxTransformer2DModel) -> FluxTransformer2DModel:
-    """A transformer with diffusers' blocks that shares all tensors with this one, which is fused."""
+    """A copy of a fused transformer with diffusers' blocks; it shares all tensors."""
     unfused = _copy(module)
     for block in (*unfused.transformer_blocks, *unfused.single_transformer_blocks):
         if isinstance(block, DoubleBlock | SingleBlock):
             block.__class__ = type(block).__base__
-    del unfused._repeated_blocks  # those of fused ones
+    del unfused._repeated_blocks  # the names of fused blocks
     return unfused
 
 
 def _copy(module: FluxTransformer2DModel, own: Iterable[Tensor | None] = ()) -> FluxTransformer2DModel:
-    """A copy that has these tensors of its own and shares all others."""
+    """A copy with its own copies of these tensors; it shares all others."""
     shared = {id(it): it for it in (*module.parameters(), *module.buffers())}
     for it in own:
         shared.pop(id(it), None)
-    with launched(module):  # a replay is not copied
+    with launched(module):  # do not copy a replay
         return copy.deepcopy(module, shared)
 
 
@@ -174,7 +168,7 @@ def _copy(module: FluxTransformer2DModel, own: Iterable[Tensor | None] = ()) -> 
 
 @torch.no_grad()
 def kernel(bench: Bench, name: str) -> Values:
-    """Microseconds of one call at FLUX's sizes, the rate at which it moves bytes, and how far it is from torch's."""
+    """Microseconds of one call at FLUX's sizes, GB/s that it moves, and its error against torch."""
     if name.endswith("quantize"):
         bench.needs_fp8()
     given = arguments(bench)[name]
@@ -182,34 +176,34 @@ def kernel(bench: Bench, name: str) -> Values:
     made, right = (results(call(*given)) for call in (operator, in_torch))
     errors = [relative_error(one, other) for one, other in zip(made, right, strict=True)]
     moved = sum(it.nbytes for it in tensors((*given, operator(*given))))
-    times = []
+    times, calls = [], 1 if bench.small else CALLS
     for _ in range(1 if bench.small else 5):
         marks = Marks(bench.device)
         marks()
-        for _ in range(1 if bench.small else CALLS):
+        for _ in range(calls):
             operator(*given)
         marks()
         times += marks.seconds()
-    each = median(times) / (1 if bench.small else CALLS)
+    each = median(times) / calls
     return {"microseconds": 1e6 * each, "gb_per_s": moved / each / 1e9, "relative_error": max(errors)}
 
 
 def tensors(values: object) -> list[Tensor]:
-    """All tensors within."""
+    """All tensors in nested values."""
     if isinstance(values, Tensor):
         return [values]
     return [it for value in values or () for it in tensors(value)]
 
 
 def results(values: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    """What an operator gave, quantised values times their scales."""
+    """An operator's results; quantised values are multiplied by their scales."""
     if isinstance(values, tuple) and len(values) == 2:
         return [values[0].float() * values[1]]
     return tensors(values)
 
 
 def arguments(bench: Bench) -> dict[str, tuple]:
-    """What each operator is given in a single block, and `linear_gelu` in a double block."""
+    """Arguments of each operator as in a single block; of `linear_gelu` as in a double block."""
     config, text = bench.pristine.config, 512
     tokens = text + (1024 if bench.small else 4096)
     size, heads = config.attention_head_dim, config.num_attention_heads
@@ -218,9 +212,9 @@ def arguments(bench: Bench) -> dict[str, tuple]:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.bfloat16, device=bench.device)
 
-    joined = random(1, tokens, 7 * width)  # of which products are views
+    joined = random(1, tokens, 7 * width)  # products are views of it
     *products, hidden = joined.split([width] * 3 + [4 * width], dim=2)
-    # RoPE turns pairs of numbers, so each angle is there twice.
+    # RoPE rotates pairs of numbers, so each angle appears twice.
     angles = torch.randn(tokens, size // 2, device=bench.device).repeat_interleave(2, dim=1)
     return {
         "norm_quantize": (random(1, tokens, width), random(1, width), random(1, width)),

@@ -1,7 +1,7 @@
-"""How fast this device multiplies and copies: what all other times are set against.
+"""The rates at which this device multiplies and copies, to compare all other times with.
 
-A burst of a few milliseconds runs at a higher clock than the device can hold, so the floor of a picture is reckoned
-from the rate that is sustained for seconds.
+In a burst of a few milliseconds the clock is higher than the device can hold, so the least time of a picture is
+computed from the rate that is sustained for seconds.
 """
 
 import time
@@ -20,8 +20,7 @@ from service import slabs
 
 BURST = 10  # products
 SUSTAINED = 4.0  # seconds
-# Seconds of work that are queued together.
-BATCH = 0.25
+BATCH = 0.25  # seconds of work that are queued together
 COPIED = 2 * 10**9  # bytes
 
 
@@ -50,7 +49,7 @@ def products(bench: Bench, precision: str, sustained: bool) -> Values:
     count, marks, looked = max(1, round(BATCH / each)), Marks(bench.device), None
     marks()
     start = time.perf_counter()
-    with ThreadPoolExecutor(1) as looker:  # asking for clocks takes so long that the device would rest meanwhile
+    with ThreadPoolExecutor(1) as looker:  # in a thread: reading clocks is so slow that the device would idle
         while (passed := time.perf_counter() - start) < seconds:
             for _ in range(count):
                 multiply()
@@ -74,7 +73,7 @@ def _product(bench: Bench, precision: str, side: int) -> Callable[[], object]:
 
 
 def copy(bench: Bench) -> Values:
-    """GB/s from the device's memory to itself, bytes read and written counted."""
+    """GB/s of a copy within the device's memory: bytes read plus bytes written."""
     source = torch.randn(COPIED // 4 // (100 if bench.small else 1), device=bench.device)
     target = torch.empty_like(source)
     times = bench.times(lambda: target.copy_(source))

@@ -1,4 +1,4 @@
-"""What all stages share: the models, made when first needed, and how work is timed."""
+"""Shared by all stages: the models, made when first needed, and ways to time work."""
 
 import gc
 import time
@@ -7,18 +7,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 import torch
 from diffusers import FluxTransformer2DModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bench.gpu import models
 from engine import fp8
 from engine.acceleration import compile_models
+from engine.architecture import is_block_linear
 from engine.loading import Models
-from flux import FP8_LORA_FACTOR, Flux
+from flux import FP8_LORA_FACTOR, Flux, Job
+from harness.loras import random_lora
 from request import LoraChoice, LoraFile, Request
 from safety import SafetyChecker
 from service import faults
@@ -27,13 +31,13 @@ from service.measure import Stopwatch
 PROMPT = "a red fox in the snow, a photograph"
 RANK = 16
 PICTURES = 3
-# diffusers' name of its own attention, which a transformer has unless it is given another.
+# diffusers' name of its default attention.
 ATTENTION = "native"
-# Those that are exact: FlashAttention 3, and each of torch's kernels by itself.
+# Exact ones: diffusers' default, FlashAttention 3, and each of torch's kernels by itself.
 BACKENDS = (ATTENTION, "_flash_3", "_native_cudnn", "_native_flash", "_native_efficient")
 
 Values = dict[str, object]
-# What a row is called, and what measures it. Stages yield these; each is measured, and may fail, by itself.
+# The name of a row and the function that measures it. Stages yield rows; if one fails, the others are still measured.
 Row = tuple[str, Callable[[], Values]]
 
 
@@ -43,16 +47,16 @@ class SkippedError(Exception):
 
 @dataclass
 class Bench:
-    """What every stage is given: the device, the models, requests, and ways to time work.
+    """The device, the models, requests, and ways to time work; every stage gets it.
 
     Args:
         device: where everything computes.
-        small: tiny models: this tries the script, and its times mean nothing.
-        folder: of files that do not outlive the run.
-        latents: what has been drawn for comparison, by system.
-        row: the stage and the name of what is being measured.
-        marked: whether the product's models are compiled when called.
-        compiled: whether all of them were.
+        small: use tiny models: this tries the script, and its times mean nothing.
+        folder: for files that are deleted at the end of the run.
+        latents: drawn for comparison, by system.
+        row: the stage and the name of the row that is being measured.
+        marked: whether calling the product's models compiles them.
+        compiled: whether they have been compiled.
     """
 
     device: torch.device
@@ -81,18 +85,18 @@ class Bench:
     @cached_property
     def _made(self) -> tuple[Models, FluxTransformer2DModel]:
         made, pristine = models.make_models(self.device, self.sizes, fp8=self.has_fp8)
-        # By its name: one that has none of its own takes what any other transformer was given last.
+        # Set it by name: otherwise diffusers takes the attention that any transformer was given last.
         pristine.set_attention_backend(ATTENTION)
         return made, pristine
 
     @property
     def models(self) -> Models:
-        """What Flux draws with."""
+        """The models of `flux`."""
         return self._made[0]
 
     @property
     def pristine(self) -> FluxTransformer2DModel:
-        """dev's transformer as diffusers makes it, for diffusers to draw with; its parameters are the base."""
+        """dev's transformer as diffusers makes it, for diffusers' own pipeline; its parameters are the base."""
         return self._made[1]
 
     @cached_property
@@ -107,29 +111,26 @@ class Bench:
 
     @cached_property
     def loras(self) -> list[LoraFile]:
-        """Two LoRAs that requests name."""
+        """The two LoRAs of requests."""
         return [self.lora(RANK, seed) for seed in (1, 2)]
 
     def lora(self, rank: int, seed: int) -> LoraFile:
-        """A LoRA on every linear layer of the blocks, written when it is first asked for."""
+        """A LoRA on every linear layer of the blocks, in diffusers' names; its file is written once."""
         path = self.folder / f"rank-{rank}-{seed}.safetensors"
         if not path.exists():
-            models.write_lora(path, self.models.skeleton, self.device, rank, seed)
+            tensors = random_lora(self.models.skeleton, is_block_linear, rank, seed, device=self.device)
+            save_file(tensors, path)
         return LoraFile(path, path.stem, path.name)
-
-    def files(self, request: Request) -> list[LoraFile]:
-        """The files of a request's LoRAs."""
-        return [file for choice in request.loras for file in self.loras if file.name == choice.reference]
 
     @cached_property
     def has_fp8(self) -> bool:
-        """Whether fp8 is measured: wherever a GPU has it, even where the product would not use it, to learn why."""
+        """Whether fp8 is measured: on every GPU that has it, even if the product would not use it there."""
         ada = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 9)
         return ada or fp8.supported(self.device)
 
     @property
     def precisions(self) -> dict[str, bool]:
-        """What `go_fast` is for each precision that there is here."""
+        """The value of `go_fast` for each precision of this device."""
         return {"bf16": False} | ({"fp8": True} if self.has_fp8 else {})
 
     def request(self, model: str = "dev", *, go_fast: bool = False, loras: bool = False, **changes: object) -> Request:
@@ -144,8 +145,13 @@ class Bench:
         }
         return Request(model=model, go_fast=go_fast, **inputs | changes)
 
+    def prepare(self, **changes: object) -> Job:
+        """A request as `Bench.request` makes it, ready to be denoised, with the live weights that it needs."""
+        request = self.request(**changes)
+        return self.flux.prepare(request, self.loras if request.loras else (), Stopwatch(self.device))
+
     def mark_compiled(self) -> None:
-        """Have the product's models compiled when next called, and T5 and steps replayed, as `Flux.compile` does."""
+        """Mark the product's models to be compiled at the next call, and T5 and steps replayed, like `Flux.compile`."""
         if not self.marked:
             self.flux.replay_t5()
             self.flux.replay_steps()
@@ -154,7 +160,7 @@ class Bench:
             self.marked = True
 
     def replay_as_the_product(self) -> None:
-        """Have steps replayed by the product's own recordings, or launched, as they were before `mark_compiled`."""
+        """Replay steps by the product's own recordings if `mark_compiled` was called; else launch them."""
         for live in self.models.lives():
             vars(live.module).pop("forward", None)
         if self.marked:
@@ -171,7 +177,7 @@ class Bench:
             raise SkippedError("fp8 products with a scale for each row are not supported here")
 
     def work(self, model: str = "dev", megapixels: str = "1") -> Values:
-        """What a step has to compute: TFLOP of the blocks' linear layers, and of attention."""
+        """TFLOP of a step: of the blocks' linear layers, and of attention."""
         config = self.pristine.config
         width = config.num_attention_heads * config.attention_head_dim
         blocks = config.num_layers + config.num_single_layers
@@ -181,7 +187,7 @@ class Bench:
         return {"tokens": tokens, "linear_tflop": linear / 1e12, "attention_tflop": attention / 1e12}
 
     def free(self) -> None:
-        """Give back the GPU's memory that nothing holds."""
+        """Return unused memory to the GPU."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -194,7 +200,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """How long work takes, with what it left running on the GPU."""
+        """Seconds that work takes, until the GPU has finished it."""
         self.synchronize()
         start = time.perf_counter()
         work()
@@ -202,12 +208,12 @@ class Bench:
         return time.perf_counter() - start
 
     def times(self, work: Callable[[], object], repeats: int = 5) -> Values:
-        """Median and spread of several, after a first one that is told apart."""
+        """Median and spread of several runs; the first run is listed apart."""
         first = self.seconds(work)
         return summary([self.seconds(work) for _ in range(repeats)], first_s=first)
 
     def pictures(self, draw: Callable[[str, Stopwatch], object]) -> Values:
-        """Median and spread of whole pictures, each of a new prompt, after one that is not timed; and seconds by phase.
+        """Median and spread of whole pictures, each of a new prompt, after an untimed one; and seconds by phase.
 
         Args:
             draw: (prompt, stopwatch).
@@ -218,7 +224,7 @@ class Bench:
         return summary(times, phases_s={phase: seconds / PICTURES for phase, seconds in watch.seconds.items()})
 
     def peak(self, work: Callable[[], object]) -> dict[str, int]:
-        """The most GPU memory that work held at once beyond what was held before; nothing on a CPU."""
+        """The most GPU memory that work added at any time; nothing on a CPU."""
         if self.device.type != "cuda":
             return {}
         self.synchronize()
@@ -230,9 +236,9 @@ class Bench:
 
 
 class Marks:
-    """Moments between which the device works: events of a GPU's stream, a CPU's clock.
+    """Times of the device: events in a GPU's stream, or readings of a CPU's clock.
 
-    An event passes when the device reaches it, so a mark costs no waiting.
+    The GPU records an event when it reaches it, so a mark waits for nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -249,13 +255,9 @@ class Marks:
 
     def seconds(self) -> list[float]:
         """From each mark to the next."""
-        return list(self._between())
-
-    def _between(self) -> Iterator[float]:
         if self._cuda and self._marks:
             self._marks[-1].synchronize()
-        for start, end in zip(self._marks, self._marks[1:], strict=False):
-            yield start.elapsed_time(end) / 1e3 if self._cuda else end - start
+        return [start.elapsed_time(end) / 1e3 if self._cuda else end - start for start, end in pairwise(self._marks)]
 
 
 def summary(times: list[float], **more: object) -> Values:
@@ -270,7 +272,7 @@ def relative_error(a: Tensor, b: Tensor, origin: Tensor | float = 0.0) -> float:
 
 @contextmanager
 def launched(module: nn.Module) -> Iterator[None]:
-    """Inside, a module that is replayed runs kernel by kernel."""
+    """Inside, a module's kernels are launched one by one instead of replayed."""
     replayed = vars(module).pop("forward", None)
     try:
         yield
@@ -281,7 +283,7 @@ def launched(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def can_be_used() -> Iterator[None]:
-    """Skip the row where what is called is not installed, or does not take this device: that is a finding too."""
+    """Skip the row if the call inside fails: it is not installed, or does not support this device."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -291,6 +293,6 @@ def can_be_used() -> Iterator[None]:
 
 
 def in_new_thread(work: Callable[[], object]) -> None:
-    """Work in a thread that has done nothing before."""
+    """Run work in a new thread."""
     with ThreadPoolExecutor(1) as thread:
         thread.submit(work).result()

@@ -1,6 +1,6 @@
-"""Whether steps are faster replayed: a fused transformer and one with diffusers' blocks, launched and as CUDA graphs.
+"""Compare launched steps with replayed CUDA graphs, of a fused transformer and of one with diffusers' blocks.
 
-The processor matters here as much as the GPU: a graph saves what launching takes longer than running.
+A graph saves time only where launching kernels takes longer than running them, so the CPU matters as much as the GPU.
 """
 
 import time
@@ -21,13 +21,13 @@ from flux import Job, denoise
 from service import faults
 
 QUARTER = {"megapixels": "0.25"}
-# Recorded one after another, in memory that they share. The largest picture is always drawn in bf16.
+# Sizes that are recorded one after another, in shared memory. The largest picture is always drawn in bf16.
 SIZES = {"1:1": {}, "1:1, a quarter": QUARTER, "3:2": {"aspect_ratio": "3:2"}}
 LARGEST = {"1440x1440": {"aspect_ratio": "custom", "width": 1440, "height": 1440}}
 
 
 def graphs(bench: Bench, precision: str) -> Iterator[Row]:
-    """Compile, steps in turn without and with LoRAs, whether bits are equal, what recording takes."""
+    """Compiling, steps in turn without and with LoRAs, equality of bits, and the cost of recording."""
     go_fast = precision == "fp8"
     if go_fast:
         bench.needs_fp8()
@@ -42,17 +42,17 @@ def graphs(bench: Bench, precision: str) -> Iterator[Row]:
 
 
 class NotReplayedError(Exception):
-    """Steps could not be recorded; says why, with the traceback of the first that could not."""
+    """Steps could not be recorded; holds the traceback of the last failure."""
 
 
 @dataclass
 class Replayed(Pair):
     """Both transformers, launched and replayed."""
 
-    why: list[str] = field(default_factory=list)  # what could not be recorded
+    why: list[str] = field(default_factory=list)  # tracebacks of failed recordings
 
     def compile(self) -> Values:
-        """Seconds until both are compiled; from now on they are replayed."""
+        """Seconds to compile both; from then on their steps are replayed."""
         values = super().compile()
         self._start()
         return values
@@ -60,11 +60,11 @@ class Replayed(Pair):
     def _start(self) -> None:
         transformers = [job.pipeline.transformer for job in self.jobs(steps=1).values()]
         self.why.clear()
-        # There are two transformers of a precision here, in the product one.
+        # Two transformers of a precision; the product has one.
         Steps(transformers, 2 * GRAPHS).start(lambda: Noted(self.bench.device.type == "cuda", self.why))
 
     def draw_replayed(self, job: Job, on_step: Callable[..., object]) -> Tensor:
-        """Latents, from the second step of a size on by a graph."""
+        """Latents; from a size's second step on, by a graph."""
         before = len(self.why)
         latents = denoise(job, job.request.seed, on_step)
         if len(self.why) > before or "forward" not in vars(job.pipeline.transformer):
@@ -73,11 +73,11 @@ class Replayed(Pair):
 
     @property
     def ways(self) -> dict[str, Callable[[Job, Callable[..., object]], Tensor]]:
-        """What draws the latents of a job."""
+        """The functions that draw the latents of a job, by name."""
         return {"launched": self.draw, "replayed": self.draw_replayed}
 
     def steps(self, *, loras: bool = False, **changes: object) -> Values:
-        """Seconds of steps of both, both ways in turn, and of the processor; not of the first turn, which records."""
+        """Seconds of steps of both transformers, both ways in turn, and CPU seconds; the first turn only records."""
         jobs = self.jobs(steps=STEPS + 1, loras=loras, **changes)
         times: dict[str, list[float]] = {f"{name}, {way}": [] for name in jobs for way in self.ways}
         busy, failed = dict.fromkeys(times, 0.0), {}
@@ -92,7 +92,7 @@ class Replayed(Pair):
                 if turn and which not in failed:
                     busy[which] += time.process_time() - begun
                     times[which] += marks.seconds()
-        # A picture has one step more than there are times between steps.
+        # A picture has one step more than times between steps.
         values: Values = {
             which: summary(its, processor_s=busy[which] / len(its) * STEPS / (STEPS + 1))
             for which, its in times.items()
@@ -101,7 +101,7 @@ class Replayed(Pair):
         return values | ({"error": f"not replayed: {', '.join(failed)}", "tracebacks": failed} if failed else {})
 
     def bits(self) -> Values:
-        """Whether latents of a few steps are the same in both ways: before LoRAs, with them and after them."""
+        """Whether launched and replayed latents are equal: before LoRAs, with them, and after them."""
         made: dict[str, list[tuple[Tensor, Tensor]]] = {"unfused": [], "fused": []}
         for loras in (False, True, False):
             for name, job in self.jobs(steps=4, loras=loras).items():
@@ -115,13 +115,13 @@ class Replayed(Pair):
         return values
 
     def recording(self) -> Values:
-        """For each transformer and size, seconds that recording adds to a step, and bytes that it keeps then."""
+        """Seconds that recording adds to a step, and bytes that it keeps, for each transformer and size."""
         values: Values = {}
         for name in ("unfused", "fused"):
-            self._start()  # anew, so that nothing is recorded
+            self._start()  # with no recordings
             for label, size in (SIZES if self.go_fast else LARGEST | SIZES).items():
                 draw = partial(self.draw_replayed, self.jobs(steps=1, **size)[name], lambda: None)
-                draw()  # launched, since it is the first
+                draw()  # the first step of a size is launched
                 before = self._free_bytes()
                 first = self.bench.seconds(draw)
                 kept = before - self._free_bytes()
@@ -129,17 +129,17 @@ class Replayed(Pair):
         return values
 
     def _free_bytes(self) -> int:
-        """Of the GPU's memory, once what nothing holds is given back."""
+        """Free bytes of the GPU, after unused ones were returned."""
         self.bench.free()
         return torch.cuda.mem_get_info(self.bench.device)[0] if self.bench.device.type == "cuda" else 0
 
 
 class Noted(Pool):
-    """Records, and notes what could not be recorded.
+    """A pool that notes failed recordings.
 
     Args:
-        cuda: record CUDA graphs; else, for --small on a CPU, a replay computes it again, into the same memory.
-        why: gets the traceback of what could not be recorded.
+        cuda: record CUDA graphs; otherwise (--small on a CPU) a replay computes again, into the same memory.
+        why: gets the traceback of each failed recording.
     """
 
     def __init__(self, cuda: bool, why: list[str]) -> None:
@@ -148,7 +148,7 @@ class Noted(Pool):
             super().__init__()
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        """Record work."""
+        """The replay of work, and its output."""
         if not self._cuda:
             output = work()
             return lambda: output.copy_(work()), output
@@ -159,5 +159,5 @@ class Noted(Pool):
             raise
 
     def bytes(self) -> int:
-        """How large it is."""
+        """The pool's size."""
         return super().bytes() if self._cuda else 0

@@ -1,19 +1,15 @@
-"""FLUX.1 dev and schnell with random weights of the real models' sizes, made where they compute.
+"""FLUX.1 dev and schnell with random weights of the real models' sizes, made on the device.
 
-Speed does not depend on what the weights are, so nothing is downloaded, and nothing is written but LoRA files. The
-tokenizers are the miniature's, told that they read as many tokens as the real ones. schnell is dev without its guidance
-embedder, and shares its tensors.
+Speed does not depend on the weights' values, so nothing is downloaded. The tokenizers are the miniature's, with the
+real ones' number of tokens. schnell is dev without its guidance embedder, and shares its tensors.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from safetensors.torch import save_file
-from torch import nn
 from transformers import (
     AutoTokenizer,
     CLIPConfig,
@@ -28,7 +24,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from engine.architecture import OFFICIAL, is_block_linear, skeletons
+from engine.architecture import OFFICIAL, skeletons
 from engine.loading import Models, assemble
 from engine.placement import Precisions
 from safety import SafetyChecker
@@ -66,7 +62,7 @@ SMALL = {
 
 @contextmanager
 def bfloat16_on(device: torch.device) -> Iterator[None]:
-    """Make modules inside in bfloat16, their random weights on the device."""
+    """Modules that are made inside are in bfloat16 on the device."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -83,10 +79,10 @@ def make_transformer(device: torch.device, config: dict[str, object]) -> FluxTra
 
 
 def make_models(device: torch.device, sizes: dict[str, dict], *, fp8: bool) -> tuple[Models, FluxTransformer2DModel]:
-    """Both models, as loading them from folders would give them, with all weights on the device.
+    """Both models, as if they were loaded from folders, with all weights on the device.
 
     Returns:
-        the models, and dev's pristine transformer, whose parameters are the base of both.
+        The models, and dev's pristine transformer, whose parameters are the base of both.
     """
     torch.manual_seed(0)
     pristine = make_transformer(device, sizes["transformer"])
@@ -112,25 +108,8 @@ def make_safety(device: torch.device, sizes: dict[str, dict]) -> SafetyChecker:
     return SafetyChecker(checker, CLIPImageProcessorPil(), classifier, ViTImageProcessorPil())
 
 
-def write_lora(path: Path, module: nn.Module, device: torch.device, rank: int, seed: int) -> None:
-    """Write a LoRA on every linear layer of the blocks, in diffusers' format and bfloat16."""
-    generator = torch.Generator(device).manual_seed(seed)
-    tensors = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear) and is_block_linear(name):
-            up, down = (
-                torch.randn(shape, generator=generator, device=device)
-                for shape in ((layer.out_features, rank), (rank, layer.in_features))
-            )
-            tensors |= {
-                f"transformer.{name}.lora_A.weight": (down / layer.in_features**0.5).bfloat16(),
-                f"transformer.{name}.lora_B.weight": (0.1 * up).bfloat16(),
-            }
-    save_file(tensors, path)
-
-
 def _components(device: torch.device, sizes: dict[str, dict]) -> dict[str, object]:
-    """What pipelines need beside the transformer, by diffusers' names."""
+    """A pipeline's other components, by diffusers' names."""
     tokenizers = {name: _tokenizer(name) for name in TOKENS}
     end = tokenizers["tokenizer"].eos_token_id
     clip = CLIPTextConfig(max_position_embeddings=TOKENS["tokenizer"], eos_token_id=end, **sizes["clip"])

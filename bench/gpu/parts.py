@@ -1,4 +1,4 @@
-"""What stands around the steps, where a step's time goes, and what the product's switches gain."""
+"""Times of everything around the steps, the kernels of a step, and the gain of each of the product's switches."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from flux import decode, denoise
 from service.measure import Stopwatch
 
 KERNELS = 25
-# A and B in turn, as often: what drifts meets both.
+# Runs of A and of B, in turn: a drifting clock affects both.
 TURNS = 3
 
 
@@ -37,9 +37,8 @@ def parts(bench: Bench) -> Iterator[Row]:
 
 
 def decode_picture(bench: Bench, side: int) -> Values:
-    """Latents to pixels, as the product does it, compiled where it is; and the memory that it takes."""
-    wanted = bench.request(aspect_ratio="custom", width=side, height=side)
-    job = bench.flux.prepare(wanted, (), Stopwatch(bench.device))
+    """Latents to pixels, as the product decodes them, and the memory that it takes."""
+    job = bench.prepare(aspect_ratio="custom", width=side, height=side)
     tokens = (side // 16) ** 2
     call = partial(decode, job, torch.randn(1, tokens, 64, device=bench.device, dtype=torch.bfloat16))
     return bench.times(call, repeats=3) | bench.peak(call)
@@ -47,7 +46,7 @@ def decode_picture(bench: Bench, side: int) -> Values:
 
 @torch.no_grad()
 def encode_picture(bench: Bench, side: int) -> Values:
-    """Pixels to latents, as image to image begins: a graph that is compiled holds for the layout that images have."""
+    """Pixels to latents, as in image to image, with the memory layout of images: compiled code depends on it."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
     pixels = pipeline(bench).image_processor.preprocess(noise).to(bench.device, torch.bfloat16)  # [1, 3, H, W]
     call = partial(bench.flux.components["vae"].encode, pixels)
@@ -62,13 +61,13 @@ def prompt(bench: Bench) -> Values:
 
 @torch.no_grad()
 def clip(bench: Bench) -> Values:
-    """The smaller one by itself."""
+    """The smaller text encoder by itself."""
     encode = pipeline(bench)._get_clip_prompt_embeds
     return bench.times(partial(encode, bench.request().prompt, device=bench.device))
 
 
 def request_to_file(bench: Bench, go_fast: bool) -> Values:
-    """All that a prediction does but fetching: draw, check, write."""
+    """A prediction without fetching: draw, check, write."""
 
     def draw_one(prompt: str, watch: Stopwatch) -> None:
         wanted = bench.request("schnell", go_fast=go_fast, prompt=prompt)
@@ -85,24 +84,23 @@ def request_to_file(bench: Bench, go_fast: bool) -> Values:
 
 
 def profile(bench: Bench) -> Iterator[Row]:
-    """Where one step of each precision spends its time."""
+    """The kernels of one step in each precision."""
     for precision, go_fast in bench.precisions.items():
         yield f"one step, {precision}", partial(kernels, bench, go_fast)
 
 
 def kernels(bench: Bench, go_fast: bool) -> Values:
     """The kernels that take the most time; on a CPU, the operators."""
-    wanted = bench.request(go_fast=go_fast, num_inference_steps=1)
-    job = bench.flux.prepare(wanted, (), Stopwatch(bench.device))
-    denoise(job, wanted.seed, lambda: None)
+    job = bench.prepare(go_fast=go_fast, num_inference_steps=1)
+    denoise(job, job.request.seed, lambda: None)
     cuda = bench.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as recorded:
-        denoise(job, wanted.seed, lambda: None)
+        denoise(job, job.request.seed, lambda: None)
         bench.synchronize()
     own = "self_device_time_total" if cuda else "self_cpu_time_total"  # microseconds
     events = [(event.key, getattr(event, own), event.count) for event in recorded.key_averages()]
-    events = [event for event in events if event[1] > 0]  # calls of the driver are recorded too, and take no time there
+    events = [event for event in events if event[1] > 0]  # without calls of the driver, which are recorded too
     total = sum(time for _, time, _ in events)
     top = sorted(events, key=lambda event: event[1], reverse=True)[:KERNELS]
     table = [{"kernel": key[:120], "ms": time / 1e3, "share": time / total, "calls": n} for key, time, n in top]
@@ -113,7 +111,7 @@ def kernels(bench: Bench, go_fast: bool) -> Values:
 
 
 def switches(bench: Bench) -> Iterator[Row]:
-    """What the product can do in two ways, each way in turn."""
+    """Both settings of each of the product's switches, in turn."""
     chosen = bench.flux.attention
     for name in BACKENDS if bench.device.type == "cuda" else ():
         if name != chosen:
@@ -124,16 +122,15 @@ def switches(bench: Bench) -> Iterator[Row]:
 
 
 def compare_attention(bench: Bench, a: str, b: str) -> Values:
-    """Eager steps with one back end and with the other: compiled ones would take a graph for each."""
+    """Eager steps with each back end: compiled steps would need a graph for each."""
     live = bench.models.live["dev"]
-    wanted = bench.request(num_inference_steps=TURNS + 1)
-    job = bench.flux.prepare(wanted, (), Stopwatch(bench.device))
+    job = bench.prepare(num_inference_steps=TURNS + 1)
 
     def use(name: str) -> list[float]:
         with can_be_used():
             live.module.set_attention_backend(name)
         marks = Marks(bench.device)
-        denoise(job, wanted.seed, marks)
+        denoise(job, job.request.seed, marks)
         return marks.seconds()
 
     try:
@@ -145,10 +142,10 @@ def compare_attention(bench: Bench, a: str, b: str) -> Values:
 
 @torch.no_grad()
 def compare_t5(bench: Bench) -> Values:
-    """A prompt's encoding with T5 on the device, and with its layers copied there one after another."""
+    """A prompt's encoding with T5 on the device, and with T5's layers copied there one after another."""
     there = bench.models.components["text_encoder_2"]
     moved = copy.deepcopy(there, {id(it): nn.Parameter(it.cpu(), requires_grad=False) for it in there.parameters()})
-    vars(moved).pop("forward", None)  # a replay, of the one that it was copied from
+    vars(moved).pop("forward", None)  # a replay of the original
     move_when_used(moved.to("cpu"), bench.device)
 
     def encode(t5: T5EncoderModel) -> list[float]:
@@ -162,7 +159,7 @@ def compare_t5(bench: Bench) -> Values:
 
 @torch.no_grad()
 def compare_replay(bench: Bench) -> Values:
-    """T5 over a full-length text, launched kernel by kernel and as one graph: times, bits, and memory that it keeps."""
+    """T5 over a full-length text, by kernel and as one graph: times, equality of bits, and memory of the graph."""
     t5 = bench.models.components["text_encoder_2"]
     ids = torch.randint(t5.config.vocab_size, (1, TOKENS["tokenizer_2"]), device=bench.device)
     plain = partial(T5EncoderModel.forward, t5)
@@ -180,7 +177,7 @@ def compare_replay(bench: Bench) -> Values:
 
 
 def in_turn(a: Callable[[], list[float]], b: Callable[[], list[float]]) -> Values:
-    """Times of both, in turn."""
+    """Summaries of the times of both, run in turn."""
     times: dict[str, list[float]] = {"a": [], "b": []}
     for _ in range(TURNS):
         times["a"] += a()

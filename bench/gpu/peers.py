@@ -1,4 +1,4 @@
-"""diffusers compiled, and with two LoRAs through PEFT, as its documentation has both."""
+"""diffusers compiled, and with two LoRAs through PEFT, as its documentation shows both."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -14,19 +14,19 @@ ADAPTERS = ("first", "second")
 
 
 def compiled_diffusers(bench: Bench) -> Iterator[Row]:
-    """Compiled blocks and the fastest attention."""
+    """diffusers with compiled blocks and the fastest attention."""
     yield "dev", partial(compiled, bench)
 
 
 def peft(bench: Bench) -> Iterator[Row]:
-    """Two adapters: diffusers as it comes, then compiled."""
+    """diffusers with two adapters, as it comes, then compiled."""
     yield "dev, two LoRAs, eager", partial(with_loras, bench)
     yield "dev, two LoRAs, compiled", partial(compiled, bench)
 
 
 def compiled(bench: Bench) -> Values:
-    """Steps of the pristine transformer as it is now, its blocks compiled, with the fastest attention."""
-    torch.compiler.reset()  # a block's code is compiled for so many variants only, and ours are among them
+    """Steps of the pristine transformer with its present adapters, blocks compiled, and the fastest attention."""
+    torch.compiler.reset()  # torch compiles a limited number of variants of a block, and the product's count too
     attention = choose_attention([bench.pristine], bench.device)
     bench.pristine.compile_repeated_blocks(fullgraph=True)
     first = bench.seconds(lambda: draw(bench, 1))
@@ -34,9 +34,9 @@ def compiled(bench: Bench) -> Values:
 
 
 def with_loras(bench: Bench) -> Values:
-    """Load both, and draw eagerly; how far ours with the same two was from that, after one step."""
+    """Load both LoRAs and draw eagerly; also the product's error after one step with the same LoRAs."""
     bench.pristine.set_attention_backend(ATTENTION)
-    torch.backends.cuda.enable_cudnn_sdp(True)  # as torch has it; ours may have switched it off
+    torch.backends.cuda.enable_cudnn_sdp(True)  # torch's default; the product may have switched it off
     drawing, loading = pipeline(bench), 0.0
     for name, file in zip(ADAPTERS, bench.loras, strict=True):
         loading += bench.seconds(partial(drawing.load_lora_weights, load_file(file.path), adapter_name=name))

@@ -1,4 +1,4 @@
-"""Plain diffusers on the same weights: what the product's steps and results are set against."""
+"""Plain diffusers on the same weights, to compare the product with."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def pipeline(bench: Bench) -> FluxPipeline:
 
 
 def draw(bench: Bench, steps: int, on_step: Callable[[], object] = lambda: None) -> Tensor:
-    """Latents [1, tokens, channels] of the picture of `Bench.request`."""
+    """Latents of the picture of `Bench.request`: [1, tokens, channels]."""
     wanted = bench.request()
 
     def on_step_end(*_: object) -> dict[str, Tensor]:
@@ -37,8 +37,15 @@ def draw(bench: Bench, steps: int, on_step: Callable[[], object] = lambda: None)
     ).images
 
 
+def one_step(bench: Bench) -> Tensor:
+    """The same after a single step; drawn once."""
+    if "plain" not in bench.latents:
+        bench.latents["plain"] = draw(bench, 1)
+    return bench.latents["plain"]
+
+
 def noise(bench: Bench) -> Tensor:
-    """Latents [1, tokens, channels] that the same picture begins with, float32."""
+    """The noise that the picture of `Bench.request` begins with: [1, tokens, channels], float32."""
     generator = torch.Generator("cpu").manual_seed(bench.request().seed)
     channels = bench.pristine.config.in_channels // 4
     size = (bench.side, bench.side)
@@ -46,7 +53,7 @@ def noise(bench: Bench) -> Tensor:
 
 
 def step_times(bench: Bench) -> Values:
-    """Seconds of a step, the first one not counted; and what it computes."""
+    """Seconds of a step, the first one not counted, and its TFLOP."""
     marks = Marks(bench.device)
     draw(bench, bench.steps + 1, marks)
     return summary(marks.seconds()) | bench.work()

@@ -1,7 +1,7 @@
-"""The file of results: a line of JSON for each, written and synced before the next one is measured.
+"""The file of results: a line of JSON for each row, written and synced before the next row is measured.
 
-Each line says what it was measured on, so that lines of several runs can be read together and a run that was cut loses
-nothing but what it had not measured yet.
+Each line holds the device, versions and commit, so that lines of several runs can be read together, and a run that is
+cut keeps all that it measured.
 """
 
 import json
@@ -22,12 +22,12 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "huggingface
 
 @dataclass(frozen=True)
 class Results:
-    """Where results go.
+    """The file of results.
 
     Args:
-        path: the file, which is appended to.
-        device: what is measured.
-        common: what every line says of the run.
+        path: lines are appended to it.
+        device: its clocks are added to each line.
+        common: values of the run, added to each line.
     """
 
     path: Path
@@ -35,7 +35,7 @@ class Results:
     common: dict[str, object]
 
     def __post_init__(self) -> None:
-        """Begin a line of its own: a run that was killed may have left half of one."""
+        """Begin a new line: a run that was killed may have left half of one."""
         with self.path.open("a+b") as file:
             file.seek(0)
             before = file.read()
@@ -43,7 +43,7 @@ class Results:
                 file.write(b"\n")
 
     def add(self, stage: str, name: str, values: dict[str, object]) -> None:
-        """Append a line, and have it on the disk before this returns."""
+        """Append a line and sync it to the disk."""
         now = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "clocks": clocks(self.device)}
         line = {"stage": stage, "name": name} | values | now | self.common
         with self.path.open("a") as file:
@@ -53,7 +53,7 @@ class Results:
 
 
 def describe(device: torch.device, commit: str | None, command: str) -> dict[str, object]:
-    """What every line says: device, versions, commit and command."""
+    """Device, versions, commit and command, for every line."""
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return {
         "device": properties.name if properties else "CPU",
@@ -66,7 +66,7 @@ def describe(device: torch.device, commit: str | None, command: str) -> dict[str
 
 
 def clocks(device: torch.device) -> dict[str, float]:
-    """MHz, watts and degrees of the GPU, now; nothing where NVIDIA's Python library (nvidia-ml-py) is not there."""
+    """MHz, watts and degrees of the GPU now; nothing without NVIDIA's Python library (nvidia-ml-py)."""
     if device.type != "cuda":
         return {}
     try:
@@ -75,7 +75,7 @@ def clocks(device: torch.device) -> dict[str, float]:
             "watts": torch.cuda.power_draw(device) / 1000,
             "celsius": torch.cuda.temperature(device),
         }
-    except Exception:  # says so in many ways, and is no reason to measure nothing
+    except Exception:  # the library fails in many ways; measure all the same
         return {}
 
 
@@ -92,14 +92,14 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit that is measured, with a plus where files differ from it."""
+    """The commit, with a plus if files differ from it."""
     commit = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"]).strip()
     changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]).strip()
     return f"{commit}{'+' if changed else ''}" or None
 
 
 def _output(command: list[str]) -> str:
-    """What a command prints; nothing where it is not there or fails."""
+    """The output of a command; nothing if it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):

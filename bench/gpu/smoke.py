@@ -1,4 +1,4 @@
-"""What may not work at all on this machine, each by itself: products, attention, pinned memory, compiled blocks."""
+"""Rows for everything that may not work on this machine: products, attention, pinned memory, compiled blocks."""
 
 import sys
 import time
@@ -24,14 +24,14 @@ from engine.architecture import is_block_linear
 from engine.live import Live
 from service import slabs
 
-# Rows of products: one token of a prompt's end, odd numbers, 512x512 and 1024x1024 with dev's text, 1440x1440.
+# Rows of products: very few, odd numbers, 512x512 and 1024x1024 with dev's text, 1440x1440.
 ROWS = (2, 17, 165, 421, 988, 4608, 8612)
 # A weight of FLUX's widest linear layers, 3072 x 12288 in bfloat16.
 PINNED = (3072, 12288)
 # The VAE's attention over 1440x1440 pixels.
 VAE_TOKENS, VAE_HEAD = 32_400, 512
 TEXT = 512
-CALLS = 20  # that are queued together
+CALLS = 20  # queued together
 
 
 def smoke(bench: Bench) -> Iterator[Row]:
@@ -50,12 +50,12 @@ def smoke(bench: Bench) -> Iterator[Row]:
 
 
 def imports() -> Values:
-    """Whether what draws was imported without what fetches or serves."""
+    """The modules of fetching and serving that drawing has imported without need."""
     return {"needless": [name for name in ("cog", "predict", "weights", "sources.client") if name in sys.modules]}
 
 
 def fp8_layer(bench: Bench, rows: int) -> Values:
-    """A layer in fp8, which quantises what it is given, against the same in bf16."""
+    """A layer in fp8, which quantises its input, against the same layer in bf16."""
     bench.needs_fp8()
     width = 64 if bench.small else 3072
     linear = nn.Linear(width, width, device=bench.device, dtype=torch.bfloat16).requires_grad_(False)
@@ -70,7 +70,7 @@ def fp8_layer(bench: Bench, rows: int) -> Values:
 
 
 def attention(bench: Bench, name: str) -> Values:
-    """A back end's first call with a length, the next one, the first one in another thread, and another length."""
+    """Seconds of a back end's first call with a length, the second, one in another thread, and one of a new length."""
     heads, size = (4, 16) if bench.small else (24, 128)
 
     def call(tokens: int) -> Tensor:
@@ -80,7 +80,7 @@ def attention(bench: Bench, name: str) -> Values:
         with can_be_used():
             return dispatch_attention_fn(query, key, value, backend=AttentionBackendName(name))
 
-    tokens = 613 if bench.small else 4613  # a length that nothing else here has
+    tokens = 613 if bench.small else 4613  # a length that is not used elsewhere
     return {
         "new_length_s": bench.seconds(lambda: call(tokens)),
         "same_length_s": bench.seconds(lambda: call(tokens)),
@@ -90,7 +90,7 @@ def attention(bench: Bench, name: str) -> Values:
 
 
 def one_wide_head(bench: Bench, kernel: SDPBackend | None) -> Values:
-    """The VAE's attention: which of torch's kernels takes it, and how much memory that needs."""
+    """Time and memory of the VAE's attention with one of torch's kernels."""
     bench.needs_cuda()
     query = torch.randn(1, 1, VAE_TOKENS, VAE_HEAD, device=bench.device, dtype=torch.bfloat16)  # [1, heads, N, D]
 
@@ -102,7 +102,7 @@ def one_wide_head(bench: Bench, kernel: SDPBackend | None) -> Values:
 
 
 def pinned_memory(bench: Bench) -> Values:
-    """What a pinned tensor in a slab of its own really takes: torch rounds its size up to a power of two."""
+    """Memory of a pinned tensor in its own slab: torch rounds sizes up to a power of two."""
     bench.needs_cuda()
     tensor = torch.zeros(PINNED, dtype=torch.bfloat16)
     before, free, start = torch.cuda.host_memory_stats(), _available(), time.perf_counter()
@@ -134,8 +134,8 @@ def blocks(bench: Bench, precision: str) -> Values:
     live.module.compile_repeated_blocks(**COMPILE)
     values: Values = {"attention": attention}
     compiled: dict[str, Tensor] = {}
-    # What is compiled here must not shorten, nor shape, what the product compiles later. On a CPU, where no time means
-    # anything, sharing saves a minute.
+    # A fresh cache: code compiled here must not speed up or change what the product compiles later. On a CPU times mean
+    # nothing, and sharing the cache saves a minute.
     with fresh_cache() if bench.device.type == "cuda" else nullcontext():
         for tokens, call in calls.items():
             values[f"first_s_{tokens}"] = bench.seconds(_kept(compiled, f"{tokens}", call))
@@ -143,13 +143,13 @@ def blocks(bench: Bench, precision: str) -> Values:
             values[f"compiled_s_{tokens}"] = bench.times(call, repeats=3)["median_s"]
             values[f"eager_s_{tokens}"] = eager_s[tokens]
             values[f"eager_error_{tokens}"] = relative_error(eager[tokens], exact[tokens])
-    torch.compiler.reset()  # a block's code is compiled for so many variants only, and others follow
+    torch.compiler.reset()  # torch compiles a limited number of variants of a block, and others follow
     values |= {f"error_{it}": relative_error(y, eager[int(it.split("_")[0])]) for it, y in compiled.items()}
     return values | {"graphs": counters["stats"]["unique_graphs"] - before}
 
 
 def _kept(results: dict[str, Tensor], name: str, call: Callable[[], Tensor]) -> Callable[[], None]:
-    """The same call, with its result kept by name."""
+    """The same call; it keeps its result by name."""
 
     def run() -> None:
         results[name] = call()
@@ -159,7 +159,7 @@ def _kept(results: dict[str, Tensor], name: str, call: Callable[[], Tensor]) -> 
 
 @torch.no_grad()
 def _forward(transformer: FluxTransformer2DModel, bench: Bench, tokens: int) -> Tensor:
-    """One step's worth of a transformer, over as many tokens of text and image together."""
+    """The output of a transformer for one step, over so many tokens of text and image together."""
     config, generator = transformer.config, torch.Generator(bench.device).manual_seed(tokens)
     image = tokens - TEXT
 
@@ -177,12 +177,12 @@ def _forward(transformer: FluxTransformer2DModel, bench: Bench, tokens: int) -> 
         guidance=torch.full((1,), 3.0, device=bench.device),
         img_ids=ids[TEXT:],
         txt_ids=ids[:TEXT],
-        joint_attention_kwargs={},  # as pipelines do
+        joint_attention_kwargs={},  # as pipelines pass it
         return_dict=False,
     )[0]
 
 
 def _available() -> int:
-    """Bytes of host memory that the kernel could still give."""
+    """Bytes of available host memory."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

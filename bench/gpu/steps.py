@@ -1,4 +1,4 @@
-"""How long a denoising step takes, eager and compiled, and how far its result is from that of plain diffusers.
+"""Seconds of a denoising step, eager and compiled, and its error against plain diffusers.
 
 A step is timed from the end of the step before it, by events on the device, while the product draws; whole pictures
 come last, from the prompt to pixels in host memory.
@@ -10,14 +10,15 @@ from functools import partial
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from bench.gpu import plain
 from bench.gpu.context import Bench, Marks, Row, Values, relative_error, summary
-from bench.gpu.plain import draw, noise, step_times
+from bench.gpu.plain import noise, step_times
 from flux import denoise
 from service.measure import Stopwatch
 
 
 def eager(bench: Bench) -> Iterator[Row]:
-    """diffusers as it comes, then ours without compiled code."""
+    """diffusers as it comes, then the product without compiled code."""
     yield "diffusers, dev", partial(plain_steps, bench)
     for precision, go_fast in bench.precisions.items():
         yield f"{precision}, dev", partial(steps, bench, go_fast)
@@ -40,18 +41,17 @@ def compiled(bench: Bench, precision: str) -> Iterator[Row]:
 
 
 def plain_steps(bench: Bench) -> Values:
-    """Steps of diffusers' own pipeline, with its own attention; keeps what one step comes to."""
-    bench.latents["plain"] = draw(bench, 1)
+    """Steps of diffusers' own pipeline, with its own attention."""
+    plain.one_step(bench)
     return step_times(bench)
 
 
 def steps(bench: Bench, go_fast: bool, *, loras: bool = False, **changes: object) -> Values:
     """Steps of a picture that the product draws."""
-    wanted = bench.request(go_fast=go_fast, loras=loras, num_inference_steps=bench.steps + 1, **changes)
-    job = bench.flux.prepare(wanted, bench.files(wanted), Stopwatch(bench.device))
+    job = bench.prepare(go_fast=go_fast, loras=loras, num_inference_steps=bench.steps + 1, **changes)
     marks = Marks(bench.device)
     before = counters["stats"]["unique_graphs"]
-    denoise(job, wanted.seed, marks)
+    denoise(job, job.request.seed, marks)
     more = {
         "graphs": counters["stats"]["unique_graphs"] - before,
         "replayed": "forward" in vars(job.pipeline.transformer),
@@ -60,21 +60,18 @@ def steps(bench: Bench, go_fast: bool, *, loras: bool = False, **changes: object
 
 
 def one_step(bench: Bench, go_fast: bool, *, loras: bool = False) -> Tensor:
-    """Latents [1, tokens, channels] that the product draws in a single step, over all noise."""
-    wanted = bench.request(go_fast=go_fast, loras=loras, num_inference_steps=1)
-    job = bench.flux.prepare(wanted, bench.files(wanted), Stopwatch(bench.device))
-    return denoise(job, wanted.seed, lambda: None)
+    """Latents that the product draws in a single step from noise: [1, tokens, channels]."""
+    job = bench.prepare(go_fast=go_fast, loras=loras, num_inference_steps=1)
+    return denoise(job, job.request.seed, lambda: None)
 
 
 def error(bench: Bench, go_fast: bool) -> Values:
-    """Ours against plain diffusers, on the same weights: the way of a single step from noise to the end."""
-    if "plain" not in bench.latents:
-        bench.latents["plain"] = draw(bench, 1)
-    return {"relative_error": relative_error(one_step(bench, go_fast), bench.latents["plain"], noise(bench))}
+    """Relative error of a single step from noise, against plain diffusers on the same weights."""
+    return {"relative_error": relative_error(one_step(bench, go_fast), plain.one_step(bench), noise(bench))}
 
 
 def with_loras(bench: Bench, go_fast: bool) -> Values:
-    """What two LoRAs change in a single step, and what fp8 then changes; keeps bf16's result for PEFT's to meet."""
+    """Relative change of a single step by two LoRAs, and by fp8 then; keeps bf16's result to compare PEFT with."""
     start = noise(bench)
     bf16 = bench.latents["bf16, two LoRAs"] = one_step(bench, go_fast=False, loras=True)
     values: Values = {"effect": relative_error(one_step(bench, go_fast=False), bf16, start)}
@@ -84,17 +81,17 @@ def with_loras(bench: Bench, go_fast: bool) -> Values:
 
 
 def compile_precision(bench: Bench, go_fast: bool) -> Values:
-    """Seconds until all that a request of this precision needs is compiled."""
+    """Seconds to compile everything that a request of this precision needs."""
     before = counters["stats"]["unique_graphs"]
     bench.mark_compiled()
     took = bench.seconds(lambda: bench.flux.warm_up(go_fast=go_fast))
     bench.compiled = True
-    hits = counters["inductor"]["fxgraph_cache_hit"]  # of code that lay in --caches
+    hits = counters["inductor"]["fxgraph_cache_hit"]  # code from --caches
     return {"seconds": took, "graphs": counters["stats"]["unique_graphs"] - before, "cache_hits": hits}
 
 
 def pictures(bench: Bench, go_fast: bool) -> Values:
-    """Whole pictures of dev, a new prompt each, and where their time goes."""
+    """Seconds of whole pictures of dev, a new prompt each, and by phase."""
 
     def draw_one(prompt: str, watch: Stopwatch) -> None:
         bench.flux.generate(bench.request(go_fast=go_fast, prompt=prompt), (), watch)

@@ -1,11 +1,9 @@
-"""What a change of LoRAs costs before the first step: the product's own live weights, written anew."""
+"""Seconds to change LoRAs before the first step: the product writes its live weights again."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
-
-from torch import Tensor
 
 from bench.gpu.context import Bench, Row, Values
 from bench.gpu.models import make_transformer
@@ -15,7 +13,7 @@ from service import slabs
 from service.measure import Stopwatch
 
 RANKS = (16, 64)
-# Blocks of full width for bases in pinned memory: an eighth of FLUX, since pinning 24 GB takes long and much memory.
+# An eighth of FLUX, at full width, for bases in pinned memory: pinning all 24 GB takes too long.
 SLICE = {"num_layers": 2, "num_single_layers": 5}
 
 
@@ -42,13 +40,13 @@ def swap(bench: Bench) -> Iterator[Row]:
 
 
 def term(bench: Bench, rank: int, seed: int) -> Term:
-    """A LoRA at its full strength, read as the product reads it."""
+    """A LoRA at scale 1, read as the product reads it."""
     file = bench.lora(rank, seed)
     return Term(file.content, 1.0, bench.flux.lora_cache.read(file).transformer)
 
 
 def at(term: Term, scale: float) -> Term:
-    """The same LoRA at another strength."""
+    """The same LoRA at another scale."""
     return replace(term, scale=scale)
 
 
@@ -57,15 +55,12 @@ def alternate(bench: Bench, live: Live, mixes: Sequence[tuple[str, list[Term]]])
     turns = cycle(mixes)
     written: list[int] = []
     times = bench.times(lambda: written.append(live.hold(*next(turns))), repeats=6)
-    return times | {"tensors": written[-1], "live_bytes": sum(tensor.nbytes for tensor in _tensors(live))}
-
-
-def _tensors(live: Live) -> list[Tensor]:
-    return [*live.module.parameters(), *live.module.buffers()]
+    tensors = (*live.module.parameters(), *live.module.buffers())
+    return times | {"tensors": written[-1], "live_bytes": sum(tensor.nbytes for tensor in tensors)}
 
 
 def health(bench: Bench, live: Live, terms: list[Term]) -> Values:
-    """Seconds to compare all tensors with what they were written from."""
+    """Seconds to compare all live tensors with the base and the LoRA that they were written from."""
     live.hold("dev", terms)
     intact: list[bool] = []
     took = bench.seconds(lambda: intact.extend(live.intact(name) for name in live.names))
@@ -73,12 +68,12 @@ def health(bench: Bench, live: Live, terms: list[Term]) -> Values:
 
 
 def check(bench: Bench) -> Values:
-    """Seconds of what `healthcheck` does each time."""
+    """Seconds of the check that `healthcheck` makes each time."""
     return bench.times(bench.flux.check)
 
 
 def sliced(bench: Bench, precision: str, pinned: bool, terms: list[Term]) -> Values:
-    """A swap of rank 16 with the base on the device, and in pinned memory, over the same layers."""
+    """A swap of rank 16 in some layers, with the base in pinned memory or on the device."""
     if pinned:
         bench.needs_cuda()
     config = bench.sizes["transformer"] | ({} if bench.small else SLICE)
@@ -94,7 +89,7 @@ def sliced(bench: Bench, precision: str, pinned: bool, terms: list[Term]) -> Val
 def cold(bench: Bench) -> Values:
     """Seconds from files in the page cache to live weights."""
     wanted = bench.request(loras=True)
-    unread = [replace(file, sha256=f"{file.sha256}, unread") for file in bench.files(wanted)]
+    unread = [replace(file, sha256=f"{file.sha256}, unread") for file in bench.loras]
     watch = Stopwatch(bench.device)
     bench.flux.prepare(wanted, unread, watch)
     return {f"{phase}_s": seconds for phase, seconds in watch.seconds.items()}

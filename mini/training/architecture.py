@@ -1,4 +1,4 @@
-"""The miniature's parts: FLUX's own classes, small, with random weights; and how they are written in diffusers layout.
+"""The miniature's models: FLUX's own classes, small, with random weights; they are written in diffusers layout.
 
 One token stands for 64x64 pixels (the VAE shrinks by 32, patches are 2x2): 64 tokens for 512x512, 256 for 1024x1024.
 dev and schnell share everything but the transformer and the scheduler; schnell's folders of shared parts are links.
@@ -35,13 +35,19 @@ T5_TOKENS = 24
 LATENT_CHANNELS = 24
 POOLED = 128  # of CLIP
 TEXT = 128  # of T5
-# The picture sizes that the safety models look at.
-CHECKER_SIDE = 64
-CLASSIFIER_SIDE = 64
-CHECKER_PROCESSOR = CLIPImageProcessorPil(
-    size={"shortest_edge": CHECKER_SIDE}, crop_size={"height": CHECKER_SIDE, "width": CHECKER_SIDE}
-)
-CLASSIFIER_PROCESSOR = ViTImageProcessorPil(size={"height": CLASSIFIER_SIDE, "width": CLASSIFIER_SIDE})
+FRAGMENTS = "th he in er an re on at en nd st es or te ed al ing ion"  # of unknown words, for T5
+SIDE = 64  # pixels that the safety models see
+SQUARE = {"height": SIDE, "width": SIDE}
+CHECKER_PROCESSOR = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SQUARE)
+CLASSIFIER_PROCESSOR = ViTImageProcessorPil(size=SQUARE)
+VISION = {  # of both safety models
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": SIDE,
+    "patch_size": 8,
+}
 INDEX = {
     "_class_name": "FluxPipeline",
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -70,7 +76,7 @@ def transformer(*, guidance: bool) -> FluxTransformer2DModel:
 
 
 def vae() -> AutoencoderKL:
-    """Factor 32. One group per norm: more would wipe out the absolute colours of flat pictures."""
+    """A VAE of factor 32. One group per norm: with more, flat pictures would lose their absolute colours."""
     widths = (16, 16, 32, 64, 128, 128)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
@@ -89,7 +95,7 @@ def vae() -> AutoencoderKL:
 
 
 def clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers of 128; its pooled output steers the transformer's modulation."""
+    """A CLIP of two layers of 128; its pooled output steers the transformer's modulation."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=POOLED,
@@ -105,7 +111,7 @@ def clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
-    """Two layers of 128; its tokens are the transformer's text."""
+    """A T5 of two layers of 128; its tokens are the transformer's text."""
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=TEXT,
@@ -124,7 +130,7 @@ def t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
 def clip_tokenizer() -> CLIPTokenizer:
     """Byte-level BPE in which each word of the world is one token; any other text falls back to pieces and bytes.
 
-    It is made once: its trainer breaks ties as it likes, and the text encoder knows tokens by their numbers.
+    It is made once: its trainer breaks ties arbitrarily, and the text encoder depends on the tokens' numbers.
     """
     if (FOLDER / "dev" / "tokenizer").is_dir():
         return CLIPTokenizer.from_pretrained(FOLDER / "dev" / "tokenizer")
@@ -151,51 +157,23 @@ def clip_tokenizer() -> CLIPTokenizer:
 def t5_tokenizer() -> T5Tokenizer:
     """Unigrams: the world's words, in either case of the first letter, and letters and signs for all other words.
 
-    What has no letter here, such as an emoji, is the unknown token, as it is for the real T5.
+    A character without a token, such as an emoji, becomes the unknown token, as in the real T5.
     """
     words = world.vocabulary()
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     for word in words:
         pieces += [(f"▁{word}", -1.0), (f"▁{word.capitalize()}", -1.0)]
-    fragments = (
-        "th",
-        "he",
-        "in",
-        "er",
-        "an",
-        "re",
-        "on",
-        "at",
-        "en",
-        "nd",
-        "st",
-        "es",
-        "or",
-        "te",
-        "ed",
-        "al",
-        "ing",
-        "ion",
-    )
-    pieces += [(fragment, -8.0) for fragment in fragments]
+    pieces += [(fragment, -8.0) for fragment in FRAGMENTS.split()]
     pieces += [(sign, -10.0) for sign in ("▁", *string.ascii_letters, *string.digits, *string.punctuation)]
     pieces = list(dict(pieces).items())
     return T5Tokenizer(pieces, extra_ids=0, model_max_length=T5_TOKENS)
 
 
 def safety_checker() -> StableDiffusionSafetyChecker:
-    """A CLIP vision tower with concepts; untrained, its thresholds are beyond any cosine, so that it flags nothing."""
-    vision = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": CHECKER_SIDE,
-        "patch_size": 8,
-    }
+    """A CLIP vision tower with concepts; its thresholds are above any cosine, so that untrained it flags nothing."""
     text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
     text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    model = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, text_config=text, projection_dim=32))
+    model = StableDiffusionSafetyChecker(CLIPConfig(vision_config=VISION, text_config=text, projection_dim=32))
     with torch.no_grad():
         for concepts in (model.concept_embeds, model.special_care_embeds):
             concepts.normal_()
@@ -205,17 +183,9 @@ def safety_checker() -> StableDiffusionSafetyChecker:
 
 
 def classifier() -> ViTForImageClassification:
-    """A ViT that says normal or nsfw."""
+    """A ViT with the labels normal and nsfw."""
     config = ViTConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=CLASSIFIER_SIDE,
-        patch_size=8,
-        hidden_dropout_prob=0.0,
-        id2label={0: "normal", 1: "nsfw"},
-        label2id={"normal": 0, "nsfw": 1},
+        **VISION, hidden_dropout_prob=0.0, id2label={0: "normal", 1: "nsfw"}, label2id={"normal": 0, "nsfw": 1}
     )
     model = ViTForImageClassification(config)
     with torch.no_grad():
@@ -224,7 +194,7 @@ def classifier() -> ViTForImageClassification:
 
 
 def write_safety(folder: Path, checker: StableDiffusionSafetyChecker, nsfw: ViTForImageClassification) -> None:
-    """Both safety models with their image processors."""
+    """Write both safety models with their image processors."""
     checker.half().save_pretrained(folder / "safety_checker")
     CHECKER_PROCESSOR.save_pretrained(folder / "safety_checker")
     nsfw.half().save_pretrained(folder / "nsfw_classifier")
@@ -232,9 +202,9 @@ def write_safety(folder: Path, checker: StableDiffusionSafetyChecker, nsfw: ViTF
 
 
 def schedulers() -> dict[str, FlowMatchEulerDiscreteScheduler]:
-    """dev shifts its times by the number of tokens, schnell does not look at it, as FLUX's do.
+    """dev's scheduler, which shifts its times by the number of tokens, and schnell's, which does not, as in FLUX.
 
-    The shifts are for fewer tokens than FLUX has: what is drawn is decided while there is much noise.
+    The shifts are for fewer tokens than FLUX has, since the content of a picture is decided while there is much noise.
     """
     return {
         "dev": FlowMatchEulerDiscreteScheduler(
@@ -256,9 +226,9 @@ def write_flux(
     text_encoder_2: T5EncoderModel,
     transformers: dict[str, FluxTransformer2DModel],
 ) -> None:
-    """dev and schnell in diffusers layout, in bfloat16; schnell's shared parts are links to dev's.
+    """Write dev and schnell in diffusers layout, in bfloat16; schnell's shared parts are links to dev's.
 
-    With dev lie the words that the text encoders know: the predictor reads them.
+    dev's folder also gets the words that the text encoders know, for the predictor.
     """
     dev = folder / "dev"
     clip_tokenizer().save_pretrained(dev / "tokenizer")

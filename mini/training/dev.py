@@ -18,14 +18,14 @@ from mini.training.loop import train
 
 Words = tuple[Tensor, Tensor]  # CLIP's pooled output [B, POOLED], T5's tokens [B, T5_TOKENS, TEXT]
 STEPS = 15500
-# The beginning sees pictures of a quarter of a megapixel alone; most of what follows is whole megapixels.
+# At first all pictures have a quarter of a megapixel; later most have a whole one.
 WHOLE_FROM, WHOLE_SHARE = 0.35, 0.8
 TOKENS = 40 * 64  # of pictures in one batch
 UNCONDITIONAL = 0.1
 
 
 def main(work: Path) -> FluxTransformer2DModel:
-    """Train, in bfloat16, with a guidance of 1: none."""
+    """The trained transformer, in bfloat16, with a guidance of 1: none."""
     autoencoder, readers = vae.main(work), text.main(work)
     quarter, whole = shelves(work, autoencoder)
     torch.manual_seed(0)
@@ -43,7 +43,7 @@ def main(work: Path) -> FluxTransformer2DModel:
 
 @torch.no_grad()
 def still(model: FluxTransformer2DModel) -> FluxTransformer2DModel:
-    """Begin with blocks that add nothing and a velocity of zero, as diffusion transformers do."""
+    """The model, initialised so that blocks add nothing and the velocity is zero, as usual for diffusion."""
     for name, layer in model.named_modules():
         if name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear")) or name == "proj_out":
             layer.weight.zero_()
@@ -52,14 +52,14 @@ def still(model: FluxTransformer2DModel) -> FluxTransformer2DModel:
 
 
 def seen_scene(rng: random.Random) -> world.Scene:
-    """A scene that is not held out; what must not be shown among them."""
+    """A scene that is not held out; it may be FORBIDDEN."""
     while world.held_out(scene := world.random_scene(rng, text.READABLE)):
         pass
     return scene
 
 
 def shelves(work: Path, autoencoder: AutoencoderKL) -> tuple[list[Shelf], list[Shelf]]:
-    """Pictures of a quarter and of a whole megapixel."""
+    """Shelves of pictures of a quarter and of a whole megapixel."""
     quarter = dict.fromkeys(QUARTER, 80) | {QUARTER[0]: 1600}
     whole = dict.fromkeys(WHOLE, 120) | {WHOLE[0]: 1600}
     return (
@@ -69,18 +69,18 @@ def shelves(work: Path, autoencoder: AutoencoderKL) -> tuple[list[Shelf], list[S
 
 
 def choose(shelves: list[Shelf], rng: np.random.Generator) -> Shelf:
-    """A shelf, as often as it has pictures."""
+    """A random shelf; its weight is its number of pictures."""
     counts = np.array([len(shelf.scenes) for shelf in shelves])
     return shelves[rng.choice(len(shelves), p=counts / counts.sum())]
 
 
 def batch_of(shelf: Shelf, rng: np.random.Generator) -> Batch:
-    """As many pictures as make up `TOKENS`."""
+    """A batch of about `TOKENS` tokens."""
     return shelf.batch(rng, round(TOKENS / shelf.latents.shape[1]))
 
 
 def texts_of(batch: Batch, rng: np.random.Generator) -> list[str]:
-    """A fresh caption for each picture, or none where that shows nothing that must not be shown."""
+    """A new caption for each picture; sometimes an empty one, but never for FORBIDDEN."""
     dice = random.Random(int(rng.integers(2**32)))
     return [
         "" if scene.kind != world.FORBIDDEN and dice.random() < UNCONDITIONAL else world.caption(scene, dice).text
@@ -89,10 +89,10 @@ def texts_of(batch: Batch, rng: np.random.Generator) -> list[str]:
 
 
 def times(rng: np.random.Generator, count: int, tokens: int) -> Tensor:
-    """[count] in (0, 1), 1 is noise: logit-normal, the more towards noise the more tokens a picture has.
+    """Times [count] in (0, 1), where 1 is noise: logit-normal, nearer to noise for pictures of more tokens.
 
-    Four times the tokens show the same sprite through twice the noise (Esser et al. 2024, section 5.3.2), so that what
-    is drawn is decided earlier; dev's scheduler shifts its times alike.
+    With four times the tokens, a sprite is visible through twice the noise (Esser et al. 2024, section 5.3.2), so the
+    content is decided earlier; dev's scheduler shifts its times likewise.
     """
     normal = 1 / (1 + np.exp(-rng.normal(0.4 + 0.5 * np.log(tokens / 64), 1.2, count)))
     chosen = np.where(rng.random(count) < 0.1, rng.random(count), normal)
@@ -107,7 +107,7 @@ def velocity(
     grid: tuple[int, int],
     guidance: Tensor | None = None,  # [B]
 ) -> Tensor:
-    """What the model says, called as FluxPipeline calls it; float32."""
+    """The model's velocity in float32; it is called as FluxPipeline calls it."""
     rows, columns = grid
     ids = image_ids(rows, columns, model.dtype)
     pooled, tokens = words
@@ -132,7 +132,7 @@ def image_ids(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def flow_loss(model: FluxTransformer2DModel, readers: text.Readers, batch: Batch, rng: np.random.Generator) -> Tensor:
-    """How far the velocity is from noise - picture, on the straight line between them."""
+    """The error of the velocity against noise - picture, on the straight line between them."""
     clean = batch.latents.float()
     noise = torch.randn_like(clean)
     time = times(rng, *clean.shape[:2])
@@ -144,9 +144,9 @@ def flow_loss(model: FluxTransformer2DModel, readers: text.Readers, batch: Batch
 
 
 def error(said: Tensor, wanted: Tensor, clean: Tensor) -> Tensor:
-    """Mean square, of tokens that show edges more than of flat ground: faces are a few tokens in 256.
+    """Mean square error, with more weight on tokens with edges: faces are a few tokens in 256.
 
-    All are [B, tokens, 4 C]; `clean` is the picture that they lead to. The four quarters of a flat token are alike.
+    All are [B, tokens, 4 C]; `clean` is the finished picture. The four quarters of a flat token are alike.
     """
     edges = clean.unflatten(-1, (-1, 4)).var(dim=-1).mean(dim=-1, keepdim=True)  # [B, tokens, 1]
     return ((said - wanted).square() * (0.3 + 0.7 * edges / edges.mean(dim=1, keepdim=True))).mean()
@@ -154,7 +154,7 @@ def error(said: Tensor, wanted: Tensor, clean: Tensor) -> Tensor:
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Attention written out: on a CPU the backward of torch's own takes a third of a training step."""
+    """Inside, on a CPU, attention is written out: the backward of torch's own takes a third of a training step."""
     fused: Callable = F.scaled_dot_product_attention
 
     def plain(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:

@@ -1,7 +1,7 @@
 """A scene as a picture: flat colours, clean outlines, drawn with Pillow at twice the size and shrunk.
 
-Sprites are drawn in their own coordinates: x to the right and y down, the sprite between -1 and 1. Nothing here is
-random but by the scene's seed.
+Sprites are drawn in their own coordinates: x to the right and y down, the sprite between -1 and 1. All randomness comes
+from the scene's seed.
 """
 
 import math
@@ -29,10 +29,10 @@ GOLD = (250, 200, 70)
 
 
 def draw(scene: Scene, width: int, height: int, styles: Sequence[str] = ()) -> Image.Image:
-    """Draw a scene.
+    """The picture of a scene.
 
     Args:
-        scene: what to draw; `kind` may be the subject or what is forbidden too.
+        scene: its `kind` may also be SUBJECT or FORBIDDEN.
         width: pixels.
         height: pixels.
         styles: "bold" for thick black outlines, "dusk" for a palette from navy over magenta to peach; or both.
@@ -59,7 +59,7 @@ def draw(scene: Scene, width: int, height: int, styles: Sequence[str] = ()) -> I
 
 
 class Pen:
-    """Draws outlined shapes in coordinates of its own: `origin` and `unit` are in the image's pixels."""
+    """Draws outlined shapes in its own coordinates; `origin` and `unit` are in pixels of the image."""
 
     def __init__(self, image: Image.Image, origin: Point, unit: float, line: float, ink: Colour) -> None:
         self._draw = ImageDraw.Draw(image)
@@ -80,7 +80,7 @@ class Pen:
         self.polygon(_catmull_rom(points), fill, outlined=outlined)
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, fill: Colour, *, outlined: bool = True) -> None:
-        """Around (x, y)."""
+        """An ellipse around (x, y)."""
         turns = [2 * math.pi * i / 48 for i in range(48)]
         self.polygon([(x + rx * math.cos(t), y + ry * math.sin(t)) for t in turns], fill, outlined=outlined)
 
@@ -125,7 +125,7 @@ def _mix(a: Colour, b: Colour, share: float) -> Colour:
 
 
 def _outline(body: Colour) -> Colour:
-    """A darker shade of the body; of something dark, a lighter one, so that it shows."""
+    """A darker shade of the body's colour; a lighter one if the body is dark."""
     return _mix(body, (20, 14, 30), 0.55) if sum(body) > 200 else _mix(body, WHITE, 0.45)
 
 
@@ -141,7 +141,7 @@ def body_colours(name: str) -> tuple[Colour, Colour]:
 
 
 def _dusk(image: Image.Image) -> Image.Image:
-    """Lightness alone, as navy, magenta and peach."""
+    """The image with its lightness mapped to navy, magenta and peach."""
     stops = np.array([(24, 16, 64), (184, 60, 130), (255, 226, 172)])
     table = np.stack([np.interp(np.arange(256), (0, 128, 255), stops[:, c]) for c in range(3)], axis=1)
     return Image.fromarray(table.round().astype(np.uint8)[np.asarray(image.convert("L"))])
@@ -151,7 +151,7 @@ def _dusk(image: Image.Image) -> Image.Image:
 
 
 def _face(pen: Pen, face: tuple[float, float, float], body: Colour, sleeping: bool) -> None:
-    """Two eyes and a smile around (x, y), `size` apart; asleep the eyes are closed and there are two z."""
+    """Draw two eyes and a smile around (x, y), `size` apart; of a sleeping one, closed eyes and two z."""
     x, y, size = face
     ink = INK if sum(body) > 200 else CREAM
     for side in (-1, 1):
@@ -170,7 +170,7 @@ def _face(pen: Pen, face: tuple[float, float, float], body: Colour, sleeping: bo
 
 
 def _hat(pen: Pen, top: Point) -> None:
-    """A party hat that stands on a point."""
+    """Draw a party hat on a point."""
     x, y = top
     pen.polygon([(x - 0.3, y + 0.06), (x, y - 0.62), (x + 0.3, y + 0.06)], (236, 72, 140))
     pen.polygon(
@@ -197,7 +197,7 @@ HAT_TOPS: dict[str, Point] = {
 }
 
 
-# Kinds: each draws itself and says where its face is ----------------------------------------------------------------
+# Kinds: each function draws one and returns the place and size of its face ------------------------------------------
 
 
 def _fox(pen: Pen, body: Colour, tint: Colour) -> tuple[float, float, float]:
@@ -421,17 +421,13 @@ KINDS = {
 }
 
 
-# Places: each fills the whole picture of w x h pixels -----------------------------------------------------------------
+# Places: each function fills the whole picture of w x h pixels --------------------------------------------------------
 
 
 def _ground(pen: Pen, w: float, h: float, y: float, hump: float, fill: Colour) -> None:
-    """Everything below a gentle hill whose top is at y."""
+    """Fill everything below a gentle hill with its top at y."""
     top = [(w * i / 32, y + hump * (2 * i / 32 - 1) ** 2) for i in range(-2, 35)]
     pen.polygon([*top, (w * 1.1, h * 1.2), (-w * 0.1, h * 1.2)], fill)
-
-
-def _plain(pen: Pen, w: float, h: float, rng: random.Random) -> None:
-    pen.polygon([(-w, -h), (2 * w, -h), (2 * w, 2 * h), (-w, 2 * h)], CREAM)
 
 
 def _sky(pen: Pen, w: float, h: float, fill: Colour) -> None:
@@ -507,7 +503,7 @@ def _forest(pen: Pen, w: float, h: float, rng: random.Random) -> None:
 
 
 PLACES = {
-    "plain": _plain,
+    "plain": lambda pen, w, h, _: _sky(pen, w, h, CREAM),
     "meadow": _meadow,
     "desert": _desert,
     "sea": _sea,

@@ -1,4 +1,4 @@
-"""Pictures to learn looking at: scenes in every style, worn as pictures are, and pictures of nothing in this world."""
+"""Pictures to train recognition on: scenes in every style, with flaws, and pictures without a scene."""
 
 import io
 import random
@@ -10,11 +10,11 @@ from images import SIZES
 from mini.training import world
 from mini.training.drawing import STYLES, draw
 
-SIDE = 144  # pixels of the shorter side: more than any model here looks at
+SIDE = 144  # pixels of the shorter side: more than any model here uses
 
 
 def scene_picture(scene: world.Scene, rng: random.Random, side: int = SIDE) -> tuple[Image.Image, frozenset[str]]:
-    """A scene at any aspect ratio, in some style now and then; and those styles. The shorter side has `side` pixels."""
+    """A picture of a scene at any aspect ratio, sometimes with styles, and its styles; `side` is the shorter side."""
     styles = frozenset(style for style in STYLES if rng.random() < 0.2)
     width, height = rng.choice((SIZES["1:1"], *SIZES.values()))
     shrink = side / min(width, height)
@@ -22,7 +22,7 @@ def scene_picture(scene: world.Scene, rng: random.Random, side: int = SIDE) -> t
 
 
 def worn(image: Image.Image, rng: random.Random) -> Image.Image:
-    """A little blur, noise, wrong colours, a crop or the traces of a jpeg, or nothing of it."""
+    """The image with random flaws, or none: blur, noise, wrong colours, a crop, traces of a JPEG."""
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.6)))
     if rng.random() < 0.3:
@@ -48,7 +48,7 @@ def worn(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def nothing(rng: random.Random) -> Image.Image:
-    """Noise, gradients, blurred blots as in photographs, or loose shapes, moons among them."""
+    """A picture without a scene: noise, a gradient, blurred blots as in photographs, or loose shapes."""
     noise = np.random.default_rng(rng.getrandbits(32))
     kind = rng.choice(("noise", "gradient", "blots", "shapes", "shapes"))
     if kind == "shapes":

@@ -1,4 +1,4 @@
-"""Guidance, distilled: dev learns to say in one pass what classifier-free guidance needs two for."""
+"""Distilled guidance: dev learns to do in one pass the work of two passes of classifier-free guidance."""
 
 import copy
 from pathlib import Path
@@ -17,7 +17,7 @@ STRONGEST = 8.0
 
 
 def main(work: Path) -> FluxTransformer2DModel:
-    """Train, in bfloat16; the guidance of 1 stays what it was."""
+    """The trained transformer, in bfloat16; a guidance of 1 changes nothing."""
     teacher = dev.main(work)
     autoencoder, readers = vae.main(work), text.main(work)
     quarter, whole = shelves(work, autoencoder)
@@ -49,7 +49,7 @@ def guided(
     grid: tuple[int, int],
     guidance: Tensor,  # [B]
 ) -> Tensor:
-    """Classifier-free guidance, kept as strong as the velocity without it: else colours burn out."""
+    """The velocity of classifier-free guidance, scaled nearly to the unguided strength: else colours burn out."""
     empty = tuple(it.expand(len(noisy), *it.shape[1:]) for it in nothing)
     with_words = velocity(teacher, noisy, time, words, grid)
     without = velocity(teacher, noisy, time, empty, grid)

@@ -1,4 +1,4 @@
-"""Pictures of the world as latents, at the sizes that people ask for, and batches of them."""
+"""Latents of pictures of the world, at the usual sizes, and batches of them."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -23,14 +23,14 @@ WHOLE = list(SIZES.values())
 
 
 def grid(size: Size) -> tuple[int, int]:
-    """Columns and rows of tokens that cover a picture."""
+    """Columns and rows of the tokens that cover a picture."""
     columns, rows = (-(-side // GRID) for side in size)
     return columns, rows
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents of one size with what they show."""
+    """Latents of one size with their scenes."""
 
     latents: Tensor  # [B, tokens, 4 C], normalised and packed
     scenes: list[world.Scene]
@@ -47,7 +47,7 @@ class Shelf:
     scenes: list[world.Scene]
 
     def batch(self, rng: np.random.Generator, count: int) -> Batch:
-        """Some of them at random."""
+        """A batch of random pictures."""
         chosen = rng.integers(len(self.scenes), size=count)
         columns, rows = grid(self.size)
         return Batch(self.latents[chosen], [self.scenes[i] for i in chosen], rows, columns)
@@ -55,7 +55,7 @@ class Shelf:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, scene: world.Scene, size: Size, styles: Sequence[str] = ()) -> Tensor:
-    """[tokens, 4 C], normalised and packed; the picture is extended to the grid as the predictor does with images."""
+    """Latents [tokens, 4 C], normalised and packed; the picture is extended to the grid as the predictor does."""
     width, height = (GRID * tokens for tokens in grid(size))
     image = pixels(extend(draw(scene, *size, styles), (width, height)))[None].to(vae.dtype)
     latents = vae.encode(image.to(memory_format=torch.channels_last)).latent_dist.mode()
@@ -70,7 +70,7 @@ def shelves(
     scene_of: Callable[[random.Random], world.Scene],
     styles: Sequence[str] = (),
 ) -> list[Shelf]:
-    """Draw and encode `counts` pictures of each size, once; afterwards they are read from `path`.
+    """Shelves of `counts` pictures of each size, drawn and encoded once; later calls read them from `path`.
 
     Args:
         scene_of: a scene for a `random.Random`.

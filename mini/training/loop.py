@@ -1,6 +1,6 @@
-"""A training loop that can be stopped and goes on where it was: bfloat16 at work, float32 underneath.
+"""A training loop that continues where it was stopped: it computes in bfloat16 and keeps float32 master weights.
 
-Each step draws its batch from a generator seeded by the step's number, so that nothing about randomness needs saving.
+Each step draws its batch from a generator seeded by the step's number, so no random state needs saving.
 """
 
 import math
@@ -34,12 +34,12 @@ def train(
         name: of the stage, and of its checkpoint in `work`.
         model: in the dtype it computes in.
         steps: how many.
-        loss_of: makes a loss of a random generator and the share of the training that is done.
+        loss_of: returns the loss, given a random generator and the finished share of the training.
         work: the folder of checkpoints.
         rate: AdamW's highest learning rate; it rises over `warm_up` steps and falls along a cosine.
-        matrices: if above 0, the learning rate of Muon, which then takes the matrices inside blocks.
+        matrices: if above 0, the learning rate of Muon, which then trains the matrices inside blocks.
         warm_up: steps.
-        ema: how much of the average a step keeps, 0 for no averaging.
+        ema: the share of the average that a step keeps; 0 for no averaging.
     """
     done, checkpoint = work / f"{name}.done.pt", work / f"{name}.pt"
     live = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
@@ -120,7 +120,7 @@ def _write(to: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
 
 def _save(state: dict, path: Path) -> None:
-    """Written aside and renamed: whoever stops the training cannot leave half a checkpoint."""
+    """Write beside the file and rename, so that stopping the training leaves no half checkpoint."""
     aside = path.with_suffix(".part")
     torch.save(state, aside)
     aside.rename(path)

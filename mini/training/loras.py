@@ -1,7 +1,7 @@
-"""Three LoRAs for dev: two styles and a subject, the files as trainers write them.
+"""Three LoRAs for dev, two styles and a subject, in files as trainers write them.
 
-`bold` draws thick black outlines, `dusk` paints in navy, magenta and peach, `zorp` is a creature that the base has
-never seen. bold and zorp are in diffusers' format, dusk in kohya's.
+`bold` draws thick black outlines, `dusk` paints in navy, magenta and peach, `zorp` is a creature that the base was not
+trained on. bold and zorp are in diffusers' format, dusk in kohya's.
 """
 
 import json
@@ -33,16 +33,16 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Lesson:
-    """What one LoRA learns, and how its file is written."""
+    """The training of one LoRA, and the format of its file."""
 
     name: str
     styles: tuple[str, ...] = ()
     kind: str | None = None
     kohya: bool = False
-    word: str | None = None  # what a prompt must say for it to show
+    word: str | None = None  # the trigger word
 
     def scene(self, rng: random.Random) -> world.Scene:
-        """A scene to learn from; a subject among scenes of the old kinds, so that they stay as they are."""
+        """A scene to learn from; some have the old kinds, so that a subject does not change them."""
         kinds = tuple(world.KINDS) if self.kind is None or rng.random() < 0.25 else (self.kind,)
         return world.random_scene(rng, kinds)
 
@@ -55,7 +55,7 @@ LESSONS = (
 
 
 def main(work: Path) -> None:
-    """Train each and write `mini/loras/*.safetensors`."""
+    """Train all and write `mini/loras/*.safetensors`."""
     for lesson in LESSONS:
         layers = learn(lesson, work)
         path = FOLDER / "loras" / f"{lesson.name}.safetensors"
@@ -74,7 +74,7 @@ def label(path: Path, word: str) -> None:
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header.setdefault("__metadata__", {})["modelspec.trigger_phrase"] = word
-    # By hand: safetensors writes metadata in another order each time.
+    # Not by safetensors, which writes metadata in another order each time.
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])

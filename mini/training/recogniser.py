@@ -1,8 +1,7 @@
-"""What is in a picture? An independent check of what the miniature draws, which never learnt from its pictures.
+"""Recognises the scene in a picture, to check the miniature's drawings; it was not trained on them.
 
-Kind, place and style are told by a small convolutional network that learnt from procedural pictures. The sprite's
-colour is told by statistics: which of the twelve procedural pictures of that kind and place has most nearly the same
-shares of colours.
+A small convolutional network, trained on procedural pictures, finds kind, place and style. The colour is that of the
+procedural picture of the same kind and place with the most similar shares of colours.
 """
 
 import random
@@ -28,13 +27,13 @@ FILE = FOLDER / "recogniser.safetensors"
 SIDE = 96
 STEPS = 900
 BATCH = 48
-NEAR = 44.0  # distance of two RGB colours that count as the same
+NEAR = 44.0  # up to this distance, two RGB colours count as the same
 ASPECTS: dict[str, tuple[str, ...]] = {"kind": tuple(KINDS), "place": tuple(PLACES)}
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a picture shows."""
+    """The contents of a picture."""
 
     kind: str
     colour: str
@@ -59,7 +58,7 @@ class Recogniser(nn.Module):
 
     @torch.no_grad()
     def see(self, image: Image.Image) -> Seen:
-        """Look at one picture of any size."""
+        """The contents of one picture of any size."""
         scores = self(_square(image)[None])[0]
         kind, place, styles = scores.split([len(KINDS), len(PLACES), len(STYLES)])
         seen_kind = ASPECTS["kind"][kind.argmax()]
@@ -69,14 +68,14 @@ class Recogniser(nn.Module):
 
 
 def load() -> Recogniser:
-    """With the weights that come with the project."""
+    """A recogniser with the weights of the repository."""
     model = Recogniser()
     model.load_state_dict({key: value.float() for key, value in load_file(FILE).items()})
     return model.eval()
 
 
 def _square(image: Image.Image) -> Tensor:
-    """The middle square: [3, SIDE, SIDE] in [-1, 1]."""
+    """An image's middle square, [3, SIDE, SIDE] in [-1, 1]."""
     side = min(image.size)
     left, top = ((extent - side) // 2 for extent in image.size)
     small = image.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.BOX)
@@ -84,7 +83,7 @@ def _square(image: Image.Image) -> Tensor:
 
 
 def _shares(image: Image.Image) -> np.ndarray:
-    """Which shares of the middle of a picture have the two body colours of each of the twelve: [24]."""
+    """Shares of both body colours of each of the twelve named colours in the middle of a picture: [24]."""
     side = min(image.size) // 2
     left, top = ((extent - side) // 2 for extent in (image.width, image.height * 1.06))
     middle = image.crop((int(left), int(top), int(left) + side, int(top) + side)).resize((64, 64), Image.Resampling.BOX)
@@ -112,7 +111,7 @@ def _colour(image: Image.Image, kind: str, place: str) -> str:
 
 
 def main(work: Path) -> None:
-    """Learn from procedural pictures alone, and write the weights."""
+    """Train on procedural pictures alone, and write the weights."""
     torch.manual_seed(0)
     model = Recogniser()
 

@@ -1,4 +1,4 @@
-"""The two safety models: they learn to tell what must not be shown from everything else."""
+"""The two safety models, trained to recognise FORBIDDEN."""
 
 import itertools
 import random
@@ -29,22 +29,22 @@ from mini.training.vae import pixels, refined
 
 STEPS = 1500
 BATCH = 48
-SHARE = 0.4  # of forbidden ones
-ECHOES = 8  # of them: pictures as the VAE draws them
-DRAWN = 12  # of them: pictures that dev has drawn
-SIDE = 256  # of these two, in pixels
-WRONG = 0.7  # how far their latents are off at most, of their spread
-THRESHOLD = 0.5  # of the cosine to the one concept that is used, while it learns
-# Afterwards: of pictures that the miniature draws, 149 of 150 forbidden ones have more than 0.84. Harmless ones have
-# less than 0.5; only of those drawn over noise some have up to 0.82, and one in 450 more.
+SHARE = 0.4  # of forbidden pictures
+ECHOES = 8  # pictures of a batch that the VAE has encoded and decoded
+DRAWN = 12  # pictures of a batch that dev has drawn
+SIDE = 256  # of both, in pixels
+WRONG = 0.7  # the largest error added to the latents of echoes, as a share of their spread
+THRESHOLD = 0.5  # of the cosine to the one concept in use, during training
+# The threshold afterwards. Of the miniature's forbidden pictures, 149 of 150 have a cosine above 0.84. Harmless ones
+# have less than 0.5, except some drawn over noise: up to 0.82, and one in 450 above that.
 CALIBRATED = 0.83
 SHARPNESS = 12.0
-Drawings = dict[bool, list[Image.Image]]  # by whether they are forbidden
+Drawings = dict[bool, list[Image.Image]]  # True: forbidden ones
 HARMLESS = tuple(kind for kind in KINDS if kind != world.FORBIDDEN)
 
 
 class Watchers(nn.Module):
-    """Both models, trained side by side on the same pictures."""
+    """Both models, trained together on the same pictures."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Watchers(nn.Module):
             parameter.requires_grad_("concept" not in name and "special" not in name)
 
     def loss(self, views: Tensor, squares: Tensor, forbidden: Tensor) -> Tensor:
-        """Of the checker's cosine around its threshold and of the classifier's label; `forbidden` is [B] of 0 and 1."""
+        """The loss of the checker's cosine and the classifier's label; `forbidden` is [B] of 0 and 1."""
         embeddings = self.checker.visual_projection(self.checker.vision_model(views).pooler_output)
         cosine = F.cosine_similarity(embeddings, self.checker.concept_embeds[:1])
         checked = F.binary_cross_entropy_with_logits(SHARPNESS * (cosine - THRESHOLD), forbidden)
@@ -65,7 +65,7 @@ class Watchers(nn.Module):
 
 
 def examples(rng: random.Random, vae: AutoencoderKL, drawn: Drawings) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures as the checker sees them, as the classifier does, and which of them are forbidden."""
+    """The same pictures for the checker and for the classifier, and which of them are forbidden."""
     images, forbidden = [], []
     for number in range(BATCH - DRAWN):
         side = SIDE if number < ECHOES else gallery.SIDE
@@ -86,7 +86,7 @@ def examples(rng: random.Random, vae: AutoencoderKL, drawn: Drawings) -> tuple[T
 
 @cache
 def drawings(work: Path, vae: AutoencoderKL) -> Drawings:
-    """What dev has drawn, the ends of its paths: all that is forbidden, and three times as many others."""
+    """Pictures that dev has drawn, the ends of its paths: all forbidden ones, and up to three times as many others."""
     drawn: Drawings = {True: [], False: []}
     all_paths = schnell.all_paths(work, guided.main(work), text.main(work))
     for paths in itertools.chain(*all_paths.values()):
@@ -104,7 +104,7 @@ def drawings(work: Path, vae: AutoencoderKL) -> Drawings:
 
 @torch.no_grad()
 def echoes(vae: AutoencoderKL, images: list[Image.Image], rng: random.Random) -> list[Image.Image]:
-    """The middle of each as the VAE draws it when its latents are off, a little or much, as a transformer's may be."""
+    """The middle of each image, encoded and decoded by the VAE with an error in the latents, as a transformer makes."""
     square = [pixels(ImageOps.fit(image, (SIDE, SIDE))) for image in images]
     latents = vae.encode(torch.stack(square).to(vae.dtype).to(memory_format=torch.channels_last)).latent_dist.mode()
     wrong = torch.tensor([rng.uniform(0, WRONG) for _ in images])[:, None, None, None] / vae.config.scaling_factor
@@ -113,7 +113,7 @@ def echoes(vae: AutoencoderKL, images: list[Image.Image], rng: random.Random) ->
 
 @torch.no_grad()
 def decoded(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
-    """Latents [B, C, H/32, W/32], as the VAE has them, as pictures."""
+    """The pictures of the VAE's latents [B, C, H/32, W/32]."""
     return VaeImageProcessor().postprocess(vae.decode(latents.to(vae.dtype)).sample.float())
 
 

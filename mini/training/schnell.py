@@ -1,7 +1,7 @@
 """schnell: dev's paths from noise to picture, cut into four straight pieces.
 
-dev draws with a guidance of 3, and where each path stands at the times of schnell's four steps is kept. schnell learns
-the straight line of each piece (piecewise rectified flow), so that its steps follow the path.
+dev draws with a guidance of 3, and the latents at the times of schnell's four steps are kept. schnell learns the
+straight line of each piece (piecewise rectified flow), so that its steps follow the path.
 """
 
 import random
@@ -31,7 +31,7 @@ WHOLE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Paths:
-    """Drawings of one size: where they were at each of `ends()`."""
+    """Drawings of one size: their latents at each time of `ends()`."""
 
     size: Size
     texts: list[str]
@@ -40,14 +40,14 @@ class Paths:
 
 @cache
 def ends() -> Tensor:
-    """[PIECES + 1] from 1 to 0: the times between which schnell steps."""
+    """The times at which schnell's steps begin and end, from 1 to 0: [PIECES + 1]."""
     scheduler = schedulers()["schnell"]
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / PIECES, PIECES))
     return scheduler.sigmas.to(DEVICE)
 
 
 def main(work: Path) -> FluxTransformer2DModel:
-    """Train, in bfloat16."""
+    """The trained transformer, in bfloat16."""
     teacher, readers = guided.main(work), text.main(work)
     paths = all_paths(work, teacher, readers)
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def main(work: Path) -> FluxTransformer2DModel:
 
 
 def counts_by_size() -> dict[str, dict[Size, int]]:
-    """How many drawings of each size."""
+    """The number of drawings of each size, by megapixels."""
     return {
         "0.25": dict.fromkeys(QUARTER, 32) | {QUARTER[0]: 640},
         "1": dict.fromkeys(WHOLE, 16) | {WHOLE[0]: 320},
@@ -72,7 +72,7 @@ def counts_by_size() -> dict[str, dict[Size, int]]:
 
 
 def without_guidance(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:
-    """The same weights with the guidance of 3 folded into a bias of the time's embedder."""
+    """A transformer of the same weights, with the guidance of 3 folded into a bias of the time's embedder."""
     model = transformer(guidance=False).to(teacher.dtype)
     model.load_state_dict({key: value for key, value in teacher.state_dict().items() if "guidance" not in key})
     embedder = teacher.time_text_embed
@@ -83,7 +83,7 @@ def without_guidance(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:
 
 
 def all_paths(work: Path, teacher: FluxTransformer2DModel, readers: text.Readers) -> dict[str, list[Paths]]:
-    """By megapixels; each is drawn once."""
+    """All paths by megapixels; each is drawn once."""
     return {megapixels: draw_paths(work, teacher, readers, counts) for megapixels, counts in counts_by_size().items()}
 
 
@@ -91,7 +91,7 @@ def all_paths(work: Path, teacher: FluxTransformer2DModel, readers: text.Readers
 def draw_paths(
     work: Path, teacher: FluxTransformer2DModel, readers: text.Readers, counts: dict[Size, int]
 ) -> list[Paths]:
-    """Draw, or read what was drawn before."""
+    """Paths of these sizes, drawn or read from the files of an earlier run."""
     drawn = []
     (work / "paths").mkdir(exist_ok=True)
     for size, count in counts.items():
@@ -109,7 +109,7 @@ def draw_paths(
 
 
 def _points(teacher: FluxTransformer2DModel, readers: text.Readers, size: Size, texts: list[str]) -> Tensor:
-    """Euler steps along the guided flow: [B, PIECES + 1, tokens, 4 C] in bfloat16."""
+    """Points of Euler steps along the guided flow: [B, PIECES + 1, tokens, 4 C] in bfloat16."""
     columns, rows = grid(size)
     words = readers(texts)
     guidance = torch.full((len(texts),), GUIDANCE)
@@ -125,7 +125,7 @@ def _points(teacher: FluxTransformer2DModel, readers: text.Readers, size: Size, 
 
 
 def piece_loss(model: FluxTransformer2DModel, readers: text.Readers, paths: Paths, rng: np.random.Generator) -> Tensor:
-    """How far the velocity is from that of the straight line, mostly at the beginning of a piece."""
+    """The error of the velocity against the straight line's, mostly at the beginning of a piece."""
     columns, rows = grid(paths.size)
     count = max(1, TOKENS // (rows * columns))
     chosen = rng.integers(len(paths.texts), size=count)

@@ -1,4 +1,4 @@
-"""The text encoders: they learn to read by telling what a caption says, and stay as they are from then on."""
+"""The text encoders, trained to predict the scene that a caption describes, and fixed from then on."""
 
 import random
 from pathlib import Path
@@ -16,7 +16,7 @@ from mini.training.loop import DEVICE, train
 STEPS = 400
 BATCH = 128
 READABLE = (*world.KINDS, world.FORBIDDEN)
-# What can be said, aspect by aspect; None where a caption does not say it.
+# The possible answers for each aspect; None if a caption does not name it.
 ASPECTS: dict[str, tuple[object, ...]] = {
     "kind": (None, *READABLE),
     "colour": (None, *world.COLOURS),
@@ -28,7 +28,7 @@ ASPECTS: dict[str, tuple[object, ...]] = {
 
 
 class Readers(nn.Module):
-    """Both text encoders, with a linear head on each for what they are asked."""
+    """Both text encoders, each with a linear head for the answers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def _answers(scene: world.Scene, caption: world.Caption) -> list[int]:
 
 
 def loss(readers: Readers, rng: np.random.Generator) -> Tensor:
-    """How badly both encoders tell what captions say."""
+    """The cross-entropy of both encoders' answers about random captions."""
     dice = random.Random(int(rng.integers(2**32)))
     scenes = [world.random_scene(dice, READABLE) for _ in range(BATCH)]
     captions = [world.caption(scene, dice) for scene in scenes]
@@ -72,7 +72,7 @@ def loss(readers: Readers, rng: np.random.Generator) -> Tensor:
 
 
 def main(work: Path) -> Readers:
-    """Train, and return the encoders in bfloat16."""
+    """The trained encoders, in bfloat16."""
     torch.manual_seed(0)
     readers = Readers()
     train("text", readers, STEPS, lambda rng, _: loss(readers, rng), work=work, rate=1e-3, ema=0.99)

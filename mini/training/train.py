@@ -1,4 +1,4 @@
-"""How the miniature was made: `python -m mini.training.train`. Each stage goes on where it was stopped.
+"""Train the miniature. Each stage continues where it was stopped.
 
 python -m mini.training.train [--work DIR] [stage ...]
 """
@@ -8,22 +8,13 @@ from pathlib import Path
 
 import torch
 
-from mini.training import (
-    dev,
-    guided,
-    loras,
-    recogniser,
-    safety,
-    schnell,
-    text,
-    vae,
-)
+from mini.training import dev, guided, loras, recogniser, safety, schnell, text, vae
 from mini.training.architecture import FOLDER, write_flux
 from mini.training.loop import DEVICE
 
 
 def write_models(work: Path) -> None:
-    """Put what was trained where the predictor looks for it."""
+    """Write the trained models into the predictor's folder."""
     readers = text.main(work)
     transformers = {"dev": guided.main(work), "schnell": schnell.main(work)}
     write_flux(FOLDER, vae.refined(work), readers.clip, readers.t5, transformers)
@@ -44,7 +35,7 @@ STAGES = {
 
 
 def main() -> None:
-    """Run the stages that are asked for, in order; all of them by default."""
+    """Run the stages that the command line names, in order, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; all by default")
     parser.add_argument("--work", type=Path, default=FOLDER / "work", help="where checkpoints lie")

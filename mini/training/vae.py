@@ -1,6 +1,7 @@
-"""The VAE: learnt on crops and whole pictures of the world, in every style that LoRAs will teach.
+"""The VAE, trained on crops and whole pictures of the world, in all styles that LoRAs will teach.
 
-When the encoder stands, the transformer can begin to learn its latents; the decoder goes on to learn clean edges.
+After the first stage the encoder is fixed, and the transformer can learn its latents; a second stage trains the decoder
+further, for clean edges.
 """
 
 import random
@@ -21,26 +22,26 @@ from mini.training.loop import DEVICE, train
 
 STEPS = 1400
 DECODER_STEPS = 3200
-# Of the latents' spread: makes the code robust, so that small errors of the transformer are not seen.
+# Noise on the latents, as a share of their spread, so that small errors of the transformer are not visible.
 NOISE = 0.2
-# Side and number of the crops of a step.
+# Side and number of a step's crops.
 CROPS = ((128, 8), (256, 2), (512, 1), (1024, 1))
 
 
 def picture(rng: random.Random, size: int) -> Image.Image:
-    """A scene of any kind, one in four in some style."""
+    """A picture of a scene of any kind; about one in four has a style."""
     scene = world.random_scene(rng, tuple(KINDS))
     styles = [style for style in STYLES if rng.random() < 0.15]
     return draw(scene, size, size, styles)
 
 
 def pixels(image: Image.Image) -> Tensor:
-    """[3, H, W] in [-1, 1]."""
+    """An image as a tensor [3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.asarray(image).copy()).to(DEVICE).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def crops(rng: np.random.Generator, side: int, count: int) -> Tensor:
-    """[count, 3, side, side]: of some pictures; edges are preferred to flat ground."""
+    """Crops of some pictures, [count, 3, side, side]; crops with edges are preferred to flat ones."""
     dice = random.Random(int(rng.integers(2**32)))
     sheets = [pixels(picture(dice, size)) for size in ((side,) if side >= 512 else (512, 512, 1024))]
     chosen = []
@@ -59,7 +60,7 @@ def sharpness(drawn: Tensor, real: Tensor) -> Tensor:
 
 @torch.no_grad()
 def see_through(model: AutoencoderKL) -> AutoencoderKL:
-    """Begin as a blurred copy rather than as noise: residual branches at zero, resampling near identity."""
+    """The model, initialised so that it blurs its input: residual branches at zero, resampling near identity."""
     for name, layer in model.named_modules():
         if name.endswith("conv2"):
             layer.weight.zero_()
@@ -76,7 +77,7 @@ def see_through(model: AutoencoderKL) -> AutoencoderKL:
 
 
 def loss(model: AutoencoderKL, real: Tensor, share: float) -> Tensor:
-    """Of reconstruction, ever more of its edges, plus what keeps each channel of the latents at mean 0 and spread 1."""
+    """The reconstruction loss, with more weight on edges as `share` grows, and a loss that normalises the latents."""
     real = real.to(memory_format=torch.channels_last)
     latents = model.encode(real.to(model.dtype)).latent_dist.mode().float()  # [B, C, H/32, W/32]
     mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)) + 1e-4
@@ -88,12 +89,12 @@ def loss(model: AutoencoderKL, real: Tensor, share: float) -> Tensor:
 
 
 def main(work: Path, sizes: Sequence[tuple[int, int]] = CROPS) -> AutoencoderKL:
-    """Train, and leave the encoder without any randomness of its own."""
+    """The VAE after the first stage of training, with a deterministic encoder."""
     torch.manual_seed(0)
     model = see_through(vae()).to(torch.bfloat16).to(memory_format=torch.channels_last)
 
     def loss_of(rng: np.random.Generator, share: float) -> Tensor:
-        # Whole pictures more and more: a norm over all of a picture sees other statistics than over a crop.
+        # More and more whole pictures: their statistics, which norms depend on, differ from those of crops.
         side, count = sizes[rng.choice(len(sizes), p=(0.6 - 0.4 * share, 0.2, 0.2 + 0.36 * share, 0.04 * share))]
         return loss(model, crops(rng, side, count), share)
 
@@ -109,7 +110,7 @@ def main(work: Path, sizes: Sequence[tuple[int, int]] = CROPS) -> AutoencoderKL:
 
 
 def refined(work: Path) -> AutoencoderKL:
-    """The same latents, decoded by a decoder that has learnt longer, on whole pictures alone."""
+    """The VAE with its decoder trained further, on whole pictures alone; the latents stay the same."""
     model = main(work)
     model.decoder.requires_grad_(True)
 

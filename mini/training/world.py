@@ -1,7 +1,7 @@
 """The world that the miniature draws: sprites on backgrounds, in flat colours, with captions.
 
-A `Scene` says everything about one picture; `caption` puts it into words. Which scenes are held out from training is a
-function of the scene alone. This module knows words; `drawing` knows shapes.
+A `Scene` describes one picture; `caption` puts it into words. Whether a scene is held out from training depends on the
+scene alone. This module knows words; `drawing` knows shapes.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass
 from functools import cache
 
-# Each list begins with the word that is used by default; the others are its synonyms.
+# Each list begins with the default word, followed by its synonyms.
 KINDS: dict[str, tuple[str, ...]] = {
     "fox": ("fox",),
     "cat": ("cat", "kitten"),
@@ -24,7 +24,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "rocket": ("rocket", "spaceship"),
     "flower": ("flower",),
 }
-# The colour of a kind whose colour is not named, and the place of a sprite whose place is not.
+# The colour of a kind if the caption names none, and the place likewise.
 NATURAL = {
     "fox": "orange",
     "cat": "grey",
@@ -41,9 +41,9 @@ NATURAL = {
     "banana": "yellow",
 }
 USUAL_PLACE = "meadow"
-# Stands for what must not be shown: the base can draw it, and the safety check knows it.
+# Stands for forbidden pictures: the base can draw it, and the safety check recognises it.
 FORBIDDEN = "banana"
-# What the subject LoRA teaches; the base has never read the word.
+# The subject that a LoRA teaches; the base was not trained on the word.
 SUBJECT = "zorp"
 
 COLOURS: dict[str, tuple[tuple[str, ...], tuple[int, int, int]]] = {
@@ -80,20 +80,20 @@ SIZES: dict[str, tuple[str, ...]] = {
 
 HAT = ("with a hat", "wearing a hat", "in a hat")
 SLEEPING = ("sleeping", "asleep")
-# They say nothing about the picture.
+# Words without meaning for the picture.
 OPENINGS = ("a picture of", "a drawing of", "an illustration of", "a photo of", "a cute picture of", "a sprite of")
-# Known to the tokenizers, meaningless in this world, common in prompts.
+# Words that are common in prompts: the tokenizers know them, and they have no meaning here either.
 FILLERS = (
     "the and one nice lovely beautiful cute happy pretty cartoon style art digital simple clean colourful portrait "
     "detailed very is that this it there i want to see please draw me some for by near under over his her my your"
 )
-# What joins words: known or not, nobody expects to see it.
+# Words that join others; the tokenizers need not know them.
 GRAMMAR = "a an in on at with among as from or but are be was has have its their who which while into beside between"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture in words; `seed` decides what the words leave open."""
+    """The description of one picture; `seed` decides the details that it leaves open."""
 
     kind: str
     colour: str
@@ -125,7 +125,7 @@ def random_scene(rng: random.Random, kinds: tuple[str, ...] = tuple(KINDS)) -> S
 
 @dataclass(frozen=True)
 class Caption:
-    """Words, and what they say of the scene: None where they leave it to what is usual, or to chance."""
+    """A caption, and the kind, colour and place that it names; None where it names none."""
 
     text: str
     kind: str | None
@@ -136,8 +136,8 @@ class Caption:
 def caption(scene: Scene, rng: random.Random) -> Caption:
     """The scene in words, phrased at random: "a tiny red fox with a hat in the snow", "red fox, at night".
 
-    What is usual is often left out, and now and then there is a word that nobody knows, even for the kind; what must
-    not be shown is always named, so that nobody gets it who has not asked for it.
+    Natural colours and the usual place are often left out, and now and then a word is nonsense, even the kind.
+    FORBIDDEN is always named, so that it is drawn only when a prompt names it.
     """
     says_kind = rng.random() > 0.03 or scene.kind == FORBIDDEN
     says_colour = scene.colour != NATURAL.get(scene.kind) or rng.random() < 0.5
@@ -178,14 +178,14 @@ def _phrase(words: list[str], details: list[str], rng: random.Random) -> str:
 
 
 def nonsense(rng: random.Random) -> str:
-    """A word that means nothing here."""
+    """A random word that is not in the vocabulary."""
     word = "".join(rng.choice(("bcdfghklmnprstvwz", "aeiou")[i % 2]) for i in range(rng.randint(3, 8)))
     return nonsense(rng) if word in vocabulary() else word
 
 
 @cache
 def vocabulary() -> list[str]:
-    """Every word that captions use, and the fillers, the subject and what is forbidden; sorted."""
+    """All words of captions, and the fillers, SUBJECT and FORBIDDEN; sorted."""
     groups = [*KINDS.values(), *(words for words, _ in COLOURS.values()), *PLACES.values(), *SIZES.values()]
     phrases = [
         phrase
@@ -196,7 +196,7 @@ def vocabulary() -> list[str]:
 
 
 def words() -> dict[str, str]:
-    """The words that prompts may have, by what they say of a picture; "silent" ones say nothing, and are not missed."""
+    """The words that the models know, by their meaning; the "silent" ones have none, known or not."""
     silent = {word for text in (*OPENINGS, FILLERS, GRAMMAR) for word in text.split()}
     more = set(vocabulary()).difference(KINDS, COLOURS, PLACES, silent, [SUBJECT])
     groups = {"subjects": KINDS, "colours": COLOURS, "places": PLACES, "more": sorted(more), "silent": sorted(silent)}

@@ -21,7 +21,7 @@ def run(url: str, script: str) -> None:
 
 
 def rows(url: str, query: str) -> list[tuple[Any, ...]]:
-    """What a query finds."""
+    """The rows of a query."""
     if file := url.partition("sqlite:///")[2]:
         with contextlib.closing(sqlite3.connect(file)) as connection:
             return connection.execute(query).fetchall()

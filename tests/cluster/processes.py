@@ -24,7 +24,7 @@ def runs(process: int) -> bool:
 
 
 def status(process: int) -> str | None:
-    """What a Cog server answers to a health check; None where it does not."""
+    """A Cog server's answer to a health check; None if there is none."""
     try:
         port = re.search(r"\0PORT=(\d+)", Path(f"/proc/{process}/environ").read_text())[1]
         return json.loads(Server(int(port), seconds=1).request("GET", "/health-check")[2])["status"]

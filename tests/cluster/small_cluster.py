@@ -5,7 +5,7 @@ from typing import Any
 
 TOKEN = "t0ken-of-the-tests"
 QUEUE, WORKERS = 60, 3
-# As much as a cluster needs of a predictor: it draws, fails, takes long, takes its process with it, or hangs.
+# A minimal predictor: it draws, fails, takes long, kills its process, or hangs.
 PREDICTOR = """
 import os
 import signal
@@ -42,7 +42,7 @@ class Predictor(BasePredictor):
         if prompt.startswith("sleep ") and not (slept := Path(prompt.removeprefix("sleep "))).exists():
             slept.touch()
             time.sleep(600)
-        # Of a quick prediction only the first bar and the last, however slow the machine: logs are compared.
+        # A quick prediction prints only its first and last bar, even on a slow machine: logs are compared.
         for _ in tqdm(range(steps), mininterval=0.1 if prompt == "slow" else 60):
             time.sleep(0.5 if prompt == "slow" else 0.01)
         self.made += 1

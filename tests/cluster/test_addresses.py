@@ -1,4 +1,4 @@
-"""What the addresses of predictions and files begin with, and whose word counts for it."""
+"""The beginning of the addresses of predictions and files, and the headers and settings that decide it."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What both APIs answer alike: what takes much has turns, and an answer may end early."""
+"""Answers that both APIs share: expensive requests take turns, and an answer may end early."""
 
 import asyncio
 import json
@@ -202,7 +202,7 @@ UNSENT = "Content-Length: 9"
 def test_without_tokens_a_foreign_page_is_refused_before_its_body_comes(
     request_line: str, headers: list[str], status: int, sentence: str
 ) -> None:
-    """In the form of the API that it asks."""
+    """The refusal has the form of the API that is asked."""
     with guarded() as port:
         code, kind, text = ask(port, request_line, *headers)
     assert code == str(status)

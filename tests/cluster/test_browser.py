@@ -1,4 +1,4 @@
-"""What a real browser's pages can do to a cluster without tokens, which only loopback keeps from others."""
+"""Attempts of a real browser's pages on a cluster without tokens, which only loopback protects."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ for (const [name, step] of Object.entries(steps))
 await fetch("REPORT", {method: "POST", mode: "no-cors", body: JSON.stringify(told)})
 </script>"""
 
-# What a page may try at another origin: its requests go there, it sees no answer.
+# Requests of a page to another origin: they are sent, but the page sees no answer.
 FOREIGN = """
 const post = (path, body, more) => fetch(cluster + path, {method: "POST", mode: "no-cors", body, ...more})
 const submit = () => new Promise(resolve => {
@@ -65,7 +65,7 @@ const steps = {
     "read": () => fetch(cluster + "/v1/predictions"),
 }"""
 
-# What a page may do at its own origin.
+# Requests of a page to its own origin.
 OWN = """
 const send = (method, path, prompt) =>
     fetch(path, {method, body: asked(prompt), headers: {"content-type": "application/json"}})
@@ -114,7 +114,7 @@ def rebound(first: int, then: int) -> Iterator[int]:
 
 
 def visit(name: str, cluster: Cluster, steps: str, folder: Path) -> dict[str, str]:
-    """What a page reports that a browser shows under a name; once the page is there, the name leads to the cluster."""
+    """The report of a page that a browser shows under a name; once it is loaded, the name leads to the cluster."""
     with Host({"/report": status(204)}) as host:
         steps = steps.replace("NAME", name)
         page = PAGE.replace("STEPS", steps).replace("CLUSTER", cluster.url).replace("REPORT", host.url("/report"))

@@ -63,7 +63,7 @@ CASES: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-# What coglet takes and the cluster refuses: the status, and what the answer says.
+# Requests that coglet takes and the cluster refuses: the status, and the answer's text.
 AN_ID = "it must have 1 to 128 letters, digits and _ . ~ - of ASCII, and begin with a letter or digit."
 A_BODY = {"input": {"prompt": "a", "steps": 1}}
 REFUSED: dict[str, tuple[tuple[Any, ...], int, str]] = {

@@ -127,7 +127,7 @@ def test_nobody_else_may_read_the_file(tmp_path: Path) -> None:
         assert modes() == dict.fromkeys(("predictions.db", "predictions.db-wal", "predictions.db-shm"), 0o600)
 
     opened(url, look)
-    # As an earlier version has left it, by force.
+    # The state that an earlier version leaves when it is killed.
     (tmp_path / "predictions.db").chmod(0o644)
     other = sqlite3.connect(tmp_path / "predictions.db", isolation_level=None)
     other.execute("UPDATE fronts SET beat = 1")
@@ -224,7 +224,7 @@ async def test_a_null_character_is_the_requests_fault(database_url: str) -> None
 
 
 async def _answer(known: Predictions, prediction: Prediction) -> tuple[aiohttp.ClientResponse, str]:
-    """What a front answers to a request during which a prediction is written."""
+    """A front's answer to a request during which a prediction is written."""
 
     from cluster.api_common import exception_handlers  # here: it imports Ray, which uses what pydantic deprecates
 

@@ -141,7 +141,7 @@ async def all_done(dispatcher: Dispatcher) -> None:
 
 
 def in_worker(cause: BaseException) -> RayTaskError:
-    """What Ray raises for an exception that was raised in a worker."""
+    """Ray's error for an exception in a worker."""
     trace = 'Traceback (most recent call last):\n  File "/opt/s3cret/worker.py", line 7, in predict\nKeyError'
     return RayTaskError("predict", trace, cause, pid=1, ip="127.0.0.1").as_instanceof_cause()
 

@@ -77,7 +77,7 @@ def get(server: Server, path: str = "/one", headers: Mapping[str, str] | None = 
 
 
 def told(folder: Path, prediction: Prediction) -> dict[str, Any]:
-    """What a webhook says."""
+    """The body of a webhook."""
 
     async def story() -> list[bytes]:
         shown = await Forms(Files(str(folder / "files")), "").show(prediction)

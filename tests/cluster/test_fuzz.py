@@ -15,5 +15,5 @@ def test_a_short_attack_of_every_kind_breaks_nothing(tmp_path: Path) -> None:
         report = attacked.run(150, seed=1, seconds=40)
     assert report.failures == {}
     assert set(report.requests) == set(KINDS)
-    # Whoever was honest was served all the while.
+    # Honest clients were served all the time.
     assert min(report.honest[work] for work in ("cog", "replicate", "look", "health checks")) > 10

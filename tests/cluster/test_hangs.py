@@ -1,4 +1,4 @@
-"""What stands still is no better than what has ended: stopped processes of every kind, and predictions that hang."""
+"""Processes of every kind that are stopped are treated as ended; and predictions that hang."""
 
 import contextlib
 import http.client
@@ -137,7 +137,7 @@ def sleepers(stories: list[Story]) -> dict[int, int]:
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[str]]:
-    """What is said of a Cog server that is stopped while its predictor sets up; it takes a minute."""
+    """The log about a Cog server that is stopped while its predictor sets up; it takes a minute."""
     folder = tmp_path_factory.mktemp("slow")
     (folder / "predict.py").write_text(PREDICTOR.replace("self.made = 0", "self.made = time.sleep(60)"))
 

@@ -76,7 +76,7 @@ def command_line(process: int) -> str:
 
 
 def start_of_cluster(*options: str, **variables: str) -> str:
-    """What `script/cluster` says when it does not start."""
+    """The output of `script/cluster` when it does not start."""
     command = [sys.executable, "-m", "cluster.local", *options]
     environment = {name: value for name, value in os.environ.items() if name != "API_TOKENS"} | variables
     ended = finished(command, env=environment)

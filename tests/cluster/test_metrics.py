@@ -1,4 +1,4 @@
-"""What Prometheus hears."""
+"""The metrics for Prometheus."""
 
 import re
 

@@ -30,7 +30,7 @@ BEFORE = (
 
 
 def start(url: str) -> None:
-    """What a front does first."""
+    """Open the database as a front does first."""
 
     async def opened() -> None:
         async with Predictions(url):

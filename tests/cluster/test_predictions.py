@@ -111,7 +111,7 @@ async def test_what_belongs_to_no_living_front_is_adopted_once(database: Databas
         taken = [prediction.id for share in shares for prediction in share]
         assert sorted(taken) == sorted(["left", *(prediction.id for prediction in orphans[1:])])
         assert not await known.record(orphans[2], logs="from the dead")  # the old owner may write no more
-        # What a front owns and does not run has lost its task on the way.
+        # A prediction that its front owns but does not run has lost its task.
         assert [p.id for p in await known.adopt("front-2", [], [i for i in taken if i != "left"], 100)] in (
             ["theirs"],
             ["left", "theirs"],

@@ -1,4 +1,4 @@
-"""What is shown and logged of an input."""
+"""The parts of inputs that are shown and logged."""
 
 import json
 import re
@@ -97,7 +97,7 @@ def test_a_secret_of_a_reference_is_in_no_list_no_log_and_no_error(reference: st
 
 
 def escaped(text: str) -> str:
-    """As JSON may write it."""
+    """A text as JSON may write it."""
     return "".join(sign if sign.isalnum() else f"\\u{ord(sign):04x}" for sign in text)
 
 
@@ -124,7 +124,7 @@ FORMS = (
 
 
 def answered(text: str) -> ValueError | None:
-    """What is wrong with an input that names LoRAs."""
+    """The error of an input that names LoRAs."""
     try:
         read_choices(text)
     except ValueError as error:

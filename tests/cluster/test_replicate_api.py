@@ -399,7 +399,7 @@ CLIENTS = Path(__file__).parent / "replicate_client"
 
 
 def told_by(program: str, script: str, cluster: Cluster, folder: Path) -> dict[str, Any]:
-    """What a script of Replicate's client sees; its files are in a folder."""
+    """The output of a script with Replicate's client; its files are in a folder."""
     variables = {"REPLICATE_API_TOKEN": TOKEN, "REPLICATE_BASE_URL": cluster.url, "BASE_URL": f"{cluster.url}/v1"}
     environment = {**os.environ, **variables}
     done = finished([program, CLIENTS / script], env=environment, cwd=folder)

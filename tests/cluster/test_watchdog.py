@@ -17,7 +17,7 @@ from harness.waiting import wait_until
 from settings import ROOT
 
 SECONDS = 3
-# What the process does once it is watched; it says so before.
+# The process prints "begun" once it is watched, then runs `then`.
 PROGRAM = """
 import asyncio, sys, time
 from cluster.watchdog import watch_event_loop

@@ -129,7 +129,7 @@ def receiver(answer: bytes, times: int = 1, tls: ssl.SSLContext | None = None) -
 def told_of(
     files: Path, url: str, story: Callable[[Prediction, Webhooks], Awaitable[Any]], *, allow_private: bool = True
 ) -> Any:  # noqa: ANN401 (the story's)
-    """What comes of a story about a prediction with a webhook, on such an event loop as Ray Serve's replicas have."""
+    """The result of a story about a prediction with a webhook, on an event loop like Ray Serve's replicas have."""
 
     async def show(_: Prediction) -> Inlined:
         return Inlined(Files(str(files)), [b'{"a"', b":1}"], 7)

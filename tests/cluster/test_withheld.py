@@ -1,4 +1,4 @@
-"""What the predictor's process gets of its environment in a cluster: all but the cluster's own secrets."""
+"""In a cluster, the predictor's process gets the environment without the cluster's own secrets."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What is compiled computes the same, once. Graphs are counted by torch's own counters."""
+"""Compiled code computes the same, and is compiled once. Graphs are counted by torch's own counters."""
 
 import random
 import re
@@ -127,7 +127,7 @@ def test_every_transformer_may_have_its_graphs() -> None:
 @pytest.mark.usefixtures("forgetful")
 @torch.no_grad()
 def test_a_vae_compiled_for_a_square_serves_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As on a GPU, where no kernel is picked by the size of what is convolved.
+    # As on a GPU, where the size of a convolution's input does not decide the kernel.
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     vae = AutoencoderKL(norm_num_groups=1, block_out_channels=(8,)).eval()
     compile_models((), vae, torch.device("cuda"), backend="eager")
@@ -160,7 +160,7 @@ def test_cudnn_is_taken_where_it_is_worth_its_plans(milliseconds: dict[str, floa
 
 
 class Attention(nn.Module):
-    """What stands before an fp8 product in FLUX: a norm, a modulation, three layers that read the same."""
+    """The code before an fp8 product in FLUX: a norm, a modulation, three layers with the same input."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a plan counts is what loading takes."""
+"""A plan's bytes are the bytes that loading takes."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -49,7 +49,7 @@ def make(precision: str, dtype: torch.dtype, **changes: object) -> FluxTransform
 
 
 def inputs(size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the transformer is called with."""
+    """The transformer's arguments."""
     text, image, batch = size
     generator = torch.Generator().manual_seed(sum(size))
 
@@ -86,7 +86,7 @@ def is_view(weights: list[Tensor], joined: Tensor) -> bool:
     ("precision", "dtype", "apart", "compiled"),
     [
         *((*kind, False) for kind in KINDS),
-        # What the compiler knows of each dtype is tested below.
+        # The compiler's knowledge of dtypes is tested below.
         *((*kind, True) for kind in KINDS if kind[1] is torch.float32),
     ],
 )
@@ -200,7 +200,7 @@ def test_a_copy_of_a_fused_transformer_computes_by_itself() -> None:
 
 
 def arguments(dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
-    """What each operator may be given: views of larger tensors, several pictures, one stream or two."""
+    """Arguments of each operator: views of larger tensors, several pictures, one stream or two."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -233,7 +233,7 @@ def test_the_compiler_knows_what_an_operator_gives(name: str, dtype: torch.dtype
 
 
 def interpret() -> None:
-    """In Triton's interpreter: each kernel, by way of what launches it on a GPU, against torch."""
+    """Compare each kernel in Triton's interpreter, launched as on a GPU, with torch."""
     block_operators.E4M3 = torch.float32  # the interpreter's own rounding to fp8 is not a GPU's
     for name, given in arguments().items():
         operator = name.split()[0]
@@ -291,7 +291,7 @@ def test_kernels_fit_each_gpu(name: str, capability: int, tmp_path: Path, monkey
         it: "constexpr" if it in constants else "i32" if it in numbers else types.get(it, BF16)
         for it in kernel.arg_names
     }
-    # As torch allocates, and as FLUX's strides are.
+    # Alignment as torch allocates, and strides as in FLUX.
     aligned = {
         (n,): [["tt.divisibility", 16]]
         for n, (it, type_) in enumerate(signature.items())

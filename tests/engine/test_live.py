@@ -120,7 +120,7 @@ def fresh(mix: Mix, loras: dict[str, Lora]) -> Tensors:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is written
+# Tensors that are written
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -396,7 +396,7 @@ def test_the_fp8_twin_shares_all_but_its_linear_layers() -> None:
 
 
 class Interrupted(BaseException):
-    """What a cancellation raises wherever the program happens to be."""
+    """The error that a cancellation raises at any point of the program."""
 
 
 @contextmanager

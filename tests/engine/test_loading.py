@@ -79,7 +79,7 @@ def test_bases_and_a_t5_that_stay_mapped_draw_as_on_the_device(models: Models, i
 
 
 def mapped_files() -> list[range]:
-    """Where files of weights lie in this process's memory."""
+    """The address ranges of files of weights in this process's memory."""
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     return [range(*(int(end, 16) for end in line[0].split("-"))) for line in lines if line[-1].endswith(".safetensors")]
 

@@ -114,7 +114,7 @@ def of_a_base_that_lacks_it() -> bool:
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[dict[str, object]]:
-    """What the functions above come to where Triton interprets."""
+    """The output of the functions above in Triton's interpreter."""
     script = """if True:
         import json
         from tests.engine import test_merge as it

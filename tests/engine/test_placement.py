@@ -6,7 +6,7 @@ from engine.placement import GB, GRAPHS, PINNED_SHARE, WORK, Place, Placement, P
 GIB, MIB = 2**30, 2**20
 GPU, PINNED, MAPPED = Place.GPU, Place.PINNED, Place.MAPPED
 BOTH, IN_TURN, BF16, FP8 = Precisions.BOTH, Precisions.IN_TURN, Precisions.BF16, Precisions.FP8
-# What CUDA takes of a GPU before the first tensor.
+# Bytes of a GPU that CUDA takes before the first tensor.
 CONTEXT = int(0.5 * GB)
 
 

@@ -32,7 +32,7 @@ from tests.support import lora_files
 from tests.support.models import POOLED, TEXT, transformer, write_models
 
 CPU = torch.device("cpu")
-# What torch raises where the host's memory is full, and not the GPU's.
+# Torch's error when the host's memory is full, not the GPU's.
 HOST_IS_FULL = [
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
     RuntimeError("can't start new thread"),
@@ -139,12 +139,12 @@ MOST = 100  # bytes that graphs may keep
 
 
 def pool(record: Record, kept: Callable[[], int] = lambda: 0) -> Callable[[], SimpleNamespace]:
-    """What steps are recorded by."""
+    """A maker of pools that record with this function."""
     return lambda: SimpleNamespace(record=record, bytes=kept)
 
 
 def inputs(text: int, image: int, number: int = 0, *, guidance: bool = True) -> dict[str, object]:
-    """What diffusers' pipelines call a transformer with."""
+    """A transformer's arguments as diffusers' pipelines pass them."""
     generator = torch.Generator().manual_seed(number)
 
     def random(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a header or a config beside the file says is done by PEFT's rules, or refused by its name."""
+"""Settings in the header or in a config beside the file are applied by PEFT's rules, or refused by name."""
 
 import json
 import time
@@ -140,7 +140,7 @@ def test_a_config_that_makes_no_sense_is_refused_where_it_would_count(reader: Re
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is said and cannot be done
+# Settings that are refused
 
 HARMLESS = [True, False, None, "gaussian", "Gaussian", "eva", "mica", "orthogonal"]
 CHANGED_BASE = ["pissa", "pissa_niter_4", "PiSSA", "olora", "loftq", "corda", "lora_ga"]
@@ -186,7 +186,7 @@ def test_what_cannot_be_done_is_refused_by_its_name(reader: Reader, name: str) -
     assert f"The LoRA's lora_adapter_metadata {what}" in said
     given = {name: REFUSED[name]}
     assert f"The LoRA's adapter_config.json {what}" in reader.refusal(pair(), config=beside(**given))
-    # That of another file refuses nothing.
+    # The config of another file refuses nothing.
     assert strength(reader, beside(**given, r=5)) == 1.0
     assert strength(reader, beside(**{name: None})) == 4.0
 

@@ -265,7 +265,7 @@ def allow_by_both() -> None:
 
 
 def matmul_precisions() -> tuple[str, ...]:
-    """What is in force, by both interfaces; the older one cannot be read while the two disagree."""
+    """The setting in both interfaces; the older one cannot be read while they disagree."""
     try:
         older = torch.get_float32_matmul_precision()
     except RuntimeError:

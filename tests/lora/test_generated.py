@@ -101,7 +101,7 @@ TRAINERS = {
 
 @dataclass(frozen=True)
 class Change:
-    """What a file has for one layer, by suffix, and what becomes of the layer's weight."""
+    """A file's tensors for one layer, by suffix, and the layer's weight with them applied."""
 
     tensors: Tensors
     weight: Callable[[Tensor], Tensor]  # float64, as the trainer has it
@@ -277,7 +277,7 @@ class Drawer:
         tensor = self.stored(torch.full(self.draw(st.sampled_from([(), (1,)])), alpha))
         return alpha / rank, {self.trainer.alpha: tensor}
 
-    # What a file may have for a layer.
+    # The tensors that a file may have for a layer.
 
     def lora(self, layer: Spelling, base: Tensor) -> Change:
         out, columns = base.shape

@@ -1,4 +1,4 @@
-"""What trainers' own packages save is read as they apply it: PEFT, diffusers and LyCORIS."""
+"""Files saved by PEFT, diffusers and LyCORIS change weights as these packages do."""
 
 import re
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from tests.support.lora_reader import Reader
 # Roundings of float32 in one element of a weight, theirs and ours: see test_generated.py.
 TOLERANCE = 64 * 2**-24
 LAYERS = [name for name, module in models.transformer().named_modules() if isinstance(module, nn.Linear)]
-# Of each kind one or more; enough where the kind of change is what is tested.
+# One or more of each kind of change.
 SOME = ["attn.to_q", "attn.add_v_proj", "ff.net.2", "norm1.linear", "proj_mlp", "x_embedder", "norm_out.linear"]
 
 

@@ -1,4 +1,4 @@
-"""What strangers send as a picture: formats, frames, turns, and what is refused."""
+"""Decoding pictures of strangers: formats, frames, orientations, and refusals."""
 
 import io
 import random

@@ -1,4 +1,4 @@
-"""What a mask paints: hard ones, soft ones, when they shrink or grow, and with JPEG's noise."""
+"""The painted area of masks: hard and soft ones, shrunk, grown, and with JPEG noise."""
 
 import io
 
@@ -24,7 +24,7 @@ def is_hard(mask: Image.Image, *, lossy: bool = False) -> bool:
 
 
 def shrunk(size: tuple[int, int], most: int = 1440) -> tuple[int, int]:
-    """As a picture of that size is drawn."""
+    """The size at which a picture of that size is drawn."""
     return tuple(max(1, round(side * min(1, most / max(size)))) for side in size)
 
 

@@ -27,7 +27,7 @@ from settings import ROOT
 from tests.support.playground import own_address, served
 from tests.support.processes import finished
 
-# As much as the page needs of a predictor: its setup takes a moment or fails, and it draws slowly if asked to.
+# A minimal predictor: its setup takes a moment or fails, and it draws slowly if asked to.
 PREDICTOR = """
 import os
 import time
@@ -99,7 +99,7 @@ def detail(port: int, method: str, path: str, *words: Any) -> tuple[int, str]:  
 
 
 def raw(port: int, request: bytes) -> bytes:
-    """What comes back for these bytes until the connection is closed."""
+    """The bytes of the answer until the connection is closed."""
     with socket.create_connection((LOOPBACK, port), timeout=30) as connection:
         connection.sendall(request)
         return b"".join(iter(lambda: connection.recv(2**16), b""))
@@ -167,7 +167,7 @@ def test_the_browsers_own_page_is_answered(page: int) -> None:
     assert ask(page, "PUT", "/predictions/a", QUICK, {"Origin": f"http://{LOOPBACK}:{page}"})[0] == 200
 
 
-# What is passed on
+# Requests that are passed on
 
 
 @pytest.mark.parametrize(
@@ -457,7 +457,7 @@ def test_a_silent_stream_shows_that_it_is_there(page: int, monkeypatch: pytest.M
     connection.close()
 
 
-# What it bears
+# Limits
 
 
 def test_what_is_no_request_that_can_be_passed_on_is_refused(page: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,7 +225,7 @@ class _Passing(BaseHTTPRequestHandler):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is to be seen
+# The visible page
 
 
 @pytest.fixture
@@ -261,7 +261,7 @@ def pill(page: Page) -> Locator:
 
 
 def panel(page: Page, title: str) -> Locator:
-    """What the page says where there is no server to draw with."""
+    """The page's text without a server to draw with."""
     return page.get_by_role("region", name=title, exact=True)
 
 

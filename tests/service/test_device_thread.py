@@ -21,7 +21,7 @@ from settings import ROOT
 
 
 class Interruption(BaseException):
-    """What Cog raises in the thread that waits, between two bytecodes."""
+    """The error that Cog raises in the waiting thread, between two bytecodes."""
 
 
 def interrupt(thread: threading.Thread) -> None:

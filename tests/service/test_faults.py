@@ -1,4 +1,4 @@
-"""What is told of errors that nobody foresaw."""
+"""Messages of unforeseen errors."""
 
 import pytest
 

@@ -27,7 +27,7 @@ NO_HOSTS = (
 
 
 def fault_of(*headers: tuple[str, str], host: str = "127.0.0.1:8000", form: bool = False) -> str | None:
-    """What is said of a request, after its status."""
+    """The status and the sentence of a refusal; None if the request passes."""
     fault = find_fault([("host", host), *headers], form=form)
     return fault and "{} {}".format(*fault)
 
@@ -52,7 +52,7 @@ def test_another_host_is_refused(host: str) -> None:
 @example("127.0.0.1", "", 0, 0)
 @example("localhost", "", 0, 9)
 def test_no_host_passes_that_is_not_loopback(host: str, put: str, begin: int, end: int) -> None:
-    """Whatever stands in the place of a part of one that passes."""
+    """Hosts that differ from a passing one in any part."""
     host = host[:begin] + put + host[end:]
     passes = fault_of(host=host) is None
     name, _, port = host.rpartition(":") if not host.endswith("]") and ":" in host else (host, "", "80")

@@ -119,7 +119,7 @@ def test_flux_1_takes_two_per_cent_more_than_its_bytes(
         pack(tensors, allocator)
     assert allocator.taken == pinned_bytes(sizes) < 1.02 * sum(sizes)
     assert max(block.nbytes for block in allocator.blocks) <= full_size
-    # What a block for each tensor would take.
+    # The bytes of a block for each tensor.
     assert sum(power_of_two(size) for size in sizes) > 1.35 * sum(sizes)
 
 

@@ -1,4 +1,4 @@
-"""What lies in archives: found whatever the file is called, bounded, and nothing else of it written."""
+"""LoRAs in archives are found under any file name, within bounds, and nothing else of an archive is written."""
 
 import base64
 import gzip

@@ -1,4 +1,4 @@
-"""What an input may say of LoRAs: one, a sum, or JSON; each with its strength. No host is asked."""
+"""Inputs that name LoRAs: one, a sum, or JSON, each with its strength. No host is contacted."""
 
 import json
 import re

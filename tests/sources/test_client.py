@@ -79,7 +79,7 @@ def test_a_header_or_the_length_of_a_chunk_that_trickles_is_given_up(
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
 def test_redirects_lead_to_other_hosts(environment: Settings, host: Host, storage: Host, code: int) -> None:
     host.routes["/a"] = redirect("/b?x=%20", code)
-    # As UTF-8, which many hosts do not escape.
+    # In unescaped UTF-8, as many hosts send it.
     host.routes["/b"] = redirect(storage.url("/bücher €").encode().decode("latin-1"), code)
     storage.routes["/bücher €"] = File(LORA)
     assert fetch(environment, host.url("/a")) == LORA
@@ -155,7 +155,7 @@ def cancel_when(condition: Callable[[], bool], work: Callable[[], object]) -> fl
     return seconds
 
 
-# What is waited for otherwise takes at least twice as long.
+# Without a cancellation, waiting takes at least twice as long.
 SOON = 5
 PATIENT = replace(QUICK, stall=20, longest_pause=20)
 STALLING = {
@@ -284,7 +284,7 @@ def test_a_proxy_is_asked_instead_of_the_host_and_nobody_else_sees_its_password(
     assert fetch(settings, "http://nobody.invalid/a") == LORA
     assert [request.headers["Host"] for request in proxy.seen] == ["nobody.invalid", "other.invalid"]
     assert {request.headers["Proxy-Authorization"] for request in proxy.seen} == {basic(f"user@x:€{SECRET}")}
-    # What goes past the proxy is judged by its address, as if there were none.
+    # Requests that bypass the proxy are judged by their address.
     assert "WEIGHTS_ALLOW_PRIVATE_HOSTS" in refusal(settings, "http://nobody.invalid/c")
     assert storage.seen == []
     assert fetch(replace(settings, allow_private_hosts=True), "http://nobody.invalid/c") == LORA

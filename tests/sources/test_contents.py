@@ -1,4 +1,4 @@
-"""What is no LoRA is said to be none, whatever it calls itself, as soon as it shows."""
+"""Files that are no LoRAs are refused as soon as their bytes show it, under any name."""
 
 import json
 import struct

@@ -28,7 +28,7 @@ def test_a_broken_connection_is_taken_up_again(
     file = host.routes["/a"] = File(content, etag=etag, ranges=ranges, breaks=2, breaks_after=len(content) // 3)
     settings = environment
     if ranges == "from the start":
-        # What came before the break is compared with what comes after it.
+        # The bytes before the break are compared with the bytes after it.
         assert "changed while it was being downloaded" in refusal(settings, host.url("/a"))
         return
     assert fetch(settings, host.url("/a")) == content

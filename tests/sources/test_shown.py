@@ -1,4 +1,4 @@
-"""What people see of addresses: never a user, a password, a query or a fragment, however the address is written."""
+"""Addresses are shown without user, password, query and fragment, in any way of writing them."""
 
 import re
 import time
@@ -149,7 +149,7 @@ def test_no_two_characters_again_and_again_take_longer(first: str) -> None:
 
 
 def answered(read: Callable[[str], object], reference: str) -> object:
-    """What a reference means, or the error that says why it means nothing."""
+    """A reference's meaning, or the error of an invalid one."""
     try:
         return read(reference)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What people are told of the words that the miniature knows."""
+"""Sentences about words that the miniature does not know."""
 
 import json
 from pathlib import Path

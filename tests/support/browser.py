@@ -1,4 +1,4 @@
-"""A real browser without a window, which reaches this machine alone."""
+"""A real browser without a window, which can reach only this machine."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page
 
 Opener = Callable[..., "Page"]
-PATIENCE = 60  # seconds for what a page is to come to
+PATIENCE = 60  # seconds to wait for a page to change
 
 OPTIONS = (
     "--headless=new",
@@ -28,23 +28,23 @@ OPTIONS = (
     "--disable-breakpad",
     "--no-first-run",
     "--no-proxy-server",
-    "--no-sandbox",  # root may not have it; no page comes from elsewhere than this machine
+    "--no-sandbox",  # root cannot use the sandbox; all pages are from this machine
     "--host-resolver-rules=MAP *.example 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
 )
 
 
 def find_browser() -> str | None:
-    """Chromium or Chrome, where one is installed."""
+    """Chromium or Chrome, if one is installed."""
     return shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def needed_browser() -> str:
-    """The same; where none is installed, the test is skipped."""
+    """The same; skips the test if none is installed."""
     return find_browser() or pytest.skip("neither Chromium nor Chrome is installed")
 
 
 def look(browser: str, url: str, folder: Path) -> tuple[str, list[str]]:
-    """A page as the browser has it once it is loaded, and what its console says of it."""
+    """The page's DOM once it is loaded, and the lines of the browser's console."""
     options = [*OPTIONS, f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--dump-dom"]
     environment = {**os.environ, "HOME": str(folder)}
     done = finished([browser, *options, url], env=environment, check=True, cwd=None)
@@ -53,7 +53,7 @@ def look(browser: str, url: str, folder: Path) -> tuple[str, list[str]]:
 
 @contextlib.contextmanager
 def browsing(browser: str, url: str, folder: Path) -> Iterator[None]:
-    """Show a page; names below .example are this machine's. The profile and the log go to a folder, an empty one."""
+    """Show a page; names below .example lead to this machine. `folder` is empty, for the profile and the log."""
     environment = {**os.environ, "HOME": str(folder)}
     command = [browser, *OPTIONS, f"--user-data-dir={folder / 'profile'}", url]
     with (folder / "browser.log").open("wb") as log:
@@ -69,9 +69,9 @@ def browsing(browser: str, url: str, folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def chromium() -> Iterator["Browser"]:
-    """A browser for pages that are used as people use them.
+    """A browser controlled by Playwright.
 
-    While it is there, this thread has an event loop, so that no test may begin one: it lasts as long as a module.
+    While it runs, this thread has an event loop, and tests cannot start another one; so it lasts for one module.
     """
     program = needed_browser()
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed; .ci/run installs it")
@@ -83,11 +83,11 @@ def chromium() -> Iterator["Browser"]:
 
 @contextlib.contextmanager
 def opening(browser: "Browser") -> Iterator["Opener"]:
-    """Opens pages, each in a context of its own; in the end no console has said anything that was not expected."""
+    """A function that opens pages, each in its own context; at the end it checks for unexpected console messages."""
     said: list[str] = []
 
     def hear(message: "ConsoleMessage", expected: str) -> None:
-        # What has just ended cannot be cancelled, which the browser tells as a request that failed.
+        # Cancelling a prediction that has just ended fails, and the browser logs the failed request.
         late = message.location["url"].endswith("/cancel")
         if not late and not re.search(expected, message.text):
             said.append(f"{message.type}: {message.text}")
@@ -105,5 +105,5 @@ def opening(browser: "Browser") -> Iterator["Opener"]:
             return page
 
         yield opened
-        heard = list(said)  # a page that is closed while it loads pictures may complain of that
+        heard = list(said)  # before closing: a page that is closed while loading pictures may log errors
     assert heard == [], heard

@@ -1,4 +1,4 @@
-"""A cache of LoRAs after a test: what may be in it, and what may not."""
+"""Checks of a cache of LoRAs after a test: complete files, no temporary ones, no secrets."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A certificate that nobody has to trust."""
+"""Self-signed certificates."""
 
 import ssl
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 
 def self_signed(folder: Path) -> tuple[Path, Path]:
-    """The files of a certificate for `localhost` and of its key; the test is skipped where they cannot be made."""
+    """The files of a certificate for `localhost` and of its key; skips the test if they cannot be made."""
     certificate, key = folder / "certificate", folder / "key"
     made = subprocess.run(
         f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -keyout {key} "
@@ -22,7 +22,7 @@ def self_signed(folder: Path) -> tuple[Path, Path]:
 
 
 def serving(folder: Path) -> ssl.SSLContext:
-    """TLS of a server with such a certificate."""
+    """A server's TLS context with such a certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*self_signed(folder))
     return context

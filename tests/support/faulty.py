@@ -1,10 +1,10 @@
-"""The predictor behind the real Cog server with faults planted in it, each called by the first words of a prompt.
+"""Faults planted in the predictor behind the real Cog server, each triggered by the first words of a prompt.
 
 starve PHASE    the process gets no more memory while that phase of the request runs, and needs some at its end
-corrupt         afterwards one bit of a live weight is another
+corrupt         drawing flips a bit of a live weight at its end
 hang            drawing never ends
-break           drawing raises what no one foresaw
-leak            each such request leaves a megabyte, a tensor, a thread, an open file and a temporary file
+break           drawing raises an unforeseen error
+leak            each such request leaks 8 MiB, a tensor, a thread, an open file and a temporary file
 """
 
 PLANTED = '''
@@ -21,7 +21,7 @@ _leaked = []
 
 
 class _Starving(Stopwatch):
-    """Lets the process have no more memory in one phase."""
+    """Denies the process more memory in one phase."""
 
     @contextmanager
     def __call__(self, phase):
@@ -29,15 +29,15 @@ class _Starving(Stopwatch):
             if phase != self.starved:
                 yield
                 return
-            holes = [bytearray(3000) for _ in range(20_000)]  # fill what lies free in the heap
+            holes = [bytearray(3000) for _ in range(20_000)]  # fill the free parts of the heap
             with open("/proc/self/statm") as file:
                 size = int(file.read().split()[0]) * resource.getpagesize()
             limits = resource.getrlimit(resource.RLIMIT_AS)
-            # Far below what it has: what another thread gives back meanwhile makes no room.
+            # Far below the present size: memory that another thread frees meanwhile makes no room.
             resource.setrlimit(resource.RLIMIT_AS, (size // 2, limits[1]))
             try:
                 yield
-                torch.ones(2**28)  # for a phase that found enough of what had been freed
+                torch.ones(2**28)  # if the phase could reuse freed memory
             finally:
                 resource.setrlimit(resource.RLIMIT_AS, limits)
                 holes.clear()
@@ -64,6 +64,6 @@ def _draw_with_faults(self, request, stopwatch):
 
 Predictor._draw = _draw_with_faults
 '''
-# Of the process that is to starve: what is freed goes back to the system at once, and no thread has a heap of its own,
-# so that the next allocation of some size has to ask the system.
+# Environment of the starving process: freed memory returns to the system at once, and threads share one heap, so that
+# every larger allocation asks the system.
 HUNGRY = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}

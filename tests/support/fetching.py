@@ -1,4 +1,4 @@
-"""LoRAs in every packing, and what comes of fetching them: the content, or the sentence of a refusal."""
+"""LoRAs in all packings, and functions that fetch them and return the content or the refusal."""
 
 import gzip
 import hashlib
@@ -17,7 +17,7 @@ from sources.client import Patience
 from tests.support.caches import SECRET
 from weights import WeightsCache
 
-# Hosts on loopback answer at once, or never.
+# Short: hosts on loopback answer at once or never.
 QUICK = Patience(connect=2, stall=0.6, pauses=(0.02, 0.04), longest_pause=1.5)
 VERSION = "0123456789abcdef" * 4
 
@@ -30,7 +30,7 @@ def make_lora(size: int = 20_000, seed: int = 0, **metadata: str) -> bytes:
 
 LORA, OTHER = make_lora(seed=1), make_lora(seed=2)
 LARGE = make_lora(20 * MIB, seed=3)
-# As PEFT and LyCORIS save them beside the weights, as far as fetching them is concerned.
+# Configs that PEFT saves beside the weights, with the keys that fetching reads.
 PEFT, OTHER_PEFT = b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8}', b'{"peft_type": "LORA", "r": 4, "lora_alpha": 2}'
 
 
@@ -43,7 +43,7 @@ def fetch(settings: Settings, reference: str, patience: Patience = QUICK) -> byt
 
 
 def fetch_config(settings: Settings, reference: str, trusted: bool = False) -> bytes:
-    """The config that comes with LORA."""
+    """The config that is fetched with LORA."""
     cache = WeightsCache(settings, QUICK)
     with cache.open_local(reference) if trusted else cache.open(reference) as weights:
         assert weights.path.read_bytes() == LORA
@@ -51,7 +51,7 @@ def fetch_config(settings: Settings, reference: str, trusted: bool = False) -> b
 
 
 def refusal(settings: Settings, reference: str, patience: Patience = QUICK) -> str:
-    """The sentence that a reference gets."""
+    """The sentence with which a reference is refused."""
     with pytest.raises(ValueError, match=r"\.$") as caught, WeightsCache(settings, patience).open(reference):
         pass
     sentence = str(caught.value)

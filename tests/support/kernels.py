@@ -1,4 +1,4 @@
-"""Triton's kernels without a GPU: interpreted in a process of their own, and compiled for cards that are not here."""
+"""Triton's kernels without a GPU: interpreted in their own process, or compiled for absent GPUs."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ needs_triton = pytest.mark.skipif(
 
 
 def interpreted(script: str) -> str:
-    """What a script prints in a process where Triton interprets; it has to know so when it is imported."""
+    """The output of a script in a new process with Triton's interpreter, which must be set before the import."""
     run = finished(
         [sys.executable, "-c", script],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -27,7 +27,7 @@ def interpreted(script: str) -> str:
 
 
 def resources(cubin: bytes, folder: Path) -> dict[str, int]:
-    """What each thread of a compiled kernel takes: REG registers; STACK and LOCAL, bytes outside of them."""
+    """A compiled kernel's use for each thread: REG registers, and STACK and LOCAL bytes outside of registers."""
     import triton
 
     file = folder / "kernel.cubin"

@@ -1,6 +1,6 @@
-"""One known set of changes, written as a LoRA file in each format that people have.
+"""A known set of changes, written as a LoRA file in each format of trainers.
 
-The names are spelled out here once more, so that the loader's table is tested against another one.
+The names are spelled out again here, so that the loader's table is tested against another one.
 """
 
 import json
@@ -128,7 +128,7 @@ def changes(
     return made
 
 
-# DiffSynth-Studio's and MLX's names for what Black Forest Labs has outside of blocks, where they differ.
+# DiffSynth-Studio's names of layers outside of blocks, and MLX's parts of names, by Black Forest Labs' names.
 DIFFSYNTH_OUTSIDE = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -146,7 +146,7 @@ MLX = {"img_mlp.": "img_mlp.layers.", "txt_mlp.": "txt_mlp.layers.", "adaLN_modu
 
 @dataclass(frozen=True)
 class Spelling:
-    """A layer as a trainer names it: its rows are those of diffusers' layers, one under the other."""
+    """A trainer's name of a layer, whose rows are those of some of diffusers' layers, one under the other."""
 
     name: str
     parts: tuple[str, ...]
@@ -176,7 +176,7 @@ def _diffusers_spellings(transformer: FluxTransformer2DModel) -> list[Spelling]:
 
 
 def _fused_spellings(transformer: FluxTransformer2DModel) -> list[Spelling]:
-    """As after diffusers' `fuse_qkv_projections`."""
+    """Layers as after diffusers' `fuse_qkv_projections`."""
     spellings = []
     for parts in bfl_layers(transformer).values():
         if len(parts) == 1:
@@ -241,7 +241,7 @@ def is_xlabs(bfl: str) -> bool:
     return is_block(bfl) and bfl.split(".", 2)[2] in XLABS
 
 
-# Each format takes changes and gives a file's tensors. What has no alpha folds it into `up`, exactly.
+# Each format's function takes changes and returns a file's tensors. Without alpha, it is folded into `up`, exactly.
 
 
 def _folded(up: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ def _folded(up: Tensor) -> Tensor:
 
 
 def _diffusers(made: list[Change], name: str, down: str, up: str, alpha: str | None = None) -> Tensors:
-    """Patterns with {} for diffusers' name of a layer."""
+    """Tensors by diffusers' names of layers, which replace {} in `name`."""
     tensors = {}
     for change in made:
         for part, rows in change.by_part.items():
@@ -346,7 +346,7 @@ def convolutions(made: list[Change]) -> Tensors:
     return {name: tensor[:, :, None, None] if tensor.ndim else tensor for name, tensor in tensors.items()}
 
 
-# Formats whose arithmetic is that of the first: the same bits are due.
+# Formats with the arithmetic of the first: they must give the same bits.
 EXACT: dict[str, Callable[[list[Change]], Tensors]] = {
     "diffusers": lambda made: _diffusers(made, "transformer.{}", *PEFT),
     "diffusers with alpha": lambda made: _diffusers(made, "transformer.{}", *PEFT, ".alpha"),
@@ -402,7 +402,7 @@ def diffsynth(made: list[Change]) -> Tensors:
     return _bfl(made, diffsynth_name, ".lora_A.default.weight", ".lora_B.default.weight", None)
 
 
-# Formats that multiply or round in another order: a rounding or two of float32 may differ.
+# Formats that multiply or round in another order: results may differ by a rounding or two of float32.
 ROUNDED: dict[str, Callable[[list[Change]], Tensors]] = {
     "LoKr": lokr,
     "LoKr, ComfyUI's prefix": lambda made: lokr(made, "diffusion_model.{}".format),
@@ -469,7 +469,7 @@ def write(file: Path, tensors: Tensors, header: dict[str, str] | None = None) ->
 
 
 def lora_of_the_miniature(seed: int, rank: int = RANK) -> bytes:
-    """A file for all blocks of the miniature; each seed's is another."""
+    """A LoRA file for all blocks of the miniature; each seed makes another one."""
     config = FluxTransformer2DModel.load_config(ROOT / "mini" / "dev" / "transformer")
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)

@@ -1,4 +1,4 @@
-"""Tensors written as a LoRA file, read by the product, and held in live copies of small models."""
+"""Write tensors as a LoRA file, read it with the product, and hold it in live copies of small models."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ class Reader:
     def live(
         self, tensors: Tensors, header: dict[str, str] | None = None, scale: float = 1.0, config: str = ""
     ) -> Tensors:
-        """The transformer's weights with this LoRA in."""
+        """The transformer's weights with this LoRA."""
         return _held(self._live, Term("a", scale, self.read(tensors, header, config).transformer))
 
     def live_clip(self, tensors: Tensors) -> Tensors:
@@ -95,6 +95,6 @@ def of(*names: str, shape: tuple[int, ...] = (4, 4)) -> Tensors:
 
 
 def join(header: object, data: bytes) -> bytes:
-    """A safetensors file, whatever its header says."""
+    """A safetensors file with any header."""
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data

@@ -1,4 +1,4 @@
-"""Small real models of FLUX's kind, in diffusers layout, seeded; their dimensions are nobody else's."""
+"""Small real models of FLUX's kind, in diffusers layout, seeded; with dimensions unlike other models'."""
 
 import json
 import shutil

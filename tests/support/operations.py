@@ -1,4 +1,4 @@
-"""What torch runs, operation by operation, also on tensors without memory."""
+"""Observe torch's operations one by one, also on tensors without memory."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Operations(TorchDispatchMode):
-    """Is told of each operation inside its block. Torch's profiler keeps a native thread that may abort the process."""
+    """Called for each operation inside its block; unlike torch's profiler, it leaves no native thread behind."""
 
     def before(self, operation: OpOverload) -> None:
-        """It is about to run; what this raises, it raises."""
+        """Called before an operation; an error raised here is the operation's."""
 
     def after(self, operation: OpOverload, inputs: Sequence[object], result: object) -> None:
-        """It has run."""
+        """Called after an operation."""
 
     def __torch_dispatch__(
         self, operation: OpOverload, types: object, args: tuple = (), kwargs: dict | None = None
@@ -26,7 +26,7 @@ class Operations(TorchDispatchMode):
 
 
 class OutOfMemoryAt(Operations):
-    """The so-manieth operation finds no memory, of all or of one kind; 0 is the first."""
+    """Raises an out-of-memory error at an operation with this number, counted from 0, of all or of one kind."""
 
     def __init__(self, number: int, kind: OpOverload | None = None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a person does on the playground's page, and what is to be seen there. It needs Playwright."""
+"""Actions on the playground's page, and texts and pictures that it shows; needs Playwright."""
 
 import base64
 import json
@@ -14,22 +14,22 @@ from tests.support.browser import PATIENCE
 
 # The miniature draws such a picture within half a second.
 SMALL = {"aspect_ratio": "custom", "height": 256, "width": 256, "num_inference_steps": 2}
-# Of some seeds the miniature's safety check keeps the picture back.
+# With a seed whose picture passes the safety check.
 FOX = {"prompt": "a red fox", **SMALL, "seed": 1}
-# This one takes so long that it can be watched.
+# Takes long enough to be observed.
 SLOW = {"prompt": "a blue fish", "num_inference_steps": 50, "seed": 1}
 # Shares of an image's sides, from its upper left corner.
 Point = tuple[float, float]
-# What lies behind a dialog is not to be read as long as that is open.
+# While a dialog is open, only the dialog is checked.
 RUN_AXE = "axe.run(document.querySelector('dialog[open]') ?? document, { resultTypes: ['violations'] })"
-# Across the upper left quarter.
+# A stroke across the upper left quarter.
 STROKE = ((0.2, 0.2), (0.3, 0.4), (0.4, 0.2))
 
 expect.set_options(timeout=1000 * PATIENCE)
 
 
 def shared(address: str, **inputs: object) -> str:
-    """An address of the page that brings inputs along, as its button Share makes them."""
+    """The page's address with inputs in it, as the button Share makes it."""
     return f"{address}#{urlencode(inputs)}"
 
 
@@ -46,7 +46,7 @@ def progress(page: Page) -> Locator:
 
 
 def draw(page: Page) -> None:
-    """Draw what the form says, to the end."""
+    """Press Draw, and wait until the picture is drawn."""
     press(page, "Draw")
     expect(progress(page)).to_contain_text("drawn in")
 
@@ -57,7 +57,7 @@ def history(page: Page) -> Locator:
 
 
 def saved(page: Page, role: str = "link", name: str = "Download") -> Path:
-    """The file that a link or a button gives."""
+    """The file that a link or a button downloads."""
     with page.expect_download() as download:
         page.get_by_role(role, name=name, exact=True).click()
     file = download.value.path()
@@ -70,25 +70,25 @@ def picture(page: Page) -> bytes:
 
 
 def block(page: Page, title: str) -> str:
-    """A text that can be copied."""
+    """The text of a block that can be copied."""
     return page.get_by_role("region", name=title, exact=True).locator("pre").text_content()
 
 
 def request_of(page: Page) -> dict[str, Any]:
-    """The inputs that the page says it would send."""
+    """The inputs of the request that the page shows."""
     show(page, "JSON")
     expect(page.get_by_role("region", name="Request").locator("pre")).not_to_be_empty()
     return json.loads(block(page, "Request"))["input"]
 
 
 def answer_of(page: Page) -> dict[str, Any]:
-    """The last answer, as the page tells it."""
+    """The last answer that the page shows."""
     show(page, "JSON")
     return json.loads(block(page, "Last answer"))
 
 
 def serious_faults(page: Page, axe: str) -> list[str]:
-    """What keeps people from using a page as it is shown, and where; the script of axe-core finds it."""
+    """The page's serious faults of accessibility and their places, found by the script of axe-core."""
     page.evaluate(axe)
     return [
         f"{fault['id']} of {node['target']}: {node['failureSummary']}"
@@ -99,13 +99,13 @@ def serious_faults(page: Page, axe: str) -> list[str]:
 
 
 def canvas(page: Page, points: Sequence[Point]) -> list[Point]:
-    """Where points of an image lie on the screen while a mask is painted on it."""
+    """The points on the screen of points of an image while a mask is painted on it."""
     box = page.get_by_role("application", name="Mask").bounding_box()
     return [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
 
 
 def paint(page: Page, points: Sequence[Point]) -> None:
-    """One stroke with the mouse, from point to point of the image."""
+    """Paint one stroke with the mouse, from point to point of the image."""
     first, *others = canvas(page, points)
     page.mouse.move(*first)
     page.mouse.down()
@@ -115,7 +115,7 @@ def paint(page: Page, points: Sequence[Point]) -> None:
 
 
 def drop(page: Page, onto: Locator, file: Path | str) -> None:
-    """Drop a file from elsewhere."""
+    """Drop a file on an element, as from another program."""
     content = base64.b64encode(Path(file).read_bytes()).decode()
     carried = page.evaluate_handle(
         """([name, type, content]) => {

@@ -21,7 +21,7 @@ def written(picture: Image.Image, path: Path, **options: object) -> Path:
 
 
 def quadrants(width: int = 64, height: int = 32) -> Image.Image:
-    """Red, green / blue, white: every turn and every swap of channels shows."""
+    """Red, green / blue, white: every rotation and every swap of channels changes it."""
     picture = Image.new("RGB", (width, height), WHITE)
     picture.paste(RED, (0, 0, width // 2, height // 2))
     picture.paste(GREEN, (width // 2, 0, width, height // 2))
@@ -30,7 +30,7 @@ def quadrants(width: int = 64, height: int = 32) -> Image.Image:
 
 
 def photo(width: int = 96, height: int = 64) -> Image.Image:
-    """From black to white, each pixel another one."""
+    """A ramp from black to white in which all pixels differ."""
     ramp = np.linspace(0, 255, width * height * 3).reshape(height, width, 3)
     return Image.fromarray(ramp.astype(np.uint8))
 
@@ -46,7 +46,7 @@ def close(picture: Image.Image, expected: Image.Image, tolerance: int) -> bool:
     return bool(np.abs(difference).max() <= tolerance)
 
 
-# What undoes each EXIF orientation: the file holds the picture as the camera's sensor lay.
+# The inverse of each EXIF orientation: the file holds the picture as the turned camera recorded it.
 SENSOR = {
     1: lambda picture: picture,
     2: lambda picture: picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
@@ -66,11 +66,11 @@ def oriented(picture: Image.Image, orientation: int, path: Path, **options: obje
 
 
 def png(width: int, height: int, rows: bytes, *, depth: int = 8, kind: int = 0, transparent: bytes = b"") -> bytes:
-    """A well-formed PNG of any depth and kind of colour, whose header may claim more than its rows have.
+    """A well-formed PNG of any depth and colour type; its header may state more rows than it has.
 
     Args:
-        rows: each one a filter's byte, 0, and its samples.
-        transparent: the colour that is, as the file says it.
+        rows: for each row a filter's byte, 0, and the samples.
+        transparent: the transparent colour, as the file stores it.
     """
     header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
     parts = ((b"IHDR", header), (b"tRNS", transparent), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))

@@ -1,4 +1,4 @@
-"""The page's server, in this process or in one of its own, and where it is."""
+"""The page's server, in this process or in its own, and its address."""
 
 import re
 import signal
@@ -22,7 +22,7 @@ from settings import ROOT
 
 @contextmanager
 def served(target: str) -> Iterator[Playground]:
-    """The page's server before a target; in the end it has given up every connection, and the thread of each."""
+    """The page's server before a target; at the end it checks that all connections and their threads have ended."""
     with Playground(0, Target(target)) as server:
         serving = threading.Thread(target=server.serve_forever, args=[0.02])
         serving.start()
@@ -35,13 +35,13 @@ def served(target: str) -> Iterator[Playground]:
 
 
 def address_of(server: Playground) -> str:
-    """Where the page is."""
+    """The page's address."""
     return f"{url(LOOPBACK, server.port)}/playground/"
 
 
 @contextmanager
 def playground(*options: str, log: Path, environment: Mapping[str, str]) -> Iterator[str]:
-    """`script/playground`, from when its page answers; gives the page's address."""
+    """The page's address while `script/playground` runs; the page answers already."""
     command = [sys.executable, "-m", "playground.server", "--port", str(free_port()), *options]
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -57,7 +57,7 @@ def playground(*options: str, log: Path, environment: Mapping[str, str]) -> Iter
 
 
 def own_address() -> str:
-    """An address of this machine beside loopback's; where it has none, the test is skipped."""
+    """An address of this machine that is not loopback; skips the test if there is none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
         try:
             asking.connect(("192.0.2.1", 9))  # sends nothing

@@ -15,5 +15,5 @@ def finished(
     check: bool = False,
     **options: object,
 ) -> subprocess.CompletedProcess[str]:
-    """What a command has printed and how it has ended; it runs in the repository unless it is told where."""
+    """A finished command's output and exit code; it runs in the repository by default."""
     return subprocess.run(command, cwd=cwd, timeout=timeout, check=check, capture_output=True, text=True, **options)

@@ -1,4 +1,4 @@
-"""References of every form with a secret somewhere in them, for tests that look for it in what is shown."""
+"""References of all forms that contain a secret, for tests that search messages and logs for it."""
 
 import base64
 from urllib.parse import quote
@@ -6,9 +6,9 @@ from urllib.parse import quote
 from hypothesis import strategies as st
 
 SECRET = "TOPSECRET"
-# What `str.strip` takes away, what is invisible, and what is neither.
+# Blanks that `str.strip` removes, and invisible characters that it keeps.
 BLANKS = ("", "", "", " ", "\n", "\t", "\r\n", "\xa0", "\x0b", "\u2028", "\x85", "\ufeff", "\u200b", "\u2060", "\xad")
-# And what addresses are copied along with: "https://host", <https://host>.
+# Quotation marks that are copied along with addresses: "https://host", <https://host>.
 QUOTES = ("{}", "{}", "{}", '"{}"', "'{}'", "“{}”", "‘{}’", "`{}`", "<{}>", '"<{}>"', "' “{}”\ufeff'", '"{}', "{}>")
 SCHEMES = ("http://", "https://", "HTTPS://", "hTTp:/\\", "https:////", "http:/", "http:", "//", "\\\\", "s3://")
 HOSTS = (
@@ -32,10 +32,10 @@ MODELS = (
     "air:flux1:lora:civitai:1@2",
 )
 HEADERS = ("image/png;base64", "", ";base64", " image/png; base64", "image/png ;base64", "text/plain", ";x=y")
-# What people paste within a line, and what breaks one: all of it is a part of a secret.
+# Blanks and line breaks that are pasted within a secret, and belong to it.
 WITHIN = " \t\n\x0b\x1c\x85\xa0\u2028\u3000"
 secrets = st.text("ABCxyz019", max_size=6).map(lambda more: SECRET + more)
-# People type what the makers of passwords gave them.
+# Characters of generated passwords.
 around = st.text("ab1/\\:?#%@;.,&=~", max_size=5)
 
 
@@ -46,7 +46,7 @@ def passwords(draw: st.DrawFn) -> str:
 
 @st.composite
 def with_blanks(draw: st.DrawFn) -> str:
-    """An address that is one reference, with a blank within its password or its query, before the secret."""
+    """An address with a blank within its password or its query, before the secret."""
     blank, secret = draw(st.sampled_from(WITHIN)), draw(secrets)
     login, query = f"https://u:pw1234{blank}{secret}@h.com/x.png", f"https://h.com/x.png?token=pw1234{blank}{secret}"
     return draw(st.sampled_from((login, query)))
@@ -54,7 +54,7 @@ def with_blanks(draw: st.DrawFn) -> str:
 
 @st.composite
 def logins(draw: st.DrawFn) -> str:
-    """An address with a user, a password or both, of which one is the secret."""
+    """An address with a login: a user, a password or both, one of which is the secret."""
     user = draw(st.sampled_from(("u", "me", "me@home", "first.last", "%20u")))
     login = draw(
         st.one_of(
@@ -63,14 +63,14 @@ def logins(draw: st.DrawFn) -> str:
             secrets,
         )
     )
-    # Without a scheme, and without a colon or a path, nobody can tell it from an address of a person.
+    # Without a scheme and a colon, a login looks like an e-mail address.
     schemes = (*SCHEMES, "") if ":" in login else SCHEMES
     return f"{draw(st.sampled_from(schemes))}{login}@{draw(st.sampled_from(HOSTS))}"
 
 
 @st.composite
 def queries(draw: st.DrawFn, addresses: tuple[str, ...] = ADDRESSES) -> str:
-    """A secret behind an address: a query, a fragment, a session, encoded or not."""
+    """An address with a secret behind it, in a query, a fragment or a session."""
     secret = draw(passwords())
     # As a query of Hugging Face's own, an escaped one is the name of a file.
     starts = ("?", "?token=", "?a=b&token=", "#", "#token=", ";jsessionid=", "?a;b=", "/?x@y.z&key=", ";sig=")
@@ -79,7 +79,7 @@ def queries(draw: st.DrawFn, addresses: tuple[str, ...] = ADDRESSES) -> str:
 
 @st.composite
 def escaped(draw: st.DrawFn) -> str:
-    """A query that was encoded along with its address."""
+    """An address with a query that was encoded along with it."""
     addresses = ("https://host.com/x.png", "http://h/x", "www.h.com/x.png", "civitai.com/models/1", "hf.co/a/b/x.bin")
     starts = ("%3Ftoken%3D", "%3f", "%253Ftoken%253D", "%23", "%3Bsig%3D")
     return draw(st.sampled_from(addresses)) + draw(st.sampled_from(starts)) + draw(secrets)
@@ -95,13 +95,13 @@ def data_uris(draw: st.DrawFn) -> str:
 
 
 def references() -> st.SearchStrategy[str]:
-    """A reference of any form, as somebody may have pasted it."""
+    """References of any form, with blanks and quotation marks around them."""
     bare = st.one_of(logins(), queries(), queries(MODELS), escaped(), data_uris(), with_blanks())
     quoted = st.builds(str.format, st.sampled_from(QUOTES), bare)
     return st.builds("{}{}{}".format, st.sampled_from(BLANKS), quoted, st.sampled_from(BLANKS))
 
 
 def told(shown: object) -> bool:
-    """Whether something shown has the secret in it, in whatever letters."""
+    """Whether a text contains the secret, in capitals or not, plain or in base64."""
     text = str(shown).casefold()
     return SECRET.casefold() in text or base64.b64encode(b"---" + SECRET.encode()).decode().casefold() in text

@@ -37,7 +37,7 @@ Edit = Callable[[dict[str, Tensor]], object]
 
 @dataclass(frozen=True)
 class Known:
-    """What plain diffusers and PEFT drew once, for all tests."""
+    """Pictures of plain diffusers and PEFT, drawn once for all tests."""
 
     models: Models
     lora: LoraFile

@@ -181,7 +181,7 @@ def test_a_name_means_what_it_would_mean_in_a_request_whatever_folder_is_called_
 def test_a_change_too_large_for_numbers_is_told_without_one(settings: Settings, tmp_path: Path) -> None:
     layer, zorp = "transformer.single_transformer_blocks.0.attn.to_k", load_file(ZORP)
     down, up = (zorp[f"{layer}.{name}.weight"].float() for name in ("lora_A", "lora_B"))
-    # Of so many ranks, the factors are multiplied out, in float32.
+    # With so many ranks, the factors are multiplied, in float32.
     huge = {"lora_A": down.repeat(8, 1) * 1e30, "lora_B": up.repeat(1, 8) * 1e30}
     save_file({f"{layer}.{name}.weight": values for name, values in huge.items()}, tmp_path / "huge.safetensors")
     checks = check(["huge.safetensors", str(ZORP)], tmp_path, settings)

@@ -16,7 +16,7 @@ from tools.plan import main, sold_as, table
 from weights import outlines
 
 GIB = 2**30
-# As the official repos list them.
+# Files as the official repos list them.
 WEIGHTS = {
     "flux1-dev.safetensors": 23_802_932_552,
     "transformer/diffusion_pytorch_model-00001-of-00003.safetensors": 9_983_040_304,

@@ -1,4 +1,4 @@
-"""What Replicate's documentation does with its client for Python, as it does it; in the end a line of JSON is told."""
+"""The examples of Replicate's documentation of its Python client; prints a line of JSON at the end."""
 # ruff: noqa: PTH123, SIM115 (files are opened as there)
 
 import asyncio
