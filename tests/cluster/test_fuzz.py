@@ -12,7 +12,7 @@ from harness.hostile_kinds import KINDS
 
 def test_a_short_attack_of_every_kind_breaks_nothing(tmp_path: Path) -> None:
     with target(tmp_path) as attacked:
-        report = attacked.run(150, seed=1, seconds=40)
+        report = attacked.run(300, seed=1, seconds=40)
     assert report.failures == {}
     assert set(report.requests) == set(KINDS)
     # Honest clients were served all the time.

@@ -25,4 +25,4 @@ def test_prometheus_hears_what_the_dashboard_draws(cluster: Cluster) -> None:
         text = httpx.get(cluster.metrics_url).text
         return set(re.findall(r"^ray_(flux_\w+?)(?:_bucket|_sum|_count|_total)?\{", text, re.M))
 
-    wait_until(lambda: drawn <= told(), pause=0.5)
+    wait_until(lambda: drawn <= told(), 120, pause=0.5)
