@@ -1,4 +1,4 @@
-"""The contract: Cog's typed inputs become a Request, pictures become files. The only file that knows Cog.
+"""The contract: Cog's typed inputs become a Request, pictures become files. The only file that knows Cog's predictor.
 
 Cog reads this file statically, without importing it: every default, bound and choice of `predict` is a literal, every
 description is one string literal, and the position of a parameter is its x-order. `script/schema` reads it the same way.

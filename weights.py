@@ -313,9 +313,10 @@ class _Lookup:
                     admit = partial(self._store.admit, name=name)
                     copy_checked(content, None, contents, admit, self._client.check)
                     record.remember(contents.sha256, contents.trigger_words, "", contents.kind)
-                if record.key != "safetensors":
+                if (kind := record.key) != "safetensors":
                     content.seek(0)
                     file = self._store.open(record.sha256) or self._take(content, name, record)
+                    record.key = kind  # with the unpacked file's hash: the next request finds that file
                     return _held(file, self._store.path(record.sha256), record, name, record.config)
                 held = _held(content, path, record, name, configs.read_beside(path))
             stack.pop_all()  # it stays open

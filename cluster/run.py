@@ -88,7 +88,7 @@ class Run:
     response: DeploymentResponseGenerator | None = None
     begun: bool = False
     # Bounds that attempt, once the prediction is cancelled.
-    patience: asyncio.Timeout | None = None
+    deadline: asyncio.Timeout | None = None
     # Closing it gives back the place of `Means.large_waiting`, if this has one.
     place: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     # How many attempts hung, and how many failed otherwise; a worker that died while drawing is in `Prediction.deaths`.
@@ -111,9 +111,9 @@ class Run:
         """Cancel the prediction; its end is still written and told."""
         self.prediction.cancel_requested = True
         self._tell_worker_to_stop()
-        if self.patience is not None and self.patience.when() is None:
+        if self.deadline is not None and self.deadline.when() is None:
             seconds = 0 if self.response is None else SECONDS_TO_CANCEL
-            self.patience.reschedule(asyncio.get_running_loop().time() + seconds)
+            self.deadline.reschedule(asyncio.get_running_loop().time() + seconds)
 
     async def _go(self) -> None:
         prediction = self.prediction
@@ -149,7 +149,9 @@ class Run:
             except (asyncio.CancelledError, Exception) as error:
                 if isinstance(error, asyncio.CancelledError) and self.task.cancelling():  # by this front
                     raise
-                if not prediction.cancel_requested:
+                if (
+                    not prediction.cancel_requested
+                ):  # else the attempt ran into `stop`'s deadline: the next turn ends it
                     await self._end_attempt(error)
 
     async def _ask_worker(self) -> None:
@@ -157,7 +159,7 @@ class Run:
         prediction, means = self.prediction, self.means
         self.response, self.begun = None, False
         try:
-            async with asyncio.timeout(None) as self.patience:
+            async with asyncio.timeout(None) as self.deadline:
                 # In threads, since inputs may be large.
                 loras = await asyncio.to_thread(_lora_key, prediction.secret_input)
                 self.secrets = await asyncio.to_thread(secrets_of, prediction.secret_input)
@@ -175,7 +177,7 @@ class Run:
                         return
             raise RuntimeError("The worker has told no end.")
         finally:
-            self.patience = None
+            self.deadline = None
             self.place.close()
             if not prediction.finished:
                 self._tell_worker_to_stop()

@@ -222,8 +222,8 @@ class Steps:
             self._fail(kind, error)
             return False
         if self._recorded and kept > self._most:
-            # The activations of a larger picture find no room between those of smaller ones, but theirs find room in
-            # its memory. So this graph will be the first of a new pool, at the picture's next step.
+            # Smaller graphs can reuse the memory of a larger one, not the reverse. So forget all of them: the next step
+            # records this graph as the first of a new pool.
             self._recorded.clear()
             return False
         self._recorded[kind] = recorded

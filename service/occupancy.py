@@ -3,7 +3,7 @@
 Cog 0.23.1 can lose its only slot without calling the predictor, as with an id that cannot name a folder: it is busy for
 ever, and `GET /health-check` answers as during a long prediction. So the predictor holds a lock on a file during each
 prediction, and touches the file when one begins. The kernel releases the lock when the process ends, however it ends.
-The file lies in TMPDIR, which a supervised server has to itself. This module knows locks, and nothing of Cog.
+The file lies in TMPDIR, which a supervised server has to itself. This module knows locks and files.
 """
 
 import fcntl

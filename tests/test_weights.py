@@ -1,6 +1,7 @@
 """LoRAs from anywhere, cached: real hosts on loopback, many processes, the operator's own paths, the real server."""
 
 import json
+import math
 import os
 import re
 import time
@@ -27,6 +28,7 @@ from tests.support.fetching import (
     PEFT,
     fetch,
     fetch_config,
+    make_lora,
     make_tar,
     refusal,
     start,
@@ -198,6 +200,20 @@ def test_the_operators_file_may_lie_on_the_disk(environment: Settings, tmp_path:
     with WeightsCache(environment).open_local(str(file)) as weights:
         assert weights.name == "mine?100%"
         assert weights.path.read_bytes() == OTHER
+
+
+def test_the_operators_archive_is_read_once(environment: Settings, tmp_path: Path) -> None:
+    archive = tmp_path / "trained.tar"
+    archive.write_bytes(make_tar({"lora.safetensors": make_lora(16 * MIB)}))
+    for most in (math.inf, 8 * MIB):
+        before = read_bytes()
+        with WeightsCache(environment).open_local(str(archive)):
+            assert read_bytes() - before < most
+
+
+def read_bytes() -> int:
+    """How much this process has read from files, by the kernel's count."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def test_the_operators_folder(environment: Settings, tmp_path: Path) -> None:
