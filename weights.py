@@ -22,7 +22,7 @@ from typing import BinaryIO
 from request import LoraChoice, LoraFile
 from service.lines import printable
 from service.outline import Outline
-from settings import Models, Settings, folder_shown
+from settings import MODEL_VARIABLES, Models, Settings, folder_shown
 from sources import configs
 from sources.archives import choose, unpack
 from sources.base_models import on_disk, outline, snapshot
@@ -96,8 +96,8 @@ def fetch_one(name: str, settings: Settings, patience: Patience = PATIENCE) -> P
     if folder == Path(model).expanduser():  # the operator's own, which may be anything
         for config in (Path(part, "config.json") for part in CONFIGURED.get(name, ("",))):
             if not (folder / config).is_file():
-                variable = f"FLUX_{name.upper()}" if name in CONFIGURED else name.upper()
-                raise ValueError(f"{variable} is {folder_shown(model)!r}, which has no {config}; it must be a model.")
+                named = f"{MODEL_VARIABLES[name]} is {folder_shown(model)!r}"
+                raise ValueError(f"{named}, which has no {config}; it must be a model.")
     return folder
 
 

@@ -38,8 +38,6 @@ from service.guard import find_fault
 
 logger = logging.getLogger("ray.serve")
 
-# A prediction has some thirty inputs.
-MAX_VALUES = 10_000
 # What needs no token: probes; files and streams, whose addresses cannot be guessed; and the pages, which browsers load
 # without one, and which only explain how to ask.
 OPEN_PATHS = re.compile(
@@ -266,7 +264,7 @@ def _cut(value: Any, characters: int = 10 * SHOWN_CHARACTERS) -> Any:  # noqa: A
 
 def read_json(content: bytes) -> Any:  # noqa: ANN401 (JSON)
     """The value of a client's JSON; a ValueError is a sentence that begins with "it"."""
-    return strict_json.read(content, MAX_VALUES)
+    return strict_json.read(content, strict_json.REQUEST_VALUES)
 
 
 def new_prediction(front: str, inputs: Any, api: str, prediction_id: str | None = None, **fields: Any) -> Prediction:  # noqa: ANN401

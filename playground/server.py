@@ -33,8 +33,6 @@ TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 # Cog's limit; this server adds a little to a body.
 MOST_BYTES = 100 * MIB
 MOST_CONNECTIONS = 100
-# A prediction has some thirty inputs.
-MAX_VALUES = 10_000
 # For a whole request to arrive; for each piece of an answer to be received.
 SECONDS_FOR_REQUEST = 120
 SECONDS_FOR_PIECE = 60
@@ -270,7 +268,7 @@ class Handler(BaseHTTPRequestHandler):
         about = self.server.target.known()
         if about["server"] == "front":
             return self.body
-        asked = self._read_json(MAX_VALUES)
+        asked = self._read_json(strict_json.REQUEST_VALUES)
         if not isinstance(asked, dict):
             return self.body  # Cog says what is wrong with it
         asked = {name: value for name, value in asked.items() if name not in ("webhook", "webhook_events_filter")}

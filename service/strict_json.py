@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-# A prediction's body has some thirty values, the header of a LoRA file with every layer 10,000.
+# The header of a LoRA file with every layer has 10,000 values.
 MAX_VALUES = 100_000
+# The bound for a client's request: a prediction has some thirty inputs.
+REQUEST_VALUES = 10_000
 # Each takes as long to read as a hundred letters, with the GIL held. PHP's base64 has one in 64 characters.
 MAX_ESCAPES = 4_000_000
 MAX_DEPTH = 32
